@@ -1,0 +1,36 @@
+"""The array types that the whole library speaks, named once.
+
+Images are NHWC float32 in [-1, 1] (noisy ones exceed it), levels are noise standard deviations, labels are class
+indices. Letters in the annotations: b batch, h height, w width, c channels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int, Key
+
+Images = Float[Array, "b h w c"]
+Sigmas = Float[Array, " b"]
+Labels = Int[Array, " b"]
+Keys = Key[Array, " b"]
+"""One random key per image: what is drawn for an image does not depend on its neighbours in the batch."""
+
+Params = dict[str, Any]
+"""A tree of named arrays, as the networks make and read it."""
+
+Denoiser = Callable[[Images, Sigmas], Images]
+"""(x, sigma) -> an estimate of the clean image. Teacher, student, target and edited model all have this type."""
+
+Draw = Callable[[Any], Images]
+"""i -> the i-th batch of standard normal noise that a sampler asks for; i may be traced."""
+
+
+def per_image(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
+    """One value per image, shaped to multiply pixels."""
+    return values[:, None, None, None]
+
+
+def normal_per_image(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """Standard normal noise of `shape` for every key, each from its own key alone."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -1,0 +1,156 @@
+"""Weight files of PyTorch programs, read without running any code in them and without PyTorch.
+
+A `.pt` or `.bin` file is a zip archive: a pickle that describes the tensors, and one raw entry per storage. The pickle
+is read by an unpickler that knows a dozen harmless names and refuses every other, so a malicious file cannot do more
+than be refused. (torch.load with weights_only is as strict; it would make sampling depend on PyTorch.)
+"""
+
+import collections
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from cm_jax.conversion.rules import LazyTensor
+from cm_jax.errors import InputError
+
+_STORAGES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_LARGEST_DESCRIPTION = 64 * 2**20
+"""A description of a thousand tensors takes 0.2 MB; a larger pickle than this is not one."""
+
+
+def read_torch(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of a state dict that torch.save wrote (PyTorch 1.6 or newer), by name.
+
+    Raises InputError for a file that is damaged, is something else, or holds anything but tensors.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        description = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
+        if description is None or entries[description].file_size > _LARGEST_DESCRIPTION:
+            raise zipfile.BadZipFile("no description of tensors in it")
+        byte_order = description.removesuffix("data.pkl") + "byteorder"
+        if byte_order in entries and archive.read(byte_order) != b"little":
+            raise InputError(f"{path} was written on a big-endian machine: write it again on a little-endian one.")
+        content = _TensorUnpickler(archive, description, path).load()
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, EOFError) as error:
+        size = path.stat().st_size
+        hint = "It is empty." if size == 0 else "Download it again, or save it again with torch.save."
+        raise InputError(
+            f"{path} ({size:,} bytes) is not a complete file of torch.save: {error}. {hint}"
+        ) from error
+    except Exception as error:  # a pickle can fail in any way; whatever it is, the file is at fault
+        raise InputError(f"{path} is damaged: its list of tensors cannot be read ({error}).") from error
+    if not isinstance(content, dict) or not content or not all(isinstance(value, LazyTensor) for value in content.values()):
+        kind = type(content).__name__
+        found = f"a {kind} with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else f"a {kind}"
+        raise InputError(
+            f"{path} holds {found}; wanted: one state dict, tensors by name. "
+            "If it is inside, save that part alone with torch.save."
+        )
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Builds LazyTensors; refuses every global but those that a state dict consists of."""
+
+    def __init__(self, archive: zipfile.ZipFile, description: str, path: Path) -> None:
+        super().__init__(archive.open(description))
+        self._archive, self._folder, self._path = archive, description.removesuffix("data.pkl"), path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        raise InputError(
+            f"{self._path} asks to run {module}.{name} while it is read, so it was refused and nothing was run. "
+            "Wanted: a plain state dict of tensors. If you trust its source, load it there and save the state dict alone."
+        )
+
+    def persistent_load(self, pid: Any) -> tuple[zipfile.ZipInfo, np.dtype]:
+        kind, dtype, key, _, count = pid
+        entry = self._archive.getinfo(f"{self._folder}data/{key}")
+        if kind != "storage" or not isinstance(dtype, np.dtype) or entry.file_size != count * dtype.itemsize:
+            raise ValueError(f"storage {key} is not {count} numbers")
+        return entry, dtype
+
+    def _tensor(self, storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+        entry, dtype = storage
+        shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and (last + 1) * dtype.itemsize > entry.file_size):
+            raise ValueError(f"a tensor of shape {list(shape)} reaches outside its storage")
+        archive, path = self._archive, self._path
+
+        def read() -> np.ndarray:
+            try:
+                numbers = np.frombuffer(archive.read(entry), dtype)
+            except (zipfile.BadZipFile, EOFError, OSError) as error:
+                raise InputError(f"{path} is damaged: {error}. Download it again.") from error
+            steps = [stride * dtype.itemsize for stride in strides]
+            return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)
+
+        return LazyTensor(shape, dtype, read)
+
+
+def write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A state dict as torch.save writes it. Raises InputError where PyTorch is not installed."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            "Writing a .pt file needs PyTorch: pip install torch, or write a diffusers folder instead (--to diffusers)."
+        ) from error
+    torch.save(collections.OrderedDict((name, as_torch(array)) for name, array in tensors.items()), path)
+
+
+def as_torch(array: np.ndarray) -> Any:
+    """A torch tensor with the array's numbers and dtype (bfloat16 too, which NumPy alone does not have)."""
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of a safetensors file by name. Raises InputError for a damaged file."""
+    dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    try:
+        archive = safetensors.safe_open(path, framework="np")
+        names = archive.keys()
+    except Exception as error:  # safetensors raises several kinds; all of them mean this file
+        raise InputError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {error}. Download it again."
+        ) from error
+
+    def lazy(name: str) -> LazyTensor:
+        part = archive.get_slice(name)
+        dtype = np.dtype(dtypes.get(part.get_dtype(), np.int64))
+        return LazyTensor(tuple(part.get_shape()), dtype, lambda: archive.get_tensor(name))
+
+    return {name: lazy(name) for name in names}

@@ -1,0 +1,121 @@
+"""One table of rules between a foreign checkpoint and ours, applied in either direction without loss.
+
+A rule says: these tensors of theirs, stacked along their first axis and laid out our way, are that leaf of ours. The
+rules of a network name every leaf of ours and every tensor of theirs exactly once, so that a conversion is a bijection.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from cm_jax.arrays import Params
+from cm_jax.errors import InputError
+
+
+class Layout(enum.Enum):
+    """How PyTorch lays a leaf out: (from theirs to ours, from ours to theirs)."""
+
+    SAME = (lambda a: a, lambda a: a)
+    """Norms, biases, class tables."""
+    DENSE = (lambda a: a.T, lambda a: a.T)
+    """[out, in] <-> [in, out]."""
+    POINTWISE = (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])
+    """A 1x1 convolution [out, in, 1, 1] <-> [in, out]."""
+    CONVOLUTION = (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
+    """[out, in, height, width] <-> [height, width, in, out]."""
+
+    def __init__(self, to_ours: Callable, to_theirs: Callable) -> None:
+        self.to_ours, self.to_theirs = to_ours, to_theirs
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Leaf `ours` ("middle/attention/qkv/kernel") is the tensors `theirs`, stacked, in `layout`."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of each of their tensors for our leaf of `shape`."""
+        stacked = self.layout.to_theirs(np.broadcast_to(np.float32(0), shape)).shape
+        return (stacked[0] // len(self.theirs), *stacked[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file: its shape and dtype are known, its numbers are read on demand."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+Tensors = Mapping[str, LazyTensor]
+
+
+def to_ours(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: str) -> Params:
+    """Our parameter tree, as NumPy arrays in their dtype, from all of `tensors`.
+
+    `shapes` is what `network.shapes()` returns. One tensor is in memory beside the result at a time. Raises InputError
+    with every missing, superfluous and wrong-shaped tensor in one message that starts with `source`.
+    """
+    expected = dict(leaves(shapes))
+    assert sorted(expected) == sorted(rule.ours for rule in rules), "the rules do not cover our leaves"
+    wanted = {name: rule.their_shape(expected[rule.ours].shape) for rule in rules for name in rule.theirs}
+    complaints = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
+    complaints += [
+        f"wrong shape: {name} is {list(tensors[name].shape)}, the architecture needs {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    complaints += [f"not part of the network: {name} {list(tensors[name].shape)}" for name in tensors if name not in wanted]
+    complaints += [
+        f"not floating point: {name} is {tensors[name].dtype}"
+        for name in wanted
+        if name in tensors and tensors[name].dtype.kind not in "fV"
+    ]
+    if complaints:
+        shown = "\n  ".join(complaints[:40]) + (f"\n  ... and {len(complaints) - 40} more" if len(complaints) > 40 else "")
+        raise InputError(
+            f"{source} does not hold the tensors of one ADM U-Net, {len(complaints)} of {len(wanted)} disagree:\n"
+            f"  {shown}\nCheck that the file is complete and that its config, if it has one, belongs to it."
+        )
+    flat = {}
+    for rule in rules:
+        parts = [tensors[name].read() for name in rule.theirs]
+        stacked = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        flat[rule.ours] = np.ascontiguousarray(rule.layout.to_ours(stacked))
+    return nested(flat)
+
+
+def to_theirs(rules: list[Rule], params: Params) -> dict[str, np.ndarray]:
+    """Their tensors by name, in the order of the rules: the inverse of `to_ours`, bit for bit."""
+    ours = dict(leaves(params))
+    result = {}
+    for rule in rules:
+        stacked = rule.layout.to_theirs(np.asarray(ours[rule.ours]))
+        for name, part in zip(rule.theirs, np.split(stacked, len(rule.theirs)), strict=True):
+            result[name] = np.ascontiguousarray(part)
+    return result
+
+
+def leaves(tree: Params, path: str = "") -> list[tuple[str, np.ndarray]]:
+    """("a/b/c", leaf) for every leaf of a nested dictionary, in its order."""
+    if not isinstance(tree, Mapping):
+        return [(path, tree)]
+    return [pair for name, branch in tree.items() for pair in leaves(branch, f"{path}/{name}" if path else name)]
+
+
+def nested(flat: Mapping[str, np.ndarray]) -> Params:
+    """The inverse of `leaves`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *branches, name = path.split("/")
+        place = tree
+        for branch in branches:
+            place = place.setdefault(branch, {})
+        place[name] = leaf
+    return tree

@@ -1,0 +1,171 @@
+"""The parts of the ADM U-Net (Dhariwal and Nichol 2021), written so that PyTorch's numbers come out.
+
+Images inside the network are NHWC in the compute precision; norms, softmax and embeddings are float32.
+"""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+
+from cm_jax.arrays import Keys
+from cm_jax.networks.attention import Implementation, attend
+from cm_jax.networks.convolution import convolve_3x3
+from cm_jax.networks.precision import product_precision
+
+Features = Float[Array, "b h w c"]
+Embedding = Float[Array, "b t"]
+Resample = Literal["down", "up"]
+Modulation = Literal["scale_shift", "additive"]
+
+NORM_GROUPS = 32
+NORM_EPSILON = 1e-5
+
+
+def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
+    """[cos(t w_k), sin(t w_k)] with w_k = 10000^(-k / half), k = 0 ... half - 1; a zero closes an odd width."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / half)
+    angles = time[:, None] * frequencies
+    return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1), ((0, 0), (0, width % 2)))
+
+
+def downsample(x: Features) -> Features:
+    """Mean of every 2x2 square."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def upsample(x: Features) -> Features:
+    """Every pixel becomes a 2x2 square."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def resampled(x: Features, resample: Resample | None) -> Features:
+    return {"down": downsample, "up": upsample, None: lambda same: same}[resample](x)
+
+
+def dropped_out(x: Features, rate: float, keys: Keys | None, place: int) -> Features:
+    """Inverted dropout, every image with its own key; `place` numbers the layers. No keys: the identity."""
+    if keys is None or rate == 0:
+        return x
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """x W + b over the last axis; over pixels it is a 1x1 convolution."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        product = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), precision=product_precision(self.dtype))
+        return product + bias.astype(self.dtype)
+
+
+class Convolution(nn.Module):
+    """A 3x3 convolution with bias; `down` halves the image by stride, `up` doubles it beforehand."""
+
+    features: int
+    resample: Resample | None = None
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        kernel = self.param("kernel", nn.initializers.zeros, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = upsample(x) if self.resample == "up" else x
+        stride = 2 if self.resample == "down" else 1
+        return convolve_3x3(x.astype(self.dtype), kernel, stride=stride) + bias.astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation, then (1 + scale) y + shift per channel where those are given.
+
+    Sums are taken per channel, then per group, so that the pixels are read once for statistics and once for a single
+    multiply-add. They are taken about each channel's first pixel (the result does not depend on that choice), which
+    keeps the variance exact in float32 when the mean is large.
+    """
+
+    @nn.compact
+    def __call__(
+        self, x: Features, scale: Float[Array, "b c"] | None = None, shift: Float[Array, "b c"] | None = None
+    ) -> Features:
+        channels = x.shape[-1]
+        gain = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        pixels = x.astype(jnp.float32)
+        origin = jax.lax.stop_gradient(pixels[:, 0, 0])
+        centred = pixels - origin[:, None, None]
+        mean = centred.mean((1, 2))
+        variance = jnp.square(centred).mean((1, 2)) - jnp.square(mean)
+        mean = mean + origin
+        group_mean = _group_mean(mean)
+        group_variance = _group_mean(variance + jnp.square(mean - group_mean))
+        factor = gain * jax.lax.rsqrt(group_variance + NORM_EPSILON)
+        offset = bias - group_mean * factor
+        if scale is not None and shift is not None:
+            factor, offset = factor * (1 + scale), offset * (1 + scale) + shift
+        return (pixels * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
+
+
+def _group_mean(values: Float[Array, "b c"]) -> Float[Array, "b c"]:
+    """Every channel's value replaced by the mean over its group of neighbouring channels."""
+    b, c = values.shape
+    means = values.reshape(b, NORM_GROUPS, c // NORM_GROUPS).mean(-1)
+    return jnp.repeat(means, c // NORM_GROUPS, axis=1)
+
+
+class ResidualBlock(nn.Module):
+    """skip(x) + conv(act(norm(conv(act(norm(x))), embedding))), resampled before the first convolution."""
+
+    features: int
+    place: int
+    resample: Resample | None = None
+    modulation: Modulation = "scale_shift"
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Features, embedding: Embedding, dropout_keys: Keys | None = None) -> Features:
+        h = resampled(nn.silu(GroupNorm(name="norm_1")(x)), self.resample)
+        x = resampled(x, self.resample)
+        h = Convolution(self.features, dtype=self.dtype, name="conv_1")(h)
+
+        width = 2 * self.features if self.modulation == "scale_shift" else self.features
+        modulation = Dense(width, name="embedding")(nn.silu(embedding))
+        if self.modulation == "scale_shift":
+            scale, shift = jnp.split(modulation, 2, axis=1)
+            h = GroupNorm(name="norm_2")(h, scale, shift)
+        else:
+            h = GroupNorm(name="norm_2")(h + modulation[:, None, None].astype(h.dtype))
+        h = dropped_out(nn.silu(h), self.dropout, dropout_keys, self.place)
+        h = Convolution(self.features, dtype=self.dtype, name="conv_2")(h)
+
+        if x.shape[-1] != self.features:
+            x = Dense(self.features, dtype=self.dtype, name="skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """x + projection(attention(norm(x))) over all pixels; queries, keys and values are equal thirds, head by head."""
+
+    heads: int
+    implementation: Implementation = "auto"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        b, h, w, c = x.shape
+        thirds = Dense(3 * c, dtype=self.dtype, name="qkv")(GroupNorm(name="norm")(x).reshape(b, h * w, c))
+        query, key, value = (part.reshape(b, h * w, self.heads, -1) for part in jnp.split(thirds, 3, axis=-1))
+        mixed = attend(query, key, value, self.implementation).reshape(b, h, w, c)
+        return x + Dense(c, dtype=self.dtype, name="projection")(mixed)

@@ -1,0 +1,66 @@
+"""Scalings that turn a raw network F into a denoiser or a consistency function.
+
+D(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))      (EDM, eq. 7; CM, eq. 5)
+"""
+
+import abc
+import dataclasses
+
+import jax.numpy as jnp
+
+from cm_jax.arrays import Images, Sigmas, per_image
+from cm_jax.noise_levels import ADM_TIME, model_time
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling(abc.ABC):
+    """What both scalings share: unit-variance input c_in x, and the network's clock c_noise = time_factor ln sigma."""
+
+    sigma_data: float = 0.5
+    """Standard deviation of the clean data."""
+    time_factor: float = ADM_TIME
+
+    @abc.abstractmethod
+    def c_skip(self, sigma: Sigmas) -> Sigmas: ...
+
+    @abc.abstractmethod
+    def c_out(self, sigma: Sigmas) -> Sigmas: ...
+
+    def c_in(self, sigma: Sigmas) -> Sigmas:
+        """1 / sqrt(sigma^2 + sigma_data^2)."""
+        return 1 / jnp.sqrt(sigma**2 + self.sigma_data**2)
+
+    def c_noise(self, sigma: Sigmas) -> Sigmas:
+        return model_time(sigma, self.time_factor)
+
+    def blend(self, x: Images, sigma: Sigmas, raw: Images) -> Images:
+        """c_skip(sigma) x + c_out(sigma) raw, for the network's output `raw`."""
+        return per_image(self.c_skip(sigma)) * x + per_image(self.c_out(sigma)) * raw
+
+
+@dataclasses.dataclass(frozen=True)
+class EDMScaling(Scaling):
+    """Scalings of a denoiser (EDM, table 1): unit-variance targets at every level."""
+
+    def c_skip(self, sigma: Sigmas) -> Sigmas:
+        """sigma_data^2 / (sigma^2 + sigma_data^2)."""
+        return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+
+    def c_out(self, sigma: Sigmas) -> Sigmas:
+        """sigma sigma_data / sqrt(sigma^2 + sigma_data^2)."""
+        return sigma * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundaryScaling(Scaling):
+    """Scalings with c_skip(sigma_min) = 1 and c_out(sigma_min) = 0, so that f(x, sigma_min) = x (CM, appendix C)."""
+
+    sigma_min: float = 0.002
+
+    def c_skip(self, sigma: Sigmas) -> Sigmas:
+        """sigma_data^2 / ((sigma - sigma_min)^2 + sigma_data^2)."""
+        return self.sigma_data**2 / ((sigma - self.sigma_min) ** 2 + self.sigma_data**2)
+
+    def c_out(self, sigma: Sigmas) -> Sigmas:
+        """(sigma - sigma_min) sigma_data / sqrt(sigma^2 + sigma_data^2); the root holds sigma itself."""
+        return (sigma - self.sigma_min) * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)

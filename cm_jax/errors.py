@@ -1,4 +1,8 @@
-"""The one exception that bad input raises."""
+"""The one exception that bad input raises, and the wording of long lists of complaints."""
+
+from collections.abc import Mapping, Sequence
+
+_MOST_LINES = 40
 
 
 class InputError(ValueError):
@@ -6,3 +10,24 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with status 2. Any other exception is our bug.
     """
+
+
+def shape_complaints(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """A line for every tensor that is missing, superfluous or of the wrong shape."""
+    return [
+        *(f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found),
+        *(
+            f"wrong shape: {name} is {list(found[name])}, the architecture needs {list(shape)}"
+            for name, shape in wanted.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ),
+        *(f"not part of the network: {name} {list(shape)}" for name, shape in found.items() if name not in wanted),
+    ]
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Indented lines; of a very long list the beginning and the number of the rest."""
+    rest = [f"... and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+    return "\n  ".join([*lines[:_MOST_LINES], *rest])

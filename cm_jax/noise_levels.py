@@ -63,10 +63,13 @@ class KarrasGrid:
         return (self.levels - 1) * (sigma ** (1 / self.rho) - high) / (low - high)
 
     def descending(self, count: int) -> np.ndarray:
-        """`count` levels from sigma_max to sigma_min on the same curve; a single one is sigma_max. float64 [count]."""
-        if count == 1:
-            return np.array([self.sigma_max])
-        return dataclasses.replace(self, levels=count).sigma(np.arange(count, dtype=np.float64))
+        """`count` levels from sigma_max to sigma_min on the same curve; a single one is sigma_max. float32 [count].
+
+        In single precision, as the original computes the levels of its ODE solvers: the last bit of a level is visible,
+        because c_noise = 250 ln sigma magnifies it.
+        """
+        high, low = (np.float32(edge ** (1 / self.rho)) for edge in (self.sigma_max, self.sigma_min))
+        return (high + np.linspace(0, 1, count, dtype=np.float32) * (low - high)) ** np.float32(self.rho)
 
 
 def model_time(sigma: Float[Array, "..."], factor: float = ADM_TIME) -> Float[Array, "..."]:

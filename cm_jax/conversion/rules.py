@@ -8,10 +8,11 @@ import dataclasses
 import enum
 from collections.abc import Callable, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from cm_jax.arrays import Params
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, listed, shape_complaints
 
 
 class Layout(enum.Enum):
@@ -65,23 +66,15 @@ def to_ours(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: str)
     expected = dict(leaves(shapes))
     assert sorted(expected) == sorted(rule.ours for rule in rules), "the rules do not cover our leaves"
     wanted = {name: rule.their_shape(expected[rule.ours].shape) for rule in rules for name in rule.theirs}
-    complaints = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
-    complaints += [
-        f"wrong shape: {name} is {list(tensors[name].shape)}, the architecture needs {list(shape)}"
-        for name, shape in wanted.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    complaints += [f"not part of the network: {name} {list(tensors[name].shape)}" for name in tensors if name not in wanted]
-    complaints += [
+    complaints = shape_complaints(wanted, {name: tensor.shape for name, tensor in tensors.items()}) + [
         f"not floating point: {name} is {tensors[name].dtype}"
         for name in wanted
-        if name in tensors and tensors[name].dtype.kind not in "fV"
+        if name in tensors and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
     ]
     if complaints:
-        shown = "\n  ".join(complaints[:40]) + (f"\n  ... and {len(complaints) - 40} more" if len(complaints) > 40 else "")
         raise InputError(
-            f"{source} does not hold the tensors of one ADM U-Net, {len(complaints)} of {len(wanted)} disagree:\n"
-            f"  {shown}\nCheck that the file is complete and that its config, if it has one, belongs to it."
+            f"{source} does not hold the tensors of one ADM U-Net; {len(complaints)} of {len(wanted)} disagree:\n"
+            f"  {listed(complaints)}\nCheck that the file is complete and that its config, if it has one, belongs to it."
         )
     flat = {}
     for rule in rules:

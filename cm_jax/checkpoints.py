@@ -1,0 +1,76 @@
+"""Our checkpoints: parameters in Orbax, the config as JSON beside them. Nothing else in the library imports Orbax.
+
+    CHECKPOINT/config.json    what the model is, with the format's version
+    CHECKPOINT/params/        the parameter tree, every leaf in the precision it was given in
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cm_jax.arrays import Params
+from cm_jax.config import ModelConfig
+from cm_jax.errors import InputError, listed, shape_complaints
+from cm_jax.files import written_beside
+
+
+def save(directory: Path, config: ModelConfig, params: Params) -> None:
+    """Write a checkpoint; it appears under its name only when it is whole.
+
+    Raises InputError where `directory` has files in it or cannot be written.
+    """
+    import orbax.checkpoint as ocp  # here, because importing it takes a second that sampling from a .pt file can save
+
+    directory = directory.absolute()
+    with written_beside(directory) as beside:
+        beside.mkdir()
+        (beside / "config.json").write_text(config.to_json(), "utf-8")
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(beside / "params", params)
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a folder is laid out as one of ours."""
+    return (directory / "config.json").is_file() and (directory / "params").is_dir()
+
+
+def restore(
+    directory: Path, *, dtype: Any = None, sharding: jax.sharding.Sharding | None = None
+) -> tuple[ModelConfig, Params]:
+    """Config and parameters of a checkpoint, in the saved precision or another `dtype`.
+
+    Parameters come as NumPy arrays on the host, or, with `sharding`, as JAX arrays placed so, whatever the devices were
+    that saved them. Raises InputError for a damaged checkpoint, or one whose config contradicts its arrays.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = directory.absolute()
+    config = ModelConfig.from_json((directory / "config.json").read_text("utf-8", "replace"), str(directory / "config.json"))
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            saved = checkpointer.metadata(directory / "params").item_metadata
+            found = {_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
+            expected = jax.tree_util.tree_leaves_with_path(config.network.shapes())
+            complaints = shape_complaints({_path(path): leaf.shape for path, leaf in expected}, found)
+            if complaints:
+                raise InputError(f"{directory / 'config.json'} contradicts the parameters beside it:\n  {listed(complaints)}")
+            how = (
+                ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+                if sharding is None
+                else ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype)
+            )
+            args = jax.tree.map(lambda _: how, saved.tree)
+            return config, checkpointer.restore(directory / "params", restore_args=args)
+    except InputError:
+        raise
+    except Exception as error:  # whatever Orbax and its store raise, the files are at fault
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"The parameters in {directory / 'params'} are damaged or incomplete ({reason}). Copy or convert them again."
+        ) from error
+
+
+def _path(path: Any) -> str:
+    return "/".join(str(entry.key) for entry in path)

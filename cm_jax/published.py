@@ -1,0 +1,88 @@
+"""The published checkpoints: what their file names say that their tensors cannot.
+
+Levels and tuned timesteps are those of the original's sampling commands (openai/consistency_models, scripts/launch.sh).
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+from pathlib import Path
+
+_EMOJI_CLASSES = (
+    "Smileys & Emotion",
+    "People & Body",
+    "Animals & Nature",
+    "Food & Drink",
+    "Travel & Places",
+    "Activities",
+    "Objects",
+    "Symbols",
+    "Flags",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A checkpoint that people know by name."""
+
+    name: str
+    image_size: int
+    levels: int
+    head_width: int = 64
+    timesteps: tuple[int, ...] = ()
+    """Tuned levels for two steps, as diffusers writes them; empty where none were published."""
+    class_names: tuple[str, ...] = ()
+    bundled: bool = False
+
+    @property
+    def scalings(self) -> str:
+        return "edm" if self.name.startswith("edm_") or self.name.endswith("_edm") else "consistency"
+
+    @property
+    def url(self) -> str:
+        return f"https://openaipublic.blob.core.windows.net/consistency/{self.name}.pt"
+
+
+@functools.cache
+def imagenet_classes() -> tuple[str, ...]:
+    """Names of the 1000 ImageNet classes in the order of their WordNet ids, as the published networks number them."""
+    text = importlib.resources.files("cm_jax.bundled").joinpath("imagenet_classes.txt").read_text("utf-8")
+    return tuple(text.splitlines())
+
+
+@functools.cache
+def published() -> dict[str, Published]:
+    """Every checkpoint that is known by name: the twelve of OpenAI, and the one that lies in this package."""
+    imagenet = {"image_size": 64, "class_names": imagenet_classes()}
+    known = [
+        Published("edm_imagenet64_ema", levels=40, **imagenet),
+        Published("cd_imagenet64_l2", levels=40, timesteps=(22, 0), **imagenet),
+        Published("cd_imagenet64_lpips", levels=40, timesteps=(22, 0), **imagenet),
+        Published("ct_imagenet64", levels=201, timesteps=(106, 0), **imagenet),
+        Published("edm_bedroom256_ema", 256, levels=40),
+        Published("cd_bedroom256_l2", 256, levels=40, timesteps=(18, 0)),
+        Published("cd_bedroom256_lpips", 256, levels=40, timesteps=(17, 0)),
+        Published("ct_bedroom256", 256, levels=151, timesteps=(67, 0)),
+        Published("edm_cat256_ema", 256, levels=40),
+        Published("cd_cat256_l2", 256, levels=40),
+        Published("cd_cat256_lpips", 256, levels=40),
+        Published("ct_cat256", 256, levels=151, timesteps=(62, 0)),
+        Published("emoji16_cd", 16, 18, head_width=32, timesteps=(8, 0), class_names=_EMOJI_CLASSES, bundled=True),
+    ]
+    return {entry.name: entry for entry in known}
+
+
+def recognise(path: Path) -> Published | None:
+    """The published checkpoint that a file or folder is, going by its name ("diffusers-cd_cat256_l2", "ct_cat256.pt")."""
+    stems = (path.name.removesuffix(".pt").removesuffix(".bin"), path.resolve().name.removesuffix(".pt"))
+    matches = [entry for name, entry in published().items() if any(name in stem for stem in stems)]
+    return max(matches, key=lambda entry: len(entry.name), default=None)
+
+
+DEFAULT = "emoji16_cd"
+"""The bundled checkpoint that is used where none is named."""
+
+
+def bundled_path(name: str) -> Path:
+    """Where a bundled checkpoint lies on disk."""
+    return Path(str(importlib.resources.files("cm_jax.bundled").joinpath(f"{name}.pt")))

@@ -1,0 +1,34 @@
+"""Samplers: from standard normal noise to images, along falling noise levels.
+
+A sampler is a frozen dataclass, called with a denoiser, its levels and a source of noise; the call is pure JAX, so that
+it compiles into one program with the network.
+"""
+
+from cm_jax.samplers.base import Sampler
+from cm_jax.samplers.consistency import Consistency
+from cm_jax.samplers.levels import choose_levels
+from cm_jax.samplers.probability_flow import DPM, Churn, Euler, Heun, ProgressiveEuler
+from cm_jax.samplers.stochastic import Ancestral
+
+__all__ = [
+    "DPM",
+    "SAMPLERS",
+    "Ancestral",
+    "Churn",
+    "Consistency",
+    "Euler",
+    "Heun",
+    "ProgressiveEuler",
+    "Sampler",
+    "choose_levels",
+]
+
+SAMPLERS: dict[str, Sampler] = {
+    "consistency": Consistency(),
+    "heun": Heun(),
+    "euler": Euler(),
+    "dpm": DPM(),
+    "ancestral": Ancestral(),
+    "progdist": ProgressiveEuler(),
+}
+"""Their names on the command line, each with its defaults."""

@@ -59,7 +59,7 @@ class Format:
         for ours, layer in self.entrance.items():
             if ours != "embedding/table" or network.classes is not None:
                 add(ours, layer)
-        for name, unit, prefix in self._units(network):
+        for name, unit, prefix in self.units(network):
             if unit.kind == "convolution":
                 inner = self.convolution.format({"down": "op", "up": "conv"}[unit.resample or "down"])
                 add(name, (inner, CONVOLUTION), f"{prefix}.")
@@ -71,7 +71,7 @@ class Format:
             add(ours, layer)
         return rules
 
-    def _units(self, network: ADMUNet) -> list[tuple[str, Unit, str]]:
+    def units(self, network: ADMUNet) -> list[tuple[str, Unit, str]]:
         """(our path, unit, their prefix) of every unit, in order."""
         plan = network.plan()
         stages = {"encoder": plan.encoder, "middle": (plan.middle,), "decoder": plan.decoder}

@@ -7,6 +7,7 @@ rules of a network name every leaf of ours and every tensor of theirs exactly on
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +96,7 @@ def to_theirs(rules: list[Rule], params: Params) -> dict[str, np.ndarray]:
     return result
 
 
-def leaves(tree: Params, path: str = "") -> list[tuple[str, np.ndarray]]:
+def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     """("a/b/c", leaf) for every leaf of a nested dictionary, in its order."""
     if not isinstance(tree, Mapping):
         return [(path, tree)]

@@ -1,6 +1,6 @@
 """Networks: frozen dataclasses whose `predict` is a pure function. The only folder that imports Flax."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Key
 
@@ -10,6 +10,7 @@ from cm_jax.networks.adm_unet import ADMUNet
 __all__ = ["ADMUNet", "Network"]
 
 
+@runtime_checkable
 class Network(Protocol):
     """What the rest of the library sees of a network; hashable, so that it can be a static argument of jit."""
 

@@ -25,8 +25,10 @@ from cm_jax.networks.blocks import (
     Convolution,
     Dense,
     Embedding,
+    Features,
     GroupNorm,
     Modulation,
+    Outputs,
     Resample,
     ResidualBlock,
     sinusoid,
@@ -214,7 +216,7 @@ class ADMUNet:
 
     def inner_outputs(
         self, params: Params, x: Images, c_noise: Float[Array, " b"], labels: Labels | None = None
-    ) -> dict[str, Float[Array, "b h2 w2 c2"]]:
+    ) -> dict[str, Array]:
         """What every unit puts out, by its path ("down_0_0/residual"), in the order of `plan`: to compare networks."""
         self.check_input(x.shape, labels is not None)
         _, state = _ADMUNet(self).apply(
@@ -306,7 +308,7 @@ class _ADMUNet(nn.Module):
         embedding = _Embedding(config, name="embedding")(c_noise, labels)
         places = itertools.count()
 
-        def apply(block: Block, h: Array) -> Array:
+        def apply(block: Block, h: Features) -> Outputs:
             return _Block(config, block, next(places), name=block.name)(h, embedding, dropout_keys)
 
         h = Convolution(config.level_channels[0], dtype=config.precision, name="stem")(x)
@@ -328,7 +330,7 @@ class _Block(nn.Module):
     place: int
 
     @nn.compact
-    def __call__(self, h: Array, embedding: Embedding, dropout_keys: Keys | None) -> Array:
+    def __call__(self, h: Features, embedding: Embedding, dropout_keys: Keys | None) -> Outputs:
         config = self.config
         dtype = config.precision
         recomputed = nn.remat if config.rematerialise else lambda module: module
@@ -374,5 +376,5 @@ class _Head(nn.Module):
     channels: int
 
     @nn.compact
-    def __call__(self, h: Float[Array, "b h w c"]) -> Images:
+    def __call__(self, h: Features) -> Outputs:
         return Convolution(self.channels, name="output")(nn.silu(GroupNorm(name="norm")(h)))

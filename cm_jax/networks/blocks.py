@@ -17,6 +17,8 @@ from cm_jax.networks.convolution import convolve_3x3
 from cm_jax.networks.precision import product_precision
 
 Features = Float[Array, "b h w c"]
+Outputs = Float[Array, "b h2 w2 c2"]
+"""Features whose size or number of channels may have changed."""
 Embedding = Float[Array, "b t"]
 Resample = Literal["down", "up"]
 Modulation = Literal["scale_shift", "additive"]
@@ -33,19 +35,19 @@ def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
     return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1), ((0, 0), (0, width % 2)))
 
 
-def downsample(x: Features) -> Features:
+def downsample(x: Features) -> Outputs:
     """Mean of every 2x2 square."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
-def upsample(x: Features) -> Features:
+def upsample(x: Features) -> Outputs:
     """Every pixel becomes a 2x2 square."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
-def resampled(x: Features, resample: Resample | None) -> Features:
+def resampled(x: Features, resample: Resample | None) -> Outputs:
     return {"down": downsample, "up": upsample, None: lambda same: same}[resample](x)
 
 
@@ -79,7 +81,7 @@ class Convolution(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Features) -> Features:
+    def __call__(self, x: Features) -> Outputs:
         kernel = self.param("kernel", nn.initializers.zeros, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x = upsample(x) if self.resample == "up" else x
@@ -135,7 +137,7 @@ class ResidualBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Features, embedding: Embedding, dropout_keys: Keys | None = None) -> Features:
+    def __call__(self, x: Features, embedding: Embedding, dropout_keys: Keys | None = None) -> Outputs:
         h = resampled(nn.silu(GroupNorm(name="norm_1")(x)), self.resample)
         x = resampled(x, self.resample)
         h = Convolution(self.features, dtype=self.dtype, name="conv_1")(h)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cm_jax.arrays import Denoiser, Draw, Images
 from cm_jax.noise_levels import KarrasGrid
@@ -38,6 +38,11 @@ class Sampler(abc.ABC):
         """The level at which it ends, after the last call of the denoiser."""
         return grid.sigma_min if self.ends_at_boundary else 0.0
 
+    def draws(self, steps: int) -> int:
+        """How many draws of noise it uses in so many steps, the start included."""
+        del steps
+        return 1
+
     @abc.abstractmethod
     def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images: ...
 
@@ -51,6 +56,6 @@ class Sampler(abc.ABC):
         return lambda x, level: (x - self.denoise(denoiser, x, level)) / level
 
 
-def intervals(levels: Levels) -> tuple[Array, Levels, Levels]:
+def intervals(levels: Levels) -> tuple[Int[Array, " steps"], Float[Array, " steps"], Float[Array, " steps"]]:
     """(step, level now, level after) of every step, to scan over."""
     return jnp.arange(levels.shape[0] - 1), levels[:-1], levels[1:]

@@ -27,6 +27,9 @@ class Consistency(Sampler):
         indices = [step * (grid.levels // steps) for step in range(steps)]
         return (*(float(grid.sigma(index)) for index in indices), self.closing(grid))
 
+    def draws(self, steps: int) -> int:
+        return 1 if steps == 1 else steps + 1
+
     def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images:
         if levels.shape[0] == 2:
             return jnp.clip(self.denoise(denoiser, levels[0] * draw(0), levels[0]), -1, 1)

@@ -39,6 +39,9 @@ class Heun(Sampler):
 
     churn: Churn = Churn()
 
+    def draws(self, steps: int) -> int:
+        return steps + 1 if self.churn.amount else 1
+
     def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images:
         slope = self.slope(denoiser)
 
@@ -86,6 +89,9 @@ class DPM(Sampler):
     """Second-order steps through the middle level ((s_i^(1/3) + s_{i+1}^(1/3)) / 2)^3; two calls a step."""
 
     churn: Churn = Churn()
+
+    def draws(self, steps: int) -> int:
+        return steps + 1 if self.churn.amount else 1
 
     def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images:
         slope = self.slope(denoiser)

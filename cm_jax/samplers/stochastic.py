@@ -13,6 +13,9 @@ from cm_jax.samplers.base import Levels, Sampler, intervals
 class Ancestral(Sampler):
     """Euler's step to s_down, then fresh noise up to s_{i+1}: s_up^2 = s_{i+1}^2 (s_i^2 - s_{i+1}^2) / s_i^2."""
 
+    def draws(self, steps: int) -> int:
+        return steps + 1
+
     def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images:
         slope = self.slope(denoiser)
 

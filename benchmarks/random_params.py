@@ -1,0 +1,28 @@
+"""Parameters in which every layer counts, for networks that nobody trained."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from cm_jax.arrays import Params
+from cm_jax.networks import ADMUNet
+
+
+def random_params(network: ADMUNet, seed: int = 0) -> Params:
+    """Seeded float32 arrays: kernels that keep the variance, scales near one, no layer at zero."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        values = rng.standard_normal(leaf.shape, np.float32)
+        match path[-1].key:
+            case "kernel":
+                return values / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
+            case "scale":
+                return 1 + values / 10
+            case "bias":
+                return values / 10
+            case _:
+                return values
+
+    return jax.tree_util.tree_map_with_path(fill, network.shapes())

@@ -1,0 +1,46 @@
+"""The PyTorch network of the benchmarks puts out what ours does: python -m pytest benchmarks"""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.random_params import random_params
+from benchmarks.torch_adm import TorchADM
+from cm_jax.networks import ADMUNet
+
+CONDITIONAL = ADMUNet(
+    image_size=16, width=32, multipliers=(1, 2, 3), blocks_per_level=2, attention_factors=(2,), head_width=32, classes=5
+)
+UNCONDITIONAL = ADMUNet(
+    image_size=16,
+    width=32,
+    multipliers=(2, 1),
+    blocks_per_level=1,
+    attention_factors=(1, 2),
+    head_width=None,
+    heads=4,
+    classes=None,
+    modulation="additive",
+    resampling="convolution",
+)
+
+
+@pytest.mark.parametrize("network", [CONDITIONAL, UNCONDITIONAL], ids=["conditional", "unconditional"])
+def test_torch_network_agrees_with_ours(network: ADMUNet) -> None:
+    rng = np.random.default_rng(1)
+    params = random_params(network)
+    x = rng.standard_normal((3, *network.image_shape), np.float32)
+    times = np.array([1095.5, 80.9, -1553.7], np.float32)
+    labels = None if network.classes is None else np.array([0, 4, 2])
+
+    ours = jax.jit(network.predict)(params, x, times, labels)
+    with torch.no_grad():
+        theirs = TorchADM(network, params)(
+            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
+            torch.from_numpy(times),
+            None if labels is None else torch.from_numpy(labels),
+        )
+    reference = theirs.numpy().transpose(0, 2, 3, 1)
+    assert 0.1 < reference.std() < 10
+    np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())

@@ -1,0 +1,155 @@
+"""The ADM U-Net in PyTorch, from a network's plan and parameter tree: what sampling_time compares with on a GPU."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cm_jax.arrays import Params
+from cm_jax.networks import ADMUNet
+from cm_jax.networks.adm_unet import Block, Unit
+from cm_jax.networks.blocks import NORM_EPSILON, NORM_GROUPS, Modulation
+
+
+def _filled(layer: nn.Module, weight: np.ndarray, bias: np.ndarray) -> nn.Module:
+    """A layer with these numbers and no gradients."""
+    state = {"weight": torch.from_numpy(np.array(weight)), "bias": torch.from_numpy(np.array(bias))}
+    layer.load_state_dict(state, strict=True, assign=True)
+    return layer.requires_grad_(False)
+
+
+def _convolution(leaves: Params, stride: int = 1) -> nn.Module:
+    """A 3x3 convolution."""
+    kernel = np.asarray(leaves["kernel"])
+    layer = nn.Conv2d(kernel.shape[2], kernel.shape[3], 3, stride, padding=1, device="meta")
+    return _filled(layer, kernel.transpose(3, 2, 0, 1), leaves["bias"])
+
+
+def _pointwise(leaves: Params) -> nn.Module:
+    """A dense layer over channels, as a 1x1 convolution."""
+    kernel = np.asarray(leaves["kernel"])
+    layer = nn.Conv2d(kernel.shape[0], kernel.shape[1], 1, device="meta")
+    return _filled(layer, kernel.T[:, :, None, None], leaves["bias"])
+
+
+def _dense(leaves: Params) -> nn.Module:
+    kernel = np.asarray(leaves["kernel"])
+    return _filled(nn.Linear(*kernel.shape, device="meta"), kernel.T, leaves["bias"])
+
+
+def _norm(leaves: Params) -> nn.Module:
+    layer = nn.GroupNorm(NORM_GROUPS, leaves["scale"].shape[0], NORM_EPSILON, device="meta")
+    return _filled(layer, leaves["scale"], leaves["bias"])
+
+
+def _resampled(x: Tensor, resample: str | None) -> Tensor:
+    if resample == "down":
+        return functional.avg_pool2d(x, 2)
+    return functional.interpolate(x, scale_factor=2.0, mode="nearest") if resample == "up" else x
+
+
+class _Residual(nn.Module):
+    def __init__(self, unit: Unit, leaves: Params, modulation: Modulation) -> None:
+        super().__init__()
+        self.resample, self.modulation = unit.resample, modulation
+        self.norm_1, self.conv_1 = _norm(leaves["norm_1"]), _convolution(leaves["conv_1"])
+        self.embedding = _dense(leaves["embedding"])
+        self.norm_2, self.conv_2 = _norm(leaves["norm_2"]), _convolution(leaves["conv_2"])
+        self.skip = _pointwise(leaves["skip"]) if "skip" in leaves else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv_1(_resampled(functional.silu(self.norm_1(x)), self.resample))
+        modulation = self.embedding(functional.silu(embedding))[:, :, None, None]
+        if self.modulation == "scale_shift":
+            scale, shift = modulation.chunk(2, dim=1)
+            h = self.norm_2(h) * (1 + scale) + shift
+        else:
+            h = self.norm_2(h + modulation)
+        return self.skip(_resampled(x, self.resample)) + self.conv_2(functional.silu(h))
+
+
+class _Attention(nn.Module):
+    def __init__(self, heads: int, leaves: Params) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv, self.projection = (
+            _norm(leaves["norm"]),
+            _dense(leaves["qkv"]),
+            _dense(leaves["projection"]),
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        thirds = self.qkv(pixels).view(b, h * w, 3, self.heads, c // self.heads)
+        query, key, value = thirds.permute(2, 0, 3, 1, 4).unbind()
+        mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(b, h * w, c)
+        return x + self.projection(mixed).transpose(1, 2).view(b, c, h, w)
+
+
+class _Resampling(nn.Module):
+    def __init__(self, unit: Unit, leaves: Params) -> None:
+        super().__init__()
+        self.resample = "up" if unit.resample == "up" else None
+        self.convolution = _convolution(leaves, stride=2 if unit.resample == "down" else 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.convolution(_resampled(x, self.resample))
+
+
+class TorchADM(nn.Module):
+    """The network with these parameters, NCHW; `.to(torch.bfloat16)` takes all of it, norms too, to half precision."""
+
+    def __init__(self, network: ADMUNet, params: Params) -> None:
+        super().__init__()
+        plan = network.plan()
+        embedding, head = params["embedding"], params["head"]
+        self.half_width = network.width // 2
+        self.dense_1, self.dense_2 = _dense(embedding["dense_1"]), _dense(embedding["dense_2"])
+        self.table = None
+        if network.classes is not None:
+            self.table = nn.Embedding.from_pretrained(torch.from_numpy(np.array(embedding["table"])))
+
+        def block(description: Block) -> nn.ModuleList:
+            return nn.ModuleList(unit(part, params[description.name][part.name]) for part in description.units)
+
+        def unit(part: Unit, leaves: Params) -> nn.Module:
+            match part.kind:
+                case "residual":
+                    return _Residual(part, leaves, network.modulation)
+                case "attention":
+                    return _Attention(network.heads_for(part.channels_out), leaves)
+                case "convolution":
+                    return _Resampling(part, leaves)
+
+        self.stem = _convolution(params["stem"])
+        self.encoder = nn.ModuleList(map(block, plan.encoder))
+        self.middle = block(plan.middle)
+        self.decoder = nn.ModuleList(map(block, plan.decoder))
+        self.norm, self.output = _norm(head["norm"]), _convolution(head["output"])
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        places = torch.arange(self.half_width, device=x.device)
+        angles = c_noise[:, None].float() * torch.exp(-math.log(10000) * places / self.half_width)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype)
+        embedding = self.dense_2(functional.silu(self.dense_1(sinusoid)))
+        if self.table is not None:
+            embedding = embedding + self.table(labels)
+
+        h = self.stem(x)
+        skips = [h]
+        for block in self.encoder:
+            h = _applied(block, h, embedding)
+            skips.append(h)
+        h = _applied(self.middle, h, embedding)
+        for block in self.decoder:
+            h = _applied(block, torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.output(functional.silu(self.norm(h)))
+
+
+def _applied(block: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+    for unit in block.children():
+        h = unit(h, embedding)
+    return h

@@ -1,0 +1,305 @@
+"""The command line: `cm-jax sample` and `cm-jax convert`, also as `python sample.py` and `python -m convert`."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import jax
+import numpy as np
+import tyro
+
+from cm_jax import conversion
+from cm_jax.conversion.sources import ScalingName
+from cm_jax.errors import InputError
+from cm_jax.files import check_writable
+from cm_jax.images import Quantisation, grid, quantise, save_folder, save_grid, save_npz
+from cm_jax.model import Model, Plan, find, load
+from cm_jax.networks.precision import Precision
+from cm_jax.published import DEFAULT
+from cm_jax.samplers import SAMPLERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draw images from a consistency model, or from an EDM teacher.
+
+    One step by default; --steps, --timesteps, --indices and --sigmas ask for more, each in its own way.
+    """
+
+    checkpoint: tyro.conf.Positional[str] = DEFAULT
+    """A cm_jax checkpoint, the original's .pt file, a diffusers folder, or the name of a bundled model."""
+    count: int | None = None
+    """Number of images. Default: 16, or 8 for each of the labels."""
+    labels: str = ""
+    """Classes by number or name: 145, or "145,207", or "king penguin", or "all"; images are shared out evenly among
+    them. Default: drawn at random from the seed."""
+    steps: int | None = None
+    """Number of steps. Levels tuned for this checkpoint are used where they are known."""
+    timesteps: str = ""
+    """Grid indices as diffusers writes them, falling to 0: "22,0"."""
+    indices: str = ""
+    """Grid indices as the original writes them, rising from 0 to the last: "0,22,39"."""
+    sigmas: str = ""
+    """Noise levels, falling: "80,1.38"."""
+    sampler: Literal["", "consistency", "heun", "euler", "dpm", "ancestral", "progdist"] = ""
+    """Default: consistency, or heun for a model with EDM scalings."""
+    seed: int = 0
+    """The same seed gives the same images, whatever the batch size and the devices."""
+    precision: Precision = "float32"
+    """Of the products inside the network."""
+    batch_size: int | None = None
+    """Images drawn at once over all devices. Default: 64 a device, fewer above 64 pixels."""
+    output: Path = Path("samples.png")
+    """samples.png: all images in a grid; samples.npz: arr_0 and arr_1 for evaluators; anything else: a folder of PNGs."""
+    quantisation: Quantisation = "round"
+    """To 8 bits by rounding, or by truncating as the original does."""
+    compilation_cache: str = ""
+    """Folder in which compiled programs are kept from run to run, or "off". Default: in the user's cache folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Convert a checkpoint between PyTorch and JAX: the original's .pt, a diffusers folder, ours; in every direction.
+
+    The architecture is read off the tensors. The flags say what tensors cannot tell; the published checkpoints are
+    recognised by name and need none of them.
+    """
+
+    source: tyro.conf.Positional[str]
+    """A .pt file, a diffusers folder, a cm_jax checkpoint, or the name of a bundled model."""
+    destination: tyro.conf.Positional[Path]
+    """What to write. It must not exist yet, unless it is a .pt file."""
+    to: Literal["", "ours", "openai", "diffusers"] = ""
+    """Default: openai for a destination that ends in .pt, else ours."""
+    head_width: int | None = None
+    """Channels of an attention head (64 in the published networks)."""
+    heads: int | None = None
+    """Number of attention heads, where that is what all levels share."""
+    scalings: ScalingName | None = None
+    """consistency: f with f(x, sigma_min) = x; edm: a denoiser, such as a teacher."""
+    levels: int | None = None
+    """Number of levels of the grid that timesteps and indices count (40 for CD; 201 or 151 for CT)."""
+    image_size: int | None = None
+    """Height and width of the images."""
+    check: bool = False
+    """Run PyTorch's network and ours on the same inputs first; write only if they agree."""
+
+
+def sample(arguments: Sample) -> None:
+    """Load, draw, write, and say what was done."""
+    _use_compilation_cache(arguments.compilation_cache)
+    path = find(arguments.checkpoint)
+    check_writable(arguments.output)
+    began = time.perf_counter()
+    model = load(path, precision=arguments.precision)
+    network = model.config.network
+    plan = model.plan(
+        steps=arguments.steps,
+        timesteps=_numbers("timesteps", arguments.timesteps, int),
+        indices=_numbers("indices", arguments.indices, int),
+        sigmas=_numbers("sigmas", arguments.sigmas, float),
+        sampler=arguments.sampler or None,
+    )
+    labels, count, columns = _shared_out(model, arguments)
+    kind = "consistency model" if model.config.distilled else "EDM denoiser"
+    classes = f", {network.classes} classes" if network.classes else ""
+    _say(
+        f"{arguments.checkpoint}: {kind}, {network.image_shape[0]} pixels{classes}, {arguments.precision}, on "
+        f"{_devices()}; read in {time.perf_counter() - began:.1f} s."
+    )
+    _say(f"Drawing {count} images, {_described(plan)}, seed {arguments.seed}.")
+
+    began = time.perf_counter()
+    with _compilation_time() as compiled:
+        batches = model.batches(arguments.seed, count, plan, labels=labels, batch_size=arguments.batch_size)
+        images = np.concatenate([quantise(batch, arguments.quantisation) for batch in _progress(batches, count)])
+    elapsed = time.perf_counter() - began
+
+    suffix = arguments.output.suffix.lower()
+    if suffix == ".png":
+        names = _row_names(model, labels, columns) if arguments.labels else ()
+        save_grid(arguments.output, grid(images, columns, names))
+    else:
+        (save_npz if suffix == ".npz" else save_folder)(arguments.output, images, labels)
+    compilation = compiled()
+    _say(
+        f"Drew {count} images in {elapsed:.1f} s: {compilation:.1f} s compiling, {elapsed - compilation:.1f} s drawing. "
+        f"They are in {arguments.output}."
+    )
+
+
+def convert(arguments: Convert) -> None:
+    """Read, check, write, and say what was done."""
+    from cm_jax.conversion.parity import compare
+
+    kind = arguments.to or ("openai" if arguments.destination.suffix == ".pt" else "ours")
+    if kind != "openai" and arguments.destination.exists():
+        raise InputError(f"{arguments.destination} exists already: name another destination, or remove it first.")
+    if kind != "openai" and arguments.destination.suffix == ".pt":
+        raise InputError(f"{arguments.destination} looks like a .pt file, and --to {kind} writes a folder: name a folder.")
+    check_writable(arguments.destination)
+    untold = conversion.Untold(
+        arguments.head_width, arguments.heads, arguments.scalings, arguments.levels, arguments.image_size
+    )
+    began = time.perf_counter()
+    source = conversion.read(find(arguments.source), untold)
+    network = source.config.network
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
+    _say(f"Read {arguments.source}: {_architecture(source)}; {parameters:,} parameters.")
+    if arguments.check:
+        parity = compare(source)
+        _say(parity.report())
+        if not parity.passed:
+            raise InputError(f"The two networks disagree, so {arguments.destination} was not written.")
+    conversion.write(arguments.destination, kind, source.config, source.params)
+    _say(f"Wrote {arguments.destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
+    if kind == "diffusers" and not source.config.distilled:
+        _say("It holds the network alone: ConsistencyModelPipeline would take a denoiser for a consistency function.")
+    if kind == "ours":
+        _say(f"Draw from it: python sample.py {arguments.destination}" + (" --labels 0" if network.classes else ""))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`cm-jax sample ...`, `cm-jax convert ...`."""
+    both = (
+        Annotated[Sample, tyro.conf.subcommand("sample", description=Sample.__doc__)]
+        | Annotated[Convert, tyro.conf.subcommand("convert", description=Convert.__doc__)]
+    )
+    chosen = tyro.cli(both, prog="cm-jax", args=arguments)  # type: ignore[arg-type]
+    _run(lambda: sample(chosen) if isinstance(chosen, Sample) else convert(chosen))
+
+
+def main_sample(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python sample.py ...`."""
+    chosen = tyro.cli(Sample, prog="sample.py", args=arguments)
+    _run(lambda: sample(chosen))
+
+
+def main_convert(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python -m convert ...`."""
+    chosen = tyro.cli(Convert, prog="python -m convert", args=arguments)
+    _run(lambda: convert(chosen))
+
+
+def _run(command: Callable[[], None]) -> NoReturn:
+    """Exit with 0; or, for bad input, with 2 and one message; or with 130 when interrupted."""
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _numbers(name: str, text: str, kind: type[int] | type[float]) -> tuple[float, ...] | None:
+    """The numbers of a comma-separated list; None for an empty text."""
+    if not text:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"--{name} wants {wanted} with commas between, got {text!r}.") from error
+
+
+def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int, int]:
+    """(class of every image, number of images, columns of a grid)."""
+    if not arguments.labels:
+        count = 16 if arguments.count is None else arguments.count
+        labels = model.draw_labels(arguments.seed, count) if count > 0 else None
+        return labels, count, max(1, round(abs(count) ** 0.5))
+    classes = model.config.network.classes
+    every = arguments.labels.strip() == "all" and classes is not None
+    wanted = [str(i) for i in range(classes or 0)] if every else arguments.labels.split(",")
+    numbers = model.labels(wanted, len(wanted))
+    assert numbers is not None
+    count = 8 * len(numbers) if arguments.count is None else arguments.count
+    if count % len(numbers) or count < 1:
+        nearest = max(1, round(count / len(numbers))) * len(numbers)
+        raise InputError(f"--count {count} cannot be shared out evenly among {len(numbers)} labels: try --count {nearest}.")
+    each = count // len(numbers)
+    return np.repeat(numbers, each), count, each if len(numbers) > 1 else max(1, round(each**0.5))
+
+
+def _row_names(model: Model, labels: np.ndarray | None, columns: int) -> list[str]:
+    """What stands at the left of each row of a grid: the name of the row's class, or its number."""
+    names = model.config.class_names
+    first = [] if labels is None else labels[::columns].tolist()
+    return [names[label].split(",")[0] if names else f"class {label}" for label in first]
+
+
+def _described(plan: Plan) -> str:
+    steps = len(plan.levels) - 1
+    name = next((name for name, sampler in SAMPLERS.items() if sampler == plan.sampler), type(plan.sampler).__name__)
+    shown = ", ".join(f"{level:.4g}" for level in plan.levels[:-1][:4]) + (", ..." if steps > 4 else "")
+    return f"{name} sampler in {steps} step{'s' if steps > 1 else ''} (sigma {shown})"
+
+
+def _architecture(source: conversion.Source) -> str:
+    config, network = source.config, source.config.network
+    kind = "consistency model" if config.distilled else "EDM denoiser"
+    classes = f"{network.classes} classes" if network.classes else "unconditional"
+    return f"{kind}, {network.image_shape[0]} pixels, {classes}, {config.grid.levels} levels"
+
+
+def _devices() -> str:
+    devices = jax.local_devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def _progress(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The batches, with a bar on a terminal's standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=count)
+        for batch in batches:
+            yield batch
+            bar.advance(task, len(batch))
+
+
+@contextlib.contextmanager
+def _compilation_time() -> Iterator[Callable[[], float]]:
+    """A function that tells how many seconds went into tracing and compiling inside the block."""
+    spent: list[float] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event.startswith("/jax/core/compile/"):
+            spent.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield lambda: sum(spent)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _use_compilation_cache(folder: str) -> None:
+    """Keep compiled programs between runs, unless JAX was already told where, or the user wants none."""
+    if folder == "off" or (not folder and jax.config.jax_compilation_cache_dir):
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = Path(folder) if folder else home / "cm_jax" / "compiled"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if folder:
+            raise InputError(f"Cannot keep compiled programs in {path}: {error.strerror}.") from error
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,127 @@
+"""The proof of a conversion: diffusers' PyTorch network and ours on the same inputs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cm_jax.arrays import Params
+from cm_jax.conversion.diffusers_configs import unet_config
+from cm_jax.conversion.files import as_torch
+from cm_jax.conversion.formats import DIFFUSERS
+from cm_jax.conversion.rules import to_theirs
+from cm_jax.conversion.sources import Source
+from cm_jax.errors import InputError
+from cm_jax.networks import ADMUNet
+from cm_jax.networks.blocks import NORM_GROUPS
+from cm_jax.noise_levels import model_time
+
+BOUND = 1e-5
+"""Largest difference allowed, relative to the largest output: float32 rounding through some hundred layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """What a comparison found; differences are relative to the largest value of PyTorch's output."""
+
+    difference: float
+    inputs: int
+    units: dict[str, float]
+    """Per unit of the network, in order; filled in only where `difference` exceeds the bound."""
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= BOUND
+
+    def report(self) -> str:
+        """A line, and where the bound is exceeded a table of the units."""
+        verdict = "within" if self.passed else "OVER"
+        line = (
+            f"Parity with PyTorch (diffusers' UNet2DModel, float32, {self.inputs} inputs): largest relative difference "
+            f"{self.difference:.1e}, {verdict} the bound of {BOUND:.0e}."
+        )
+        table = [f"  {value:9.1e}{'  <--' if value > BOUND else ''}  {name}" for name, value in self.units.items()]
+        return "\n".join([line, *table])
+
+
+def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
+    """Run both networks on `inputs` noisy images, from sigma_max to sigma_min, with seeded labels.
+
+    The PyTorch network takes a diffusers source's own tensors; others reach it through diffusers' rules. Raises
+    InputError where PyTorch or diffusers is not installed, or UNet2DModel has no such network.
+    """
+    network = dataclasses.replace(source.config.network, precision="float32", attention="plain")
+    assert isinstance(network, ADMUNet)
+    if source.format is DIFFUSERS:
+        tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
+    else:
+        tensors = to_theirs(DIFFUSERS.rules(network), source.params)
+    reference = reference_network(network, tensors)
+    del tensors
+
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((inputs, *network.image_shape), np.float32)
+    sigmas = np.geomspace(source.config.grid.sigma_max, source.config.grid.sigma_min, inputs, dtype=np.float32)
+    times = np.asarray(model_time(jnp.asarray(sigmas), source.config.scaling.time_factor))
+    labels = None if network.classes is None else rng.integers(0, network.classes, inputs).astype(np.int32)
+
+    theirs, their_units = _run_reference(reference, network, x, times, labels)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
+    arguments = (params, jnp.asarray(x), jnp.asarray(times), None if labels is None else jnp.asarray(labels))
+    difference = _relative(np.asarray(jax.jit(network.predict)(*arguments)), theirs)
+    units = {}
+    if not difference <= BOUND:
+        ours = jax.jit(network.inner_outputs)(*arguments)
+        units = {name: _relative(np.asarray(ours[name]), value) for name, value in their_units.items()}
+    return Parity(difference, inputs, units)
+
+
+def reference_network(network: ADMUNet, tensors: dict[str, np.ndarray]) -> Any:
+    """diffusers' UNet2DModel for `network`, float32, evaluation mode, with these tensors and no others."""
+    try:
+        import torch
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise InputError(
+            f"The check runs PyTorch's network, and {error.name} is not installed: pip install 'cm_jax[convert]', or "
+            "convert without --check."
+        ) from error
+    # UNet2DModel has one head width for all levels; where ours has one number of heads, set it block by block.
+    uniform = network if network.head_width else dataclasses.replace(network, heads=None, head_width=NORM_GROUPS)
+    with torch.device("meta"):
+        reference = UNet2DModel.from_config(unet_config(uniform))
+    state = {name: as_torch(array).float() for name, array in tensors.items()}
+    reference.load_state_dict(state, strict=True, assign=True)
+    for module in reference.modules():
+        if type(module).__name__ == "Attention":
+            channels = module.to_q.in_features
+            module.heads = network.heads_for(channels)
+            module.scale = (channels // module.heads) ** -0.5
+    return reference.eval()
+
+
+def _run_reference(
+    reference: Any, network: ADMUNet, x: np.ndarray, times: np.ndarray, labels: np.ndarray | None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Output and every unit's output (by our path), NHWC."""
+    import torch
+
+    found: dict[str, np.ndarray] = {}
+    for path, _, prefix in DIFFUSERS.units(network):
+        reference.get_submodule(prefix).register_forward_hook(
+            lambda module, args, output, path=path: found.__setitem__(path, _nhwc(output))
+        )
+    with torch.no_grad():
+        chosen = {} if labels is None else {"class_labels": torch.from_numpy(labels).long()}
+        output = reference(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(times.copy()), **chosen).sample
+    return _nhwc(output), found
+
+
+def _nhwc(tensor: Any) -> np.ndarray:
+    return tensor.numpy().transpose(0, 2, 3, 1)
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))

@@ -1,0 +1,136 @@
+"""Reading a checkpoint of any kind: ours, the original's .pt, or a diffusers folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from cm_jax import checkpoints
+from cm_jax.arrays import Params
+from cm_jax.config import ModelConfig
+from cm_jax.conversion.diffusers_configs import check_agreement, read_grid, read_json
+from cm_jax.conversion.files import read_safetensors, read_torch
+from cm_jax.conversion.formats import DIFFUSERS, OPENAI, Format
+from cm_jax.conversion.rules import Tensors, to_ours
+from cm_jax.errors import InputError
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling
+from cm_jax.published import recognise
+
+ScalingName = Literal["consistency", "edm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Untold:
+    """What a file's tensors cannot tell. None: as its config or its published name says."""
+
+    head_width: int | None = None
+    heads: int | None = None
+    scalings: ScalingName | None = None
+    levels: int | None = None
+    image_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint as it was read."""
+
+    path: Path
+    config: ModelConfig
+    params: Params
+    """NumPy arrays in the file's precision."""
+    format: Format | None = None
+    """The spelling of its tensors; None for ours."""
+    tensors: Tensors = dataclasses.field(default_factory=dict)
+    """Its tensors under their own names; empty for ours."""
+
+
+def read(path: Path, untold: Untold = Untold()) -> Source:
+    """Read a checkpoint of any kind.
+
+    Raises InputError where there is none, where it is damaged or contradicts itself, or where `untold` must say more.
+    """
+    if not path.exists():
+        raise InputError(f"There is no file or folder {path}.")
+    if path.is_file():
+        return _read_tensors(path, path, {}, None, untold)
+    if checkpoints.is_checkpoint(path):
+        config, params = checkpoints.restore(path)
+        return Source(path, _overridden(config, untold), params)
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    candidates = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
+    if not candidates:
+        content = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise InputError(
+            f"{path} holds no weights: wanted a cm_jax checkpoint (config.json and params/) or a diffusers folder "
+            f"(unet/diffusion_pytorch_model.safetensors or .bin); found {content}."
+        )
+    plain = [file for file in candidates if file.stem == "diffusion_pytorch_model"]
+    unet = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    grid = read_grid(read_json(scheduler)) if scheduler.exists() else None
+    return _read_tensors(path, (plain or candidates)[0], unet, grid, untold)
+
+
+def _read_tensors(path: Path, file: Path, unet: dict[str, Any], grid: KarrasGrid | None, untold: Untold) -> Source:
+    """Tensors of one file, with what a diffusers config, a published name and the user say of them."""
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    spelling = DIFFUSERS if any(name.startswith(("conv_in.", "down_blocks.")) for name in shapes) else OPENAI
+    known = recognise(path)
+
+    head_width, heads = untold.head_width, untold.heads
+    if head_width is None and heads is None and unet:
+        head_width = unet.get("attention_head_dim", 8)
+        heads = 1 if head_width is None else None
+    if head_width is None and heads is None and known:
+        head_width = known.head_width
+    image_size = untold.image_size or unet.get("sample_size") or (known.image_size if known else None)
+    levels = untold.levels or (grid.levels if grid else known.levels if known else None)
+    scalings = untold.scalings or ("consistency" if grid else known.scalings if known else None)
+    if scalings == "edm":
+        levels = levels or KarrasGrid().levels
+    unanswered = {
+        "--image-size N (height of its images)": image_size,
+        "--head-width N (64 in the published networks) or --heads N": head_width or heads,
+        "--scalings consistency (or edm, for a teacher)": scalings,
+        "--levels N (40 for CD, 201 or 151 for CT in the published ones)": levels,
+    }
+    missing = [question for question, answer in unanswered.items() if answer is None]
+    if missing:
+        spelling.infer(shapes, str(file), image_size=2**10, heads=1, head_width=None)
+        raise InputError(
+            f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
+            f"Say also:\n  " + "\n  ".join(missing)
+        )
+
+    network = spelling.infer(shapes, str(file), image_size=image_size, head_width=head_width, heads=heads)
+    rules = spelling.rules(network)
+    params = to_ours(rules, network.shapes(), tensors, source=str(file))
+    if unet:
+        check_agreement(file.parent / "config.json", unet, network)
+    grid = dataclasses.replace(grid or KarrasGrid(), levels=levels)
+    named = known is not None and known.levels == levels
+    config = ModelConfig(
+        network=network,
+        scaling=EDMScaling() if scalings == "edm" else BoundaryScaling(sigma_min=grid.sigma_min),
+        grid=grid,
+        class_names=known.class_names if known and len(known.class_names) == network.classes else (),
+        tuned_timesteps=(known.timesteps,) if named and known.timesteps and scalings == "consistency" else (),
+    )
+    return Source(path, config, params, spelling, tensors)
+
+
+def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:
+    """Our config with what the user says instead."""
+    network, grid, scaling = config.network, config.grid, config.scaling
+    if untold.head_width or untold.heads:
+        network = dataclasses.replace(network, head_width=untold.head_width, heads=untold.heads)
+    if untold.image_size:
+        network = dataclasses.replace(network, image_size=untold.image_size)
+    if untold.levels:
+        grid = dataclasses.replace(grid, levels=untold.levels)
+    if untold.scalings:
+        shared = {"sigma_data": scaling.sigma_data, "time_factor": scaling.time_factor}
+        boundary = BoundaryScaling(sigma_min=grid.sigma_min, **shared)
+        scaling = EDMScaling(**shared) if untold.scalings == "edm" else boundary
+    return dataclasses.replace(config, network=network, grid=grid, scaling=scaling)

@@ -1,0 +1,272 @@
+"""The three names that stay: `load` a model, `denoise` with it, `sample` from it."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from cm_jax import checkpoints, conversion
+from cm_jax.arrays import Params
+from cm_jax.config import ModelConfig
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.errors import InputError
+from cm_jax.generation import default_batch_size, draw_labels, generate, replay
+from cm_jax.networks.precision import Precision
+from cm_jax.published import DEFAULT, bundled_path, published
+from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
+
+Label = int | str
+"""A class by number or by name."""
+
+TEACHER_STEPS = 40
+"""Steps of a denoiser where none are asked for: the original's default."""
+
+
+class Plan(NamedTuple):
+    """How images are drawn."""
+
+    sampler: Sampler
+    levels: tuple[float, ...]
+    """Falling; the last one closes, and the network is not called there."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A consistency function (or a denoiser) with its parameters, ready to be called."""
+
+    config: ModelConfig
+    params: Params
+
+    def denoise(
+        self,
+        images: Float[Array | np.ndarray, "b h w c"],
+        sigma: float | Float[Array | np.ndarray, "*b"],
+        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """f(images, sigma, labels), or D for a model with EDM scalings: the clean images that it sees in noisy ones.
+
+        images: NHWC float32, clean images in [-1, 1] plus noise of standard deviation sigma. sigma: one level for all,
+        or one per image. labels: classes by number or name, one for all or one per image; None for an unconditional
+        model. Returns float32 of the same shape. Raises InputError for anything else.
+        """
+        x = jnp.asarray(images, jnp.float32)
+        levels = np.asarray(sigma, np.float32)
+        self.config.network.check_input(x.shape, labels is not None)
+        if levels.shape not in ((), (x.shape[0],)) or not np.all(np.isfinite(levels) & (levels >= 0)):
+            raise InputError(
+                f"sigma must be one level or {x.shape[0]}, finite and not negative; got {np.array2string(levels)}."
+            )
+        chosen = None if labels is None else jnp.asarray(self.labels(labels, x.shape[0]), jnp.int32)
+        return _denoise(self.config.function, self.params, x, jnp.broadcast_to(levels, x.shape[:1]), chosen)
+
+    def sample(
+        self,
+        key: int | Key[Array, ""],
+        count: int = 1,
+        *,
+        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
+        steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        sampler: str | Sampler | None = None,
+        batch_size: int | None = None,
+        noise: Float[Array | np.ndarray, "draws b h w c"] | None = None,
+    ) -> Float[np.ndarray, "b h w c"]:
+        """`count` images, NHWC float32 in [-1, 1], from a seed or key.
+
+        Image i depends on the key, on i and on its label, and on neither `count`, `batch_size` nor the devices.
+
+        labels: a class by number or name for all, or one per image; None draws them from the key (see `draw_labels`).
+        Levels, one of: steps, a number (tuned levels where the checkpoint has them); timesteps, as diffusers writes
+        them, (22, 0); indices, as the original writes them, (0, 22, 39); sigmas, falling. None of them: one step, or
+        40 for a denoiser. sampler: a name in cm_jax.samplers.SAMPLERS or a sampler; None takes `consistency`, or `heun`
+        for a denoiser. batch_size: images drawn at once over all local devices. noise: recorded standard normal noise in
+        place of the key's, draw 0 for the start and one per step after it. Raises InputError for anything else.
+        """
+        plan = self.plan(steps=steps, timesteps=timesteps, indices=indices, sigmas=sigmas, sampler=sampler)
+        if noise is not None:
+            return self._replayed(noise, count, labels, plan)
+        return np.concatenate(list(self.batches(key, count, plan, labels=labels, batch_size=batch_size)))
+
+    def batches(
+        self,
+        key: int | Key[Array, ""],
+        count: int,
+        plan: Plan,
+        *,
+        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Float[np.ndarray, "b h w c"]]:
+        """As `sample`, a batch at a time, for more images than memory holds. Bad input raises here, not later."""
+        _check_count("count", count)
+        devices = jax.local_devices()
+        if batch_size is None:
+            batch_size = default_batch_size(self.config.network.image_shape[0]) * len(devices)
+        _check_count("batch_size", batch_size)
+        chosen = self.draw_labels(key, count) if labels is None else self.labels(labels, count)
+        return generate(
+            self.config.function,
+            plan.sampler,
+            self.params,
+            plan.levels,
+            _as_key(key),
+            count,
+            chosen,
+            batch_size=batch_size,
+            devices=devices,
+        )
+
+    def draw_labels(self, key: int | Key[Array, ""], count: int) -> Int[np.ndarray, " n"] | None:
+        """The classes that `sample` draws for this key where it is given none; None for an unconditional model."""
+        classes = self.config.network.classes
+        return None if classes is None else draw_labels(_as_key(key), count, classes)
+
+    def plan(
+        self,
+        *,
+        steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        sampler: str | Sampler | None = None,
+    ) -> Plan:
+        """The sampler and the levels that `sample` takes for these arguments."""
+        if sampler is None:
+            sampler = "consistency" if self.config.distilled else "heun"
+        if isinstance(sampler, str):
+            if sampler not in SAMPLERS:
+                raise InputError(f"There is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")
+            sampler = SAMPLERS[sampler]
+        if steps is None and timesteps is None and indices is None and sigmas is None:
+            steps = 1 if self.config.distilled else TEACHER_STEPS
+        levels = choose_levels(
+            sampler,
+            self.config.grid,
+            steps=steps,
+            timesteps=timesteps,
+            indices=indices,
+            sigmas=sigmas,
+            tuned=self.config.tuned_timesteps,
+        )
+        return Plan(sampler, levels)
+
+    def labels(
+        self, labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None, count: int
+    ) -> Int[np.ndarray, " n"] | None:
+        """Class numbers for `count` images, from one class or one per image, by number or name.
+
+        Raises InputError for unknown, ambiguous or wrongly many ones, and for any given to an unconditional model.
+        """
+        classes = self.config.network.classes
+        if labels is None and classes is None:
+            return None
+        if labels is None:
+            raise InputError(f"This model is class-conditional: give labels from 0 to {(classes or 1) - 1}.")
+        if classes is None:
+            raise InputError("Labels were given to an unconditional model: leave them out.")
+        wanted = [labels] if isinstance(labels, str) else np.ravel(np.asarray(labels)).tolist()
+        if len(wanted) not in (1, count):
+            raise InputError(f"{len(wanted)} labels for {count} images: give one label, or one for each image.")
+        numbers = [self._class_number(label, classes) for label in wanted]
+        return np.asarray(numbers * (count // len(numbers)), np.int32)
+
+    def save(self, directory: str | Path) -> None:
+        """Write a checkpoint that `load` reads, in the precision that the parameters have here."""
+        checkpoints.save(Path(directory), self.config, self.params)
+
+    def _class_number(self, label: Label | float, classes: int) -> int:
+        names = self.config.class_names
+        if isinstance(label, str) and not label.lstrip("-").isdigit():
+            wanted = label.strip().casefold()
+            exact = [i for i, name in enumerate(names) if wanted == name.casefold()]
+            found = exact or [i for i, name in enumerate(names) if wanted in name.casefold().split(", ")]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                choices = ", ".join(f"{i} ({names[i]})" for i in found)
+                raise InputError(f"{label!r} names several classes: give one of the numbers {choices}.")
+            words = [word for name in names for word in [name, *name.split(", ")]]
+            close = difflib.get_close_matches(label, words, n=1, cutoff=0.5)
+            known = f"did you mean {close[0]!r}?" if close else "its classes are " + "; ".join(names[:10])
+            hint = known if names else f"its classes have no names; give a number from 0 to {classes - 1}"
+            raise InputError(f"This model has no class {label!r}: {hint}.".replace("?.", "?"))
+        number = float(label)
+        if number != int(number) or not 0 <= number < classes:
+            raise InputError(f"Labels must be from 0 to {classes - 1}, got {label}.")
+        return int(number)
+
+    def _replayed(
+        self,
+        noise: Float[Array | np.ndarray, "draws b h w c"],
+        count: int,
+        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None,
+        plan: Plan,
+    ) -> Float[np.ndarray, "b h w c"]:
+        shape = self.config.network.image_shape
+        if noise.shape[1:] != (count, *shape):
+            raise InputError(
+                f"Noise must be [draws, {count}, {', '.join(map(str, shape))}] for {count} images: a standard normal draw "
+                f"for the start, then one for each step; got {list(noise.shape)}."
+            )
+        steps = len(plan.levels) - 1
+        needed = plan.sampler.draws(steps)
+        if noise.shape[0] < needed:
+            raise InputError(f"This sampler makes {needed} draws of noise in {steps} steps; got {noise.shape[0]}.")
+        return replay(self.config.function, plan.sampler, self.params, plan.levels, noise, self.labels(labels, count))
+
+
+def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
+    """A model from a checkpoint: ours, the original's `.pt`, a diffusers folder, or the name of a bundled one.
+
+    precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster on
+    accelerators and take half the memory). Raises InputError where there is no such checkpoint, or it is damaged.
+    """
+    source = conversion.read(find(path_or_name))
+    config = dataclasses.replace(source.config, network=dataclasses.replace(source.config.network, precision=precision))
+    return Model(config, config.network.prepare(source.params))
+
+
+def find(path_or_name: str | Path) -> Path:
+    """The checkpoint that a path or a bundled name means. Raises InputError, with advice, where there is none."""
+    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    known = published()
+    if path.exists():
+        return path
+    if name in known and known[name].bundled:
+        return bundled_path(name)
+    if name.removesuffix(".pt") in known:
+        raise InputError(
+            f"{name} is a published checkpoint, not part of this package: download "
+            f"{known[name.removesuffix('.pt')].url} and give the file's path."
+        )
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    bundled = ", ".join(entry.name for entry in known.values() if entry.bundled)
+    raise InputError(
+        f"There is no checkpoint {name}: wanted a .pt file, a diffusers folder, a cm_jax checkpoint, or the name of a "
+        f"bundled one ({bundled}).{hint}"
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _denoise(function: ConsistencyFunction, params: Params, x: Array, sigma: Array, labels: Array | None) -> Array:
+    return function(params, x, sigma, labels)
+
+
+def _as_key(key: int | Key[Array, ""]) -> Key[Array, ""]:
+    if isinstance(key, (int, np.integer)):
+        return jax.random.key(key)
+    return key
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or value != int(value) or value < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, got {value}.")

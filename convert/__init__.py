@@ -1,0 +1,1 @@
+"""`python -m convert`: the command for cm_jax.conversion, from a checkout of the repository."""

@@ -1,0 +1,6 @@
+"""Convert checkpoints: python -m convert SOURCE DESTINATION [--to ...] [--check]; --help tells the rest."""
+
+from cm_jax.cli import main_convert
+
+if __name__ == "__main__":
+    main_convert()

@@ -1,0 +1,12 @@
+"""Eight CPU devices, and the array shapes of public functions checked at run time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+from jaxtyping import install_import_hook
+
+import tests.typechecker  # noqa: E402  the hook finds it by name
+
+install_import_hook("cm_jax", "tests.typechecker.checked")

@@ -1,0 +1,142 @@
+"""The network and what stands around it give the numbers that PyTorch gave."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.conversion.formats import DIFFUSERS, OPENAI
+from cm_jax.networks import ADMUNet
+from cm_jax.networks.blocks import sinusoid
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling
+from tests.support import DATA, adm_golden, filled, nhwc, relative, tensor_names
+
+BOUND = 1e-5
+CONFIGURATIONS = ["class_cond", "conv_resample", "unconditional"]
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_original_networks_raw_output(name):
+    network, params, golden = adm_golden(name)
+    labels = jnp.asarray(golden["y"]) if "y" in golden else None
+    out = jax.jit(network.predict)(params, jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["timesteps"]), labels)
+    assert relative(out, nhwc(golden["out"])) < BOUND
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    ("scaling", "key"), [(EDMScaling(), "denoised_edm"), (BoundaryScaling(), "denoised_consistency")]
+)
+def test_the_original_denoiser_and_consistency_function(name, scaling, key):
+    network, params, golden = adm_golden(name)
+    labels = jnp.asarray(golden["y"]) if "y" in golden else None
+    x, sigmas = jnp.asarray(nhwc(golden["x_sigma"])), jnp.asarray(golden["sigmas"])
+    assert relative(jax.jit(ConsistencyFunction(network, scaling))(params, x, sigmas, labels), nhwc(golden[key])) < BOUND
+
+
+# The networks and formula-filled weights of ../spec/openai.md, appendix A.
+FORMULA = {
+    "A": ADMUNet(
+        image_size=16, width=32, multipliers=(1, 2), blocks_per_level=2, attention_factors=(2,), head_width=16, classes=10
+    ),
+    "B": ADMUNet(
+        image_size=16,
+        width=32,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_factors=(2,),
+        head_width=32,
+        classes=None,
+        modulation="additive",
+        resampling="convolution",
+    ),
+}
+
+
+@functools.cache
+def formula_params(name):
+    network = FORMULA[name]
+    order = {tensor: position for position, tensor in enumerate(tensor_names(OPENAI, network))}
+
+    def fill(tensor, shape):
+        numbers = (7919 * order[tensor] + 104729 * np.arange(np.prod(shape), dtype=np.int64)) % 10007 / 10007
+        gain = 1.0 if len(shape) == 1 and tensor.endswith(".weight") else 0.0
+        return (0.2 * (numbers - 0.5) + gain).reshape(shape).astype(np.float32)
+
+    return filled(OPENAI, network, fill)
+
+
+@pytest.mark.parametrize("name", FORMULA)
+def test_formula_filled_networks(name):
+    network, params = FORMULA[name], formula_params(name)
+    golden = np.load(DATA / "openai" / "openai_formula_weights.npz")
+    pattern = 2 * ((31 * np.arange(2 * 3 * 16 * 16)) % 101 / 101 - 0.5)
+    x = jnp.asarray(nhwc(pattern.reshape(2, 3, 16, 16)), jnp.float32)
+    labels = jnp.array([3, 7]) if network.classes else None
+    time = jnp.array([1095.5067, -173.28679])
+    assert relative(jax.jit(network.predict)(params, x, time, labels), nhwc(golden[f"unet_{name}_raw"])) < BOUND
+    for scaling, number in [(EDMScaling(), 0), (BoundaryScaling(), 1)]:
+        ours = jax.jit(ConsistencyFunction(network, scaling))(params, x, jnp.array([80.0, 0.5]), labels)
+        assert relative(ours, nhwc(golden[f"unet_{name}_denoise_distill{number}"])) < BOUND
+
+
+def test_parameter_counts_of_the_formula_networks():
+    assert FORMULA["A"].parameter_count() == 1_153_923
+    assert FORMULA["B"].parameter_count() == 702_499
+
+
+def test_sinusoid_scalings_and_grid_of_the_original():
+    golden = np.load(DATA / "openai" / "openai_formula_weights.npz")
+    embedded = sinusoid(jnp.asarray(golden["temb_in"]), 192)
+    # cos and sin of angles up to 1554, which float32 itself knows only to 1e-4
+    np.testing.assert_allclose(embedded, golden["temb_dim192"], atol=2e-4)
+    sigmas = jnp.asarray(golden["karras40"][:40])
+    for scaling, key in [(EDMScaling(), "scalings_edm"), (BoundaryScaling(), "scalings_boundary")]:
+        ours = np.stack([scaling.c_skip(sigmas), scaling.c_out(sigmas), scaling.c_in(sigmas)])
+        np.testing.assert_allclose(ours, golden[f"{key}_on_karras40"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        EDMScaling().c_noise(sigmas), golden["rescaled_t_on_karras40"], rtol=1e-6, atol=1e-4
+    )
+    for count in (40, 151, 201):
+        np.testing.assert_allclose(KarrasGrid().descending(count), golden[f"karras{count}"][:-1], rtol=2e-6)
+
+
+# diffusers' small test network in its three flavours, filled as goldens/FORMULA_WEIGHTS.md says.
+TEST_NETWORK = ADMUNet(
+    image_size=32, width=32, multipliers=(1, 2), blocks_per_level=2, attention_factors=(2,), head_width=8, classes=1000
+)
+FLAVOURS = {
+    "cond": TEST_NETWORK,
+    "uncond": ADMUNet(**{**vars(TEST_NETWORK), "classes": None}),
+    "default_shift": ADMUNet(**{**vars(TEST_NETWORK), "classes": None, "modulation": "additive"}),
+}
+
+
+@functools.cache
+def flavour_params(flavour):
+    network = FLAVOURS[flavour]
+    order = {tensor: position for position, tensor in enumerate(sorted(tensor_names(DIFFUSERS, network)))}
+
+    def fill(tensor, shape):
+        wave = np.sin(0.7 * np.arange(np.prod(shape)) + 1.3 * order[tensor]).reshape(shape)
+        if tensor.endswith(".bias"):
+            return (0.1 * wave).astype(np.float32)
+        if len(shape) == 1:
+            return (1 + 0.1 * wave).astype(np.float32)
+        scale = 0.5 * 4 if tensor == "class_embedding.weight" else 1 / np.sqrt(np.prod(shape[1:]))
+        return (wave * scale * (4 if "time_emb" in tensor else 1)).astype(np.float32)
+
+    return filled(DIFFUSERS, network, fill)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(("key", "time"), [("t1095", 1095.506658668), ("t80", 80.949484823), ("t-1553", -1553.652)])
+def test_diffusers_networks(flavour, key, time):
+    network, golden = FLAVOURS[flavour], np.load(DATA / "diffusers" / "diffusers_golden.npz")
+    labels = jnp.array([7, 999]) if network.classes else None
+    out = jax.jit(network.predict)(flavour_params(flavour), jnp.asarray(nhwc(golden["X"])), jnp.full(2, time), labels)
+    assert relative(out, nhwc(golden[f"{flavour}_unet_{key}"])) < BOUND

@@ -1,0 +1,115 @@
+"""Goldens and small models, as the tests use them."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cm_jax.arrays import Denoiser, Params
+from cm_jax.conversion import Untold, read
+from cm_jax.conversion.formats import Format
+from cm_jax.conversion.rules import LazyTensor, to_ours
+from cm_jax.networks import ADMUNet
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
+EMOJI = ROOT / "cm_jax" / "bundled" / "emoji16_cd.pt"
+
+SMALL = ADMUNet(
+    image_size=16, width=32, multipliers=(1, 2), blocks_per_level=1, attention_factors=(2,), head_width=16, classes=10
+)
+"""The network of goldens adm_class_cond."""
+
+IMAGENET64 = ADMUNet()
+LSUN256 = ADMUNet(
+    image_size=256,
+    width=256,
+    multipliers=(1, 1, 2, 2, 4, 4),
+    blocks_per_level=2,
+    attention_factors=(8, 16, 32),
+    classes=None,
+    modulation="additive",
+)
+
+
+def nhwc(array: np.ndarray) -> np.ndarray:
+    """The last three axes from PyTorch's order to ours."""
+    return np.moveaxis(array, -3, -1)
+
+
+def relative(ours, theirs) -> float:
+    """Largest difference over the largest value."""
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+@functools.cache
+def adm_golden(name: str) -> tuple[ADMUNet, Params, dict[str, np.ndarray]]:
+    """Network, float32 parameters and recorded arrays of goldens adm_{name}, converted as a user's file would be."""
+    described = json.loads((DATA / "openai" / f"adm_{name}.json").read_text())
+    untold = Untold(described.get("num_head_channels"), described.get("num_heads"), "consistency", 40, 16)
+    source = read(DATA / "openai" / f"adm_{name}.pt", untold)
+    network = source.config.network
+    assert isinstance(network, ADMUNet)
+    with np.load(DATA / "openai" / f"adm_{name}_forward.npz") as recorded:
+        return network, network.prepare(source.params), dict(recorded)
+
+
+def filled(spelling: Format, network: ADMUNet, fill) -> Params:
+    """Parameters of `network` with fill(position, name, shape) for every tensor of a foreign spelling."""
+    shapes = network.shapes()
+    rules = spelling.rules(network)
+    ours = {path: leaf.shape for path, leaf in _flat(shapes)}
+    tensors = {}
+    for rule in rules:
+        for name in rule.theirs:
+            shape = rule.their_shape(ours[rule.ours])
+            tensors[name] = LazyTensor(shape, np.dtype(np.float32), functools.partial(fill, name, shape))
+    return network.prepare(to_ours(rules, shapes, tensors, source="a formula"))
+
+
+def tensor_names(spelling: Format, network: ADMUNet) -> list[str]:
+    return [name for rule in spelling.rules(network) for name in rule.theirs]
+
+
+def random_params(network: ADMUNet, seed: int = 0) -> Params:
+    """Random numbers in every leaf, the usually zero ones too, of the size that initialisation gives."""
+    keys = iter(jax.random.split(jax.random.key(seed), 10_000))
+
+    def leaf(path, shape):
+        noise = jax.random.normal(next(keys), shape.shape)
+        name = path[-1].key
+        if name == "kernel":
+            return noise / np.sqrt(np.prod(shape.shape[:-1]))
+        return 1 + 0.1 * noise if name == "scale" else 0.1 * noise
+
+    return jax.tree_util.tree_map_with_path(leaf, network.shapes())
+
+
+def gaussian_denoiser(deviation: float = 0.5) -> Denoiser:
+    """The exact D(x, sigma) for data from N(0, deviation^2): x deviation^2 / (deviation^2 + sigma^2)."""
+    return lambda x, sigma: x * (deviation**2 / (deviation**2 + sigma[:, None, None, None] ** 2))
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of the repository in a process of its own, on one CPU device unless told otherwise."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def _flat(tree: Params) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [("/".join(entry.key for entry in path), leaf) for path, leaf in leaves]
+
+

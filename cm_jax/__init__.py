@@ -1,8 +1,8 @@
 """Consistency models in JAX.
 
-    import cm_jax
-    model = cm_jax.load("cd_imagenet64_lpips.pt")                  # or a diffusers folder, or one of ours
-    images = model.sample(0, 4, labels="king penguin", steps=2)    # NHWC float32 in [-1, 1]
+import cm_jax
+model = cm_jax.load("cd_imagenet64_lpips.pt")                  # or a diffusers folder, or one of ours
+images = model.sample(0, 4, labels="king penguin", steps=2)    # NHWC float32 in [-1, 1]
 """
 
 from cm_jax.errors import InputError

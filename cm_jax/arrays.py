@@ -4,7 +4,7 @@ Images are NHWC float32 in [-1, 1] (noisy ones exceed it), levels are noise stan
 indices. Letters in the annotations: b batch, h height, w width, c channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,3 +34,22 @@ def per_image(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
 def normal_per_image(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Standard normal noise of `shape` for every key, each from its own key alone."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """("a/b/c", leaf) for every leaf of a nested dictionary, in its order."""
+    if not isinstance(tree, Mapping):
+        return [(path, tree)]
+    return [pair for name, branch in tree.items() for pair in leaves(branch, f"{path}/{name}" if path else name)]
+
+
+def nested(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `leaves`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *branches, name = path.split("/")
+        place = tree
+        for branch in branches:
+            place = place.setdefault(branch, {})
+        place[name] = leaf
+    return tree

@@ -1,7 +1,7 @@
 """Our checkpoints: parameters in Orbax, the config as JSON beside them. Nothing else in the library imports Orbax.
 
-    CHECKPOINT/config.json    what the model is, with the format's version
-    CHECKPOINT/params/        the parameter tree, every leaf in the precision it was given in
+CHECKPOINT/config.json    what the model is, with the format's version
+CHECKPOINT/params/        the parameter tree, every leaf in the precision it was given in
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cm_jax.arrays import Params
+from cm_jax.arrays import Params, leaves
 from cm_jax.config import ModelConfig
 from cm_jax.errors import InputError, listed, shape_complaints
 from cm_jax.files import written_beside
@@ -47,15 +47,18 @@ def restore(
     import orbax.checkpoint as ocp
 
     directory = directory.absolute()
-    config = ModelConfig.from_json((directory / "config.json").read_text("utf-8", "replace"), str(directory / "config.json"))
+    config = ModelConfig.from_json(
+        (directory / "config.json").read_text("utf-8", "replace"), str(directory / "config.json")
+    )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             saved = checkpointer.metadata(directory / "params").item_metadata
-            found = {_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(saved.tree)}
-            expected = jax.tree_util.tree_leaves_with_path(config.network.shapes())
-            complaints = shape_complaints({_path(path): leaf.shape for path, leaf in expected}, found)
+            wanted = {name: leaf.shape for name, leaf in leaves(config.network.shapes())}
+            complaints = shape_complaints(wanted, {name: leaf.shape for name, leaf in leaves(saved.tree)})
             if complaints:
-                raise InputError(f"{directory / 'config.json'} contradicts the parameters beside it:\n  {listed(complaints)}")
+                raise InputError(
+                    f"{directory / 'config.json'} contradicts the parameters beside it:\n  {listed(complaints)}"
+                )
             how = (
                 ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
                 if sharding is None
@@ -68,9 +71,5 @@ def restore(
     except Exception as error:  # whatever Orbax and its store raise, the files are at fault
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"The parameters in {directory / 'params'} are damaged or incomplete ({reason}). Copy or convert them again."
+            f"The parameters in {directory / 'params'} are damaged or incomplete ({reason}). Copy them again."
         ) from error
-
-
-def _path(path: Any) -> str:
-    return "/".join(str(entry.key) for entry in path)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import jax
 import numpy as np
@@ -55,7 +55,7 @@ class Sample:
     batch_size: int | None = None
     """Images drawn at once over all devices. Default: 64 a device, fewer above 64 pixels."""
     output: Path = Path("samples.png")
-    """samples.png: all images in a grid; samples.npz: arr_0 and arr_1 for evaluators; anything else: a folder of PNGs."""
+    """samples.png: all in a grid; samples.npz: arr_0 and arr_1, for evaluators; anything else: a folder of PNGs."""
     quantisation: Quantisation = "round"
     """To 8 bits by rounding, or by truncating as the original does."""
     compilation_cache: str = ""
@@ -128,8 +128,7 @@ def sample(arguments: Sample) -> None:
         (save_npz if suffix == ".npz" else save_folder)(arguments.output, images, labels)
     compilation = compiled()
     _say(
-        f"Drew {count} images in {elapsed:.1f} s: {compilation:.1f} s compiling, {elapsed - compilation:.1f} s drawing. "
-        f"They are in {arguments.output}."
+        f"Drew {count} images in {elapsed:.1f} s, {compilation:.1f} s of it compiling. They are in {arguments.output}."
     )
 
 
@@ -141,7 +140,9 @@ def convert(arguments: Convert) -> None:
     if kind != "openai" and arguments.destination.exists():
         raise InputError(f"{arguments.destination} exists already: name another destination, or remove it first.")
     if kind != "openai" and arguments.destination.suffix == ".pt":
-        raise InputError(f"{arguments.destination} looks like a .pt file, and --to {kind} writes a folder: name a folder.")
+        raise InputError(
+            f"{arguments.destination} looks like a .pt file, and --to {kind} writes a folder: name a folder."
+        )
     check_writable(arguments.destination)
     untold = conversion.Untold(
         arguments.head_width, arguments.heads, arguments.scalings, arguments.levels, arguments.image_size
@@ -203,7 +204,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _numbers(name: str, text: str, kind: type[int] | type[float]) -> tuple[float, ...] | None:
+def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...] | None:
     """The numbers of a comma-separated list; None for an empty text."""
     if not text:
         return None
@@ -228,7 +229,9 @@ def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int
     count = 8 * len(numbers) if arguments.count is None else arguments.count
     if count % len(numbers) or count < 1:
         nearest = max(1, round(count / len(numbers))) * len(numbers)
-        raise InputError(f"--count {count} cannot be shared out evenly among {len(numbers)} labels: try --count {nearest}.")
+        raise InputError(
+            f"--count {count} cannot be shared out evenly among {len(numbers)} labels: try --count {nearest}."
+        )
     each = count // len(numbers)
     return np.repeat(numbers, each), count, each if len(numbers) > 1 else max(1, round(each**0.5))
 
@@ -278,9 +281,9 @@ def _compilation_time() -> Iterator[Callable[[], float]]:
     """A function that tells how many seconds went into tracing and compiling inside the block."""
     spent: list[float] = []
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            spent.append(seconds)
+            spent.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -291,7 +294,7 @@ def _compilation_time() -> Iterator[Callable[[], float]]:
 
 def _use_compilation_cache(folder: str) -> None:
     """Keep compiled programs between runs, unless JAX was already told where, or the user wants none."""
-    if folder == "off" or (not folder and jax.config.jax_compilation_cache_dir):
+    if folder == "off" or (not folder and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = Path(folder) if folder else home / "cm_jax" / "compiled"

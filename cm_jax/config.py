@@ -22,7 +22,7 @@ class ModelConfig:
 
     network: Network
     scaling: Scaling
-    grid: KarrasGrid = KarrasGrid()
+    grid: KarrasGrid
     class_names: tuple[str, ...] = ()
     """Name of class 0, 1, ...; empty where there are no classes or no names."""
     tuned_timesteps: tuple[tuple[int, ...], ...] = ()
@@ -37,6 +37,13 @@ class ModelConfig:
     @property
     def function(self) -> ConsistencyFunction:
         return ConsistencyFunction(self.network, self.scaling)
+
+    @property
+    def adm(self) -> ADMUNet:
+        """The network, where it is an ADM U-Net: the only kind that PyTorch's formats hold. InputError elsewhere."""
+        if not isinstance(self.network, ADMUNet):
+            raise InputError(f"PyTorch's formats hold ADM U-Nets, and this is a {type(self.network).__name__}.")
+        return self.network
 
     @property
     def distilled(self) -> bool:

@@ -12,9 +12,7 @@ class InputError(ValueError):
     """
 
 
-def shape_complaints(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> list[str]:
+def shape_complaints(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """A line for every tensor that is missing, superfluous or of the wrong shape."""
     return [
         *(f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found),

@@ -31,7 +31,7 @@ def written_beside(destination: Path) -> Iterator[Path]:
 
 
 def check_writable(destination: Path) -> None:
-    """Make the destination's folder where it is missing. Raises InputError if `destination` could not be written there."""
+    """Make the destination's folder where it is missing. Raises InputError if `destination` could not be written."""
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         if destination.is_dir() and any(destination.iterdir()):
@@ -42,5 +42,5 @@ def check_writable(destination: Path) -> None:
             pass
     except OSError as error:
         raise InputError(
-            f"Cannot write {destination}: {error.strerror or error}. Name a destination in a folder that you may write to."
+            f"Cannot write {destination}: {error.strerror or error}. Name one in a folder that you may write to."
         ) from error

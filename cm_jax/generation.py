@@ -4,6 +4,7 @@ Image number i has its own key, fold_in(key, i), and from it come its label and 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,12 +83,12 @@ def generate(
     labels: Int[np.ndarray, " n"] | None,
     *,
     batch_size: int,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Iterator[Float[np.ndarray, "b h w c"]]:
     """Images 0 ... count - 1 in order, a batch at a time; only one batch is on the devices at once.
 
-    `labels` has one class per image, or is None for an unconditional network. `batch_size` is the number of images drawn
-    at once over all `devices` (by default the local ones); it is rounded up to a multiple of their number.
+    `labels` has one class per image, or is None for an unconditional network. `batch_size` is the number of images
+    drawn at once over all `devices` (by default the local ones), rounded up to a multiple of their number.
     """
     devices = list(devices or jax.local_devices())
     batch_size = -(-min(batch_size, count) // len(devices)) * len(devices)

@@ -18,7 +18,7 @@ _SMALLEST_SHOWN = 64
 
 
 def quantise(images: Float[np.ndarray, "b h w c"], how: Quantisation = "round") -> UInt8[np.ndarray, "b h w c"]:
-    """[-1, 1] to 0 ... 255: to the nearest number, or cut off as the original does (half of its pixels are one darker)."""
+    """[-1, 1] to 0 ... 255: to the nearest number, or cut off as the original does (half of them are one less)."""
     scaled = np.clip((images + 1) * 127.5, 0, 255)
     return (np.round(scaled) if how == "round" else scaled).astype(np.uint8)
 
@@ -26,7 +26,7 @@ def quantise(images: Float[np.ndarray, "b h w c"], how: Quantisation = "round") 
 def grid(
     images: UInt8[np.ndarray, "b h w c"], columns: int, row_names: Sequence[str] = (), gap: int = 2
 ) -> Image.Image:
-    """All images in rows of `columns`, small ones enlarged, with a name at the left of each row where there are names."""
+    """All images in rows of `columns`, small ones enlarged, with its name at the left of each row where it has one."""
     count, height, width, channels = images.shape
     zoom = max(1, math.ceil(_SMALLEST_SHOWN / max(height, width)))
     rows = math.ceil(count / columns)
@@ -50,10 +50,8 @@ def save_grid(path: Path, sheet: Image.Image) -> None:
         sheet.save(beside, "PNG")
 
 
-def save_folder(
-    path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"] | None
-) -> None:
-    """One PNG an image, 000000.png, or 000000_class145.png where there are labels; the folder appears when it is whole."""
+def save_folder(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"] | None) -> None:
+    """One PNG an image, 000000.png, or 000000_class145.png with labels; the folder appears when it is whole."""
     with written_beside(path) as beside:
         beside.mkdir()
         for index, picture in enumerate(images):

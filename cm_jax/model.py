@@ -88,8 +88,8 @@ class Model:
         Levels, one of: steps, a number (tuned levels where the checkpoint has them); timesteps, as diffusers writes
         them, (22, 0); indices, as the original writes them, (0, 22, 39); sigmas, falling. None of them: one step, or
         40 for a denoiser. sampler: a name in cm_jax.samplers.SAMPLERS or a sampler; None takes `consistency`, or `heun`
-        for a denoiser. batch_size: images drawn at once over all local devices. noise: recorded standard normal noise in
-        place of the key's, draw 0 for the start and one per step after it. Raises InputError for anything else.
+        for a denoiser. batch_size: images drawn at once over all local devices. noise: recorded standard normal noise
+        in place of the key's, draw 0 for the start and one per step after it. Raises InputError for anything else.
         """
         plan = self.plan(steps=steps, timesteps=timesteps, indices=indices, sigmas=sigmas, sampler=sampler)
         if noise is not None:
@@ -213,8 +213,8 @@ class Model:
         shape = self.config.network.image_shape
         if noise.shape[1:] != (count, *shape):
             raise InputError(
-                f"Noise must be [draws, {count}, {', '.join(map(str, shape))}] for {count} images: a standard normal draw "
-                f"for the start, then one for each step; got {list(noise.shape)}."
+                f"Noise must be [draws, {count}, {', '.join(map(str, shape))}] for {count} images: a standard normal "
+                f"draw for the start, then one for each step; got {list(noise.shape)}."
             )
         steps = len(plan.levels) - 1
         needed = plan.sampler.draws(steps)
@@ -226,11 +226,11 @@ class Model:
 def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
     """A model from a checkpoint: ours, the original's `.pt`, a diffusers folder, or the name of a bundled one.
 
-    precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster on
-    accelerators and take half the memory). Raises InputError where there is no such checkpoint, or it is damaged.
+    precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster
+    on accelerators and take half the memory). Raises InputError where there is no such checkpoint, or it is damaged.
     """
     source = conversion.read(find(path_or_name))
-    config = dataclasses.replace(source.config, network=dataclasses.replace(source.config.network, precision=precision))
+    config = dataclasses.replace(source.config, network=source.config.network.at_precision(precision))
     return Model(config, config.network.prepare(source.params))
 
 

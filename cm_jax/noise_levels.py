@@ -53,9 +53,7 @@ class KarrasGrid:
 
     def sigma(self, index: Any) -> Any:
         """Index to level; index 0 is sigma_max, levels - 1 is sigma_min."""
-        return karras_sigma(
-            index, self.levels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
-        )
+        return karras_sigma(index, self.levels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
 
     def index(self, sigma: Any) -> Any:
         """Level to index, the inverse of `sigma`: a real number, whole only on the grid."""

@@ -73,7 +73,7 @@ def published() -> dict[str, Published]:
 
 
 def recognise(path: Path) -> Published | None:
-    """The published checkpoint that a file or folder is, going by its name ("diffusers-cd_cat256_l2", "ct_cat256.pt")."""
+    """The published checkpoint that a file or folder is by its name: "ct_cat256.pt", "diffusers-cd_cat256_l2"."""
     stems = (path.name.removesuffix(".pt").removesuffix(".bin"), path.resolve().name.removesuffix(".pt"))
     matches = [entry for name, entry in published().items() if any(name in stem for stem in stems)]
     return max(matches, key=lambda entry: len(entry.name), default=None)

@@ -2,11 +2,10 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-
 from jaxtyping import install_import_hook
 
-import tests.typechecker  # noqa: E402  the hook finds it by name
+import tests.typechecker  # noqa: F401  so that the hook finds it by name
 
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 install_import_hook("cm_jax", "tests.typechecker.checked")

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cm_jax.arrays import Denoiser, Params
+from cm_jax.arrays import Denoiser, Params, leaves
 from cm_jax.conversion import Untold, read
 from cm_jax.conversion.formats import Format
 from cm_jax.conversion.rules import LazyTensor, to_ours
@@ -63,7 +63,7 @@ def filled(spelling: Format, network: ADMUNet, fill) -> Params:
     """Parameters of `network` with fill(position, name, shape) for every tensor of a foreign spelling."""
     shapes = network.shapes()
     rules = spelling.rules(network)
-    ours = {path: leaf.shape for path, leaf in _flat(shapes)}
+    ours = {path: leaf.shape for path, leaf in leaves(shapes)}
     tensors = {}
     for rule in rules:
         for name in rule.theirs:
@@ -106,10 +106,3 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         timeout=600,
         check=False,
     )
-
-
-def _flat(tree: Params) -> list[tuple[str, jax.ShapeDtypeStruct]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [("/".join(entry.key for entry in path), leaf) for path, leaf in leaves]
-
-

@@ -43,14 +43,14 @@ def unet_config(network: ADMUNet) -> dict[str, Any]:
     """unet/config.json for a network. Raises InputError where UNet2DModel has no such setting."""
     if network.level_channels[0] != network.width:
         raise InputError(
-            f"diffusers' UNet2DModel ties the embedding to the first level's channels ({network.level_channels[0]}), and "
+            f"diffusers' UNet2DModel ties the embedding to the first level's {network.level_channels[0]} channels, and "
             f"this network's width is {network.width}: it can be written as ours or --to openai only."
         )
     residual = network.resampling == "residual"
     attends = [2**level in network.attention_factors for level in range(len(network.multipliers))]
-    attending = {
-        channels for channels, here in zip(network.level_channels, attends, strict=True) if here
-    } | {network.level_channels[-1]}
+    attending = {channels for channels, here in zip(network.level_channels, attends, strict=True) if here} | {
+        network.level_channels[-1]
+    }
     head_widths = {channels // network.heads_for(channels) for channels in attending}
     if len(head_widths) > 1:
         raise InputError(
@@ -119,7 +119,7 @@ def read_grid(scheduler: dict[str, Any]) -> KarrasGrid:
 
 
 def check_agreement(path: Path, config: dict[str, Any], network: ADMUNet) -> None:
-    """Raise InputError where a unet/config.json contradicts the network that its tensors make, or asks for another kind.
+    """Raise InputError where a unet/config.json contradicts the network of its tensors, or asks for another kind.
 
     Keys that are not there (old configs lack many) are not held against it. The norm of the middle attention is one of
     these: it is used because its tensors exist, whatever attn_norm_num_groups says (diffusers issue 4414).
@@ -137,4 +137,6 @@ def check_agreement(path: Path, config: dict[str, Any], network: ADMUNet) -> Non
     ]
     if complaints:
         lines = "\n  ".join(complaints)
-        raise InputError(f"{path} contradicts the weights beside it:\n  {lines}\nUse the config that came with the weights.")
+        raise InputError(
+            f"{path} contradicts the weights beside it:\n  {lines}\nUse the config that came with the weights."
+        )

@@ -55,12 +55,14 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     except (zipfile.BadZipFile, EOFError) as error:
         size = path.stat().st_size
         hint = "It is empty." if size == 0 else "Download it again, or save it again with torch.save."
-        raise InputError(
-            f"{path} ({size:,} bytes) is not a complete file of torch.save: {error}. {hint}"
-        ) from error
+        raise InputError(f"{path} ({size:,} bytes) is not a complete file of torch.save: {error}. {hint}") from error
     except Exception as error:  # a pickle can fail in any way; whatever it is, the file is at fault
         raise InputError(f"{path} is damaged: its list of tensors cannot be read ({error}).") from error
-    if not isinstance(content, dict) or not content or not all(isinstance(value, LazyTensor) for value in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(value, LazyTensor) for value in content.values())
+    ):
         kind = type(content).__name__
         found = f"a {kind} with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else f"a {kind}"
         raise InputError(
@@ -88,7 +90,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return _STORAGES[name]
         raise InputError(
             f"{self._path} asks to run {module}.{name} while it is read, so it was refused and nothing was run. "
-            "Wanted: a plain state dict of tensors. If you trust its source, load it there and save the state dict alone."
+            "Wanted: a plain state dict of tensors. If you trust its source, load it there and save the tensors alone."
         )
 
     def persistent_load(self, pid: Any) -> tuple[zipfile.ZipInfo, np.dtype]:

@@ -35,7 +35,7 @@ class Format:
     """What they call the convolution inside a resampling unit; "{}" stands for "op" (down) or "conv" (up)."""
 
     def unit(self, stage: str, block: int, position: int, unit: Unit, blocks_per_level: int) -> str:
-        """Their prefix for a unit: `stage` is encoder, middle or decoder, `block` counts in it from 0, `position` in the block."""
+        """Their prefix for a unit: the `position`-th of the `block`-th block of encoder, middle or decoder."""
         raise NotImplementedError
 
     def depth(self, shapes: Shapes) -> tuple[int, int]:
@@ -113,8 +113,12 @@ class Format:
             block = level * (blocks_per_level + 1)
             residual = self.unit("encoder", block, 0, Unit("residual", "", 0, 0), blocks_per_level)
             inside = {name: f"{residual}.{named(layer)}" for name, layer in self.residual.items()}
-            channels.append(size(0, f"{inside['norm_2']}.weight", f"{inside['conv_2']}.bias", f"{inside['conv_1']}.bias"))
-            modulated = modulated or size(0, f"{inside['embedding']}.bias", f"{inside['embedding']}.weight") // channels[0]
+            channels.append(
+                size(0, f"{inside['norm_2']}.weight", f"{inside['conv_2']}.bias", f"{inside['conv_1']}.bias")
+            )
+            modulated = (
+                modulated or size(0, f"{inside['embedding']}.bias", f"{inside['embedding']}.weight") // channels[0]
+            )
             attention = self.unit("encoder", block, 1, Unit("attention", "", 0, 0), blocks_per_level)
             if any(name.startswith(f"{attention}.{named(self.attention['norm'])}.") for name in shapes):
                 attention_factors.append(2**level)
@@ -123,7 +127,9 @@ class Format:
             "encoder", blocks_per_level, 0, Unit("convolution", "downsample", 0, 0, "down"), blocks_per_level
         )
         convolutional = any(name.startswith(f"{downsample}.{self.convolution.format('op')}.") for name in shapes)
-        output_channels = size(0, f"{named(self.exit['head/output'])}.bias", f"{named(self.exit['head/output'])}.weight")
+        output_channels = size(
+            0, f"{named(self.exit['head/output'])}.bias", f"{named(self.exit['head/output'])}.weight"
+        )
         image_channels = size(1, f"{stem}.weight")
         if output_channels == 2 * image_channels:
             raise InputError(

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm_jax.arrays import Params
 from cm_jax.conversion.diffusers_configs import unet_config
 from cm_jax.conversion.files import as_torch
 from cm_jax.conversion.formats import DIFFUSERS
@@ -52,8 +51,7 @@ def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
     The PyTorch network takes a diffusers source's own tensors; others reach it through diffusers' rules. Raises
     InputError where PyTorch or diffusers is not installed, or UNet2DModel has no such network.
     """
-    network = dataclasses.replace(source.config.network, precision="float32", attention="plain")
-    assert isinstance(network, ADMUNet)
+    network = dataclasses.replace(source.config.adm, precision="float32", attention="plain")
     if source.format is DIFFUSERS:
         tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
     else:
@@ -82,7 +80,7 @@ def reference_network(network: ADMUNet, tensors: dict[str, np.ndarray]) -> Any:
     """diffusers' UNet2DModel for `network`, float32, evaluation mode, with these tensors and no others."""
     try:
         import torch
-        from diffusers import UNet2DModel
+        from diffusers.models.unets.unet_2d import UNet2DModel
     except ImportError as error:
         raise InputError(
             f"The check runs PyTorch's network, and {error.name} is not installed: pip install 'cm_jax[convert]', or "
@@ -91,7 +89,7 @@ def reference_network(network: ADMUNet, tensors: dict[str, np.ndarray]) -> Any:
     # UNet2DModel has one head width for all levels; where ours has one number of heads, set it block by block.
     uniform = network if network.head_width else dataclasses.replace(network, heads=None, head_width=NORM_GROUPS)
     with torch.device("meta"):
-        reference = UNet2DModel.from_config(unet_config(uniform))
+        reference: Any = UNet2DModel.from_config(unet_config(uniform))
     state = {name: as_torch(array).float() for name, array in tensors.items()}
     reference.load_state_dict(state, strict=True, assign=True)
     for module in reference.modules():
@@ -115,7 +113,9 @@ def _run_reference(
         )
     with torch.no_grad():
         chosen = {} if labels is None else {"class_labels": torch.from_numpy(labels).long()}
-        output = reference(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(times.copy()), **chosen).sample
+        output = reference(
+            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(times.copy()), **chosen
+        ).sample
     return _nhwc(output), found
 
 

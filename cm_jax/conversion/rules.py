@@ -7,12 +7,11 @@ rules of a network name every leaf of ours and every tensor of theirs exactly on
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from cm_jax.arrays import Params
+from cm_jax.arrays import Params, leaves, nested
 from cm_jax.errors import InputError, listed, shape_complaints
 
 
@@ -75,7 +74,7 @@ def to_ours(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: str)
     if complaints:
         raise InputError(
             f"{source} does not hold the tensors of one ADM U-Net; {len(complaints)} of {len(wanted)} disagree:\n"
-            f"  {listed(complaints)}\nCheck that the file is complete and that its config, if it has one, belongs to it."
+            f"  {listed(complaints)}\nCheck that the file is complete, and that its config belongs to it."
         )
     flat = {}
     for rule in rules:
@@ -94,22 +93,3 @@ def to_theirs(rules: list[Rule], params: Params) -> dict[str, np.ndarray]:
         for name, part in zip(rule.theirs, np.split(stacked, len(rule.theirs)), strict=True):
             result[name] = np.ascontiguousarray(part)
     return result
-
-
-def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-    """("a/b/c", leaf) for every leaf of a nested dictionary, in its order."""
-    if not isinstance(tree, Mapping):
-        return [(path, tree)]
-    return [pair for name, branch in tree.items() for pair in leaves(branch, f"{path}/{name}" if path else name)]
-
-
-def nested(flat: Mapping[str, np.ndarray]) -> Params:
-    """The inverse of `leaves`."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *branches, name = path.split("/")
-        place = tree
-        for branch in branches:
-            place = place.setdefault(branch, {})
-        place[name] = leaf
-    return tree

@@ -109,13 +109,13 @@ def _read_tensors(path: Path, file: Path, unet: dict[str, Any], grid: KarrasGrid
     if unet:
         check_agreement(file.parent / "config.json", unet, network)
     grid = dataclasses.replace(grid or KarrasGrid(), levels=levels)
-    named = known is not None and known.levels == levels
+    tuned = known.timesteps if known and known.levels == levels and scalings == "consistency" else ()
     config = ModelConfig(
         network=network,
         scaling=EDMScaling() if scalings == "edm" else BoundaryScaling(sigma_min=grid.sigma_min),
         grid=grid,
         class_names=known.class_names if known and len(known.class_names) == network.classes else (),
-        tuned_timesteps=(known.timesteps,) if named and known.timesteps and scalings == "consistency" else (),
+        tuned_timesteps=(tuned,) if tuned else (),
     )
     return Source(path, config, params, spelling, tensors)
 
@@ -124,9 +124,9 @@ def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:
     """Our config with what the user says instead."""
     network, grid, scaling = config.network, config.grid, config.scaling
     if untold.head_width or untold.heads:
-        network = dataclasses.replace(network, head_width=untold.head_width, heads=untold.heads)
+        network = dataclasses.replace(config.adm, head_width=untold.head_width, heads=untold.heads)
     if untold.image_size:
-        network = dataclasses.replace(network, image_size=untold.image_size)
+        network = dataclasses.replace(network, image_size=untold.image_size)  # type: ignore[type-var]
     if untold.levels:
         grid = dataclasses.replace(grid, levels=untold.levels)
     if untold.scalings:

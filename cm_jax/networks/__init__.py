@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Key
 
 from cm_jax.arrays import Images, Keys, Labels, Params
 from cm_jax.networks.adm_unet import ADMUNet
+from cm_jax.networks.precision import Precision
 
 __all__ = ["ADMUNet", "Network"]
 
@@ -36,3 +37,5 @@ class Network(Protocol):
     def initialise(self, key: Key[Array, ""]) -> Params: ...
 
     def prepare(self, params: Params) -> Params: ...
+
+    def at_precision(self, precision: Precision) -> "Network": ...

@@ -10,13 +10,12 @@ import itertools
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from cm_jax.arrays import Images, Keys, Labels, Params
+from cm_jax.arrays import Images, Keys, Labels, Params, leaves, nested
 from cm_jax.errors import InputError
 from cm_jax.networks.attention import Implementation
 from cm_jax.networks.blocks import (
@@ -222,7 +221,7 @@ class ADMUNet:
         _, state = _ADMUNet(self).apply(
             {"params": params}, x, c_noise, labels, None, capture_intermediates=True, mutable=["intermediates"]
         )
-        found = flax.traverse_util.flatten_dict(state["intermediates"], sep="/")
+        found = dict(leaves(state["intermediates"]))  # type: ignore[index]
         paths = [f"{block.name}/{unit.name}" for block in self.plan().blocks for unit in block.units]
         return {path: found[f"{path}/__call__"][0] for path in paths}
 
@@ -259,7 +258,7 @@ class ADMUNet:
         and the last layer of every block and of the network is zero, so that the fresh network puts out zero. All
         numbers come from two draws, because a draw per leaf takes the compiler half a minute.
         """
-        shapes = flax.traverse_util.flatten_dict(self.shapes(), sep="/")
+        shapes = dict(leaves(self.shapes()))
         key_uniform, key_table = jax.random.split(key)
         total = sum(leaf.size for leaf in shapes.values())
         stream = np.asarray(jax.random.uniform(key_uniform, (total,), minval=-1.0))
@@ -278,20 +277,23 @@ class ADMUNet:
                 kernel = shapes[path.rsplit("/", 1)[0] + "/kernel"]
                 value = uniform / np.sqrt(np.prod(kernel.shape[:-1]), dtype=np.float32)
             params[path] = jnp.asarray(value)
-        return flax.traverse_util.unflatten_dict(params, sep="/")
+        return nested(params)
 
     def prepare(self, params: Params) -> Params:
         """Parameters as repeated prediction wants them: those of the blocks' products in the compute precision.
 
-        The network would cast them at every call. Half precision halves their memory; the result is the same.
+        The network would cast them at every call. Half precision halves their memory.
         """
         products = ("stem", "conv_1", "conv_2", "skip", "qkv", "projection", "downsample", "upsample")
 
-        def cast(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
-            return leaf.astype(self.precision if path[-2] in products else jnp.float32)
+        def cast(path: str, leaf: Any) -> Array:
+            return jnp.asarray(leaf, self.precision if path.split("/")[-2] in products else jnp.float32)
 
-        flat = flax.traverse_util.flatten_dict(params)
-        return flax.traverse_util.unflatten_dict({path: cast(path, jnp.asarray(leaf)) for path, leaf in flat.items()})
+        return nested({path: cast(path, leaf) for path, leaf in leaves(params)})
+
+    def at_precision(self, precision: Precision) -> "ADMUNet":
+        """The same network with its products in another precision."""
+        return dataclasses.replace(self, precision=precision)
 
 
 class _ADMUNet(nn.Module):
@@ -364,7 +366,7 @@ class _Embedding(nn.Module):
         width = 4 * self.config.width
         hidden = Dense(width, name="dense_1")(sinusoid(c_noise, self.config.width))
         embedding = Dense(width, name="dense_2")(nn.silu(hidden))
-        if self.config.classes is not None:
+        if labels is not None:
             table = self.param("table", nn.initializers.zeros, (self.config.classes, width))
             embedding = embedding + jnp.take(table, labels, axis=0).astype(embedding.dtype)
         return embedding

@@ -21,9 +21,7 @@ def attend(query: Heads, key: Heads, value: Heads, implementation: Implementatio
     if implementation == "cudnn" or (implementation == "auto" and _cudnn_runs(query)):
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     precision = product_precision(query.dtype)
-    scores = jnp.einsum(
-        "bqnd,bknd->bnqk", query, key, precision=precision, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("bqnd,bknd->bnqk", query, key, precision=precision, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value, precision=precision)
 

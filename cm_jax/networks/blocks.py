@@ -8,8 +8,9 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from cm_jax.arrays import Keys
 from cm_jax.networks.attention import Implementation, attend
@@ -28,9 +29,13 @@ NORM_EPSILON = 1e-5
 
 
 def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
-    """[cos(t w_k), sin(t w_k)] with w_k = 10000^(-k / half), k = 0 ... half - 1; a zero closes an odd width."""
+    """[cos(t w_k), sin(t w_k)] with w_k = 10000^(-k / half), k = 0 ... half - 1; a zero closes an odd width.
+
+    The exponents are rounded to float32 as PyTorch rounds them: t reaches 1500, so their last bit is visible.
+    """
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / half)
+    exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents, dtype=np.float64).astype(np.float32)
     angles = time[:, None] * frequencies
     return jnp.pad(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1), ((0, 0), (0, width % 2)))
 

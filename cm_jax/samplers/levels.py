@@ -1,5 +1,6 @@
 """From what a user asks for (steps, timesteps, indices or sigmas) to the levels that a sampler walks."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ def choose_levels(
         timesteps = match
     if timesteps is not None:
         order = list(timesteps)
-        if not order or any(a <= b for a, b in zip(order, order[1:], strict=False)) or order[-1] != 0:
+        if not order or any(a <= b for a, b in itertools.pairwise(order)) or order[-1] != 0:
             raise InputError(
                 f"timesteps must fall and end with 0, the noisiest level, e.g. 22,0; got {_shown(timesteps)}."
             )
@@ -47,7 +48,7 @@ def choose_levels(
     if indices is not None:
         order = list(indices)
         last = grid.levels - 1
-        if len(order) < 2 or any(a >= b for a, b in zip(order, order[1:], strict=False)):
+        if len(order) < 2 or any(a >= b for a, b in itertools.pairwise(order)):
             raise InputError(
                 f"indices must rise from 0, the noisiest level, to {last}, the closing one, e.g. "
                 f"0,{last // 2},{last}; got {_shown(indices)}."
@@ -64,7 +65,7 @@ def choose_levels(
     closing = sampler.closing(grid)
     if not levels or not all(math.isfinite(sigma) and sigma > closing for sigma in levels):
         raise InputError(f"sigmas must be finite and greater than {closing:g}; got {_shown(levels)}.")
-    if any(a <= b for a, b in zip(levels, levels[1:], strict=False)):
+    if any(a <= b for a, b in itertools.pairwise(levels)):
         raise InputError(f"sigmas must fall, e.g. {grid.sigma_max:g},1.38; got {_shown(levels)}.")
     return (*levels, closing)
 

@@ -1,0 +1,216 @@
+"""Forward time of the ImageNet-64 network, ours beside PyTorch's, in one run: python -m benchmarks.sampling_time
+
+On a CPU: float32, PyTorch in eager mode (diffusers' UNet2DModel) in both memory layouts. On a GPU: bfloat16, PyTorch in
+eager mode and compiled (the network in torch_adm.py, because diffusers need not be installed there). The weights are
+random and the same in all. Passes are interleaved, so that other work on the machine strikes all alike.
+"""
+
+import argparse
+import copy
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import numpy as np
+import torch
+
+from benchmarks.random_params import random_params
+from benchmarks.torch_adm import TorchADM
+from cm_jax.arrays import Params
+from cm_jax.networks import ADMUNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The inputs of one pass: NHWC images, the network's clock, classes."""
+
+    x: np.ndarray
+    times: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def random(cls, network: ADMUNet, size: int) -> "Batch":
+        rng = np.random.default_rng(size)
+        return cls(
+            x=rng.standard_normal((size, *network.image_shape), np.float32),
+            times=rng.uniform(-1500, 1100, size).astype(np.float32),
+            labels=rng.integers(0, network.classes or 1, size).astype(np.int32),
+        )
+
+
+Forward = Callable[[], Any]
+"""One pass over inputs that lie on the device already; it returns when the result is there."""
+
+Contender = Callable[[Batch], Forward]
+"""Makes ready for a batch: places it, and compiles what is compiled beforehand."""
+
+
+def ours(network: ADMUNet, params: Params) -> Contender:
+    """Our network, compiled for each batch."""
+    predict = jax.jit(network.predict)
+    placed = network.prepare(params)
+
+    def ready(batch: Batch) -> Forward:
+        inputs = jax.device_put((batch.x, batch.times, batch.labels))
+        compiled = predict.lower(placed, *inputs).compile()
+        return lambda: jax.block_until_ready(compiled(placed, *inputs))
+
+    return ready
+
+
+def pytorch(
+    model: Callable[..., torch.Tensor],
+    layout: torch.memory_format,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Contender:
+    """A PyTorch network that lies on `device` already."""
+
+    def ready(batch: Batch) -> Forward:
+        x = torch.from_numpy(batch.x.transpose(0, 3, 1, 2).copy()).to(device, dtype, memory_format=layout)
+        times = torch.from_numpy(batch.times).to(device)
+        labels = torch.from_numpy(batch.labels).long().to(device)
+
+        def forward() -> torch.Tensor:
+            with torch.no_grad():
+                output = model(x, times, labels)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return output
+
+        return forward
+
+    return ready
+
+
+def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
+    """Float32: ours, and diffusers' network in both memory layouts."""
+    from cm_jax.conversion.formats import DIFFUSERS
+    from cm_jax.conversion.parity import reference_network
+    from cm_jax.conversion.rules import to_theirs
+
+    planar = reference_network(network, to_theirs(DIFFUSERS.rules(network), params))
+    interleaved = copy.deepcopy(planar).to(memory_format=torch.channels_last)
+    return {
+        "ours": ours(network, params),
+        "PyTorch, NCHW": pytorch(lambda x, t, c: planar(x, t, class_labels=c).sample, torch.contiguous_format),
+        "PyTorch, channels last": pytorch(
+            lambda x, t, c: interleaved(x, t, class_labels=c).sample, torch.channels_last
+        ),
+    }
+
+
+def on_gpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
+    """Bfloat16: ours, and the network in torch_adm.py, eager and compiled."""
+    half = dataclasses.replace(network, precision="bfloat16")
+    model: Any = TorchADM(network, params).to("cuda", torch.bfloat16)
+    model = model.to(memory_format=torch.channels_last)
+    compiled: Any = torch.compile(model, mode="max-autotune", dynamic=False)
+    how: dict[str, Any] = {"layout": torch.channels_last, "device": "cuda", "dtype": torch.bfloat16}
+    return {
+        "ours": ours(half, params),
+        "PyTorch, eager": pytorch(model, **how),
+        "PyTorch, compiled": pytorch(compiled, **how),
+    }
+
+
+@dataclasses.dataclass
+class Measured:
+    """What a contender did with one batch."""
+
+    first_output: float = 0.0
+    """Seconds to the first output, with compilation."""
+    output: np.ndarray | None = None
+    """NHWC float32."""
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    """Of every further pass."""
+    failure: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def measure(contenders: dict[str, Contender], batch: Batch, repeats: int) -> dict[str, Measured]:
+    """Every contender's first output, then `repeats` rounds of one pass each."""
+    measured = {name: Measured() for name in contenders}
+    forwards: dict[str, Forward] = {}
+    for name, ready in contenders.items():
+        began = time.perf_counter()
+        try:
+            forward = ready(batch)
+            measured[name].output = _nhwc(forward())
+        except Exception as error:  # out of memory, or no compiler: its row says so, and the others go on
+            lines = str(error).strip().splitlines()
+            measured[name].failure = f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+        else:
+            measured[name].first_output = time.perf_counter() - began
+            forwards[name] = forward
+    for _ in range(repeats):
+        for name, forward in forwards.items():
+            began = time.perf_counter()
+            forward()
+            measured[name].seconds.append(time.perf_counter() - began)
+    return measured
+
+
+def _nhwc(output: Any) -> np.ndarray:
+    if isinstance(output, torch.Tensor):
+        return output.float().cpu().numpy().transpose(0, 2, 3, 1)
+    return np.asarray(output)
+
+
+def rows(size: int, measured: dict[str, Measured]) -> list[str]:
+    """The table's lines for one batch size."""
+    theirs = [entry for name, entry in measured.items() if name != "ours" and not entry.failure]
+    best = min((entry.median for entry in theirs), default=None)
+    reference = theirs[0].output if theirs else None
+    lines = []
+    for name, entry in measured.items():
+        if entry.failure or entry.output is None:
+            lines.append(f"| {size} | {name} | {entry.failure} | | | | | |")
+            continue
+        ratio = f"{entry.median / best:.2f}" if best else ""
+        difference = ""
+        if reference is not None and entry.output is not reference:
+            difference = f"{np.abs(entry.output - reference).max() / np.abs(reference).max():.1e}"
+        lines.append(
+            f"| {size} | {name} | {1000 * entry.median:.0f} | {1000 * min(entry.seconds):.0f} | "
+            f"{size / entry.median:.2f} | {ratio} | {entry.first_output:.1f} | {difference} |"
+        )
+    return lines
+
+
+def main() -> None:
+    gpu = jax.default_backend() == "gpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", default="64,128,256,512" if gpu else "1,4", help="sizes with commas between")
+    parser.add_argument("--repeats", type=int, default=20 if gpu else 9, help="passes of each network after its first")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on a CPU; JAX takes all cores")
+    arguments = parser.parse_args()
+    sizes = [int(size) for size in arguments.batches.split(",")]
+    torch.set_num_threads(arguments.threads)
+
+    before = os.getloadavg()[0]
+    network = ADMUNet()
+    contenders = (on_gpu if gpu else on_cpu)(network, random_params(network))
+    device = jax.devices()[0].device_kind if gpu else f"{os.cpu_count()} cores, {arguments.threads} threads for PyTorch"
+    print(f"On {device}; jax {jax.__version__}, torch {torch.__version__}; {arguments.repeats} repeats.", flush=True)
+    print("| batch | network | median ms | fastest ms | images/s | time / best PyTorch | first output s | difference |")
+    print("|---|---|---|---|---|---|---|---|")
+    for size in sizes:
+        print(*rows(size, measure(contenders, Batch.random(network, size), arguments.repeats)), sep="\n", flush=True)
+        if gpu:
+            torch.cuda.empty_cache()
+    print(f"Load average {before:.1f} before and {os.getloadavg()[0]:.1f} after; this program's own work counts in it.")
+
+
+if __name__ == "__main__":
+    main()

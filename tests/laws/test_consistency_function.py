@@ -1,0 +1,73 @@
+"""What holds for every network, and for exact denoisers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling
+from tests.support import SMALL, random_params
+
+
+def test_the_consistency_function_is_the_identity_at_sigma_min():
+    function = ConsistencyFunction(SMALL, BoundaryScaling())
+    x = 3 * jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    clean = function(random_params(SMALL), x, jnp.full(2, 0.002), jnp.array([1, 2]))
+    np.testing.assert_array_equal(clean, x)
+
+
+def test_a_denoiser_is_not_held_to_the_boundary():
+    function = ConsistencyFunction(SMALL, EDMScaling())
+    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    assert not np.array_equal(function(random_params(SMALL), x, jnp.full(2, 0.002), jnp.array([1, 2])), x)
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 80.0])
+def test_edm_scalings_give_unit_variance_inputs_and_targets(sigma):
+    """The demands from which EDM derives them (appendix B.6): unit-variance inputs and targets."""
+    scaling, level = EDMScaling(), jnp.array([sigma])
+    variance = scaling.sigma_data**2 + sigma**2
+    assert scaling.c_in(level)[0] ** 2 * variance == pytest.approx(1, rel=1e-5)
+    target = (1 - scaling.c_skip(level)[0]) ** 2 * scaling.sigma_data**2 + scaling.c_skip(level)[0] ** 2 * sigma**2
+    assert target == pytest.approx(float(scaling.c_out(level)[0]) ** 2, rel=1e-3)
+
+
+def test_with_the_best_raw_output_the_gaussian_denoiser_comes_out():
+    """For data from N(0, sigma_data^2) the best denoiser is c_skip x, so the raw network has nothing to add."""
+    x, sigma = jnp.ones((3, 1, 1, 1)), jnp.array([0.002, 1.0, 80.0])
+    exact = x * (0.25 / (0.25 + sigma**2))[:, None, None, None]
+    np.testing.assert_allclose(EDMScaling().blend(x, sigma, jnp.zeros_like(x)), exact, rtol=1e-6)
+
+
+def test_a_fresh_network_puts_out_zero():
+    params = SMALL.initialise(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    assert not jax.jit(SMALL.predict)(params, x, jnp.array([1.0, -100.0]), jnp.array([0, 9])).any()
+
+
+def test_initialisation_follows_pytorchs_laws_and_its_key():
+    params = SMALL.initialise(jax.random.key(0))
+    kernel = params["down_0_0"]["residual"]["conv_1"]["kernel"]
+    bound = 1 / np.sqrt(9 * 32)
+    assert bound * 0.99 < jnp.abs(kernel).max() <= bound
+    assert kernel.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
+    assert jnp.abs(params["down_0_0"]["residual"]["conv_1"]["bias"]).max() <= bound
+    assert params["embedding"]["table"].std() == pytest.approx(1, rel=0.05)
+    again, other = SMALL.initialise(jax.random.key(0)), SMALL.initialise(jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    assert not np.array_equal(kernel, other["down_0_0"]["residual"]["conv_1"]["kernel"])
+
+
+def test_any_image_size_that_halves_goes_through():
+    params = random_params(SMALL)
+    out = jax.jit(SMALL.predict)(params, jnp.ones((1, 24, 40, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    assert out.shape == (1, 24, 40, 3)
+
+
+def test_equal_networks_hash_alike():
+    network = dataclasses.replace(SMALL, multipliers=(1.0, 2.0), attention_factors=(2,))
+    assert network == SMALL
+    assert hash(network) == hash(SMALL)

@@ -1,0 +1,214 @@
+"""Conversion is a bijection: every name mapped, used once, there and back bit for bit."""
+
+import dataclasses
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cm_jax.arrays import leaves, nested
+from cm_jax.config import ModelConfig
+from cm_jax.conversion import Untold, read, write
+from cm_jax.conversion.diffusers_configs import scheduler_config, unet_config
+from cm_jax.conversion.formats import DIFFUSERS, OPENAI
+from cm_jax.conversion.rules import LazyTensor, to_ours, to_theirs
+from cm_jax.errors import InputError
+from cm_jax.networks import ADMUNet
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling
+from cm_jax.published import imagenet_classes, published, recognise
+from tests.support import DATA, IMAGENET64, LSUN256, ROOT, SMALL, random_params
+
+PUBLISHED = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
+KEYS = DATA / "keys"
+
+
+def shapes_of(spelling, network):
+    """Name and shape of every foreign tensor, without making any."""
+    ours = dict(leaves(network.shapes()))
+    return {name: rule.their_shape(ours[rule.ours].shape) for rule in spelling.rules(network) for name in rule.theirs}
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("imagenet64", 295_899_267), ("lsun256", 526_304_771)])
+def test_parameter_counts_of_the_published_networks(name, parameters):
+    assert PUBLISHED[name].parameter_count() == parameters
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("imagenet64", 541), ("lsun256", 566)])
+def test_every_tensor_of_the_originals_files_in_order(name, tensors):
+    lines = (KEYS / f"openai_keys_{name}.tsv").read_text().splitlines()
+    recorded = {
+        key: tuple(json.loads(f"[{shape.strip('(),')}]")) for key, shape in (line.split("\t") for line in lines)
+    }
+    ours = shapes_of(OPENAI, PUBLISHED[name])
+    assert len(ours) == tensors
+    assert list(ours.items()) == list(recorded.items())
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("imagenet64", 629), ("lsun256", 630)])
+def test_every_tensor_of_diffusers_files(name, tensors):
+    recorded = json.loads((KEYS / f"diffusers_unet_{name}_keys.json").read_text())
+    shapes = next(value for value in recorded.values() if isinstance(value, dict) and "conv_in.weight" in value)
+    ours = shapes_of(DIFFUSERS, PUBLISHED[name])
+    assert len(ours) == tensors
+    assert ours == {key: tuple(shape) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_two_spellings_meet_where_diffusers_own_converter_puts_them(name):
+    """Composed through ours, the rules are the recorded map of diffusers' conversion script."""
+    recorded = json.loads((KEYS / f"diffusers_unet_{name}_openai_map.json").read_text())
+    theirs = {rule.ours: rule.theirs for rule in OPENAI.rules(PUBLISHED[name])}
+    for rule in DIFFUSERS.rules(PUBLISHED[name]):
+        for part, tensor in enumerate(rule.theirs):
+            (expected,) = theirs[rule.ours]
+            source = recorded[tensor]["openai"]
+            assert source.split("[")[0].split("|")[0] == expected
+            if len(rule.theirs) == 3:
+                assert f"[{part}/3 of dim0]" in source
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("spelling", [OPENAI, DIFFUSERS], ids=["openai", "diffusers"])
+def test_published_architectures_are_inferred(name, spelling):
+    network = PUBLISHED[name]
+    inferred = spelling.infer(shapes_of(spelling, network), "a file", image_size=network.image_size, head_width=64)
+    assert inferred == network
+
+
+@st.composite
+def fields(draw):
+    multipliers = draw(st.lists(st.sampled_from([0.5, 1, 1.5, 2, 3]), min_size=1, max_size=4))
+    levels = len(multipliers)
+    return {  # the network itself is made in the test, outside of hypothesis
+        "image_size": 2 ** (levels + 1),
+        "image_channels": draw(st.sampled_from([1, 3])),
+        "width": 64,
+        "multipliers": tuple(multipliers),
+        "blocks_per_level": draw(st.integers(1, 3)),
+        "attention_factors": tuple(sorted(draw(st.sets(st.sampled_from([2**level for level in range(levels)]))))),
+        "head_width": draw(st.sampled_from([16, 32])),
+        "classes": draw(st.sampled_from([None, 1, 10])),
+        "modulation": draw(st.sampled_from(["scale_shift", "additive"])),
+        "resampling": draw(st.sampled_from(["residual", "convolution"] if levels > 1 else ["residual"])),
+    }
+
+
+@settings(max_examples=25, deadline=None)
+@given(fields(), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
+def test_any_network_is_inferred_and_goes_there_and_back_bit_for_bit(chosen, dtype):
+    network = ADMUNet(**chosen)
+    rng = np.random.default_rng(0)
+    for spelling in (OPENAI, DIFFUSERS):
+        arrays = {
+            name: rng.integers(-999, 999, shape).astype(np.float32).astype(dtype)
+            for name, shape in shapes_of(spelling, network).items()
+        }
+        shapes = {name: array.shape for name, array in arrays.items()}
+        inferred = spelling.infer(shapes, "a file", image_size=network.image_size, head_width=network.head_width)
+        assert inferred == network
+        rules = spelling.rules(network)
+        tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
+        back = to_theirs(rules, to_ours(rules, network.shapes(), tensors, source="a file"))
+        assert list(back) == list(arrays)
+        for name, array in arrays.items():
+            assert back[name].dtype == array.dtype
+            assert back[name].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("kind", ["ours", "openai", "diffusers"])
+@pytest.mark.parametrize("scaling", [BoundaryScaling(), EDMScaling()], ids=["consistency", "edm"])
+def test_files_there_and_back_bit_for_bit(tmp_path, dtype, kind, scaling):
+    params = {path: np.asarray(leaf).astype(dtype) for path, leaf in leaves(random_params(SMALL))}
+    config = ModelConfig(SMALL, scaling, KarrasGrid(18))
+    destination = tmp_path / ("model.pt" if kind == "openai" else "model")
+    write(destination, kind, config, nested(params))
+    edm = "edm" if isinstance(scaling, EDMScaling) else "consistency"
+    source = read(destination, Untold(16, None, edm, 18, 16) if kind != "ours" else Untold())
+    assert source.config == config
+    back = dict(leaves(source.params))
+    assert sorted(back) == sorted(params)
+    for path, leaf in params.items():
+        assert back[path].dtype == leaf.dtype
+        assert back[path].tobytes() == leaf.tobytes()
+    assert [entry.name for entry in tmp_path.iterdir()] == [destination.name]
+
+
+@pytest.mark.parametrize(
+    ("folder", "network", "levels"),
+    [
+        ("cd_imagenet64", IMAGENET64, 40),
+        ("ct_imagenet64", IMAGENET64, 201),
+        ("cd_lsun256", LSUN256, 40),
+        ("ct_lsun256", LSUN256, 151),
+    ],
+)
+def test_configs_are_those_that_diffusers_writes(folder, network, levels):
+    folder = DATA / "diffusers" / "configs" / folder
+    recorded = json.loads((folder / "unet" / "config.json").read_text())
+    ours = unet_config(network)
+    # The norm of the middle attention is on by default in additive networks, where diffusers leaves the key unset.
+    assert recorded.pop("attn_norm_num_groups", None) in (32, None)
+    assert ours.pop("attn_norm_num_groups") == 32
+    assert ours == recorded
+    recorded = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler_config(ModelConfig(network, BoundaryScaling(), KarrasGrid(levels))) == recorded
+
+
+def test_all_complaints_come_in_one_message():
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes_of(OPENAI, SMALL).items()}
+    del arrays["middle_block.0.in_layers.2.weight"], arrays["out.0.bias"]
+    arrays["out.0.weight"] = np.zeros(7, np.float32)
+    arrays["time_embed.2.bias"] = np.zeros(128, np.int64)
+    arrays["extra.weight"] = np.zeros(3, np.float32)
+    tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
+    with pytest.raises(InputError) as caught:
+        to_ours(OPENAI.rules(SMALL), SMALL.shapes(), tensors, source="model.pt")
+    message = str(caught.value)
+    assert message.startswith("model.pt")
+    for line in (
+        "missing: middle_block.0.in_layers.2.weight [64, 64, 3, 3]",
+        "missing: out.0.bias [32]",
+        "wrong shape: out.0.weight is [7], the architecture needs [32]",
+        "not part of the network: extra.weight [3]",
+        "not floating point: time_embed.2.bias is int64",
+    ):
+        assert line in message
+
+
+def test_networks_that_diffusers_cannot_express_are_refused():
+    with pytest.raises(InputError, match="ties the embedding"):
+        unet_config(dataclasses.replace(SMALL, width=64, multipliers=(0.5, 1)))
+    with pytest.raises(InputError, match="one head width"):
+        unet_config(dataclasses.replace(SMALL, attention_factors=(1, 2), heads=4, head_width=None))
+
+
+def test_published_checkpoints_are_recognised_by_name(tmp_path):
+    assert sum(not entry.bundled for entry in published().values()) == 12
+    for name, entry in published().items():
+        for spelling in (f"{name}.pt", f"diffusers-{name}", name):
+            assert recognise(tmp_path / spelling) is entry
+    assert recognise(tmp_path / "my_model.pt") is None
+    assert published()["ct_cat256"].timesteps == (62, 0)
+    assert published()["edm_cat256_ema"].scalings == "edm"
+
+
+def test_class_names_of_imagenet():
+    names = imagenet_classes()
+    assert len(names) == 1000
+    assert [names[i].split(",")[0] for i in (0, 145, 207, 999)] == [
+        "tench",
+        "king penguin",
+        "golden retriever",
+        "toilet tissue",
+    ]
+
+
+def test_the_top_level_convert_is_only_a_door():
+    """The converter itself lies in the package, where an installed wheel has it."""
+    code = [path.read_text() for path in (ROOT / "convert").glob("*.py")]
+    assert sum(len(text.splitlines()) for text in code) < 15

@@ -1,0 +1,150 @@
+"""One seed, the same images: whatever the batch, the order, and the number of devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from cm_jax.config import ModelConfig
+from cm_jax.conversion import Untold, read
+from cm_jax.errors import InputError
+from cm_jax.generation import draw_labels, generate
+from cm_jax.model import Model, load
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling
+from cm_jax.samplers import Ancestral, Churn, Consistency, Heun, choose_levels
+from tests.support import DATA, SMALL, random_params
+
+BOUND = 1e-5
+CONSISTENCY = Consistency()
+CONFIG = ModelConfig(SMALL, BoundaryScaling(), KarrasGrid(18), tuple(f"kind {i}, sort {i}" for i in range(10)))
+MODEL = Model(CONFIG, SMALL.prepare(random_params(SMALL)))
+EMOJI = load("emoji16_cd")
+TEACHER = read(DATA / "emoji16" / "emoji16_edm.pt", Untold(32, None, "edm", 18, 16))
+LEVELS = (80.0, 3.0, 0.002)
+
+
+def images(count, batch_size, devices, sampler=CONSISTENCY, labels=None, levels=LEVELS, model=EMOJI):
+    key = jax.random.key(7)
+    labels = draw_labels(key, count, 9) if labels is None else labels
+    parts = generate(
+        model.config.function,
+        sampler,
+        model.params,
+        levels,
+        key,
+        count,
+        labels,
+        batch_size=batch_size,
+        devices=jax.devices()[:devices],
+    )
+    return list(parts)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return np.concatenate(images(10, 10, 1))
+
+
+def test_there_are_eight_devices():
+    assert len(jax.devices()) == 8
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(4, 1), (1, 1), (10, 8), (4, 2), (16, 8), (8, 8)])
+def test_same_images_in_other_batches_and_on_other_devices(reference, batch_size, devices):
+    parts = images(10, batch_size, devices)
+    assert max(map(len, parts)) <= max(batch_size, devices)
+    np.testing.assert_allclose(np.concatenate(parts), reference, atol=BOUND)
+
+
+@pytest.mark.parametrize("sampler", [Ancestral(), Heun(churn=Churn(10))], ids=["ancestral", "heun"])
+def test_a_teachers_samplers_on_eight_devices(sampler):
+    levels = choose_levels(sampler, TEACHER.config.grid, steps=8)
+    alone, apart = (np.concatenate(images(5, 5, devices, sampler, levels=levels, model=TEACHER)) for devices in (1, 8))
+    np.testing.assert_allclose(apart, alone, atol=BOUND)
+
+
+def test_more_images_continue_the_same_ones(reference):
+    np.testing.assert_allclose(np.concatenate(images(3, 3, 1)), reference[:3], atol=BOUND)
+
+
+def test_images_differ_from_each_other_and_between_seeds(reference):
+    assert len(np.unique(reference.reshape(10, -1), axis=0)) == 10
+    assert not np.allclose(EMOJI.sample(8, 10, sigmas=LEVELS[:-1]), reference, atol=0.1)
+
+
+def test_labels_come_from_the_same_key(reference):
+    drawn = EMOJI.draw_labels(7, 10)
+    np.testing.assert_array_equal(drawn, EMOJI.draw_labels(jax.random.key(7), 12)[:10])
+    np.testing.assert_allclose(EMOJI.sample(7, 10, sigmas=LEVELS[:-1]), reference, atol=BOUND)
+    np.testing.assert_allclose(EMOJI.sample(7, 10, labels=drawn, sigmas=LEVELS[:-1]), reference, atol=BOUND)
+    assert set(EMOJI.draw_labels(0, 400)) == set(range(9))
+
+
+def test_a_label_changes_its_own_image_alone():
+    labels = np.zeros(4, np.int32)
+    changed = labels.copy()
+    changed[2] = 5
+    before, after = (np.concatenate(images(4, 4, 1, labels=given)) for given in (labels, changed))
+    differs = np.abs(before - after).max((1, 2, 3)) > 1e-3
+    np.testing.assert_array_equal(differs, [False, False, True, False])
+
+
+def test_labels_by_number_name_and_synonym():
+    np.testing.assert_array_equal(MODEL.labels("sort 3", 2), [3, 3])
+    np.testing.assert_array_equal(MODEL.labels(["Kind 1", "7"], 2), [1, 7])
+    np.testing.assert_array_equal(MODEL.labels(4, 3), [4, 4, 4])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (10, "from 0 to 9"),
+        (-1, "from 0 to 9"),
+        ("1.5", "no class"),
+        ("kind 33", "no class"),
+        ([1, 2], "2 labels for 3"),
+    ],
+)
+def test_wrong_labels_are_refused(labels, message):
+    with pytest.raises(InputError, match=message):
+        MODEL.sample(0, 3, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"count": 0}, "count must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"sampler": "magic"}, "no sampler 'magic'"),
+        ({"steps": 2, "noise": np.zeros((3, 2, 16, 16, 3), np.float32)}, r"\[draws, 1, 16, 16, 3\]"),
+        ({"steps": 2, "noise": np.zeros((1, 1, 16, 16, 3), np.float32)}, "3 draws"),
+    ],
+)
+def test_wrong_requests_are_refused(asked, message):
+    with pytest.raises(InputError, match=message):
+        MODEL.sample(0, **{"count": 1, **asked})
+
+
+@pytest.mark.parametrize(
+    ("images", "sigma", "labels", "message"),
+    [
+        (np.zeros((1, 15, 16, 3)), 1.0, 0, "cannot be halved"),
+        (np.zeros((1, 16, 16, 4)), 1.0, 0, "batch, height, width, 3"),
+        (np.zeros((2, 16, 16, 3)), [1.0, 1.0, 1.0], 0, "one level or 2"),
+        (np.zeros((2, 16, 16, 3)), -1.0, 0, "not negative"),
+        (np.zeros((2, 16, 16, 3)), 1.0, None, "give labels"),
+        (np.zeros((2, 16, 16, 3)), 1.0, 11, "from 0 to 9"),
+    ],
+)
+def test_wrong_denoising_is_refused(images, sigma, labels, message):
+    with pytest.raises(InputError, match=message):
+        MODEL.denoise(images, np.asarray(sigma), labels)
+
+
+def test_denoise_is_the_consistency_function():
+    x = np.random.default_rng(0).standard_normal((3, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_array_equal(MODEL.denoise(x, 0.002, "kind 1"), x)
+    mixed = MODEL.denoise(x, np.array([80.0, 1.0, 0.002]), [0, 1, 2])
+    for index, sigma in enumerate([80.0, 1.0, 0.002]):
+        alone = MODEL.denoise(x[index : index + 1], sigma, index)
+        np.testing.assert_allclose(mixed[index], alone[0], atol=BOUND)

@@ -1,0 +1,165 @@
+"""Orders of convergence, number of calls, and what must not matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm_jax.errors import InputError
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.samplers import DPM, SAMPLERS, Ancestral, Churn, Consistency, Euler, Heun, ProgressiveEuler, choose_levels
+from tests.support import gaussian_denoiser
+
+GRID = KarrasGrid()
+
+
+def counted(denoiser):
+    """The denoiser, and a list that grows at every call while the program runs."""
+    calls = []
+
+    def counting(x, sigma):
+        jax.debug.callback(lambda: calls.append(1), ordered=False)
+        return denoiser(x, sigma)
+
+    return counting, calls
+
+
+def walk(sampler, levels, draw, denoiser=None):
+    return sampler(denoiser or gaussian_denoiser(), jnp.asarray(levels, jnp.float32), draw)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"),
+    [(Euler(clip=False), 1), (Heun(clip=False), 2), (DPM(clip=False), 2)],
+    ids=["euler", "heun", "dpm"],
+)
+def test_order_of_convergence_on_the_exact_gaussian_denoiser(sampler, order):
+    """For data from N(0, s^2) the flow ends at x_T s / sqrt(s^2 + sigma_max^2). Errors in double precision."""
+    with jax.enable_x64(True):
+        start = jnp.ones((1, 1, 1, 1), jnp.float64) / 200
+        exact = 80 / 200 * 0.5 / np.sqrt(0.25 + 80**2)
+        errors = []
+        for steps in (40, 80, 160, 320):
+            levels = jnp.asarray(
+                [*GRID.sigma(np.arange(steps) * (GRID.levels - 1) / steps), GRID.sigma_min], jnp.float64
+            )
+            # from sigma_max to sigma_min, both sides of an exactly known flow
+            target = exact * np.sqrt((0.25 + 0.002**2) / 0.25)
+            end = sampler(gaussian_denoiser(), levels, lambda index: start)
+            errors.append(abs(float(end[0, 0, 0, 0]) - target))
+        rates = -np.diff(np.log2(errors))
+    assert rates.min() > order - 0.2
+    assert rates.max() < order + 0.4
+
+
+@pytest.mark.parametrize(
+    ("sampler", "calls"),
+    [
+        (Consistency(), 5),
+        (Euler(), 5),
+        (Ancestral(), 5),
+        (ProgressiveEuler(), 5),
+        (Heun(), 9),
+        (DPM(), 10),
+        (Heun(churn=Churn(10)), 9),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else str(value),
+)
+def test_calls_of_the_network_in_five_steps(sampler, calls):
+    denoiser, made = counted(gaussian_denoiser())
+    levels = choose_levels(sampler, GRID, steps=5)
+    walk(sampler, levels, lambda index: jnp.ones((1, 2, 2, 3)), denoiser).block_until_ready()
+    jax.effects_barrier()
+    assert len(made) == calls
+    assert len(levels) == 6
+
+
+def test_one_step_is_one_call_at_sigma_max():
+    denoiser, made = counted(gaussian_denoiser())
+    noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    image = walk(Consistency(), choose_levels(Consistency(), GRID, steps=1), lambda index: noise, denoiser)
+    jax.effects_barrier()
+    assert len(made) == 1
+    np.testing.assert_allclose(image, gaussian_denoiser()(80 * noise, jnp.full(2, 80.0)), rtol=1e-6)
+
+
+def test_the_last_step_of_the_consistency_sampler_adds_no_noise():
+    """With f = 0 every image is only the last noise added, whose standard deviation must be exactly 0."""
+    levels = choose_levels(Consistency(), GRID, timesteps=(22, 0))
+    image = walk(Consistency(), levels, lambda index: jnp.ones((1, 2, 2, 3)), lambda x, sigma: 0 * x)
+    assert not image.any()
+
+
+def test_a_perfect_consistency_function_gives_the_data_law_in_one_step_and_in_five():
+    """f(x, s) = x sqrt((d^2 + e^2) / (d^2 + s^2)) is exact for N(0, d^2): the images have standard deviation d."""
+    deviation = 0.2
+
+    def exact(x, sigma):
+        scale = jnp.sqrt((deviation**2 + 0.002**2) / (deviation**2 + sigma**2))
+        return x * scale[:, None, None, None]
+
+    for steps in (1, 5):
+        keys = jax.random.split(jax.random.key(0), 8)
+        images = walk(
+            Consistency(clip=False),
+            choose_levels(Consistency(), GRID, steps=steps),
+            lambda index, keys=keys: jax.random.normal(keys[index], (4, 64, 64, 3)),
+            exact,
+        )
+        assert images.std() == pytest.approx(deviation, rel=0.02)
+
+
+def test_no_churn_draws_no_noise():
+    def forbidden(index):
+        assert isinstance(index, int), "a draw inside the loop"
+        return jnp.ones((1, 2, 2, 3))
+
+    for sampler in (Heun(), DPM(), Euler(), ProgressiveEuler()):
+        walk(sampler, choose_levels(sampler, GRID, steps=3), forbidden)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_images_lie_in_range_and_one_step_works(name):
+    for steps in (1, 2, 7):
+        levels = choose_levels(SAMPLERS[name], GRID, steps=steps)
+        images = walk(SAMPLERS[name], levels, lambda index: jnp.full((1, 2, 2, 3), 3.0), gaussian_denoiser(3.0))
+        assert jnp.isfinite(images).all()
+        assert jnp.abs(images).max() <= 1
+
+
+def test_the_three_spellings_agree():
+    """diffusers' 22,0 is the original's 0,22,39 and the levels 80, 1.38237."""
+    by_timesteps = choose_levels(Consistency(), GRID, timesteps=(22, 0))
+    assert by_timesteps == choose_levels(Consistency(), GRID, indices=(0, 22, 39))
+    by_sigmas = choose_levels(Consistency(), GRID, sigmas=(80.0, 1.3823679566485092))
+    np.testing.assert_allclose(by_timesteps, by_sigmas, rtol=1e-12)
+    assert by_timesteps == choose_levels(Consistency(), GRID, steps=2, tuned=[(22, 0)])
+
+
+@pytest.mark.parametrize(("steps", "indices"), [(1, [0]), (2, [0, 20]), (3, [0, 13, 26]), (4, [0, 10, 20, 30])])
+def test_plain_steps_are_spaced_as_in_diffusers(steps, indices):
+    levels = choose_levels(Consistency(), GRID, steps=steps)
+    np.testing.assert_allclose(levels[:-1], GRID.sigma(np.array(indices)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "got none"),
+        ({"steps": 1, "timesteps": (0,)}, "steps and timesteps"),
+        ({"steps": 0}, "at least 1"),
+        ({"timesteps": ()}, "an empty list"),
+        ({"timesteps": (0, 22)}, "must fall"),
+        ({"timesteps": (22, 10)}, "end with 0"),
+        ({"timesteps": (40, 0)}, "0 to 39"),
+        ({"indices": (22, 0)}, "must rise"),
+        ({"indices": (0, 22)}, "end with 39"),
+        ({"indices": (-1, 39)}, "0 to 39"),
+        ({"sigmas": (80.0, -1.0)}, "greater than 0.002"),
+        ({"sigmas": (1.0, 80.0)}, "must fall"),
+        ({"sigmas": (float("nan"),)}, "finite"),
+    ],
+)
+def test_impossible_levels_are_refused(asked, message):
+    with pytest.raises(InputError, match=message):
+        choose_levels(Consistency(), GRID, **asked)

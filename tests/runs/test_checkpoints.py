@@ -1,0 +1,122 @@
+"""Our checkpoints: other precisions, other devices, damage."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import cm_jax
+from cm_jax import checkpoints
+from cm_jax.arrays import leaves
+from cm_jax.config import ModelConfig
+from cm_jax.errors import InputError
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling
+from tests.support import SMALL, random_params
+
+CONFIG = ModelConfig(SMALL, BoundaryScaling(), KarrasGrid(18), tuple("abcdefghij"), ((8, 0),))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    params = random_params(SMALL)
+    checkpoints.save(tmp_path / "model", CONFIG, params)
+    return tmp_path / "model", params
+
+
+def test_config_and_parameters_come_back(saved):
+    path, params = saved
+    config, restored = checkpoints.restore(path)
+    assert config == CONFIG
+    assert all(isinstance(leaf, np.ndarray) for _, leaf in leaves(restored))
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
+    assert json.loads((path / "config.json").read_text())["format"] == 1
+
+
+def test_restored_in_another_precision_on_other_devices(saved):
+    path, params = saved
+    devices = NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
+    _, restored = checkpoints.restore(path, dtype=jnp.bfloat16, sharding=devices)
+    kernel = restored["stem"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    assert len(kernel.sharding.device_set) == 8
+    np.testing.assert_array_equal(kernel, params["stem"]["kernel"].astype(jnp.bfloat16))
+
+
+def test_a_model_is_saved_and_loaded(saved, tmp_path):
+    path, _ = saved
+    model = cm_jax.load(path)
+    model.save(tmp_path / "again")
+    again = cm_jax.load(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert again.plan(steps=2).levels == model.plan(timesteps=(8, 0)).levels
+
+
+def test_half_precision_model_draws_nearly_the_same_images(saved):
+    path, _ = saved
+    drawn = [cm_jax.load(path, precision=name).sample(0, 2) for name in ("float32", "bfloat16")]
+    assert 0 < np.abs(drawn[0] - drawn[1]).max() < 0.1
+
+
+def test_a_folder_with_files_in_it_is_not_overwritten(saved):
+    path, params = saved
+    with pytest.raises(InputError, match="files in it"):
+        checkpoints.save(path, CONFIG, params)
+
+
+def test_nothing_is_left_behind_when_writing_fails(tmp_path):
+    with pytest.raises(Exception):  # noqa: B017  whatever Orbax raises for such a leaf
+        checkpoints.save(tmp_path / "model", CONFIG, {"leaf": object()})
+    assert not list(tmp_path.iterdir())
+
+
+def damage_config(path, edit):
+    fields = json.loads((path / "config.json").read_text())
+    edit(fields)
+    (path / "config.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda fields: fields["network"].update(width=64), "contradicts"),
+        (lambda fields: fields["network"].update(classes=None), "contradicts"),
+        (lambda fields: fields["network"].update(head_width=24), "cannot be built"),
+        (lambda fields: fields["network"].update(wings=2), "not the config"),
+        (lambda fields: fields["network"].update(kind="Dragon"), "not the config"),
+        (lambda fields: fields.pop("scaling"), "not the config"),
+        (lambda fields: fields.update(format=99), "upgrade cm_jax"),
+        (lambda fields: fields["grid"].update(levels=0), "levels >= 2"),
+        (lambda fields: fields.update(class_names=["a"]), "1 class names for 10 classes"),
+    ],
+)
+def test_a_config_that_contradicts_the_arrays_or_itself(saved, edit, message):
+    path, _ = saved
+    damage_config(path, edit)
+    with pytest.raises(InputError, match=message):
+        cm_jax.load(path)
+
+
+def test_a_config_that_is_no_json(saved):
+    path, _ = saved
+    (path / "config.json").write_bytes(b"\xff{")
+    with pytest.raises(InputError, match="not the config"):
+        cm_jax.load(path)
+
+
+def test_lost_and_truncated_arrays(saved):
+    path, _ = saved
+    largest = max(
+        (file for file in (path / "params").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged or incomplete"):
+        cm_jax.load(path)
+    shutil.rmtree(path / "params")
+    (path / "params").mkdir()
+    with pytest.raises(InputError, match="damaged or incomplete"):
+        cm_jax.load(path)

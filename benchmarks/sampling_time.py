@@ -8,6 +8,7 @@ random and the same in all. Passes are interleaved, so that other work on the ma
 import argparse
 import copy
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -133,10 +134,6 @@ class Measured:
     """Of every further pass."""
     failure: str = ""
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
 
 def measure(contenders: dict[str, Contender], batch: Batch, repeats: int) -> dict[str, Measured]:
     """Every contender's first output, then `repeats` rounds of one pass each."""
@@ -168,22 +165,23 @@ def _nhwc(output: Any) -> np.ndarray:
 
 
 def rows(size: int, measured: dict[str, Measured]) -> list[str]:
-    """The table's lines for one batch size."""
+    """The table's lines for one batch size; ratios are to the best of PyTorch, differences to its first."""
     theirs = [entry for name, entry in measured.items() if name != "ours" and not entry.failure]
-    best = min((entry.median for entry in theirs), default=None)
-    reference = theirs[0].output if theirs else None
+    best_median = min((statistics.median(entry.seconds) for entry in theirs), default=math.nan)
+    best = min((min(entry.seconds) for entry in theirs), default=math.nan)
     lines = []
     for name, entry in measured.items():
         if entry.failure or entry.output is None:
-            lines.append(f"| {size} | {name} | {entry.failure} | | | | | |")
+            lines.append(f"| {size} | {name} | {entry.failure} | | | | | | |")
             continue
-        ratio = f"{entry.median / best:.2f}" if best else ""
+        median, fastest = statistics.median(entry.seconds), min(entry.seconds)
         difference = ""
-        if reference is not None and entry.output is not reference:
+        if theirs and entry is not theirs[0] and theirs[0].output is not None:
+            reference = theirs[0].output
             difference = f"{np.abs(entry.output - reference).max() / np.abs(reference).max():.1e}"
         lines.append(
-            f"| {size} | {name} | {1000 * entry.median:.0f} | {1000 * min(entry.seconds):.0f} | "
-            f"{size / entry.median:.2f} | {ratio} | {entry.first_output:.1f} | {difference} |"
+            f"| {size} | {name} | {1000 * median:.0f} | {median / best_median:.2f} | {1000 * fastest:.0f} | "
+            f"{fastest / best:.2f} | {size / median:.2f} | {entry.first_output:.1f} | {difference} |"
         )
     return lines
 
@@ -203,8 +201,8 @@ def main() -> None:
     contenders = (on_gpu if gpu else on_cpu)(network, random_params(network))
     device = jax.devices()[0].device_kind if gpu else f"{os.cpu_count()} cores, {arguments.threads} threads for PyTorch"
     print(f"On {device}; jax {jax.__version__}, torch {torch.__version__}; {arguments.repeats} repeats.", flush=True)
-    print("| batch | network | median ms | fastest ms | images/s | time / best PyTorch | first output s | difference |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| batch | network | median ms | ratio | fastest ms | ratio | images/s | first output s | difference |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for size in sizes:
         print(*rows(size, measure(contenders, Batch.random(network, size), arguments.repeats)), sep="\n", flush=True)
         if gpu:

@@ -1,0 +1,55 @@
+# make demo   draw images with the bundled model, converted and checked on the way
+# make test   lint, types, tests
+# Both set up .venv by themselves; PYTHON names another interpreter (3.11 or newer).
+
+PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.14; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
+BIN := .venv/bin
+
+.PHONY: demo test lint types format constraints clean
+
+demo: .venv/.ready-demo
+	rm -rf demo
+	$(BIN)/python -m convert cm_jax/bundled/emoji16_cd.pt demo/emoji16_cd --check
+	$(BIN)/python sample.py demo/emoji16_cd --labels all --steps 1 --output demo/one_step.png
+	$(BIN)/python sample.py demo/emoji16_cd --labels all --steps 2 --output demo/two_steps.png
+	@echo "Look at demo/one_step.png and demo/two_steps.png."
+
+test: lint types
+	$(BIN)/pytest -n 2 --dist loadfile
+
+lint: .venv/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.ready-dev
+	$(BIN)/pyright
+
+format: .venv/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "cm_jax needs Python 3.11 or newer, and none was found: install one, or say make PYTHON=/path/to/python3." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/.ready-demo: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[convert]'
+	@touch $@
+
+.venv/.ready-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/.ready-demo
+
+# The pinned versions of everything but PyTorch, for Python 3.11 and newer at once. PyTorch is pinned by hand.
+constraints: .venv/.ready-dev
+	$(BIN)/pip install --quiet uv
+	echo "torch==2.13.0; python_version < '0'" > .venv/without-torch.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra train --extra eval --universal --python-version 3.11 \
+		--no-header --no-annotate --override .venv/without-torch.txt --quiet -o constraints.txt
+	sed -i '/^-e /d; /^torch==/d' constraints.txt
+	echo "torch==2.13.0" >> constraints.txt
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,115 @@
+"""diffusers' pipeline and scheduler: its recorded images, its own tests' constants, and itself on what we export."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import ConsistencyModelPipeline
+from diffusers.schedulers import scheduling_consistency_models
+
+import cm_jax
+from cm_jax import conversion
+from cm_jax.arrays import per_image
+from cm_jax.config import ModelConfig
+from cm_jax.images import quantise
+from cm_jax.model import Model
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling
+from cm_jax.samplers import Consistency, choose_levels
+from tests.parity.test_network import FLAVOURS, flavour_params
+from tests.support import DATA, EMOJI, SMALL, nhwc, random_params
+
+GRID = KarrasGrid()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(("key", "asked"), [("1step", {"steps": 1}), ("22_0", {"timesteps": (22, 0)})])
+def test_recorded_images_of_the_pipeline(flavour, key, asked):
+    golden = np.load(DATA / "diffusers" / "diffusers_golden.npz")
+    network = FLAVOURS[flavour]
+    model = Model(ModelConfig(network, BoundaryScaling(), GRID), flavour_params(flavour))
+    noise = np.broadcast_to(nhwc(golden["Z"]), (3, 2, 32, 32, 3))
+    labels = [7, 999] if network.classes else None
+    images = model.sample(0, 2, labels=labels, noise=noise, **asked)
+    # relative to the scale of f, which these weights make 3 to 4.4 before clipping
+    scale = np.abs(model.denoise(80 * noise[0], 80.0, labels)).max()
+    assert 1 < scale < 10
+    np.testing.assert_allclose(images / 2 + 0.5, golden[f"{flavour}_pipe_{key}"], atol=1e-5 * scale)
+    if key == "22_0":
+        ours, theirs = quantise(images).astype(int), golden[f"{flavour}_pipe_22_0_uint8"]
+        assert np.abs(ours - theirs).max() <= 1  # where rounding falls on the other side of a half
+        assert (ours != theirs).mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"timesteps": (22, 0)}, [0.3572, 0.6273, 0.4031, 0.3961, 0.4321, 0.5730, 0.5266, 0.4780, 0.5004]),
+        ({"steps": 1}, [0.5004, 0.5004, 0.4994, 0.5008, 0.4976, 0.5018, 0.4990, 0.4982, 0.4987]),
+    ],
+)
+def test_slices_of_diffusers_own_pipeline_tests(asked, expected):
+    """Their networks put out zero, so that the numbers depend on noise and scheduler alone (spec/diffusers.md 6)."""
+    noise = np.load(DATA / "diffusers" / "torch_seed0_noise_1x3x32x32.npz")
+    draws = np.stack([nhwc(noise[name]) for name in noise.files])
+    network = dataclasses.replace(SMALL, image_size=32, classes=None)
+    silent = {**random_params(network), "head": {**random_params(network)["head"]}}
+    silent["head"]["output"] = {"kernel": jnp.zeros((3, 3, 32, 3)), "bias": jnp.zeros(3)}
+    model = Model(ModelConfig(network, BoundaryScaling(), GRID), silent)
+    image = model.sample(0, 1, noise=draws, **asked)[0] / 2 + 0.5
+    np.testing.assert_allclose(image[-3:, -3:, -1].ravel(), expected, atol=1e-3)
+
+
+def toy(x, sigma):
+    """The consistency function around the toy network of diffusers' scheduler tests, F(x, t) = x t / (t + 1)."""
+    scaling = BoundaryScaling()
+    time = per_image(scaling.c_noise(sigma))
+    return scaling.blend(x, sigma, per_image(scaling.c_in(sigma)) * x * time / (time + 1))
+
+
+@pytest.mark.parametrize(
+    ("asked", "total", "mean"), [({"steps": 1}, 192.7614, 0.2510), ({"timesteps": (106, 0)}, 347.6357, 0.4527)]
+)
+def test_constants_of_diffusers_own_scheduler_tests(asked, total, mean):
+    start = nhwc((np.arange(768) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2))
+    noise = np.load(DATA / "diffusers" / "torch_seed0_noise_4x3x8x8.npz")
+    draws = jnp.asarray(np.stack([start, *(nhwc(noise[name]) for name in noise.files)]), jnp.float32)
+    levels = choose_levels(Consistency(), KarrasGrid(201), **asked)
+    images = Consistency()(toy, jnp.asarray(levels, jnp.float32), lambda index: draws[index])
+    assert jnp.abs(images).sum() == pytest.approx(total, abs=1e-2)
+    assert jnp.abs(images).mean() == pytest.approx(mean, abs=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "resampling"), [("emoji", None), ("random", "residual"), ("random", "convolution")])
+def test_what_we_export_loads_in_diffusers_and_draws_the_same_image(tmp_path, monkeypatch, kind, resampling):
+    if kind == "emoji":
+        model = cm_jax.load(EMOJI)
+    else:
+        network = dataclasses.replace(SMALL, classes=None, modulation="additive", resampling=resampling)
+        model = Model(ModelConfig(network, BoundaryScaling(), GRID), random_params(network))
+    conversion.write(tmp_path / "exported", "diffusers", model.config, model.params)
+    pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "exported")
+    pipeline.set_progress_bar_config(disable=True)
+
+    size, labels = model.config.network.image_shape[0], [5, 2] if model.config.network.classes else None
+    noise = np.random.default_rng(0).standard_normal((3, 2, size, size, 3)).astype(np.float32)
+    later = iter(noise[1:])
+    monkeypatch.setattr(
+        scheduling_consistency_models, "randn_tensor", lambda *_, **__: torch.from_numpy(_nchw(next(later)))
+    )
+    theirs = pipeline(
+        batch_size=2,
+        class_labels=labels,
+        timesteps=[8, 0],
+        latents=torch.from_numpy(_nchw(noise[0])),
+        output_type="np",
+        num_inference_steps=None,
+    ).images
+    ours = model.sample(0, 2, labels=labels, timesteps=(8, 0), noise=noise) / 2 + 0.5
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def _nchw(images):
+    return images.transpose(0, 3, 1, 2).copy()

@@ -31,7 +31,7 @@ class Sample:
     One step by default; --steps, --timesteps, --indices and --sigmas ask for more, each in its own way.
     """
 
-    checkpoint: tyro.conf.Positional[str] = DEFAULT
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = DEFAULT
     """A cm_jax checkpoint, the original's .pt file, a diffusers folder, or the name of a bundled model."""
     count: int | None = None
     """Number of images. Default: 16, or 8 for each of the labels."""
@@ -70,9 +70,9 @@ class Convert:
     recognised by name and need none of them.
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A .pt file, a diffusers folder, a cm_jax checkpoint, or the name of a bundled model."""
-    destination: tyro.conf.Positional[Path]
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """What to write. It must not exist yet, unless it is a .pt file."""
     to: Literal["", "ours", "openai", "diffusers"] = ""
     """Default: openai for a destination that ends in .pt, else ours."""

@@ -343,5 +343,7 @@ def test_outputs_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "full" / "mine.txt").write_text("")
     assert "Cannot write" in failed(capsys, main_sample, "--output", tmp_path / "file" / "s.png")
     assert "files in it" in failed(capsys, main_sample, "--output", tmp_path / "full")
+    assert ".jpg files are not written" in failed(capsys, main_sample, "--output", tmp_path / "s.jpg")
+    assert "too large" in failed(capsys, main_sample, "--count", 50_000, "--output", tmp_path / "s.png")
     assert "exists already" in failed(capsys, main_convert, EMOJI, tmp_path / "full")
     assert "--to ours writes a folder" in failed(capsys, main_convert, EMOJI, tmp_path / "x.pt", "--to", "ours")

@@ -23,7 +23,6 @@ from cm_jax.networks.precision import Precision
 from cm_jax.published import DEFAULT
 from cm_jax.samplers import SAMPLERS
 
-
 _LARGEST_GRID = 4096
 
 
@@ -224,7 +223,9 @@ def _check_output(output: Path, count: int | None) -> None:
     if suffix in (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy"):
         raise InputError(f"{output}: {suffix} files are not written; name a .png file, an .npz file or a folder.")
     if suffix == ".png" and (count or 0) > _LARGEST_GRID:
-        raise InputError(f"A grid of {count} images is too large to look at: name an .npz file or a folder as --output.")
+        raise InputError(
+            f"A grid of {count} images is too large to look at: name an .npz file or a folder as --output."
+        )
     check_writable(output)
 
 

@@ -1,16 +1,18 @@
 """Weight files of PyTorch programs, read without running any code in them and without PyTorch.
 
 A `.pt` or `.bin` file is a zip archive: a pickle that describes the tensors, and one raw entry per storage. The pickle
-is read by an unpickler that knows a dozen harmless names and refuses every other, so a malicious file cannot do more
-than be refused. (torch.load with weights_only is as strict; it would make sampling depend on PyTorch.)
+is read by an unpickler that knows the few instructions and names a state dict consists of and refuses all others, so a
+malicious file cannot do more than be refused. (torch.load with weights_only is as strict; it would make sampling depend
+on PyTorch.)
 """
 
 import collections
+import io
 import math
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +33,15 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_INSTRUCTIONS = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.REDUCE, pickle.GLOBAL, pickle.STACK_GLOBAL),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINPERSID, pickle.BINFLOAT, pickle.APPEND, pickle.APPENDS),
+    *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2),
+    *(pickle.TUPLE3, pickle.SETITEM, pickle.SETITEMS, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT),
+    *(pickle.LONG_BINPUT, pickle.MEMOIZE),
+)
+"""What torch.save writes for dictionaries of tensors and plain numbers, in pickle protocols 2 to 5."""
 _LARGEST_DESCRIPTION = 64 * 2**20
 """A description of a thousand tensors takes 0.2 MB; a larger pickle than this is not one."""
 
@@ -72,12 +83,23 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     return {str(name): tensor for name, tensor in content.items()}
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Builds LazyTensors; refuses every global but those that a state dict consists of."""
+class _TensorUnpickler(pickle._Unpickler):
+    """Builds LazyTensors; refuses every instruction and every global but those that a state dict consists of.
+
+    Python's own unpickler in Python, because the one in C trusts sizes that a damaged file names.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _INSTRUCTIONS}
 
     def __init__(self, archive: zipfile.ZipFile, description: str, path: Path) -> None:
-        super().__init__(archive.open(description))
+        super().__init__(io.BytesIO(archive.read(description)))
         self._archive, self._folder, self._path = archive, description.removesuffix("data.pkl"), path
+
+    def load_build(self) -> None:
+        """BUILD gives an object attributes; a state dict's are of no use here."""
+        self.stack.pop()  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):

@@ -40,6 +40,8 @@ def imported(path):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cm_jax"):
             parts = node.module.split(".")
             yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        if isinstance(node, ast.Import):
+            yield from [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cm_jax.")]
 
 
 def test_every_module_has_its_place():

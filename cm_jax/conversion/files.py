@@ -7,6 +7,7 @@ on PyTorch.)
 """
 
 import collections
+import functools
 import io
 import math
 import pickle
@@ -158,23 +159,27 @@ def as_torch(array: np.ndarray) -> Any:
 
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Tensors of a safetensors file by name. Raises InputError for a damaged file."""
     dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
     try:
-        archive = safetensors.safe_open(path, framework="np")
-        names = archive.keys()
+        with safetensors.safe_open(path, framework="np") as archive:
+            parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  it is no dictionary
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except Exception as error:  # safetensors raises several kinds; all of them mean this file
         raise InputError(
             f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {error}. Download it again."
         ) from error
 
-    def lazy(name: str) -> LazyTensor:
-        part = archive.get_slice(name)
-        dtype = np.dtype(dtypes.get(part.get_dtype(), np.int64))
-        return LazyTensor(tuple(part.get_shape()), dtype, lambda: archive.get_tensor(name))
+    def read(name: str) -> np.ndarray:
+        """Opened again for every tensor, because an open file holds on to all that was read of it."""
+        with safetensors.safe_open(path, framework="np") as archive:
+            return archive.get_tensor(name)
 
-    return {name: lazy(name) for name in names}
+    return {
+        name: LazyTensor(shape, np.dtype(dtypes.get(dtype, np.int64)), functools.partial(read, name))
+        for name, (shape, dtype) in found.items()
+    }

@@ -85,9 +85,8 @@ class Doubling(Curriculum):
         return math.floor(self.steps / (math.log2(self.end // self.start) + 1))
 
     def __call__(self, step: Step) -> Count:
-        stages = [
-            min(self.start * 2**stage, self.end) + 1 for stage in range((self.end // self.start).bit_length() + 1)
-        ]
+        doublings = (self.end // self.start).bit_length()
+        stages = [min(self.start * 2**stage, self.end) + 1 for stage in range(doublings + 1)]
         return _at(stages, step // self.steps_per_stage)
 
 
@@ -154,7 +153,7 @@ class AdaptiveRate(TargetRate):
 class ShrinkingGap:
     """ECT's mapping from t to the cleaner level r of its pair, at stage a = floor(k / steps_per_stage).
 
-    r = max(0, t (1 - n(t) / q^(a + 1))) with n(t) = 1 + slope sigmoid(-decay t) (ECT, section 3).
+    r = max(0, t (1 - n(t) / q^(a + 1))) with n(t) = 1 + slope sigmoid(-decay t) (ECT).
     """
 
     ratio: float = 2.0
@@ -181,7 +180,7 @@ class ShrinkingGap:
 
 @dataclasses.dataclass(frozen=True)
 class WarmUp:
-    """min(1, k / H): how much of the tangent's unstable part sCM lets in (sCM, section 4.1)."""
+    """min(1, k / H): how much of the tangent's unstable part sCM lets in (sCM)."""
 
     steps: int = 10_000
     """H."""

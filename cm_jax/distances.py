@@ -40,7 +40,7 @@ class Squared(Distance):
 
 @dataclasses.dataclass(frozen=True)
 class PseudoHuber(Distance):
-    """sqrt(||x - y||^2 + c^2) - c with c = scale sqrt(d), for one norm over all d numbers of an image (iCT, eq. 7).
+    """sqrt(||x - y||^2 + c^2) - c with c = scale sqrt(d), for one norm over all d numbers of an image (iCT, section 3.3).
 
     scale = 0 is the norm itself, as ECT uses for CIFAR-10; its gradient at x = y is zero.
     """

@@ -114,7 +114,7 @@ class IntervalLaw(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class SortedInterval(IntervalLaw):
-    """The greater of two draws is t, the smaller one r (MeanFlow, section 4.3)."""
+    """The greater of two draws is t, the smaller one r: MeanFlow for ImageNet."""
 
     def ordered(self, t: Times, r: Times) -> tuple[Times, Times]:
         return jnp.maximum(t, r), jnp.minimum(t, r)

@@ -118,7 +118,7 @@ def sigma_at_time(time: Float[Array, "..."], factor: float = ADM_TIME) -> Float[
 
 
 def trigflow_time(sigma: Float[Array, "..."], sigma_data: float = 0.5) -> Float[Array, "..."]:
-    """t = arctan(sigma / sigma_data), in [0, pi/2): the angle at which TrigFlow mixes data and noise (sCM, section 3)."""
+    """t = arctan(sigma / sigma_data), in [0, pi/2): the angle at which TrigFlow mixes data and noise (sCM)."""
     return jnp.arctan(sigma / sigma_data)
 
 

@@ -53,7 +53,7 @@ class EDMScaling(Scaling):
 
 @dataclasses.dataclass(frozen=True)
 class TrigFlowScaling(EDMScaling):
-    """EDM's scalings with TrigFlow's clock, c_noise = time_factor arctan(sigma / sigma_data) (sCM, section 3).
+    """EDM's scalings with TrigFlow's clock, c_noise = time_factor arctan(sigma / sigma_data) (sCM).
 
     At x = x_t / cos t they give TrigFlow's f = cos t x_t - sin t sigma_data F, where F is minus the raw output.
     """

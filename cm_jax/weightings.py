@@ -44,7 +44,7 @@ class SNRPlusOne(Weighting):
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedSNR(Weighting):
-    """max(snr, 1) (progressive distillation, eq. 9)."""
+    """max(snr, 1) (progressive distillation)."""
 
     def __call__(self, t: Sigmas, r: Sigmas) -> Sigmas:
         del r
@@ -53,7 +53,7 @@ class TruncatedSNR(Weighting):
 
 @dataclasses.dataclass(frozen=True)
 class Karras(Weighting):
-    """snr + 1 / sigma_data^2 = 1 / c_out(t)^2 of a denoiser, which makes the raw network's error uniform (EDM, table 1).
+    """snr + 1 / sigma_data^2 = 1 / c_out(t)^2 of a denoiser: the raw network's error counts alike (EDM, table 1).
 
     ECT uses it for ImageNet-64.
     """
@@ -67,7 +67,7 @@ class Karras(Weighting):
 
 @dataclasses.dataclass(frozen=True)
 class InverseGap(Weighting):
-    """1 / (t - r) (iCT, section 3.2; ECT for CIFAR-10)."""
+    """1 / (t - r) (iCT, section 3.1; ECT for CIFAR-10)."""
 
     def __call__(self, t: Sigmas, r: Sigmas) -> Sigmas:
         return 1 / (t - r)

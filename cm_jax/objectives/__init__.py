@@ -1,8 +1,8 @@
 """Objectives: what training minimises, one file per paper's algorithm.
 
-An objective is a frozen dataclass, called as objective(params, helpers, batch, keys, step) -> (losses, metrics), all per
-image: the training step averages, and differentiates by `params`. Each also has `losses`, the paper's algorithm alone,
-with the levels and the noise given, and the networks as plain functions.
+An objective is a frozen dataclass, called as objective(params, helpers, batch, keys, step) -> (losses, metrics), all
+per image: the training step averages, and differentiates by `params`. Each also has `losses`, the paper's algorithm
+alone, with the levels and the noise given, and the networks as plain functions.
 """
 
 from cm_jax.objectives.base import Batch, Helpers, Losses, Metrics, Objective

@@ -35,7 +35,7 @@ class Helpers(NamedTuple):
 class Objective(abc.ABC):
     """objective(params, helpers, batch, keys, step) -> losses and metrics, per image.
 
-    `keys`: one per image; its level, noise and dropout come from it. `step`: the number k of steps taken; may be traced.
+    `keys`: one per image; its level, noise and dropout come from it. `step`: the number k of steps taken, maybe traced.
     """
 
     has_target: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """Consistency training without a teacher (CM, algorithm 3), and its improved form (iCT).
 
-iCT is ConsistencyTraining(function, Doubling(), law=DiscreteLogNormal(), weighting=InverseGap(), distance=PseudoHuber())
-with no target of its own.
+iCT is ConsistencyTraining(function, Doubling(), law=DiscreteLogNormal(), weighting=InverseGap(),
+distance=PseudoHuber()) with no target of its own.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Continuous-time consistency models in TrigFlow: training (sCT) and distillation (sCD) (sCM, algorithm 1).
+"""Continuous-time consistency models in TrigFlow: training (sCT) and distillation (sCD) (sCM).
 
 x_t = cos t x_0 + sin t sigma_data z, with t in [0, pi/2) and sigma = sigma_data tan t. The network is one with EDM's
 scalings or TrigFlow's: at x_t / sigma_data it sees exactly what it sees at x_t / cos t and level sigma, and its raw
@@ -31,7 +31,7 @@ Field = Callable[[Images, Times], Images]
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveWeight:
-    """w(t), one linear layer on the sinusoids of the network's clock, trained along and then thrown away (sCM, eq. 8)."""
+    """w(t), one linear layer on the sinusoids of the network's clock, trained along and then thrown away (sCM)."""
 
     width: int = 128
 
@@ -109,7 +109,7 @@ class _ContinuousTime(Objective):
     def tangent(
         self, field: Field, x_t: Images, t: Times, velocity: Images, warm_up: Rate | float
     ) -> tuple[Images, Images]:
-        """F, and g = cos t df/dt with its unstable part multiplied by `warm_up` (sCM, eq. 6 and section 4.1).
+        """F, and g = cos t df/dt with its unstable part multiplied by `warm_up` (sCM, eq. 6).
 
         g = -cos^2 t (s F^- - dx/dt) - r (cos t sin t x_t + s J), where J is F's derivative along
         cos t sin t (dx/dt / s, 1) and s = sigma_data: the product with cos t sin t keeps it of order 1 at every t.

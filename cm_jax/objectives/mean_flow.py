@@ -32,7 +32,7 @@ class AverageVelocity(Protocol):
 class MeanFlow(Objective):
     """||u - stop(v - (t - r) du/dt)||^2 / stop(||.||^2 + epsilon)^power on z = (1 - t) x + t e, v = e - x.
 
-    (MeanFlow, algorithm 1 and eq. 22.) du/dt is taken along the path, by one forward derivative. Where r = t it is flow
+    (MeanFlow, algorithm 1.) du/dt is taken along the path, by one forward derivative. Where r = t it is flow
     matching. One step of the model is e - u(e, 1, 1).
     """
 

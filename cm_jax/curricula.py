@@ -23,6 +23,11 @@ Count = Int[Array, ""]
 Rate = Float[Array, ""]
 
 
+def _demand(met: bool, setting: object, wanted: str) -> None:
+    if not met:
+        raise InputError(f"{setting} is not a schedule: it needs {wanted}.")
+
+
 class Curriculum(abc.ABC):
     """N(k), the number of noise levels (of steps, for progressive distillation)."""
 
@@ -195,8 +200,3 @@ class WarmUp:
 def _at(stages: list, stage: Step) -> Array:
     """The value of a stage; the last one is held."""
     return jnp.asarray(stages)[jnp.minimum(stage, len(stages) - 1)]
-
-
-def _demand(met: bool, setting: object, wanted: str) -> None:
-    if not met:
-        raise InputError(f"{setting} is not a schedule: it needs {wanted}.")

@@ -40,7 +40,7 @@ class Squared(Distance):
 
 @dataclasses.dataclass(frozen=True)
 class PseudoHuber(Distance):
-    """sqrt(||x - y||^2 + c^2) - c with c = scale sqrt(d), for one norm over all d numbers of an image (iCT, section 3.3).
+    """sqrt(||x - y||^2 + c^2) - c with c = scale sqrt(d), one norm over all d numbers of an image (iCT, section 3.3).
 
     scale = 0 is the norm itself, as ECT uses for CIFAR-10; its gradient at x = y is zero.
     """
@@ -76,7 +76,7 @@ class Resized(Distance):
     def __call__(self, x: Images, y: Images) -> Values:
         return self.distance(self._resized(x), self._resized(y))
 
-    def _resized(self, x: Images) -> Images:
+    def _resized(self, x: Images) -> Float[Array, "b {self.size} {self.size} c"]:
         shape = (x.shape[0], self.size, self.size, x.shape[3])
         return jax.image.resize(x, shape, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST)
 

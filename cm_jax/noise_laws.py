@@ -18,6 +18,11 @@ Indices = Int[Array, " b"]
 Times = Float[Array, " b"]
 
 
+def _demand_positive(law: object, deviation: float) -> None:
+    if not deviation > 0:
+        raise InputError(f"{law} is not a law: its deviation must be positive.")
+
+
 @dataclasses.dataclass(frozen=True)
 class LogNormal:
     """ln sigma ~ N(mean, deviation^2): (-1.2, 1.2) for denoisers (EDM, table 1), (-1.1, 2) for ECT."""
@@ -130,8 +135,3 @@ class CappedInterval(IntervalLaw):
 
     def ordered(self, t: Times, r: Times) -> tuple[Times, Times]:
         return t, jnp.minimum(t, r)
-
-
-def _demand_positive(law: object, deviation: float) -> None:
-    if not deviation > 0:
-        raise InputError(f"{law} is not a law: its deviation must be positive.")

@@ -145,8 +145,7 @@ class AdaptiveRate(TargetRate):
     """intervals: divided by N - 1, as both of the original's programs do. levels: by N, as the paper prints it."""
 
     def __post_init__(self) -> None:
-        known = self.over in ("intervals", "levels")
-        _demand(0 < self.start < 1 and known, self, '0 < start < 1 and over "intervals" or "levels"')
+        _demand(0 < self.start < 1, self, "0 < start < 1")
 
     def __call__(self, step: Step) -> Rate:
         levels = self.curriculum(step)

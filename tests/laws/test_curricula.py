@@ -109,7 +109,6 @@ def test_the_warm_up_rises_to_one_and_stays():
         (lambda: Halving(40), "power of 2"),
         (lambda: FixedRate(1.5), "0 <= rate <= 1"),
         (lambda: AdaptiveRate(start=0.0), "0 < start < 1"),
-        (lambda: AdaptiveRate(over="N"), "intervals"),
         (lambda: ShrinkingGap(ratio=1.0), "ratio > 1"),
         (lambda: WarmUp(0), "steps >= 1"),
     ],

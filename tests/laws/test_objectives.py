@@ -141,7 +141,7 @@ def test_what_an_objective_says_it_uses_is_what_it_uses(name):
     objective = OBJECTIVES[name]
 
     def losses(helpers):
-        return objective(everything(objective), helpers, BATCH, KEYS, 700)[0]
+        return objective(everything(objective), helpers, BATCH, KEYS, 150_000)[0]
 
     with_target = losses(HELPERS)
     assert np.array_equal(losses(HELPERS._replace(target=None)), with_target) != objective.has_target
@@ -252,13 +252,13 @@ def test_the_exact_gaussian_function_has_a_distillation_loss_of_the_solvers_orde
         objective = ConsistencyDistillation(BOUNDARY, EDM, solver=solver, distance=PseudoHuber(0.0))
         images, noise = jnp.asarray(BATCH.images, jnp.float64), jnp.asarray(NOISE, jnp.float64)
         losses = []
-        for levels in (41, 81, 161, 321):
+        for levels in (81, 161, 321, 641):
             index = jnp.full(SHAPE[0], (levels - 1) // 2)
             t, r = (CURVE.sigma(jnp.asarray(i, jnp.float64), levels) for i in (index, index + 1))
-            losses.append(objective.losses(exact, exact, gaussian_denoiser(), images, t, r, noise).mean())
+            losses.append(float(objective.losses(exact, exact, gaussian_denoiser(), images, t, r, noise).mean()))
         rates = -np.diff(np.log2(losses))
     assert losses[-1] < 2e-3
-    np.testing.assert_allclose(rates, order, atol=0.2)
+    np.testing.assert_allclose(rates, order, atol=0.15)
 
 
 SCT = OBJECTIVES["sct"]
@@ -351,9 +351,9 @@ def test_trigflow_sees_the_same_function_as_sigma_does(scaling):
 
 def test_forward_derivatives_of_the_adm_network():
     """Its derivative along a direction against central differences, as far as single precision shows them."""
-    network = dataclasses.replace(SMALL, attention="plain")
+    network = dataclasses.replace(SMALL, multipliers=(1,), attention_factors=(), attention="plain")
     params = random_params(network)
-    x, direction = jax.random.normal(jax.random.key(0), (2, 2, 16, 16, 3))
+    x, direction = jax.random.normal(jax.random.key(0), (2, 2, 8, 8, 3))
     t, labels = jnp.array([0.3, 1.2]), jnp.array([1, 7])
     field = jax.jit(trigflow_field(ConsistencyFunction(network, TrigFlowScaling(time_factor=20.0)), params, labels))
     _, derivative = jax.jvp(field, (x, t), (direction, jnp.ones(2)))

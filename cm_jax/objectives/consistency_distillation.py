@@ -59,7 +59,7 @@ class ConsistencyDistillation(Objective):
         noise: Images,
     ) -> Losses:
         x_t = images + per_image(t) * noise
-        x_r = jax.lax.stop_gradient(self.solver(teacher, x_t, t, r))
+        x_r = self.solver(teacher, x_t, t, r)
         ahead = student(x_t, t)
         behind = jax.lax.stop_gradient(target(x_r, r))
         return self.weighting(t, r) * self.distance(ahead, behind)

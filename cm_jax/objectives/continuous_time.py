@@ -84,7 +84,7 @@ class _ContinuousTime(Objective):
         t = trigflow_time(sigma, self.sigma_data)
         noise = self.sigma_data * normal_per_image(key_noise, batch.images.shape[1:])
         x_t = per_image(jnp.cos(t)) * batch.images + per_image(jnp.sin(t)) * noise
-        velocity = jax.lax.stop_gradient(self.velocity(helpers, batch, x_t, t, noise))
+        velocity = self.velocity(helpers, batch, x_t, t, noise)
         network_params = {name: branch for name, branch in params.items() if name != AdaptiveWeight.NAME}
         field = trigflow_field(self.function, network_params, batch.labels, key_dropout)
         log_weight = jnp.zeros_like(t)
@@ -117,8 +117,9 @@ class _ContinuousTime(Objective):
         s, cos, sin = self.sigma_data, jnp.cos(t), jnp.sin(t)
         directions = (per_image(cos * sin) * velocity / s, cos * sin)
         prediction, derivative = jax.jvp(field, (x_t / s, t), directions)
-        held, derivative = jax.lax.stop_gradient((prediction, derivative))
-        tangent = -per_image(cos**2) * (s * held - velocity) - warm_up * (per_image(cos * sin) * x_t + s * derivative)
+        tangent = -per_image(cos**2) * (s * prediction - velocity) - warm_up * (
+            per_image(cos * sin) * x_t + s * derivative
+        )
         return prediction, tangent
 
 

@@ -89,7 +89,7 @@ def test_perceptual_distance_sees_directions_of_features_only():
 
 
 def test_perceptual_distance_is_differentiable_where_all_features_are_zero():
-    layers = Perceptual(lambda images: (jax.nn.relu(images - 0.9),), (jnp.ones(3),))
+    layers = Perceptual(lambda images: (images * (images > 0.9),), (jnp.ones(3),))
     gradient = jax.grad(lambda x: layers(x, Y).sum())(X)
     assert jnp.isfinite(gradient).all()
     hash(layers)

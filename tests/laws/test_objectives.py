@@ -119,7 +119,7 @@ def test_images_stand_alone(name):
     whole = objective(everything(objective), HELPERS, BATCH, KEYS, LATE)
     order = jnp.array([4, 1])
     part = Batch(BATCH.images[order], BATCH.labels[order])
-    alone = objective(everything(objective), HELPERS, part, KEYS[order], 700)
+    alone = objective(everything(objective), HELPERS, part, KEYS[order], LATE)
     assert whole[0].shape == (SHAPE[0],)
     assert jnp.isfinite(whole[0]).all()
     assert len(np.unique(whole[0])) == SHAPE[0]
@@ -386,6 +386,20 @@ def test_the_mean_flow_target_is_v_minus_length_times_the_derivative(power):
         np.testing.assert_allclose(
             objective.losses(u, images, t, r, noise), errors / (errors + 0.01) ** power, rtol=1e-7
         )
+
+
+def test_the_mean_flow_target_is_held_fixed():
+    """The error's gradient by u is 2 (u - target): nothing flows through the derivative, though u moves it."""
+    t = jnp.linspace(0.2, 1, SHAPE[0])
+
+    def errors(shift):
+        def u(z, t, length):
+            return smooth(z, t) + shift * per_image(t)
+
+        return OBJECTIVES["meanflow"].errors(u, BATCH.images, t, 0.5 * t, NOISE)
+
+    by_shift = jax.grad(lambda shift: errors(shift).sum())(jnp.zeros(SHAPE))
+    np.testing.assert_allclose(jnp.square(by_shift / per_image(2 * t)).sum((1, 2, 3)), errors(0.0), rtol=1e-4)
 
 
 def test_the_exact_mean_velocity_of_one_image_has_no_loss():

@@ -29,6 +29,7 @@ from cm_jax.objectives import (
     MeanFlow,
     ProgressiveDistillation,
 )
+from cm_jax.objectives.base import draws
 from cm_jax.objectives.continuous_time import trigflow_field
 from cm_jax.objectives.teacher_steps import euler_step, heun_step
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling, Scaling, TrigFlowScaling
@@ -124,6 +125,12 @@ def test_images_stand_alone(name):
     assert jnp.isfinite(whole[0]).all()
     assert len(np.unique(whole[0])) == SHAPE[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[order], rtol=1e-4, atol=1e-6), tuple(alone), tuple(whole))
+
+
+def test_level_noise_and_dropout_of_every_image_have_keys_of_their_own():
+    drawn = draws(KEYS)
+    numbers = jnp.concatenate([jax.random.key_data(keys) for keys in (*drawn, KEYS)])
+    assert len(np.unique(numbers, axis=0)) == 4 * SHAPE[0]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

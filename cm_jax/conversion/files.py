@@ -53,15 +53,15 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     Raises InputError for a file that is damaged, is something else, or holds anything but tensors.
     """
     try:
-        archive = zipfile.ZipFile(path)
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        description = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
-        if description is None or entries[description].file_size > _LARGEST_DESCRIPTION:
-            raise zipfile.BadZipFile("no description of tensors in it")
-        byte_order = description.removesuffix("data.pkl") + "byteorder"
-        if byte_order in entries and archive.read(byte_order) != b"little":
-            raise InputError(f"{path} was written on a big-endian machine: write it again on a little-endian one.")
-        content = _TensorUnpickler(archive, description, path).load()
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            description = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
+            if description is None or entries[description].file_size > _LARGEST_DESCRIPTION:
+                raise zipfile.BadZipFile("no description of tensors in it")
+            byte_order = description.removesuffix("data.pkl") + "byteorder"
+            if byte_order in entries and archive.read(byte_order) != b"little":
+                raise InputError(f"{path} was written on a big-endian machine: write it again on a little-endian one.")
+            content = _TensorUnpickler(path, entries, description, archive.read(description)).load()
     except InputError:
         raise
     except (zipfile.BadZipFile, EOFError) as error:
@@ -92,9 +92,9 @@ class _TensorUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Any]] = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _INSTRUCTIONS}
 
-    def __init__(self, archive: zipfile.ZipFile, description: str, path: Path) -> None:
-        super().__init__(io.BytesIO(archive.read(description)))
-        self._archive, self._folder, self._path = archive, description.removesuffix("data.pkl"), path
+    def __init__(self, path: Path, entries: dict[str, zipfile.ZipInfo], description: str, instructions: bytes) -> None:
+        super().__init__(io.BytesIO(instructions))
+        self._path, self._entries, self._folder = path, entries, description.removesuffix("data.pkl")
 
     def load_build(self) -> None:
         """BUILD gives an object attributes; a state dict's are of no use here."""
@@ -118,7 +118,7 @@ class _TensorUnpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> tuple[zipfile.ZipInfo, np.dtype]:
         kind, dtype, key, _, count = pid
-        entry = self._archive.getinfo(f"{self._folder}data/{key}")
+        entry = self._entries[f"{self._folder}data/{key}"]
         if kind != "storage" or not isinstance(dtype, np.dtype) or entry.file_size != count * dtype.itemsize:
             raise ValueError(f"storage {key} is not {count} numbers")
         return entry, dtype
@@ -129,12 +129,13 @@ class _TensorUnpickler(pickle._Unpickler):
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and (last + 1) * dtype.itemsize > entry.file_size):
             raise ValueError(f"a tensor of shape {list(shape)} reaches outside its storage")
-        archive, path = self._archive, self._path
+        path = self._path
 
         def read() -> np.ndarray:
             try:
-                numbers = np.frombuffer(archive.read(entry), dtype)
-            except (zipfile.BadZipFile, EOFError, OSError) as error:
+                with zipfile.ZipFile(path) as archive:
+                    numbers = np.frombuffer(archive.read(entry.filename), dtype)
+            except (zipfile.BadZipFile, EOFError, OSError, KeyError) as error:
                 raise InputError(f"{path} is damaged: {error}. Download it again.") from error
             steps = [stride * dtype.itemsize for stride in strides]
             return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)

@@ -1,5 +1,6 @@
 """The one exception that bad input raises, and the wording of long lists of complaints."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 
 _MOST_LINES = 40
@@ -23,6 +24,15 @@ def shape_complaints(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, 
         ),
         *(f"not part of the network: {name} {list(shape)}" for name, shape in found.items() if name not in wanted),
     ]
+
+
+def bounded(name: str, value: object, least: int, most: int) -> int:
+    """`value` as an int. Raises InputError unless it is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+        shown = repr(value)
+        shown = shown if len(shown) < 40 else shown[:36] + " ..."
+        raise InputError(f"{name} must be a whole number from {least} to {most}, got {shown}.")
+    return int(value)
 
 
 def listed(lines: Sequence[str]) -> str:

@@ -76,11 +76,17 @@ def to_ours(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: str)
             f"{source} does not hold the tensors of one ADM U-Net; {len(complaints)} of {len(wanted)} disagree:\n"
             f"  {listed(complaints)}\nCheck that the file is complete, and that its config belongs to it."
         )
-    flat = {}
+    flat, not_finite = {}, []
     for rule in rules:
         parts = [tensors[name].read() for name in rule.theirs]
+        not_finite += [name for name, part in zip(rule.theirs, parts, strict=True) if not np.isfinite(part).all()]
         stacked = parts[0] if len(parts) == 1 else np.concatenate(parts)
         flat[rule.ours] = np.ascontiguousarray(rule.layout.to_ours(stacked))
+    if not_finite:
+        raise InputError(
+            f"{source} has numbers that are infinite or not a number:\n  {listed(not_finite)}\n"
+            "No image can be drawn with it: take an earlier checkpoint of the run, or download it again."
+        )
     return nested(flat)
 
 

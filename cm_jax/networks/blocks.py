@@ -97,9 +97,8 @@ class Convolution(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalisation, then (1 + scale) y + shift per channel where those are given.
 
-    Sums are taken per channel, then per group, so that the pixels are read once for statistics and once for a single
-    multiply-add. They are taken about each channel's first pixel (the result does not depend on that choice), which
-    keeps the variance exact in float32 when the mean is large.
+    Means and squared deviations are taken per channel and then per group, so that the pixels themselves see a single
+    multiply-add. The deviations are those from the channel's mean: sums of squares would cancel in float32.
     """
 
     @nn.compact
@@ -110,11 +109,8 @@ class GroupNorm(nn.Module):
         gain = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         pixels = x.astype(jnp.float32)
-        origin = jax.lax.stop_gradient(pixels[:, 0, 0])
-        centred = pixels - origin[:, None, None]
-        mean = centred.mean((1, 2))
-        variance = jnp.square(centred).mean((1, 2)) - jnp.square(mean)
-        mean = mean + origin
+        mean = pixels.mean((1, 2))
+        variance = jnp.square(pixels - mean[:, None, None]).mean((1, 2))
         group_mean = _group_mean(mean)
         group_variance = _group_mean(variance + jnp.square(mean - group_mean))
         factor = gain * jax.lax.rsqrt(group_variance + NORM_EPSILON)

@@ -76,6 +76,18 @@ def test_group_norm_in_float32_is_exact_even_about_a_large_mean(offset):
     np.testing.assert_allclose(ours, exact, atol=2e-6 + 1e-6 * offset)
 
 
+@pytest.mark.parametrize("pixel", [(0, 0), (100, 37)])
+def test_group_norm_with_one_enormous_pixel(pixel):
+    x = np.random.default_rng(0).standard_normal((1, 256, 256, 32)).astype(np.float32)
+    x[:, pixel[0], pixel[1]] = 1e4
+    exact = (x - x.mean((1, 2), np.float64)) / np.sqrt(x.astype(np.float64).var((1, 2)) + 1e-5)
+    norm = GroupNorm()
+    ours = np.asarray(norm.apply(norm.init(jax.random.key(0), jnp.asarray(x)), jnp.asarray(x)))
+    assert relative(ours, exact) < 1e-6
+    typical = np.s_[:, 200:, 200:]
+    assert relative(ours[typical], exact[typical]) < 1e-5
+
+
 def test_resampling():
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)
     np.testing.assert_array_equal(downsample(x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])

@@ -191,7 +191,9 @@ def read_msgpack(path: Path, branch: str) -> dict[str, LazyTensor]:
                     break
                 unpacker.skip()
             else:
-                raise InputError(f"{path} has no {branch!r}, only {', '.join(map(str, found))}: give a whole checkpoint.")
+                raise InputError(
+                    f"{path} has no {branch!r}, only {', '.join(map(str, found))}: give a whole checkpoint."
+                )
     except InputError:
         raise
     except Exception as error:  # MessagePack raises several kinds; all of them mean this file

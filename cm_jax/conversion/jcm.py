@@ -75,7 +75,9 @@ def candidates(shapes: Shapes, source: str, *, image_size: int) -> list[SongUNet
     blocks, attentions, pyramids = (_count(shapes, kind) for kind in (_RESIDUAL, _ATTENTION, _PYRAMID))
     scored = []
     for levels in range(1, blocks + 1):
-        per_level, odd = divmod(blocks // levels - 3, 2)  # each level: b down, b + 1 up, two that resample or stand amid
+        per_level, odd = divmod(
+            blocks // levels - 3, 2
+        )  # each level: b down, b + 1 up, two that resample or stand amid
         if blocks % levels or odd or per_level < 1 or (attentions - 1) % (per_level + 1):
             continue
         for attending in itertools.combinations(range(levels), (attentions - 1) // (per_level + 1)):

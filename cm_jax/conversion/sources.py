@@ -1,4 +1,4 @@
-"""Reading a checkpoint of any kind: ours, the original's .pt, or a diffusers folder."""
+"""Reading a checkpoint of any kind: ours, the original's .pt, a diffusers folder, or the CIFAR-10 original's file."""
 
 import dataclasses
 from pathlib import Path
@@ -7,14 +7,16 @@ from typing import Any, Literal
 from cm_jax import checkpoints
 from cm_jax.arrays import Params
 from cm_jax.config import ModelConfig
+from cm_jax.conversion import jcm
 from cm_jax.conversion.diffusers_configs import check_agreement, read_grid, read_json
-from cm_jax.conversion.files import read_safetensors, read_torch
+from cm_jax.conversion.files import is_msgpack, read_msgpack, read_safetensors, read_torch
 from cm_jax.conversion.formats import DIFFUSERS, OPENAI, Format
 from cm_jax.conversion.rules import Tensors, to_ours
 from cm_jax.errors import InputError
-from cm_jax.noise_levels import KarrasGrid
+from cm_jax.networks.fir import Filter
+from cm_jax.noise_levels import EDM_TIME, KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
-from cm_jax.published import recognise
+from cm_jax.published import recognise, recognise_cifar10
 
 ScalingName = Literal["consistency", "edm"]
 
@@ -28,6 +30,10 @@ class Untold:
     scalings: ScalingName | None = None
     levels: int | None = None
     image_size: int | None = None
+    attention_factors: tuple[int, ...] | None = None
+    """For the CIFAR-10 original's files, where levels are equally wide: factors of down-sampling with attention."""
+    resampling: Filter | None = None
+    """For the CIFAR-10 original's files, where there is no pyramid of inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +45,9 @@ class Source:
     params: Params
     """NumPy arrays in the file's precision."""
     format: Format | None = None
-    """The spelling of its tensors; None for ours."""
+    """The PyTorch spelling of its tensors; None for others."""
     tensors: Tensors = dataclasses.field(default_factory=dict)
-    """Its tensors under their own names; empty for ours."""
+    """Its tensors under their own names; empty where they are not PyTorch's."""
 
 
 def read(path: Path, untold: Untold = Untold()) -> Source:
@@ -51,6 +57,13 @@ def read(path: Path, untold: Untold = Untold()) -> Source:
     """
     if not path.exists():
         raise InputError(f"There is no file or folder {path}.")
+    if path.is_file() and path.suffix != ".safetensors" and is_msgpack(path):
+        return _read_jcm(path, untold)
+    if untold.attention_factors is not None or untold.resampling is not None:
+        raise InputError(
+            f"{path} tells itself where attention stands and how images are halved: leave out --attention-factors and "
+            "--resampling, which are for checkpoints of openai/consistency_models_cifar10."
+        )
     if path.is_file():
         return _read_tensors(path, path, {}, None, untold)
     if checkpoints.is_checkpoint(path):
@@ -118,6 +131,56 @@ def _read_tensors(path: Path, file: Path, unet: dict[str, Any], grid: KarrasGrid
         tuned_timesteps=(tuned,) if tuned else (),
     )
     return Source(path, config, params, spelling, tensors)
+
+
+def _read_jcm(path: Path, untold: Untold) -> Source:
+    """A checkpoint of openai/consistency_models_cifar10, with what its published name and the user say of it."""
+    if untold.head_width or untold.heads:
+        raise InputError(f"{path} is of a network whose attention has one head: leave out --head-width and --heads.")
+    tensors = read_msgpack(path, jcm.BRANCH)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    known = recognise_cifar10(path)
+    image_size = untold.image_size or (32 if known else None)
+    scalings = untold.scalings or (known.scalings if known else None)
+    levels = untold.levels or (known.levels if known else None)
+    if scalings == "edm":
+        levels = levels or KarrasGrid().levels
+    found = jcm.candidates(shapes, str(path), image_size=image_size or 2**10)
+    factors = untold.attention_factors or ((2,) if known else None)
+    if len({network.attention_factors for network in found}) > 1 and factors is not None:
+        found = [network for network in found if network.attention_factors == tuple(sorted(factors))] or found
+    filters = sorted({network.resampling for network in found})
+    if untold.resampling in filters:
+        found = [network for network in found if network.resampling == untold.resampling]
+    placements = sorted({network.attention_factors for network in found})
+    unanswered = {
+        "--image-size N (32 for CIFAR-10)": image_size,
+        "--scalings consistency (or edm, for a teacher)": scalings,
+        "--levels N (18 for CD, 151 for CT in the published ones)": levels,
+        f"--attention-factors, one of {'; '.join(','.join(map(str, p)) for p in placements)}": len(placements) == 1
+        or None,
+        "--resampling fir (or plain)": len({network.resampling for network in found}) == 1 or None,
+    }
+    missing = [question for question, answer in unanswered.items() if answer is None]
+    if missing or image_size is None or levels is None:
+        raise InputError(
+            f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
+            f"Say also:\n  " + "\n  ".join(missing)
+        )
+    (network,) = found
+    params = to_ours(jcm.rules(network), network.shapes(), tensors, source=str(path))
+    grid = KarrasGrid(levels)
+    edm = scalings == "edm"
+    tuned = known.timesteps if known and known.levels == levels and not edm else ()
+    config = ModelConfig(
+        network=network,
+        scaling=EDMScaling(time_factor=EDM_TIME)
+        if edm
+        else BoundaryScaling(time_factor=EDM_TIME, sigma_min=grid.sigma_min),
+        grid=grid,
+        tuned_timesteps=(tuned,) if tuned else (),
+    )
+    return Source(path, config, params)
 
 
 def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:

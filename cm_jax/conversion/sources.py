@@ -111,10 +111,7 @@ def _read_tensors(path: Path, file: Path, unet: dict[str, Any], grid: KarrasGrid
     missing = [question for question, answer in unanswered.items() if answer is None]
     if missing:
         spelling.infer(shapes, str(file), image_size=2**10, heads=1, head_width=None)
-        raise InputError(
-            f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
-            f"Say also:\n  " + "\n  ".join(missing)
-        )
+        raise InputError(_unanswered(path, missing))
 
     network = spelling.infer(shapes, str(file), image_size=image_size, head_width=head_width, heads=heads)
     rules = spelling.rules(network)
@@ -145,42 +142,44 @@ def _read_jcm(path: Path, untold: Untold) -> Source:
     levels = untold.levels or (known.levels if known else None)
     if scalings == "edm":
         levels = levels or KarrasGrid().levels
-    found = jcm.candidates(shapes, str(path), image_size=image_size or 2**10)
-    factors = untold.attention_factors or ((2,) if known else None)
-    if len({network.attention_factors for network in found}) > 1 and factors is not None:
-        found = [network for network in found if network.attention_factors == tuple(sorted(factors))] or found
-    filters = sorted({network.resampling for network in found})
-    if untold.resampling in filters:
-        found = [network for network in found if network.resampling == untold.resampling]
-    placements = sorted({network.attention_factors for network in found})
     unanswered = {
         "--image-size N (32 for CIFAR-10)": image_size,
         "--scalings consistency (or edm, for a teacher)": scalings,
         "--levels N (18 for CD, 151 for CT in the published ones)": levels,
-        f"--attention-factors, one of {'; '.join(','.join(map(str, p)) for p in placements)}": len(placements) == 1
-        or None,
-        "--resampling fir (or plain)": len({network.resampling for network in found}) == 1 or None,
     }
+    found = jcm.candidates(shapes, str(path), image_size=image_size or 2**10)
+    factors = tuple(sorted(untold.attention_factors or ())) or ((2,) if known else None)
+    for field, told in (("attention_factors", factors), ("resampling", untold.resampling)):
+        options = {getattr(network, field) for network in found}
+        shown = " or ".join(sorted(each if isinstance(each, str) else ",".join(map(str, each)) for each in options))
+        if told is not None and told not in options:
+            raise InputError(f"{path} cannot have {field} {told}: its tensors allow only {shown}.")
+        found = [network for network in found if told in (None, getattr(network, field))]
+        unanswered[f"--{field.replace('_', '-')} {shown}"] = told or (options.pop() if len(options) == 1 else None)
     missing = [question for question, answer in unanswered.items() if answer is None]
-    if missing or image_size is None or levels is None:
-        raise InputError(
-            f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
-            f"Say also:\n  " + "\n  ".join(missing)
-        )
+    if missing:
+        raise InputError(_unanswered(path, missing))
+
     (network,) = found
     params = to_ours(jcm.rules(network), network.shapes(), tensors, source=str(path))
-    grid = KarrasGrid(levels)
-    edm = scalings == "edm"
-    tuned = known.timesteps if known and known.levels == levels and not edm else ()
+    grid = dataclasses.replace(KarrasGrid(), levels=levels)
+    tuned = known.timesteps if known and known.levels == levels and scalings == "consistency" else ()
+    scaling = BoundaryScaling(time_factor=EDM_TIME, sigma_min=grid.sigma_min)
     config = ModelConfig(
         network=network,
-        scaling=EDMScaling(time_factor=EDM_TIME)
-        if edm
-        else BoundaryScaling(time_factor=EDM_TIME, sigma_min=grid.sigma_min),
+        scaling=EDMScaling(time_factor=EDM_TIME) if scalings == "edm" else scaling,
         grid=grid,
         tuned_timesteps=(tuned,) if tuned else (),
     )
     return Source(path, config, params)
+
+
+def _unanswered(path: Path, questions: list[str]) -> str:
+    listing = "\n  ".join(questions)
+    return (
+        f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
+        f"Say also:\n  {listing}"
+    )
 
 
 def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:

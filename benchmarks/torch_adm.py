@@ -121,7 +121,7 @@ class TorchADM(nn.Module):
                     return _Residual(part, leaves, network.modulation)
                 case "attention":
                     return _Attention(network.heads_for(part.channels_out), leaves)
-                case "convolution":
+                case _:
                     return _Resampling(part, leaves)
 
         self.stem = _convolution(params["stem"])

@@ -252,8 +252,8 @@ def find(path_or_name: str | Path) -> Path:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     bundled = ", ".join(entry.name for entry in known.values() if entry.bundled)
     raise InputError(
-        f"There is no checkpoint {name}: wanted a .pt file, a diffusers folder, a jcm file, a cm_jax checkpoint, or the "
-        f"name of a bundled one ({bundled}).{hint}"
+        f"There is no checkpoint {name}: wanted a .pt file, a diffusers folder, a jcm file, a cm_jax checkpoint, or "
+        f"the name of a bundled one ({bundled}).{hint}"
     )
 
 

@@ -11,14 +11,14 @@ import pytest
 from cm_jax.arrays import per_image
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.conversion import jcm
-from cm_jax.conversion.rules import LazyTensor, to_ours
+from cm_jax.conversion.rules import LazyTensor, to_ours, to_theirs
 from cm_jax.networks import SongUNet
 from cm_jax.networks.blocks import SmoothedConvolution
 from cm_jax.networks.fir import fir_downsample, fir_upsample
 from cm_jax.noise_levels import EDM_TIME, KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
 from tests.parity import jcm_float64
-from tests.support import DATA, relative
+from tests.support import DATA, random_params, relative
 
 BOUND = 1e-5
 GOLDEN = DATA / "jcm" / "golden.npz"
@@ -123,6 +123,34 @@ def test_the_originals_numbers(name, quantity):
     ours, allowed = computed(name, quantity), max(BOUND, 2 * once_more)
     assert relative(ours, exact) < allowed
     assert relative(ours, golden) < allowed + relative(golden, exact)
+
+
+@pytest.mark.parametrize("fir", [True, False], ids=["ncsnpp", "ddpmpp"])
+def test_deeper_networks_than_the_goldens(fir):
+    """Two steps of the pyramid, two blocks a level, attention among them; random weights do not magnify rounding."""
+    network = SongUNet(
+        image_size=8,
+        width=8,
+        multipliers=(1, 2, 1),
+        blocks_per_level=2,
+        embedding="fourier" if fir else "positional",
+        resampling="fir" if fir else "plain",
+        pyramid=fir,
+    )
+    ours = random_params(network)
+    theirs = to_theirs(jcm.rules(network), ours)
+    x, times = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([1.1, -0.4])
+    exact = jcm_float64.network(
+        theirs,
+        np.asarray(x, np.float64),
+        np.asarray(times, np.float64),
+        blocks=2,
+        multipliers=(1, 2, 1),
+        attention=(4,),
+        fir=fir,
+        pyramid=fir,
+    )
+    assert relative(jax.jit(network.predict)(ours, x, times), exact) < BOUND
 
 
 def test_filters():

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from cm_jax.arrays import Params
 from cm_jax.networks import ADMUNet
-from cm_jax.networks.adm_unet import Block, Unit
 from cm_jax.networks.blocks import NORM_EPSILON, NORM_GROUPS, Modulation
+from cm_jax.networks.unet import Block, Unit
 
 
 def _filled(layer: nn.Module, weight: np.ndarray, bias: np.ndarray) -> nn.Module:

@@ -27,8 +27,11 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
     with written_beside(directory) as beside:
         beside.mkdir()
         (beside / "config.json").write_text(config.to_json(), "utf-8")
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(beside / "params", params)
+        # Orbax would hold the whole tree twice more while it writes; so it holds a gigabyte and files of 64 MB.
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)) as checkpointer:
+            checkpointer.save(
+                beside / "params", args=ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
+            )
 
 
 def is_checkpoint(directory: Path) -> bool:

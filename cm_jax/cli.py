@@ -24,6 +24,8 @@ from cm_jax.networks.precision import Precision
 from cm_jax.published import DEFAULT
 from cm_jax.samplers import SAMPLERS
 
+_LARGEST_GRID = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -101,7 +103,7 @@ def sample(arguments: Sample) -> None:
     """Load, draw, write, and say what was done."""
     _use_compilation_cache(arguments.compilation_cache)
     path = find(arguments.checkpoint)
-    check_writable(arguments.output)
+    _check_output(arguments.output, arguments.count)
     began = time.perf_counter()
     model = load(path, precision=arguments.precision)
     network = model.config.network
@@ -226,6 +228,18 @@ def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...
     except ValueError as error:
         wanted = "whole numbers" if kind is int else "numbers"
         raise InputError(f"--{name} wants {wanted} with commas between, got {text!r}.") from error
+
+
+def _check_output(output: Path, count: int | None) -> None:
+    """Raise InputError for an output that could not be written, or that would not be what its name promises."""
+    suffix = output.suffix.lower()
+    if suffix in (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy"):
+        raise InputError(f"{output}: {suffix} files are not written; name a .png file, an .npz file or a folder.")
+    if suffix == ".png" and (count or 0) > _LARGEST_GRID:
+        raise InputError(
+            f"A grid of {count} images is too large to look at: name an .npz file or a folder as --output."
+        )
+    check_writable(output)
 
 
 def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int, int]:

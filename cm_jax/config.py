@@ -8,12 +8,12 @@ from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, Network, SongUNet
 from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, Scaling
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling, Scaling, TrigFlowScaling
 
 FORMAT = 1
 """Version of the checkpoint format; a newer one is refused with the advice to upgrade."""
 
-_KINDS = {kind.__name__: kind for kind in (ADMUNet, SongUNet, BoundaryScaling, EDMScaling, KarrasGrid)}
+_KINDS = {kind.__name__: kind for kind in (ADMUNet, SongUNet, BoundaryScaling, EDMScaling, KarrasGrid, TrigFlowScaling)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,41 @@ def karras_sigma(
     return (high + index / (levels - 1) * (low - high)) ** rho
 
 
+def karras_index(
+    sigma: Any, levels: Any, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Any:
+    """The inverse of `karras_sigma`: a real number, whole only on the grid."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (levels - 1) * (sigma ** (1 / rho) - high) / (low - high)
+
+
+@dataclasses.dataclass(frozen=True)
+class KarrasCurve:
+    """The curve on which grids of any number of levels lie (EDM, eq. 5): for curricula, whose N(k) grows in training.
+
+    Raises InputError unless 0 < sigma_min < sigma_max and rho > 0.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_min < self.sigma_max < math.inf and self.rho > 0):
+            raise InputError(
+                f"Noise levels need 0 < sigma_min < sigma_max and rho > 0; got sigma_min={self.sigma_min}, "
+                f"sigma_max={self.sigma_max}, rho={self.rho}."
+            )
+
+    def sigma(self, index: Any, levels: Any) -> Any:
+        """Index to level on a grid of `levels`; both may be traced. Index 0 is sigma_max, levels - 1 is sigma_min."""
+        return karras_sigma(index, levels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+
+    def index(self, sigma: Any, levels: Any) -> Any:
+        """Level to index, the inverse of `sigma`."""
+        return karras_index(sigma, levels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+
+
 @dataclasses.dataclass(frozen=True)
 class KarrasGrid:
     """The levels that a model was trained on (EDM, eq. 5).
@@ -57,8 +92,7 @@ class KarrasGrid:
 
     def index(self, sigma: Any) -> Any:
         """Level to index, the inverse of `sigma`: a real number, whole only on the grid."""
-        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        return (self.levels - 1) * (sigma ** (1 / self.rho) - high) / (low - high)
+        return karras_index(sigma, self.levels, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
 
     def descending(self, count: int) -> np.ndarray:
         """`count` levels from sigma_max to sigma_min on the same curve; a single one is sigma_max. float32 [count].
@@ -81,3 +115,13 @@ def model_time(sigma: Float[Array, "..."], factor: float = ADM_TIME) -> Float[Ar
 def sigma_at_time(time: Float[Array, "..."], factor: float = ADM_TIME) -> Float[Array, "..."]:
     """The inverse of `model_time`."""
     return jnp.exp(time / factor)
+
+
+def trigflow_time(sigma: Float[Array, "..."], sigma_data: float = 0.5) -> Float[Array, "..."]:
+    """t = arctan(sigma / sigma_data), in [0, pi/2): the angle at which TrigFlow mixes data and noise (sCM)."""
+    return jnp.arctan(sigma / sigma_data)
+
+
+def sigma_at_trigflow_time(time: Float[Array, "..."], sigma_data: float = 0.5) -> Float[Array, "..."]:
+    """The inverse of `trigflow_time`: sigma = sigma_data tan t."""
+    return sigma_data * jnp.tan(time)

@@ -9,7 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from cm_jax.arrays import Images, Sigmas, per_image
-from cm_jax.noise_levels import ADM_TIME, model_time
+from cm_jax.noise_levels import ADM_TIME, model_time, trigflow_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,19 @@ class EDMScaling(Scaling):
     def c_out(self, sigma: Sigmas) -> Sigmas:
         """sigma sigma_data / sqrt(sigma^2 + sigma_data^2)."""
         return sigma * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrigFlowScaling(EDMScaling):
+    """EDM's scalings with TrigFlow's clock, c_noise = time_factor arctan(sigma / sigma_data) (sCM).
+
+    At x = x_t / cos t they give TrigFlow's f = cos t x_t - sin t sigma_data F, where F is minus the raw output.
+    """
+
+    time_factor: float = 1.0
+
+    def c_noise(self, sigma: Sigmas) -> Sigmas:
+        return self.time_factor * trigflow_time(sigma, self.sigma_data)
 
 
 @dataclasses.dataclass(frozen=True)

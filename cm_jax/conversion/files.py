@@ -1,18 +1,21 @@
 """Weight files of other programs, read without running any code in them and without PyTorch.
 
 A `.pt` or `.bin` file is a zip archive: a pickle that describes the tensors, and one raw entry per storage. The pickle
-is read by an unpickler that knows a dozen harmless names and refuses every other, so a malicious file cannot do more
-than be refused. (torch.load with weights_only is as strict; it would make sampling depend on PyTorch.)
+is read by an unpickler that knows the few instructions and names a state dict consists of and refuses all others, so a
+malicious file cannot do more than be refused. (torch.load with weights_only is as strict; it would make sampling depend
+on PyTorch.)
 
 A Flax checkpoint of before Orbax is MessagePack, which holds numbers, texts, maps and bytes, and can ask for nothing.
 """
 
 import collections
+import functools
+import io
 import math
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import msgpack
@@ -35,6 +38,15 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_INSTRUCTIONS = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.REDUCE, pickle.GLOBAL, pickle.STACK_GLOBAL),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINPERSID, pickle.BINFLOAT, pickle.APPEND, pickle.APPENDS),
+    *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2),
+    *(pickle.TUPLE3, pickle.SETITEM, pickle.SETITEMS, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT),
+    *(pickle.LONG_BINPUT, pickle.MEMOIZE),
+)
+"""What torch.save writes for dictionaries of tensors and plain numbers, in pickle protocols 2 to 5."""
 _LARGEST_DESCRIPTION = 64 * 2**20
 """A description of a thousand tensors takes 0.2 MB; a larger pickle than this is not one."""
 
@@ -76,12 +88,23 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     return {str(name): tensor for name, tensor in content.items()}
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Builds LazyTensors; refuses every global but those that a state dict consists of."""
+class _TensorUnpickler(pickle._Unpickler):
+    """Builds LazyTensors; refuses every instruction and every global but those that a state dict consists of.
+
+    Python's own unpickler in Python, because the one in C trusts sizes that a damaged file names.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _INSTRUCTIONS}
 
     def __init__(self, archive: zipfile.ZipFile, description: str, path: Path) -> None:
-        super().__init__(archive.open(description))
+        super().__init__(io.BytesIO(archive.read(description)))
         self._archive, self._folder, self._path = archive, description.removesuffix("data.pkl"), path
+
+    def load_build(self) -> None:
+        """BUILD gives an object attributes; a state dict's are of no use here."""
+        self.stack.pop()  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -140,26 +163,30 @@ def as_torch(array: np.ndarray) -> Any:
 
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Tensors of a safetensors file by name. Raises InputError for a damaged file."""
     dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
     try:
-        archive = safetensors.safe_open(path, framework="np")
-        names = archive.keys()
+        with safetensors.safe_open(path, framework="np") as archive:
+            parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  it is no dictionary
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except Exception as error:  # safetensors raises several kinds; all of them mean this file
         raise InputError(
             f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {error}. Download it again."
         ) from error
 
-    def lazy(name: str) -> LazyTensor:
-        part = archive.get_slice(name)
-        dtype = np.dtype(dtypes.get(part.get_dtype(), np.int64))
-        return LazyTensor(tuple(part.get_shape()), dtype, lambda: archive.get_tensor(name))
+    def read(name: str) -> np.ndarray:
+        """Opened again for every tensor, because an open file holds on to all that was read of it."""
+        with safetensors.safe_open(path, framework="np") as archive:
+            return archive.get_tensor(name)
 
-    return {name: lazy(name) for name in names}
+    return {
+        name: LazyTensor(shape, np.dtype(dtypes.get(dtype, np.int64)), functools.partial(read, name))
+        for name, (shape, dtype) in found.items()
+    }
 
 
 _FLAX_ARRAY = 1

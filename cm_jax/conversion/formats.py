@@ -12,6 +12,7 @@ from typing import Any
 from cm_jax.conversion.rules import Layout, Rule
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
+from cm_jax.networks.blocks import Resample
 from cm_jax.networks.unet import Unit
 
 SAME, DENSE, POINTWISE, CONVOLUTION = Layout.SAME, Layout.DENSE, Layout.POINTWISE, Layout.CONVOLUTION
@@ -31,8 +32,8 @@ class Format:
     exit: dict[str, Layer]
     residual: dict[str, Layer]
     attention: dict[str, Layer]
-    convolution: str
-    """What they call the convolution inside a resampling unit; "{}" stands for "op" (down) or "conv" (up)."""
+    convolution: dict[Resample, str]
+    """What they call the convolution inside a resampling unit that is no residual block."""
 
     def unit(self, stage: str, block: int, position: int, unit: Unit, blocks_per_level: int) -> str:
         """Their prefix for a unit: the `position`-th of the `block`-th block of encoder, middle or decoder."""
@@ -68,8 +69,8 @@ class Format:
                 add(ours, layer)
         for name, unit, prefix in self.units(network):
             if unit.kind == "convolution":
-                inner = self.convolution.format({"down": "op", "up": "conv"}[unit.resample or "down"])
-                add(name, (inner, CONVOLUTION), f"{prefix}.")
+                assert unit.resample is not None
+                add(name, (self.convolution[unit.resample], CONVOLUTION), f"{prefix}.")
                 continue
             for layer_name, layer in (self.residual if unit.kind == "residual" else self.attention).items():
                 if layer_name != "skip" or unit.channels_in != unit.channels_out:
@@ -96,14 +97,17 @@ class Format:
         they are reported, all together, when the rules are applied.
         """
 
+        foreign = InputError(
+            f"{source} is not an ADM U-Net in {self.title}'s naming; its {len(shapes)} tensors begin with "
+            f"{', '.join(list(shapes)[:3])}. Wanted: the weights of a consistency model or of its EDM teacher."
+        )
+
         def size(axis: int, *names: str) -> int:
+            """The axis of the first of these tensors that is there."""
             for name in names:
-                if name in shapes and len(shapes[name]) > axis:
+                if name in shapes and len(shapes[name]) > axis and shapes[name][axis] > 0:
                     return shapes[name][axis]
-            raise InputError(
-                f"{source} is not an ADM U-Net in {self.title}'s naming: it has {len(shapes)} tensors, and neither of "
-                f"{' or '.join(names)}. Wanted: the weights of a consistency model or of its EDM teacher."
-            )
+            raise foreign
 
         def named(layer: Layer) -> str:
             return layer[0] if isinstance(layer[0], str) else layer[0][0]
@@ -111,8 +115,8 @@ class Format:
         dense_1, stem, table = (named(self.entrance[name]) for name in ("embedding/dense_1", "stem", "embedding/table"))
         width = size(1, f"{dense_1}.weight")
         levels, blocks_per_level = self.depth(shapes)
-        if not levels or not blocks_per_level:
-            size(0, "(any block of the encoder or decoder)")
+        if not 0 < levels * blocks_per_level < len(shapes):
+            raise foreign
 
         channels, attention_factors = [], []
         modulated = 0
@@ -133,7 +137,7 @@ class Format:
         downsample = self.unit(
             "encoder", blocks_per_level, 0, Unit("convolution", "downsample", 0, 0, "down"), blocks_per_level
         )
-        convolutional = any(name.startswith(f"{downsample}.{self.convolution.format('op')}.") for name in shapes)
+        convolutional = any(name.startswith(f"{downsample}.{self.convolution['down']}.") for name in shapes)
         output_channels = size(
             0, f"{named(self.exit['head/output'])}.bias", f"{named(self.exit['head/output'])}.weight"
         )
@@ -221,7 +225,7 @@ OPENAI = _OpenAI(
         "skip": ("skip_connection", POINTWISE),
     },
     attention={"norm": ("norm", SAME), "qkv": ("qkv", POINTWISE), "projection": ("proj_out", POINTWISE)},
-    convolution="{}",
+    convolution={"down": "op", "up": "conv"},
 )
 
 DIFFUSERS = _Diffusers(
@@ -246,5 +250,5 @@ DIFFUSERS = _Diffusers(
         "qkv": (("to_q", "to_k", "to_v"), DENSE),
         "projection": ("to_out.0", DENSE),
     },
-    convolution="conv",
+    convolution={"down": "conv", "up": "conv"},
 )

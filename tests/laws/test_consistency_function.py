@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm_jax.config import ModelConfig
 from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling, TrigFlowScaling
 from tests.support import SMALL, random_params
 
 
@@ -71,3 +73,17 @@ def test_equal_networks_hash_alike():
     network = dataclasses.replace(SMALL, multipliers=(1.0, 2.0), attention_factors=(2,))
     assert network == SMALL
     assert hash(network) == hash(SMALL)
+
+
+@pytest.mark.parametrize("scaling", [EDMScaling(), BoundaryScaling(sigma_min=0.01), TrigFlowScaling(time_factor=300.0)])
+def test_a_config_with_any_scaling_goes_there_and_back(scaling):
+    config = ModelConfig(SMALL, scaling, KarrasGrid(18))
+    assert ModelConfig.from_json(config.to_json(), "a test") == config
+
+
+def test_trigflow_scalings_differ_from_edms_in_the_clock_alone():
+    sigma = jnp.array([0.002, 0.5, 80.0])
+    trigflow, edm = TrigFlowScaling(), EDMScaling()
+    for name in ("c_skip", "c_out", "c_in"):
+        np.testing.assert_array_equal(getattr(trigflow, name)(sigma), getattr(edm, name)(sigma))
+    np.testing.assert_allclose(trigflow.c_noise(sigma), [0.004, np.pi / 4, 1.56455], rtol=1e-5)

@@ -12,6 +12,10 @@ ORDER = [
     "arrays",
     "images",
     "noise_levels",
+    "curricula",
+    "noise_laws",
+    "weightings",
+    "distances",
     "preconditioning",
     "networks",
     "consistency_function",
@@ -19,6 +23,7 @@ ORDER = [
     "checkpoints",
     "published",
     "samplers",
+    "objectives",
     "generation",
     "conversion",
     "model",
@@ -40,6 +45,8 @@ def imported(path):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cm_jax"):
             parts = node.module.split(".")
             yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        if isinstance(node, ast.Import):
+            yield from [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cm_jax.")]
 
 
 def test_every_module_has_its_place():

@@ -1,0 +1,51 @@
+"""Easy consistency tuning: from a denoiser to a consistency model by shrinking the gap between t and r (ECT)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from cm_jax.arrays import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.curricula import ShrinkingGap, Step
+from cm_jax.distances import Distance, PseudoHuber
+from cm_jax.noise_laws import LogNormal
+from cm_jax.objectives.base import Batch, Helpers, Losses, Metrics, Objective, draws
+from cm_jax.weightings import InverseGap, Weighting
+
+
+@dataclasses.dataclass(frozen=True)
+class EasyConsistencyTuning(Objective):
+    """w(t, r) d(f(x + t z, t), f^-(x + r z, r)) with r = r(t, k); f^- is x itself where r = 0      (ECT, algorithm 1).
+
+    The defaults are those for CIFAR-10: the norm, weighted by 1 / (t - r). It starts from the weights of a denoiser,
+    with its own EDM scalings.
+    """
+
+    function: ConsistencyFunction
+    law: LogNormal = LogNormal(-1.1, 2.0)
+    gap: ShrinkingGap = ShrinkingGap()
+    weighting: Weighting = InverseGap()
+    distance: Distance = PseudoHuber(0.0)
+
+    has_target: ClassVar[bool] = True
+
+    def __call__(
+        self, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+    ) -> tuple[Losses, Metrics]:
+        key_level, key_noise, key_dropout = draws(keys)
+        t = self.law(key_level)
+        r = self.gap(t, step)
+        noise = normal_per_image(key_noise, batch.images.shape[1:])
+        target_params = params if helpers.target is None else helpers.target
+        student = self.function.denoiser(params, batch.labels, key_dropout)
+        target = self.function.denoiser(target_params, batch.labels, key_dropout)
+        return self.losses(student, target, batch.images, t, r, noise), {"sigma": t, "ratio": r / t}
+
+    def losses(
+        self, student: Denoiser, target: Denoiser, images: Images, t: Sigmas, r: Sigmas, noise: Images
+    ) -> Losses:
+        ahead = student(images + per_image(t) * noise, t)
+        behind = jnp.where(per_image(r) > 0, target(images + per_image(r) * noise, r), images)
+        return self.weighting(t, r) * self.distance(ahead, jax.lax.stop_gradient(behind))

@@ -1,0 +1,65 @@
+"""Progressive distillation: one step of the student for two of its teacher (Salimans and Ho 2022, algorithm 2)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from cm_jax.arrays import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.curricula import Curriculum, Halving, Step
+from cm_jax.distances import Distance, Squared
+from cm_jax.noise_laws import IndexLaw, UniformIndex
+from cm_jax.noise_levels import KarrasCurve
+from cm_jax.objectives.base import Batch, Helpers, Losses, Metrics, Objective, draws
+from cm_jax.objectives.teacher_steps import euler_step
+from cm_jax.weightings import TruncatedSNR, Weighting
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgressiveDistillation(Objective):
+    """w(t) d(D(x_t, t), x^), where one Euler step with x^ from t to r ends where two of the teacher do.
+
+    Student and teacher are both EDM denoisers. At the end of a stage the student becomes the teacher: the training step
+    hands over its parameters.
+    """
+
+    function: ConsistencyFunction
+    teacher: ConsistencyFunction
+    curriculum: Curriculum = Halving()
+    """N(k) counts steps here, not levels: the grid has N + 1 levels."""
+    curve: KarrasCurve = KarrasCurve()
+    law: IndexLaw = UniformIndex()
+    weighting: Weighting = TruncatedSNR()
+    distance: Distance = Squared()
+
+    has_teacher: ClassVar[bool] = True
+
+    def __call__(
+        self, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+    ) -> tuple[Losses, Metrics]:
+        key_level, key_noise, key_dropout = draws(keys)
+        levels = self.curriculum(step) + 1
+        index = self.law(key_level, self.curve, levels)
+        t, middle, r = (self.curve.sigma(index + ahead, levels) for ahead in (0, 0.5, 1))
+        noise = normal_per_image(key_noise, batch.images.shape[1:])
+        student = self.function.denoiser(params, batch.labels, key_dropout)
+        teacher = self.teacher.denoiser(self.teacher_params(helpers), batch.labels)
+        losses = self.losses(student, teacher, batch.images, t, middle, r, noise)
+        return losses, {"sigma": t, "levels": jnp.full_like(t, levels)}
+
+    def losses(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        images: Images,
+        t: Sigmas,
+        middle: Sigmas,
+        r: Sigmas,
+        noise: Images,
+    ) -> Losses:
+        x_t = images + per_image(t) * noise
+        x_r = euler_step(teacher, euler_step(teacher, x_t, t, middle), middle, r)
+        clean = jax.lax.stop_gradient(x_t - per_image(t / (r - t)) * (x_r - x_t))
+        return self.weighting(t, r) * self.distance(student(x_t, t), clean)

@@ -1,0 +1,242 @@
+"""The original's losses, image by image, and the gradients of their means, from its indices and its noise."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm_jax.arrays import leaves, per_image
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.conversion import Untold, read
+from cm_jax.conversion.formats import OPENAI
+from cm_jax.curricula import AdaptiveRate, Constant, FixedRate, Halving, Progressive
+from cm_jax.distances import Absolute, Distance, Resized, Squared
+from cm_jax.noise_levels import KarrasCurve
+from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, Denoising, ProgressiveDistillation
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling
+from cm_jax.weightings import SNR, Karras, SNRPlusOne, TruncatedSNR, Uniform, Weighting
+from tests.support import DATA, adm_golden, nhwc
+
+LOSS_BOUND = 1e-5
+"""Of every image's loss, relative to it."""
+GRADIENT_BOUND = 1e-4
+"""Of every parameter's gradient norm, relative to it: single precision through the network, there and back."""
+ROUNDING = 1e-6
+"""Gradient norms below this share of the largest one are rounding alone. Here these are the biases of six convolutions
+before a norm with one channel a group, which takes every constant away again: their true gradient is zero."""
+LOSSES = sorted(path.stem for path in (DATA / "losses").glob("loss_*_*.npz"))
+WEIGHTINGS = {
+    "uniform": Uniform(),
+    "snr": SNR(),
+    "snr+1": SNRPlusOne(),
+    "truncated-snr": TruncatedSNR(),
+    "karras": Karras(),
+}
+DISTANCES = {"l1": Absolute(), "l2": Squared(), "l2-32": Resized(Squared(), 32)}
+CURVE = KarrasCurve()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen(Weighting, Distance):
+    """One of several by a traced number, so that the losses of a kind compile once."""
+
+    number: jax.Array
+    choices: tuple
+
+    def __call__(self, x, y):
+        return jax.lax.switch(self.number, self.choices, x, y)
+
+
+@functools.cache
+def loss_params(name):
+    """Parameters of the golden losses' target or teacher."""
+    network, _, _ = adm_golden("class_cond")
+    source = read(DATA / "losses" / f"loss_{name}.pt", Untold(16, None, "edm", 18, 16))
+    return network.prepare(source.params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses_and_gradients(kind, params, images, labels, noise, place, levels, weighting, distance):
+    """The losses of a batch, and the norms of the gradient of their mean; `place` is indices, or levels for "edm"."""
+    network, _, _ = adm_golden("class_cond")
+    edm, consistency = ConsistencyFunction(network, EDMScaling()), ConsistencyFunction(network, BoundaryScaling())
+    chosen = {
+        "weighting": Chosen(weighting, tuple(WEIGHTINGS.values())),
+        "distance": Chosen(distance, tuple(DISTANCES.values())),
+    }
+
+    def losses(student_params):
+        target = consistency.denoiser(params["target"], labels)
+        teacher = edm.denoiser(params["teacher"], labels)
+        if kind == "edm":
+            return Denoising(edm, **chosen).losses(edm.denoiser(student_params, labels), images, place, noise)
+        if kind == "progdist":
+            t, middle, r = (CURVE.sigma(place + ahead, levels + 1) for ahead in (0, 0.5, 1))
+            student = edm.denoiser(student_params, labels)
+            objective = ProgressiveDistillation(edm, edm, **chosen)
+            return objective.losses(student, teacher, images, t, middle, r, noise)
+        student = consistency.denoiser(student_params, labels)
+        t, r = CURVE.sigma(place, levels), CURVE.sigma(place + 1, levels)
+        if kind == "cd":
+            objective = ConsistencyDistillation(consistency, edm, **chosen)
+            return objective.losses(student, target, teacher, images, t, r, noise)
+        return ConsistencyTraining(consistency, **chosen).losses(student, target, images, t, r, noise)
+
+    def mean_loss(student_params):
+        each = losses(student_params)
+        return each.mean(), each
+
+    gradients, each = jax.grad(mean_loss, has_aux=True)(params["student"])
+    return each, jax.tree.map(lambda gradient: jnp.linalg.norm(gradient.ravel()), gradients)
+
+
+def replayed(name):
+    """(ours, recorded) losses, and (ours, recorded) gradient norms by the original's names."""
+    with np.load(DATA / "losses" / f"{name}.npz") as recorded:
+        golden = dict(recorded)
+    network, student, _ = adm_golden(str(golden["model"]).removeprefix("adm_"))
+    parts = name.split("_")
+    kind, distance, weighting = parts[1], "l2" if parts[1] == "edm" else parts[2], parts[-1]
+    ours, gradients = losses_and_gradients(
+        kind,
+        {"student": student, "target": loss_params("target"), "teacher": loss_params("teacher")},
+        jnp.asarray(nhwc(golden["images"])),
+        jnp.asarray(golden["y"], jnp.int32),
+        jnp.asarray(nhwc(golden["noise"])),
+        jnp.asarray(golden["sigmas"] if kind == "edm" else golden["indices"].astype(np.int32)),
+        jnp.asarray(golden.get("num_scales", 0), jnp.int32),
+        list(WEIGHTINGS).index(weighting),
+        list(DISTANCES).index(distance),
+    )
+    flat = dict(leaves(gradients))
+    names = {rule.ours: rule.theirs[0] for rule in OPENAI.rules(network)}
+    norms = {names[path]: (float(value), float(golden[f"grad_norm/{names[path]}"])) for path, value in flat.items()}
+    assert len(norms) == sum(key.startswith("grad_norm/") for key in golden)
+    return (np.asarray(ours), golden["loss"]), norms
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_recorded_losses_and_gradients_of_the_original(name):
+    (ours, theirs), norms = replayed(name)
+    np.testing.assert_allclose(ours, theirs, rtol=LOSS_BOUND)
+    largest = max(recorded for _, recorded in norms.values())
+    rounding = {key for key, (_, recorded) in norms.items() if recorded < ROUNDING * largest}
+    assert len(rounding) == 6
+    assert all(key.endswith(("in_layers.2.bias", "out_layers.3.bias", "skip_connection.bias")) for key in rounding)
+    for key, (norm, recorded) in norms.items():
+        bound = ROUNDING * largest if key in rounding else GRADIENT_BOUND * recorded
+        assert norm == pytest.approx(recorded, abs=bound), key
+
+
+def test_every_recorded_loss_is_replayed():
+    assert len(LOSSES) == 23
+    kinds = {(name.split("_")[1], *name.split("_")[2:]) for name in LOSSES}
+    weighted = {"karras", "snr", "snr+1", "truncated-snr", "uniform"}
+    for kind in ("cd", "ct", "progdist"):
+        assert {weighting for k, *rest, weighting in kinds if k == kind and rest == ["l2"]} == weighted
+
+
+def _pattern(shape, a, m):
+    return nhwc((2 * (a * np.arange(np.prod(shape)) % m / m - 0.5)).reshape(shape)).astype(np.float32)
+
+
+def _linear(scaling, a, b):
+    """The toy network F(x, t) = a x + b t under a scaling."""
+
+    def denoiser(x, sigma):
+        raw = a * per_image(scaling.c_in(sigma)) * x + b * per_image(scaling.c_noise(sigma))
+        return scaling.blend(x, sigma, raw)
+
+    return denoiser
+
+
+TOY_STUDENT, TOY_TARGET = _linear(BoundaryScaling(), 0.3, 0.001), _linear(BoundaryScaling(), 0.29, 0.0011)
+TOY_TEACHER, TOY_EDM_STUDENT = _linear(EDMScaling(), 0.31, 0.0009), _linear(EDMScaling(), 0.3, 0.001)
+TOY_IMAGES, TOY_NOISE = _pattern((4, 3, 8, 8), 43, 83), np.float32(1.7) * _pattern((4, 3, 8, 8), 29, 79)
+TOY_INDEX = np.array([0, 3, 6, 8])
+UNUSED = ConsistencyFunction(adm_golden("class_cond")[0], EDMScaling())
+"""The cores of the objectives never look at their own networks."""
+
+
+@pytest.mark.parametrize(
+    ("distance", "weighting", "distilled", "trained"),
+    [
+        ("l1", "uniform", ".03172162 .08876929 .1701299 .003146403", ".03245269 .09337041 .2236766 .02159422"),
+        (
+            "l2",
+            "uniform",
+            ".001010065 .009030108 .04306607 1.020933e-05",
+            ".001059007 .009754591 .07495788 .0007028498",
+        ),
+        ("l2", "karras", ".004040417 .03621595 .3672392 .02448828", ".004236192 .03912154 .6391916 1.685869"),
+        ("l2", "snr", "1.578227e-07 9.551564e-05 .1949749 .02444744", "1.654698e-07 .0001031788 .3393601 1.683057"),
+        ("l2", "snr+1", ".001010223 .009125624 .238041 .02445765", ".001059172 .009857769 .414318 1.68376"),
+        ("l2", "truncated-snr", ".001010065 .009030108 .1949749 .02444744", ".001059007 .009754591 .3393601 1.683057"),
+        (
+            "l2-32",
+            "uniform",
+            ".00100819 .008486892 .02633006 1.002497e-05",
+            ".001056054 .009243502 .0347844 .0005232242",
+        ),
+    ],
+)
+def test_linear_networks_consistency_losses(distance, weighting, distilled, trained):
+    """Tables of spec/openai.md, appendix A. l2-32 enlarges these images, from 8 pixels."""
+    chosen = {"distance": DISTANCES[distance], "weighting": WEIGHTINGS[weighting]}
+    t, r = (jnp.asarray(CURVE.sigma(TOY_INDEX + ahead, 10), jnp.float32) for ahead in (0, 1))
+    images, noise = jnp.asarray(TOY_IMAGES), jnp.asarray(TOY_NOISE)
+    losses = ConsistencyDistillation(UNUSED, UNUSED, **chosen).losses(
+        TOY_STUDENT, TOY_TARGET, TOY_TEACHER, images, t, r, noise
+    )
+    np.testing.assert_allclose(losses, np.array(distilled.split(), float), rtol=LOSS_BOUND)
+    losses = ConsistencyTraining(UNUSED, **chosen).losses(TOY_STUDENT, TOY_TARGET, images, t, r, noise)
+    np.testing.assert_allclose(losses, np.array(trained.split(), float), rtol=LOSS_BOUND)
+
+
+def test_linear_networks_progressive_distillation_loss():
+    t, middle, r = (jnp.asarray(CURVE.sigma(TOY_INDEX + ahead, 11), jnp.float32) for ahead in (0, 0.5, 1))
+    objective = ProgressiveDistillation(UNUSED, UNUSED, weighting=Uniform())
+    losses = objective.losses(
+        TOY_EDM_STUDENT, TOY_TEACHER, jnp.asarray(TOY_IMAGES), t, middle, r, jnp.asarray(TOY_NOISE)
+    )
+    np.testing.assert_allclose(losses, [0.005358106, 0.003192394, 0.006171048, 1.735797e-05], rtol=LOSS_BOUND)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "recorded"),
+    [
+        (Karras(), [1.441142, 1.221003, 1.366463, 2.022909]),
+        (Uniform(), [0.01385713, 0.1526254, 0.3215208, 0.5054114]),
+    ],
+)
+def test_linear_networks_denoising_loss(weighting, recorded):
+    sigma = jnp.array([0.1, 0.5, 2, 20])
+    losses = Denoising(UNUSED, weighting=weighting).losses(
+        TOY_EDM_STUDENT, jnp.asarray(TOY_IMAGES), sigma, jnp.asarray(TOY_NOISE)
+    )
+    np.testing.assert_allclose(losses, recorded, rtol=LOSS_BOUND)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "curriculum"),
+    [
+        ("fixed_fixed_40_40_600000", FixedRate(0.95), Constant(40)),
+        ("adaptive_progressive_2_200_800000", AdaptiveRate(Progressive(2, 200, 800_000)), Progressive(2, 200, 800_000)),
+        (
+            "adaptive_progressive_2_150_1000000",
+            AdaptiveRate(Progressive(2, 150, 1_000_000)),
+            Progressive(2, 150, 1_000_000),
+        ),
+        ("fixed_progressive_2_200_800000", FixedRate(0.95), Progressive(2, 200, 800_000)),
+        ("fixed_progdist_64_1_600000", FixedRate(1.0), Halving(64, 50_000)),
+    ],
+)
+def test_recorded_schedules_of_the_original(name, rate, curriculum):
+    recorded = json.loads((DATA / "losses" / "schedules.json").read_text())[name]
+    steps, rates, levels = map(np.array, zip(*recorded, strict=True))
+    np.testing.assert_array_equal(jax.vmap(curriculum)(jnp.asarray(steps)), levels)
+    np.testing.assert_allclose(jax.vmap(rate)(jnp.asarray(steps)), rates, rtol=1.5e-7)

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from cm_jax.arrays import Params
 from cm_jax.networks import ADMUNet
-from cm_jax.networks.adm_unet import Block, Unit
 from cm_jax.networks.blocks import NORM_EPSILON, NORM_GROUPS, Modulation
+from cm_jax.networks.unet import Block, Unit
 
 
 def _filled(layer: nn.Module, weight: np.ndarray, bias: np.ndarray) -> nn.Module:
@@ -121,7 +121,7 @@ class TorchADM(nn.Module):
                     return _Residual(part, leaves, network.modulation)
                 case "attention":
                     return _Attention(network.heads_for(part.channels_out), leaves)
-                case "convolution":
+                case _:
                     return _Resampling(part, leaves)
 
         self.stem = _convolution(params["stem"])

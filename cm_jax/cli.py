@@ -19,6 +19,7 @@ from cm_jax.errors import InputError
 from cm_jax.files import check_writable
 from cm_jax.images import Quantisation, grid, quantise, save_folder, save_grid, save_npz
 from cm_jax.model import Model, Plan, find, load
+from cm_jax.networks.fir import Filter
 from cm_jax.networks.precision import Precision
 from cm_jax.published import DEFAULT
 from cm_jax.samplers import SAMPLERS
@@ -68,12 +69,14 @@ class Sample:
 class Convert:
     """Convert a checkpoint between PyTorch and JAX: the original's .pt, a diffusers folder, ours; in every direction.
 
+    The Flax checkpoints of openai/consistency_models_cifar10 are read too, and become ours.
+
     The architecture is read off the tensors. The flags say what tensors cannot tell; the published checkpoints are
     recognised by name and need none of them.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A .pt file, a diffusers folder, a cm_jax checkpoint, or the name of a bundled model."""
+    """A .pt file, a diffusers folder, a CIFAR-10 original's file, a cm_jax checkpoint, or a bundled model's name."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """What to write. It must not exist yet, unless it is a .pt file."""
     to: Literal["", "ours", "openai", "diffusers"] = ""
@@ -88,6 +91,10 @@ class Convert:
     """Number of levels of the grid that timesteps and indices count (40 for CD; 201 or 151 for CT)."""
     image_size: int | None = None
     """Height and width of the images."""
+    attention_factors: str = ""
+    """Of a CIFAR-10 original: factors of down-sampling with attention, as "2" or "2,4"."""
+    resampling: Filter | None = None
+    """Of a CIFAR-10 original: the filter before halving and after doubling."""
     check: bool = False
     """Run PyTorch's network and ours on the same inputs first; write only if they agree."""
 
@@ -147,7 +154,13 @@ def convert(arguments: Convert) -> None:
         )
     check_writable(arguments.destination)
     untold = conversion.Untold(
-        arguments.head_width, arguments.heads, arguments.scalings, arguments.levels, arguments.image_size
+        arguments.head_width,
+        arguments.heads,
+        arguments.scalings,
+        arguments.levels,
+        arguments.image_size,
+        _numbers("attention-factors", arguments.attention_factors, int),
+        arguments.resampling,
     )
     began = time.perf_counter()
     source = conversion.read(find(arguments.source), untold)

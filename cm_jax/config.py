@@ -6,14 +6,14 @@ from typing import Any
 
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.errors import InputError
-from cm_jax.networks import ADMUNet, Network
+from cm_jax.networks import ADMUNet, Network, SongUNet
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling, Scaling, TrigFlowScaling
 
 FORMAT = 1
 """Version of the checkpoint format; a newer one is refused with the advice to upgrade."""
 
-_KINDS = {kind.__name__: kind for kind in (ADMUNet, BoundaryScaling, EDMScaling, KarrasGrid, TrigFlowScaling)}
+_KINDS = {kind.__name__: kind for kind in (ADMUNet, SongUNet, BoundaryScaling, EDMScaling, KarrasGrid, TrigFlowScaling)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.errors import InputError
 from cm_jax.generation import default_batch_size, draw_labels, generate, replay
 from cm_jax.networks.precision import Precision
-from cm_jax.published import DEFAULT, bundled_path, published
+from cm_jax.published import DEFAULT, bundled_path, published, published_cifar10
 from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
 
 Label = int | str
@@ -224,7 +224,7 @@ class Model:
 
 
 def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
-    """A model from a checkpoint: ours, the original's `.pt`, a diffusers folder, or the name of a bundled one.
+    """A model from a checkpoint: ours, the originals' `.pt` or jcm file, a diffusers folder, or a bundled name.
 
     precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster
     on accelerators and take half the memory). Raises InputError where there is no such checkpoint, or it is damaged.
@@ -242,17 +242,18 @@ def find(path_or_name: str | Path) -> Path:
         return path
     if name in known and known[name].bundled:
         return bundled_path(name)
-    if name.removesuffix(".pt") in known:
+    elsewhere = known | published_cifar10()
+    if name.removesuffix(".pt") in elsewhere:
         raise InputError(
             f"{name} is a published checkpoint, not part of this package: download "
-            f"{known[name.removesuffix('.pt')].url} and give the file's path."
+            f"{elsewhere[name.removesuffix('.pt')].url} and give the file's path."
         )
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, elsewhere, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     bundled = ", ".join(entry.name for entry in known.values() if entry.bundled)
     raise InputError(
-        f"There is no checkpoint {name}: wanted a .pt file, a diffusers folder, a cm_jax checkpoint, or the name of a "
-        f"bundled one ({bundled}).{hint}"
+        f"There is no checkpoint {name}: wanted a .pt file, a diffusers folder, a jcm file, a cm_jax checkpoint, or "
+        f"the name of a bundled one ({bundled}).{hint}"
     )
 
 

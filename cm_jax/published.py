@@ -1,6 +1,7 @@
 """The published checkpoints: what their file names say that their tensors cannot.
 
-Levels and tuned timesteps are those of the original's sampling commands (openai/consistency_models, scripts/launch.sh).
+Levels and tuned timesteps are those of the originals' sampling commands (openai/consistency_models, scripts/launch.sh;
+openai/consistency_models_cifar10, launch.sh and its notebook).
 """
 
 import dataclasses
@@ -77,6 +78,54 @@ def recognise(path: Path) -> Published | None:
     stems = (path.name.removesuffix(".pt").removesuffix(".bin"), path.resolve().name.removesuffix(".pt"))
     matches = [entry for name, entry in published().items() if any(name in stem for stem in stems)]
     return max(matches, key=lambda entry: len(entry.name), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedCIFAR10:
+    """A CIFAR-10 checkpoint of openai/consistency_models_cifar10: an NCSN++ at 32 pixels."""
+
+    name: str
+    step: int | None = None
+    """Number of its file, checkpoints/checkpoint_{step}; None for the teacher, which is a file itself."""
+    levels: int = 18
+    timesteps: tuple[int, ...] = ()
+    """Tuned levels for two steps; empty where none were published."""
+
+    @property
+    def scalings(self) -> str:
+        return "edm" if self.name.startswith("edm_") else "consistency"
+
+    @property
+    def url(self) -> str:
+        inside = "" if self.step is None else f"/checkpoints/checkpoint_{self.step}"
+        return f"https://openaipublic.blob.core.windows.net/consistency/jcm_checkpoints/{self.name}{inside}"
+
+
+@functools.cache
+def published_cifar10() -> dict[str, PublishedCIFAR10]:
+    """The ten CIFAR-10 checkpoints of OpenAI. Levels of the continuous-time ones are those of its samplers."""
+    known = [
+        PublishedCIFAR10("edm_cifar10_ema"),
+        PublishedCIFAR10("cd-l1", 80),
+        PublishedCIFAR10("cd-l2", 80),
+        PublishedCIFAR10("cd-lpips", 80, timesteps=(11, 0)),
+        PublishedCIFAR10("ct-lpips", 74, levels=151),
+        PublishedCIFAR10("cifar10-continuous-cd-l2", 40),
+        PublishedCIFAR10("cifar10-continuous-cd-l2-stopgrad", 40),
+        PublishedCIFAR10("cifar10-continuous-cd-lpips-stopgrad", 40),
+        PublishedCIFAR10("continuous-ct-l2", 80),
+        PublishedCIFAR10("continuous-ct-lpips", 40),
+    ]
+    return {entry.name: entry for entry in known}
+
+
+def recognise_cifar10(path: Path) -> PublishedCIFAR10 | None:
+    """The published CIFAR-10 checkpoint that a file is: by its own name, or its folder's ("cd-l2/checkpoints/...").
+
+    The whole name must agree, because these are short.
+    """
+    parts = [place for spelling in (path.absolute(), path.resolve()) for place in spelling.parts[-3:]]
+    return next((entry for name, entry in published_cifar10().items() if name in parts or name == path.stem), None)
 
 
 DEFAULT = "emoji16_cd"

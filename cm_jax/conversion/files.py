@@ -1,9 +1,11 @@
-"""Weight files of PyTorch programs, read without running any code in them and without PyTorch.
+"""Weight files of other programs, read without running any code in them and without PyTorch.
 
 A `.pt` or `.bin` file is a zip archive: a pickle that describes the tensors, and one raw entry per storage. The pickle
 is read by an unpickler that knows the few instructions and names a state dict consists of and refuses all others, so a
 malicious file cannot do more than be refused. (torch.load with weights_only is as strict; it would make sampling depend
 on PyTorch.)
+
+A Flax checkpoint of before Orbax is MessagePack, which holds numbers, texts, maps and bytes, and can ask for nothing.
 """
 
 import collections
@@ -16,11 +18,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ml_dtypes
+import msgpack
 import numpy as np
 import safetensors
 
+from cm_jax.arrays import leaves
 from cm_jax.conversion.rules import LazyTensor
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, listed
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -184,3 +188,55 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         name: LazyTensor(shape, np.dtype(dtypes.get(dtype, np.int64)), functools.partial(read, name))
         for name, (shape, dtype) in found.items()
     }
+
+
+_FLAX_ARRAY = 1
+"""The number under which Flax stores an array: its shape, the name of its dtype, its bytes."""
+_FLAX_DTYPES = {dtype.name: dtype for dtype in _STORAGES.values()}
+
+
+def is_msgpack(path: Path) -> bool:
+    """Whether a file begins as a MessagePack map of a few entries does, and as neither a zip nor a pickle does."""
+    with path.open("rb") as file:
+        first = file.read(1)
+    return bool(first) and 0x81 <= first[0] <= 0x8F
+
+
+def read_msgpack(path: Path, branch: str) -> dict[str, LazyTensor]:
+    """Tensors under `branch` of a state that flax.serialization.to_bytes wrote, by path ("Dense_0/kernel").
+
+    The rest of the file (optimiser states are two thirds of it) is passed over. Raises InputError for a file that is
+    damaged, has no such branch, or holds anything but arrays there.
+    """
+    try:
+        with path.open("rb") as file:
+            unpacker = msgpack.Unpacker(file, ext_hook=_flax_array, max_buffer_size=0, strict_map_key=True)
+            found = []
+            for _ in range(unpacker.read_map_header()):
+                found.append(unpacker.unpack())
+                if found[-1] == branch:
+                    flat = leaves(unpacker.unpack())
+                    break
+                unpacker.skip()
+            else:
+                raise InputError(
+                    f"{path} has no {branch!r}, only {', '.join(map(str, found))}: give a whole checkpoint."
+                )
+    except InputError:
+        raise
+    except Exception as error:  # MessagePack raises several kinds; all of them mean this file
+        raise InputError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete Flax checkpoint: {error!r}. Download it again."
+        ) from error
+    others = [name for name, leaf in flat if not isinstance(leaf, LazyTensor)]
+    if others:
+        raise InputError(f"{path} holds something else than arrays under {branch!r}: {listed(others)}.")
+    return dict(flat)
+
+
+def _flax_array(code: int, content: bytes) -> LazyTensor:
+    if code != _FLAX_ARRAY:
+        raise ValueError(f"a value of kind {code} where an array was wanted")
+    shape, name, numbers = msgpack.unpackb(content)
+    array = np.frombuffer(numbers, _FLAX_DTYPES[name]).reshape(shape)
+    return LazyTensor(array.shape, array.dtype, lambda: array)

@@ -12,8 +12,8 @@ from typing import Any
 from cm_jax.conversion.rules import Layout, Rule
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
-from cm_jax.networks.adm_unet import Unit
 from cm_jax.networks.blocks import Resample
+from cm_jax.networks.unet import Unit
 
 SAME, DENSE, POINTWISE, CONVOLUTION = Layout.SAME, Layout.DENSE, Layout.POINTWISE, Layout.CONVOLUTION
 
@@ -44,7 +44,14 @@ class Format:
         raise NotImplementedError
 
     def rules(self, network: ADMUNet) -> list[Rule]:
-        """The rules of all leaves of `network`, in the order of their state dict."""
+        """The rules of all leaves of `network`, in the order of their state dict.
+
+        Raises InputError for a network with normalised modulation, which PyTorch's programs do not have.
+        """
+        if network.modulation == "normalised":
+            raise InputError(
+                f"{self.title} has no networks with normalised modulation: this one can be written as ours only."
+            )
         rules: list[Rule] = []
 
         def add(ours: str, layer: Layer, prefix: str = "") -> None:

@@ -1,6 +1,6 @@
 """One table of rules between a foreign checkpoint and ours, applied in either direction without loss.
 
-A rule says: these tensors of theirs, stacked along their first axis and laid out our way, are that leaf of ours. The
+A rule says: these tensors of theirs, laid out our way and joined along the last axis, are that leaf of ours. The
 rules of a network name every leaf of ours and every tensor of theirs exactly once, so that a conversion is a bijection.
 """
 
@@ -16,16 +16,18 @@ from cm_jax.errors import InputError, listed, shape_complaints
 
 
 class Layout(enum.Enum):
-    """How PyTorch lays a leaf out: (from theirs to ours, from ours to theirs)."""
+    """How others lay a leaf out: (from theirs to ours, from ours to theirs)."""
 
     SAME = (lambda a: a, lambda a: a)
-    """Norms, biases, class tables."""
+    """Norms, biases, class tables; of Flax programs nearly everything."""
     DENSE = (lambda a: a.T, lambda a: a.T)
     """[out, in] <-> [in, out]."""
     POINTWISE = (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])
     """A 1x1 convolution [out, in, 1, 1] <-> [in, out]."""
     CONVOLUTION = (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
     """[out, in, height, width] <-> [height, width, in, out]."""
+    FLAX_POINTWISE = (lambda a: a[0, 0], lambda a: a[None, None])
+    """A 1x1 convolution [1, 1, in, out] <-> [in, out]."""
 
     def __init__(self, to_ours: Callable, to_theirs: Callable) -> None:
         self.to_ours, self.to_theirs = to_ours, to_theirs
@@ -33,7 +35,7 @@ class Layout(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Leaf `ours` ("middle/attention/qkv/kernel") is the tensors `theirs`, stacked, in `layout`."""
+    """Leaf `ours` ("middle/attention/qkv/kernel") is the tensors `theirs` in `layout`, joined."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -41,8 +43,8 @@ class Rule:
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of each of their tensors for our leaf of `shape`."""
-        stacked = self.layout.to_theirs(np.broadcast_to(np.float32(0), shape)).shape
-        return (stacked[0] // len(self.theirs), *stacked[1:])
+        part = (*shape[:-1], shape[-1] // len(self.theirs))
+        return self.layout.to_theirs(np.broadcast_to(np.float32(0), part)).shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +75,15 @@ def to_ours(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: str)
     ]
     if complaints:
         raise InputError(
-            f"{source} does not hold the tensors of one ADM U-Net; {len(complaints)} of {len(wanted)} disagree:\n"
+            f"{source} does not hold the tensors of one network; {len(complaints)} of {len(wanted)} disagree:\n"
             f"  {listed(complaints)}\nCheck that the file is complete, and that its config belongs to it."
         )
     flat, not_finite = {}, []
     for rule in rules:
         parts = [tensors[name].read() for name in rule.theirs]
         not_finite += [name for name, part in zip(rule.theirs, parts, strict=True) if not np.isfinite(part).all()]
-        stacked = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        flat[rule.ours] = np.ascontiguousarray(rule.layout.to_ours(stacked))
+        laid_out = [rule.layout.to_ours(part) for part in parts]
+        flat[rule.ours] = np.ascontiguousarray(laid_out[0] if len(parts) == 1 else np.concatenate(laid_out, axis=-1))
     if not_finite:
         raise InputError(
             f"{source} has numbers that are infinite or not a number:\n  {listed(not_finite)}\n"
@@ -95,7 +97,7 @@ def to_theirs(rules: list[Rule], params: Params) -> dict[str, np.ndarray]:
     ours = dict(leaves(params))
     result = {}
     for rule in rules:
-        stacked = rule.layout.to_theirs(np.asarray(ours[rule.ours]))
-        for name, part in zip(rule.theirs, np.split(stacked, len(rule.theirs)), strict=True):
-            result[name] = np.ascontiguousarray(part)
+        parts = np.split(np.asarray(ours[rule.ours]), len(rule.theirs), axis=-1)
+        for name, part in zip(rule.theirs, parts, strict=True):
+            result[name] = np.ascontiguousarray(rule.layout.to_theirs(part))
     return result

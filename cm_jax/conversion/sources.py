@@ -1,4 +1,4 @@
-"""Reading a checkpoint of any kind: ours, the original's .pt, or a diffusers folder."""
+"""Reading a checkpoint of any kind: ours, the original's .pt, a diffusers folder, or the CIFAR-10 original's file."""
 
 import dataclasses
 from pathlib import Path
@@ -7,14 +7,16 @@ from typing import Any, Literal
 from cm_jax import checkpoints
 from cm_jax.arrays import Params
 from cm_jax.config import ModelConfig
+from cm_jax.conversion import jcm
 from cm_jax.conversion.diffusers_configs import check_agreement, read_grid, read_json
-from cm_jax.conversion.files import read_safetensors, read_torch
+from cm_jax.conversion.files import is_msgpack, read_msgpack, read_safetensors, read_torch
 from cm_jax.conversion.formats import DIFFUSERS, OPENAI, Format
 from cm_jax.conversion.rules import Tensors, to_ours
 from cm_jax.errors import InputError
-from cm_jax.noise_levels import KarrasGrid
+from cm_jax.networks.fir import Filter
+from cm_jax.noise_levels import EDM_TIME, KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
-from cm_jax.published import recognise
+from cm_jax.published import recognise, recognise_cifar10
 
 ScalingName = Literal["consistency", "edm"]
 
@@ -28,6 +30,10 @@ class Untold:
     scalings: ScalingName | None = None
     levels: int | None = None
     image_size: int | None = None
+    attention_factors: tuple[int, ...] | None = None
+    """For the CIFAR-10 original's files, where levels are equally wide: factors of down-sampling with attention."""
+    resampling: Filter | None = None
+    """For the CIFAR-10 original's files, where there is no pyramid of inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +45,9 @@ class Source:
     params: Params
     """NumPy arrays in the file's precision."""
     format: Format | None = None
-    """The spelling of its tensors; None for ours."""
+    """The PyTorch spelling of its tensors; None for others."""
     tensors: Tensors = dataclasses.field(default_factory=dict)
-    """Its tensors under their own names; empty for ours."""
+    """Its tensors under their own names; empty where they are not PyTorch's."""
 
 
 def read(path: Path, untold: Untold = Untold()) -> Source:
@@ -51,6 +57,13 @@ def read(path: Path, untold: Untold = Untold()) -> Source:
     """
     if not path.exists():
         raise InputError(f"There is no file or folder {path}.")
+    if path.is_file() and path.suffix != ".safetensors" and is_msgpack(path):
+        return _read_jcm(path, untold)
+    if untold.attention_factors is not None or untold.resampling is not None:
+        raise InputError(
+            f"{path} tells itself where attention stands and how images are halved: leave out --attention-factors and "
+            "--resampling, which are for checkpoints of openai/consistency_models_cifar10."
+        )
     if path.is_file():
         return _read_tensors(path, path, {}, None, untold)
     if checkpoints.is_checkpoint(path):
@@ -98,10 +111,7 @@ def _read_tensors(path: Path, file: Path, unet: dict[str, Any], grid: KarrasGrid
     missing = [question for question, answer in unanswered.items() if answer is None]
     if missing:
         spelling.infer(shapes, str(file), image_size=2**10, heads=1, head_width=None)
-        raise InputError(
-            f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
-            f"Say also:\n  " + "\n  ".join(missing)
-        )
+        raise InputError(_unanswered(path, missing))
 
     network = spelling.infer(shapes, str(file), image_size=image_size, head_width=head_width, heads=heads)
     rules = spelling.rules(network)
@@ -118,6 +128,58 @@ def _read_tensors(path: Path, file: Path, unet: dict[str, Any], grid: KarrasGrid
         tuned_timesteps=(tuned,) if tuned else (),
     )
     return Source(path, config, params, spelling, tensors)
+
+
+def _read_jcm(path: Path, untold: Untold) -> Source:
+    """A checkpoint of openai/consistency_models_cifar10, with what its published name and the user say of it."""
+    if untold.head_width or untold.heads:
+        raise InputError(f"{path} is of a network whose attention has one head: leave out --head-width and --heads.")
+    tensors = read_msgpack(path, jcm.BRANCH)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    known = recognise_cifar10(path)
+    image_size = untold.image_size or (32 if known else None)
+    scalings = untold.scalings or (known.scalings if known else None)
+    levels = untold.levels or (known.levels if known else None)
+    if scalings == "edm":
+        levels = levels or KarrasGrid().levels
+    unanswered = {
+        "--image-size N (32 for CIFAR-10)": image_size,
+        "--scalings consistency (or edm, for a teacher)": scalings,
+        "--levels N (18 for CD, 151 for CT in the published ones)": levels,
+    }
+    found = jcm.candidates(shapes, str(path), image_size=image_size or 2**10)
+    factors = tuple(sorted(untold.attention_factors or ())) or ((2,) if known else None)
+    for field, told in (("attention_factors", factors), ("resampling", untold.resampling)):
+        options = {getattr(network, field) for network in found}
+        shown = " or ".join(sorted(each if isinstance(each, str) else ",".join(map(str, each)) for each in options))
+        if told is not None and told not in options:
+            raise InputError(f"{path} cannot have {field} {told}: its tensors allow only {shown}.")
+        found = [network for network in found if told in (None, getattr(network, field))]
+        unanswered[f"--{field.replace('_', '-')} {shown}"] = told or (options.pop() if len(options) == 1 else None)
+    missing = [question for question, answer in unanswered.items() if answer is None]
+    if missing:
+        raise InputError(_unanswered(path, missing))
+
+    (network,) = found
+    params = to_ours(jcm.rules(network), network.shapes(), tensors, source=str(path))
+    grid = dataclasses.replace(KarrasGrid(), levels=levels)
+    tuned = known.timesteps if known and known.levels == levels and scalings == "consistency" else ()
+    scaling = BoundaryScaling(time_factor=EDM_TIME, sigma_min=grid.sigma_min)
+    config = ModelConfig(
+        network=network,
+        scaling=EDMScaling(time_factor=EDM_TIME) if scalings == "edm" else scaling,
+        grid=grid,
+        tuned_timesteps=(tuned,) if tuned else (),
+    )
+    return Source(path, config, params)
+
+
+def _unanswered(path: Path, questions: list[str]) -> str:
+    listing = "\n  ".join(questions)
+    return (
+        f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
+        f"Say also:\n  {listing}"
+    )
 
 
 def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:

@@ -7,8 +7,9 @@ from jaxtyping import Array, Float, Key
 from cm_jax.arrays import Images, Keys, Labels, Params
 from cm_jax.networks.adm_unet import ADMUNet
 from cm_jax.networks.precision import Precision
+from cm_jax.networks.song_unet import SongUNet
 
-__all__ = ["ADMUNet", "Network"]
+__all__ = ["ADMUNet", "Network", "SongUNet"]
 
 
 @runtime_checkable

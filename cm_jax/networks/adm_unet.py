@@ -6,65 +6,24 @@ converters are all read off that one list.
 """
 
 import dataclasses
-import itertools
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from cm_jax.arrays import Images, Keys, Labels, Params, leaves, nested
+from cm_jax.arrays import Labels
 from cm_jax.errors import InputError
 from cm_jax.networks.attention import Implementation
-from cm_jax.networks.blocks import (
-    NORM_GROUPS,
-    AttentionBlock,
-    Convolution,
-    Dense,
-    Embedding,
-    Features,
-    GroupNorm,
-    Modulation,
-    Outputs,
-    Resample,
-    ResidualBlock,
-    sinusoid,
-)
+from cm_jax.networks.blocks import NORM_GROUPS, Dense, Embedding, Modulation, Resample, Style, sinusoid
 from cm_jax.networks.precision import Precision
-
-
-class Unit(NamedTuple):
-    """One residual block, attention block or resampling convolution."""
-
-    kind: Literal["residual", "attention", "convolution"]
-    name: str
-    """Its name inside its block."""
-    channels_in: int
-    channels_out: int
-    resample: Resample | None = None
-
-
-class Block(NamedTuple):
-    """Units applied in turn. An encoder block's result is kept as a skip; a decoder block takes one in first."""
-
-    name: str
-    units: tuple[Unit, ...]
-
-
-class Plan(NamedTuple):
-    encoder: tuple[Block, ...]
-    middle: Block
-    decoder: tuple[Block, ...]
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        return (*self.encoder, self.middle, *self.decoder)
+from cm_jax.networks.unet import Block, Plan, UNet, Unit
 
 
 @dataclasses.dataclass(frozen=True)
-class ADMUNet:
+class ADMUNet(UNet):
     """F(params, c_in x, c_noise, labels): the ADM U-Net with the options that the original has.
 
     The defaults are the published ImageNet-64 network. Raises InputError for a shape that cannot be built.
@@ -86,7 +45,7 @@ class ADMUNet:
     classes: int | None = 1000
     """Number of classes, or None for an unconditional network."""
     modulation: Modulation = "scale_shift"
-    """How the embedding enters a block: scale and shift after its second norm, or added before it."""
+    """How the embedding enters a block; the originals know scale_shift and additive only."""
     resampling: Literal["residual", "convolution"] = "residual"
     """Resample inside a residual block, or by a 3x3 convolution of its own."""
     dropout: float = 0.0
@@ -135,18 +94,12 @@ class ADMUNet:
             )
 
     @property
-    def level_channels(self) -> tuple[int, ...]:
-        return tuple(round(multiplier * self.width) for multiplier in self.multipliers)
+    def style(self) -> Style:
+        return Style()
 
     @property
-    def reduction(self) -> int:
-        """The factor by which the image is smaller on the deepest level."""
-        return 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of the images that it was trained on."""
-        return (self.image_size, self.image_size, self.image_channels)
+    def stem_channels(self) -> int:
+        return self.level_channels[0]
 
     def heads_for(self, channels: int) -> int:
         """Number of attention heads in a block of so many channels."""
@@ -198,162 +151,24 @@ class ADMUNet:
 
         return Plan(tuple(encoder), middle, tuple(decoder))
 
-    def predict(
-        self,
-        params: Params,
-        x: Images,
-        c_noise: Float[Array, " b"],
-        labels: Labels | None = None,
-        dropout_keys: Keys | None = None,
-    ) -> Images:
-        """F(x, c_noise, labels), float32, in the shape of x. Without dropout keys, dropout is off.
+    def embedder(self) -> nn.Module:
+        return _Embedding(self, name="embedding")
 
-        Raises InputError where labels are missing, or given to an unconditional network, or where x does not halve.
-        """
-        self.check_input(x.shape, labels is not None)
-        return _ADMUNet(self).apply({"params": params}, x, c_noise, labels, dropout_keys)  # type: ignore[return-value]
-
-    def inner_outputs(
-        self, params: Params, x: Images, c_noise: Float[Array, " b"], labels: Labels | None = None
-    ) -> dict[str, Array]:
-        """What every unit puts out, by its path ("down_0_0/residual"), in the order of `plan`: to compare networks."""
-        self.check_input(x.shape, labels is not None)
-        _, state = _ADMUNet(self).apply(
-            {"params": params}, x, c_noise, labels, None, capture_intermediates=True, mutable=["intermediates"]
-        )
-        found = dict(leaves(state["intermediates"]))  # type: ignore[index]
-        paths = [f"{block.name}/{unit.name}" for block in self.plan().blocks for unit in block.units]
-        return {path: found[f"{path}/__call__"][0] for path in paths}
-
-    def check_input(self, shape: tuple[int, ...], labelled: bool) -> None:
-        """Raise InputError unless images of this shape, with labels or without, suit the network."""
-        if len(shape) != 4 or shape[-1] != self.image_channels:
-            raise InputError(f"Images must be [batch, height, width, {self.image_channels}], got shape {list(shape)}.")
-        if shape[1] % self.reduction or shape[2] % self.reduction:
-            raise InputError(
-                f"Images of {shape[1]}x{shape[2]} cannot be halved {len(self.multipliers) - 1} times: "
-                f"height and width must be multiples of {self.reduction}."
-            )
-        if labelled and self.classes is None:
-            raise InputError("Labels were given to an unconditional network: leave them out.")
-        if not labelled and self.classes is not None:
-            raise InputError(f"This network is class-conditional: give labels from 0 to {self.classes - 1}.")
-
-    def shapes(self) -> Params:
-        """The parameter tree as jax.ShapeDtypeStruct leaves, without computing anything."""
-        size = self.reduction
-        x = jax.ShapeDtypeStruct((1, size, size, self.image_channels), jnp.float32)
-        time = jax.ShapeDtypeStruct((1,), jnp.float32)
-        labels = None if self.classes is None else jax.ShapeDtypeStruct((1,), jnp.int32)
-        plain = dataclasses.replace(self, attention="plain", rematerialise=False)
-        return jax.eval_shape(_ADMUNet(plain).init, jax.random.key(0), x, time, labels)["params"]
-
-    def parameter_count(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes()))
-
-    def initialise(self, key: Key[Array, ""]) -> Params:
-        """Fresh float32 parameters with PyTorch's default laws, as the original starts from.
+    def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> np.ndarray:
+        """PyTorch's default laws, as the original starts from.
 
         Kernels and biases are uniform in +-1/sqrt(fan_in), the class table is standard normal, norms are the identity,
-        and the last layer of every block and of the network is zero, so that the fresh network puts out zero. All
-        numbers come from two draws, because a draw per leaf takes the compiler half a minute.
+        and the last layer of every block and of the network is zero, so that the fresh network puts out zero.
         """
-        shapes = dict(leaves(self.shapes()))
-        key_uniform, key_table = jax.random.split(key)
-        total = sum(leaf.size for leaf in shapes.values())
-        stream = np.asarray(jax.random.uniform(key_uniform, (total,), minval=-1.0))
-        params, start = {}, 0
-        for path, leaf in shapes.items():
-            *_, layer, name = path.split("/")
-            uniform = stream[start : start + leaf.size].reshape(leaf.shape)
-            start += leaf.size
-            if "norm" in layer:
-                value = np.full(leaf.shape, 1.0 if name == "scale" else 0.0, np.float32)
-            elif name == "table":
-                value = np.asarray(jax.random.normal(key_table, leaf.shape))
-            elif layer in ("conv_2", "projection", "output"):
-                value = np.zeros(leaf.shape, np.float32)
-            else:
-                kernel = shapes[path.rsplit("/", 1)[0] + "/kernel"]
-                value = uniform / np.sqrt(np.prod(kernel.shape[:-1]), dtype=np.float32)
-            params[path] = jnp.asarray(value)
-        return nested(params)
-
-    def prepare(self, params: Params) -> Params:
-        """Parameters as repeated prediction wants them: those of the blocks' products in the compute precision.
-
-        The network would cast them at every call. Half precision halves their memory.
-        """
-        products = ("stem", "conv_1", "conv_2", "skip", "qkv", "projection", "downsample", "upsample")
-
-        def cast(path: str, leaf: Any) -> Array:
-            return jnp.asarray(leaf, self.precision if path.split("/")[-2] in products else jnp.float32)
-
-        return nested({path: cast(path, leaf) for path, leaf in leaves(params)})
-
-    def at_precision(self, precision: Precision) -> "ADMUNet":
-        """The same network with its products in another precision."""
-        return dataclasses.replace(self, precision=precision)
-
-
-class _ADMUNet(nn.Module):
-    """The Flax side of `ADMUNet`."""
-
-    config: ADMUNet
-
-    @nn.compact
-    def __call__(
-        self, x: Images, c_noise: Float[Array, " b"], labels: Labels | None, dropout_keys: Keys | None = None
-    ) -> Images:
-        config = self.config
-        plan = config.plan()
-        embedding = _Embedding(config, name="embedding")(c_noise, labels)
-        places = itertools.count()
-
-        def apply(block: Block, h: Features) -> Outputs:
-            return _Block(config, block, next(places), name=block.name)(h, embedding, dropout_keys)
-
-        h = Convolution(config.level_channels[0], dtype=config.precision, name="stem")(x)
-        skips = [h]
-        for block in plan.encoder:
-            h = apply(block, h)
-            skips.append(h)
-        h = apply(plan.middle, h)
-        for block in plan.decoder:
-            h = apply(block, jnp.concatenate([h, skips.pop()], axis=-1))
-        return _Head(config.image_channels, name="head")(h.astype(jnp.float32))
-
-
-class _Block(nn.Module):
-    """The units of one block in turn; `place` numbers the blocks, and with the unit's place its dropout layer."""
-
-    config: ADMUNet
-    block: Block
-    place: int
-
-    @nn.compact
-    def __call__(self, h: Features, embedding: Embedding, dropout_keys: Keys | None) -> Outputs:
-        config = self.config
-        dtype = config.precision
-        recomputed = nn.remat if config.rematerialise else lambda module: module
-        for index, unit in enumerate(self.block.units):
-            match unit.kind:
-                case "residual":
-                    h = recomputed(ResidualBlock)(
-                        features=unit.channels_out,
-                        place=8 * self.place + index,
-                        resample=unit.resample,
-                        modulation=config.modulation,
-                        dropout=config.dropout,
-                        dtype=dtype,
-                        name=unit.name,
-                    )(h, embedding, dropout_keys)
-                case "attention":
-                    heads = config.heads_for(unit.channels_out)
-                    h = recomputed(AttentionBlock)(heads, config.attention, dtype, name=unit.name)(h)
-                case "convolution":
-                    h = Convolution(unit.channels_out, unit.resample, dtype, name=unit.name)(h)
-        return h
+        *_, layer, name = path.split("/")
+        if "norm" in layer:
+            return np.full(uniform.shape, 1.0 if name == "scale" else 0.0, np.float32)
+        if name == "table":
+            return normal()
+        if layer in ("conv_2", "projection", "output"):
+            return np.zeros(uniform.shape, np.float32)
+        kernel = shapes[path.rsplit("/", 1)[0] + "/kernel"]
+        return uniform / np.sqrt(np.prod(kernel.shape[:-1]), dtype=np.float32)
 
 
 class _Embedding(nn.Module):
@@ -370,13 +185,3 @@ class _Embedding(nn.Module):
             table = self.param("table", nn.initializers.zeros, (self.config.classes, width))
             embedding = embedding + jnp.take(table, labels, axis=0).astype(embedding.dtype)
         return embedding
-
-
-class _Head(nn.Module):
-    """Norm, SiLU, convolution to image channels."""
-
-    channels: int
-
-    @nn.compact
-    def __call__(self, h: Features) -> Outputs:
-        return Convolution(self.channels, name="output")(nn.silu(GroupNorm(name="norm")(h)))

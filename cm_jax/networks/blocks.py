@@ -1,8 +1,9 @@
-"""The parts of the ADM U-Net (Dhariwal and Nichol 2021), written so that PyTorch's numbers come out.
+"""The parts of the U-Nets (Dhariwal and Nichol 2021; Song et al. 2021), so that the originals' numbers come out.
 
 Images inside the network are NHWC in the compute precision; norms, softmax and embeddings are float32.
 """
 
+import dataclasses
 from typing import Literal
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 from cm_jax.arrays import Keys
 from cm_jax.networks.attention import Implementation, attend
 from cm_jax.networks.convolution import convolve_3x3
+from cm_jax.networks.fir import Filter, fir_downsample, fir_upsample, smoothed
 from cm_jax.networks.precision import product_precision
 
 Features = Float[Array, "b h w c"]
@@ -22,10 +24,32 @@ Outputs = Float[Array, "b h2 w2 c2"]
 """Features whose size or number of channels may have changed."""
 Embedding = Float[Array, "b t"]
 Resample = Literal["down", "up"]
-Modulation = Literal["scale_shift", "additive"]
+Modulation = Literal["scale_shift", "additive", "normalised"]
+"""How the embedding enters a residual block. scale_shift: (1 + s) norm(h) + b, in place of its second norm. additive:
+before that norm. normalised: pnorm(s) norm(h) + pnorm(b), which keeps derivatives in time small (sCM, section 4.1)."""
 
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """In what the blocks of one family of U-Nets differ from another's; the defaults are the ADM U-Net's."""
+
+    least_group: int = 1
+    """Channels in a norm group, at least; beyond that there are 32 groups."""
+    epsilon: float = NORM_EPSILON
+    residual_scale: float = 1.0
+    """Of the sum of a block's input and its work."""
+    resampling: Filter = "plain"
+    resampled_skip: bool = False
+    """A block that resamples has a 1x1 convolution on its skip, whatever its channels."""
+
+    def groups(self, channels: int) -> int:
+        return min(NORM_GROUPS, channels // self.least_group)
+
+
+ADM = Style()
 
 
 def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
@@ -52,8 +76,16 @@ def upsample(x: Features) -> Outputs:
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
-def resampled(x: Features, resample: Resample | None) -> Outputs:
-    return {"down": downsample, "up": upsample, None: lambda same: same}[resample](x)
+def resampled(x: Features, resample: Resample | None, by: Filter = "plain") -> Outputs:
+    if resample is None:
+        return x
+    halve, double = (fir_downsample, fir_upsample) if by == "fir" else (downsample, upsample)
+    return halve(x) if resample == "down" else double(x)
+
+
+def pixel_norm(values: Float[Array, "b c"]) -> Float[Array, "b c"]:
+    """Values over their root mean square, image by image."""
+    return values * jax.lax.rsqrt(jnp.square(values).mean(-1, keepdims=True) + 1e-8)
 
 
 def dropped_out(x: Features, rate: float, keys: Keys | None, place: int) -> Features:
@@ -94,37 +126,55 @@ class Convolution(nn.Module):
         return convolve_3x3(x.astype(self.dtype), kernel, stride=stride) + bias.astype(self.dtype)
 
 
+class SmoothedConvolution(nn.Module):
+    """A filter, then a 3x3 convolution with stride 2; zeros are put around the image once, for both (StyleGAN2)."""
+
+    features: int
+    by: Filter
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Features) -> Outputs:
+        kernel = self.param("kernel", nn.initializers.zeros, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        smooth = smoothed(x.astype(self.dtype), self.by)
+        return convolve_3x3(smooth, kernel, stride=2, padding=0) + bias.astype(self.dtype)
+
+
 class GroupNorm(nn.Module):
-    """Group normalisation, then (1 + scale) y + shift per channel where those are given.
+    """Group normalisation, then scale y + shift per channel where those are given.
 
     Means and squared deviations are taken per channel and then per group, so that the pixels themselves see a single
     multiply-add. The deviations are those from the channel's mean: sums of squares would cancel in float32.
     """
+
+    style: Style = ADM
 
     @nn.compact
     def __call__(
         self, x: Features, scale: Float[Array, "b c"] | None = None, shift: Float[Array, "b c"] | None = None
     ) -> Features:
         channels = x.shape[-1]
+        groups = self.style.groups(channels)
         gain = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         pixels = x.astype(jnp.float32)
         mean = pixels.mean((1, 2))
         variance = jnp.square(pixels - mean[:, None, None]).mean((1, 2))
-        group_mean = _group_mean(mean)
-        group_variance = _group_mean(variance + jnp.square(mean - group_mean))
-        factor = gain * jax.lax.rsqrt(group_variance + NORM_EPSILON)
+        group_mean = _group_mean(mean, groups)
+        group_variance = _group_mean(variance + jnp.square(mean - group_mean), groups)
+        factor = gain * jax.lax.rsqrt(group_variance + self.style.epsilon)
         offset = bias - group_mean * factor
         if scale is not None and shift is not None:
-            factor, offset = factor * (1 + scale), offset * (1 + scale) + shift
+            factor, offset = factor * scale, offset * scale + shift
         return (pixels * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
 
 
-def _group_mean(values: Float[Array, "b c"]) -> Float[Array, "b c"]:
+def _group_mean(values: Float[Array, "b c"], groups: int) -> Float[Array, "b c"]:
     """Every channel's value replaced by the mean over its group of neighbouring channels."""
     b, c = values.shape
-    means = values.reshape(b, NORM_GROUPS, c // NORM_GROUPS).mean(-1)
-    return jnp.repeat(means, c // NORM_GROUPS, axis=1)
+    means = values.reshape(b, groups, c // groups).mean(-1)
+    return jnp.repeat(means, c // groups, axis=1)
 
 
 class ResidualBlock(nn.Module):
@@ -136,26 +186,30 @@ class ResidualBlock(nn.Module):
     modulation: Modulation = "scale_shift"
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+    style: Style = ADM
 
     @nn.compact
     def __call__(self, x: Features, embedding: Embedding, dropout_keys: Keys | None = None) -> Outputs:
-        h = resampled(nn.silu(GroupNorm(name="norm_1")(x)), self.resample)
-        x = resampled(x, self.resample)
+        style = self.style
+        h = resampled(nn.silu(GroupNorm(style, name="norm_1")(x)), self.resample, style.resampling)
+        x = resampled(x, self.resample, style.resampling)
         h = Convolution(self.features, dtype=self.dtype, name="conv_1")(h)
 
-        width = 2 * self.features if self.modulation == "scale_shift" else self.features
+        width = self.features if self.modulation == "additive" else 2 * self.features
         modulation = Dense(width, name="embedding")(nn.silu(embedding))
-        if self.modulation == "scale_shift":
-            scale, shift = jnp.split(modulation, 2, axis=1)
-            h = GroupNorm(name="norm_2")(h, scale, shift)
+        norm = GroupNorm(style, name="norm_2")
+        if self.modulation == "additive":
+            h = norm(h + modulation[:, None, None].astype(h.dtype))
         else:
-            h = GroupNorm(name="norm_2")(h + modulation[:, None, None].astype(h.dtype))
+            scale, shift = jnp.split(modulation, 2, axis=1)
+            normalised = self.modulation == "normalised"
+            h = norm(h, pixel_norm(scale), pixel_norm(shift)) if normalised else norm(h, 1 + scale, shift)
         h = dropped_out(nn.silu(h), self.dropout, dropout_keys, self.place)
         h = Convolution(self.features, dtype=self.dtype, name="conv_2")(h)
 
-        if x.shape[-1] != self.features:
+        if x.shape[-1] != self.features or (self.resample and style.resampled_skip):
             x = Dense(self.features, dtype=self.dtype, name="skip")(x)
-        return x + h
+        return (x + h) * style.residual_scale
 
 
 class AttentionBlock(nn.Module):
@@ -164,11 +218,12 @@ class AttentionBlock(nn.Module):
     heads: int
     implementation: Implementation = "auto"
     dtype: DTypeLike = jnp.float32
+    style: Style = ADM
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
         b, h, w, c = x.shape
-        thirds = Dense(3 * c, dtype=self.dtype, name="qkv")(GroupNorm(name="norm")(x).reshape(b, h * w, c))
+        thirds = Dense(3 * c, dtype=self.dtype, name="qkv")(GroupNorm(self.style, name="norm")(x).reshape(b, h * w, c))
         query, key, value = (part.reshape(b, h * w, self.heads, -1) for part in jnp.split(thirds, 3, axis=-1))
         mixed = attend(query, key, value, self.implementation).reshape(b, h, w, c)
-        return x + Dense(c, dtype=self.dtype, name="projection")(mixed)
+        return (x + Dense(c, dtype=self.dtype, name="projection")(mixed)) * self.style.residual_scale

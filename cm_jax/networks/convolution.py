@@ -7,9 +7,9 @@ from cm_jax.networks.precision import product_precision
 
 
 def convolve_3x3(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], *, stride: int = 1
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], *, stride: int = 1, padding: int = 1
 ) -> Float[Array, "b h2 w2 o"]:
-    """3x3 convolution with one row of zeros on every side, in x's precision.
+    """3x3 convolution with `padding` rows of zeros on every side, in x's precision.
 
     The padding is PyTorch's: with stride 2 on even sizes it differs from XLA's "SAME", which pads (0, 1).
     """
@@ -17,7 +17,7 @@ def convolve_3x3(
         x,
         kernel.astype(x.dtype),
         window_strides=(stride, stride),
-        padding=((1, 1), (1, 1)),
+        padding=((padding, padding), (padding, padding)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=product_precision(x.dtype),
     )

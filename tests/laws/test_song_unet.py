@@ -1,0 +1,204 @@
+"""NCSN++ and DDPM++: sizes, derivatives, dropout, filters, initial values, and what cannot be built."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm_jax.arrays import leaves
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.errors import InputError
+from cm_jax.networks import Network, SongUNet
+from cm_jax.networks.blocks import pixel_norm
+from cm_jax.networks.fir import fir_downsample, fir_upsample, smoothed
+from cm_jax.networks.song_unet import DDPMPP, NCSNPP, positional
+from cm_jax.noise_levels import EDM_TIME
+from cm_jax.preconditioning import BoundaryScaling
+from tests.support import random_params
+
+SMALL = SongUNet(image_size=8, width=16, multipliers=(1, 2), blocks_per_level=1)
+VARIANTS = {
+    "ncsnpp": SMALL,
+    "ddpmpp": dataclasses.replace(SMALL, embedding="positional", resampling="plain", pyramid=False),
+    "normalised": dataclasses.replace(SMALL, modulation="normalised", fourier_scale=0.02, classes=3, pyramid=False),
+}
+X = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+TIME = jnp.array([1.0, -0.7])
+LABELS = jnp.array([2, 0])
+
+
+def labels(network):
+    return None if network.classes is None else LABELS
+
+
+def predict(network, params, keys=None):
+    return jax.jit(network.predict)(params, X, TIME, labels(network), keys)
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters", "tensors"),
+    [
+        (NCSNPP, 56_395_651, 421),
+        (DDPMPP, 55_732_739, 416),
+        # iCT-deep: 12 blocks more going down (256 to 256 channels), 12 going up (512 to 256), 4 of attention
+        (
+            dataclasses.replace(NCSNPP, blocks_per_level=8),
+            56_395_651 + 12 * 1_312_512 + 12 * 2_034_176 + 4 * 263_680,
+            421 + 12 * 10 + 12 * 12 + 4 * 6,
+        ),
+        (dataclasses.replace(DDPMPP, classes=10), 55_732_739 + 10 * 128, 417),
+        # every residual block's embedding layer is twice as wide: 33 of [512, 256] and their biases
+        (dataclasses.replace(DDPMPP, modulation="normalised"), 55_732_739 + 33 * 513 * 256, 416),
+    ],
+)
+def test_parameter_counts(network, parameters, tensors):
+    assert network.parameter_count() == parameters
+    assert len(leaves(network.shapes())) == tensors
+
+
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_it_is_a_network_and_the_identity_at_sigma_min(network):
+    assert isinstance(network, Network)
+    assert hash(dataclasses.replace(network, multipliers=(1.0, 2.0))) == hash(network)
+    function = ConsistencyFunction(network, BoundaryScaling(time_factor=EDM_TIME))
+    x = 3 * X
+    np.testing.assert_array_equal(jax.jit(function)(random_params(network), x, jnp.full(2, 0.002), labels(network)), x)
+
+
+@pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
+def test_forward_and_reverse_derivatives_agree_in_pixels_and_in_time(network):
+    params = random_params(network)
+
+    def energy(x, time):
+        return jnp.sum(network.predict(params, x, time, labels(network)) ** 2)
+
+    direction = (jax.random.normal(jax.random.key(2), X.shape), jnp.array([0.3, -1.0]))
+    _, forward = jax.jit(lambda point, v: jax.jvp(energy, point, v))((X, TIME), direction)
+    slopes = jax.jit(jax.grad(energy, argnums=(0, 1)))(X, TIME)
+    assert jnp.abs(slopes[1]).min() > 1e-3
+    reverse = sum(jnp.vdot(slope, v) for slope, v in zip(slopes, direction, strict=True))
+    assert forward == pytest.approx(float(reverse), rel=1e-4)
+
+
+def test_rematerialisation_changes_neither_names_nor_numbers():
+    remat = dataclasses.replace(SMALL, rematerialise=True)
+    params = random_params(SMALL)
+    assert jax.tree.structure(remat.shapes()) == jax.tree.structure(SMALL.shapes())
+
+    def loss(params, network):
+        return jnp.mean(network.predict(params, X, TIME) ** 2)
+
+    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, net) for net in (SMALL, remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
+    assert not plain[1]["embedding"]["frequencies"].any()  # they are parameters that no gradient reaches
+    assert plain[1]["down_0_1"]["pyramid"]["kernel"].any()
+
+
+def test_dropout_is_off_without_keys_and_belongs_to_the_image():
+    network, params = dataclasses.replace(SMALL, dropout=0.3), random_params(SMALL)
+    clean = predict(SMALL, params)
+    np.testing.assert_array_equal(predict(network, params), clean)
+    keys = jax.random.split(jax.random.key(0), 2)
+    dropped = predict(network, params, keys)
+    assert not np.allclose(dropped, clean, atol=1e-3)
+    alone = jax.jit(network.predict)(params, X[1:], TIME[1:], None, keys[1:])
+    np.testing.assert_allclose(alone[0], dropped[1], atol=1e-5)
+
+
+def test_labels_and_level_matter():
+    network, params = VARIANTS["normalised"], random_params(VARIANTS["normalised"])
+    run = jax.jit(network.predict)
+    first = run(params, X, TIME, LABELS)
+    assert not np.allclose(first[0], run(params, X, TIME, jnp.array([1, 0]))[0], atol=1e-4)
+    assert not np.allclose(first[0], run(params, X, TIME + 1, LABELS)[0], atol=1e-4)
+    with pytest.raises(InputError, match="class-conditional"):
+        network.predict(params, X, TIME)
+
+
+def test_normalised_modulation_does_not_see_the_size_of_its_embedding_layer():
+    """pnorm(a v) = pnorm(v): scaling the layer that makes scale and shift leaves the network as it is."""
+    network, params = VARIANTS["normalised"], random_params(VARIANTS["normalised"])
+
+    def tenfold(path, leaf):
+        names = [key.key for key in path]
+        return 10 * leaf if names[-2] == "embedding" and names[0] != "embedding" else leaf
+
+    scaled = jax.tree_util.tree_map_with_path(tenfold, params)
+    np.testing.assert_allclose(predict(network, scaled), predict(network, params), atol=1e-4)
+    plain = dataclasses.replace(network, modulation="scale_shift")
+    assert not np.allclose(predict(plain, scaled), predict(plain, params), atol=1e-2)
+    values = jax.random.normal(jax.random.key(0), (3, 50))
+    np.testing.assert_allclose(jnp.square(pixel_norm(values)).mean(1), 1, rtol=1e-5)
+
+
+def test_filters_are_each_others_transpose_and_keep_constants():
+    x, y = jax.random.normal(jax.random.key(0), (1, 8, 6, 2)), jax.random.normal(jax.random.key(1), (1, 4, 3, 2))
+    # <down(x), y> = <x, up(y)> / 4: the same taps, which sum to one going down and to four going up
+    assert jnp.vdot(fir_downsample(x), y) == pytest.approx(float(jnp.vdot(x, fir_upsample(y))) / 4, rel=1e-4)
+    ones = jnp.ones((1, 8, 8, 1))
+    np.testing.assert_allclose(fir_downsample(ones)[0, 1:-1, 1:-1], 1)
+    np.testing.assert_allclose(fir_upsample(ones)[0, 1:-1, 1:-1], 1)
+    assert fir_upsample(ones)[0, 0, 0, 0] == 0.75**2  # zeros lie outside
+    # a checkerboard, which a mean of two by two removes too, and a wave of period four, which it does not
+    wave = jnp.broadcast_to(jnp.tile(jnp.array([1.0, 1, -1, -1]), 4)[None, None, :, None], (1, 16, 16, 1))
+    assert jnp.abs(fir_downsample(wave)[0, 2:-2, 2:-2]).max() == pytest.approx(0.5)
+    np.testing.assert_allclose(smoothed(ones, "plain")[0, 1:-1, 1:-1], 1)
+
+
+def test_positional_waves():
+    waves = positional(jnp.array([0.5]), 8)
+    frequencies = np.array([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4])
+    np.testing.assert_allclose(waves[0], [*np.sin(0.5 * frequencies), *np.cos(0.5 * frequencies)], rtol=1e-5)
+
+
+def test_initial_values_follow_the_originals_laws():
+    network = dataclasses.replace(SMALL, width=64, classes=50)
+    params = network.initialise(jax.random.key(0))
+    block, attention = params["down_1_0"]["residual"], params["down_1_0"]["attention"]
+    for kernel, share, window, inside, outside in [
+        (block["conv_1"]["kernel"], 1, 9, 64, 128),
+        (block["conv_2"]["kernel"], 1e-10, 9, 128, 128),
+        (block["skip"]["kernel"], 1, 1, 64, 128),
+        (attention["qkv"]["kernel"], 0.1, 1, 128, 128),
+        (params["embedding"]["table"], 50, 1, 50, 128),
+    ]:
+        variance = share / (window * (inside + outside) / 2)
+        assert kernel.std() == pytest.approx(variance**0.5, rel=0.05)
+        assert jnp.abs(kernel).max() <= (3 * variance) ** 0.5
+    assert params["embedding"]["frequencies"].std() == pytest.approx(16, rel=0.25)
+    assert not block["conv_1"]["bias"].any()
+    assert (block["norm_1"]["scale"] == 1).all()
+    out = jax.jit(network.predict)(params, X, TIME, LABELS)
+    assert 0 < jnp.abs(out).max() < 1e-3
+    assert all(leaf.dtype == jnp.float32 for _, leaf in leaves(params))
+
+
+def test_half_precision_stays_near_float32():
+    params = random_params(SMALL)
+    half = SMALL.at_precision("bfloat16")
+    prepared = half.prepare(params)
+    assert prepared["down_0_1"]["pyramid"]["kernel"].dtype == jnp.bfloat16
+    assert prepared["embedding"]["frequencies"].dtype == jnp.float32
+    out, exact = predict(half, prepared), predict(SMALL, params)
+    assert out.dtype == jnp.float32
+    assert 1e-4 < jnp.abs(out - exact).max() / jnp.abs(exact).max() < 5e-2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"image_size": 9}, "multiple of 2"),
+        ({"width": 3}, "at least 4"),
+        ({"width": 4 * 33}, "norm groups"),
+        ({"embedding": "positional", "width": 5}, "even width"),
+        ({"fourier_scale": 0.0}, "fourier_scale"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"classes": 0}, "classes"),
+        ({"multipliers": ()}, "must be positive"),
+    ],
+)
+def test_networks_that_cannot_be_built_are_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(SMALL, **wrong)

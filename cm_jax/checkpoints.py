@@ -13,7 +13,7 @@ import numpy as np
 from cm_jax.arrays import Params, leaves
 from cm_jax.config import ModelConfig
 from cm_jax.errors import InputError, listed, shape_complaints
-from cm_jax.files import written_beside
+from cm_jax.files import writing, written_beside
 
 
 def save(directory: Path, config: ModelConfig, params: Params) -> None:
@@ -28,7 +28,7 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
         beside.mkdir()
         (beside / "config.json").write_text(config.to_json(), "utf-8")
         # Orbax would hold the whole tree twice more while it writes; so it holds a gigabyte and files of 64 MB.
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)) as checkpointer:
+        with writing(directory), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)) as checkpointer:
             checkpointer.save(
                 beside / "params", args=ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
             )

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import io
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -115,6 +117,7 @@ def sample(arguments: Sample) -> None:
         sampler=arguments.sampler or None,
     )
     labels, count, columns = _shared_out(model, arguments)
+    _check_output(arguments.output, count)
     kind = "consistency model" if model.config.distilled else "EDM denoiser"
     classes = f", {network.classes} classes" if network.classes else ""
     _say(
@@ -145,14 +148,13 @@ def convert(arguments: Convert) -> None:
     """Read, check, write, and say what was done."""
     from cm_jax.conversion.parity import compare
 
-    kind = arguments.to or ("openai" if arguments.destination.suffix == ".pt" else "ours")
+    suffix = arguments.destination.suffix.lower()
+    kind = arguments.to or ("openai" if suffix == ".pt" else "ours")
     if kind != "openai" and arguments.destination.exists():
         raise InputError(f"{arguments.destination} exists already: name another destination, or remove it first.")
-    if kind != "openai" and arguments.destination.suffix == ".pt":
-        raise InputError(
-            f"{arguments.destination} looks like a .pt file, and --to {kind} writes a folder: name a folder."
-        )
-    check_writable(arguments.destination)
+    if kind != "openai" and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
+        raise InputError(f"{arguments.destination} looks like a file, and --to {kind} writes a folder: name a folder.")
+    check_writable(arguments.destination, folder=kind != "openai")
     untold = conversion.Untold(
         arguments.head_width,
         arguments.heads,
@@ -177,7 +179,10 @@ def convert(arguments: Convert) -> None:
     if kind == "diffusers" and not source.config.distilled:
         _say("It holds the network alone: ConsistencyModelPipeline would take a denoiser for a consistency function.")
     if kind == "ours":
-        _say(f"Draw from it: python sample.py {arguments.destination}" + (" --labels 0" if network.classes else ""))
+        _say(
+            f"Draw from it: python sample.py {shlex.quote(str(arguments.destination))}"
+            + (" --labels 0" if network.classes else "")
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -204,13 +209,16 @@ def main_convert(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(command: Callable[[], None]) -> NoReturn:
     """Exit with 0; or, for bad input, with 2 and one message; or with 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name may have letters that the terminal lacks
     try:
         command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written.", file=sys.stderr)
+        print("interrupted; nothing is half-written.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -239,7 +247,7 @@ def _check_output(output: Path, count: int | None) -> None:
         raise InputError(
             f"A grid of {count} images is too large to look at: name an .npz file or a folder as --output."
         )
-    check_writable(output)
+    check_writable(output, folder=suffix not in (".png", ".npz"))
 
 
 def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int, int]:
@@ -249,7 +257,7 @@ def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int
         labels = model.draw_labels(arguments.seed, count) if count > 0 else None
         return labels, count, max(1, round(abs(count) ** 0.5))
     classes = model.config.network.classes
-    every = arguments.labels.strip() == "all" and classes is not None
+    every = arguments.labels.strip().lower() == "all" and classes is not None
     wanted = [str(i) for i in range(classes or 0)] if every else arguments.labels.split(",")
     numbers = model.labels(wanted, len(wanted))
     assert numbers is not None

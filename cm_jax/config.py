@@ -1,9 +1,12 @@
 """What a model is, apart from its parameters: the JSON that lies beside them in a checkpoint."""
 
 import dataclasses
+import itertools
 import json
+import typing
 from typing import Any
 
+from cm_jax.checked import checked
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, Network, SongUNet
@@ -13,7 +16,12 @@ from cm_jax.preconditioning import BoundaryScaling, EDMScaling, Scaling, TrigFlo
 FORMAT = 1
 """Version of the checkpoint format; a newer one is refused with the advice to upgrade."""
 
-_KINDS = {kind.__name__: kind for kind in (ADMUNet, SongUNet, BoundaryScaling, EDMScaling, KarrasGrid, TrigFlowScaling)}
+_PARTS: dict[str, tuple[type, ...]] = {
+    "network": (ADMUNet, SongUNet),
+    "scaling": (BoundaryScaling, EDMScaling, TrigFlowScaling),
+    "grid": (KarrasGrid,),
+}
+"""The fields of a config that are objects, and what they may be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,11 @@ class ModelConfig:
         object.__setattr__(self, "tuned_timesteps", tuple(map(tuple, self.tuned_timesteps)))
         if self.class_names and len(self.class_names) != self.network.classes:
             raise InputError(f"{len(self.class_names)} class names for {self.network.classes} classes.")
+        for steps in self.tuned_timesteps:
+            if any(a <= b for a, b in itertools.pairwise((self.grid.levels, *steps))) or steps[-1:] != (0,):
+                raise InputError(
+                    f"Tuned timesteps must fall from below {self.grid.levels}, the number of levels, to 0; got {steps}."
+                )
 
     @property
     def function(self) -> ConsistencyFunction:
@@ -58,27 +71,45 @@ class ModelConfig:
         """The inverse of `to_json`; `source` names the file in the InputError that a bad one raises."""
         try:
             fields = json.loads(text)
-            version = fields.pop("format")
-            if version != FORMAT:
-                raise InputError(
-                    f"{source} has format {version}; this version of cm_jax reads format {FORMAT}: upgrade cm_jax."
-                )
-            return cls(**{name: _decode(value) for name, value in fields.items()})
+            if not isinstance(fields, dict) or "format" not in fields:
+                raise ValueError("it has no format")
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{source} is not the config of a cm_jax checkpoint: {error}.") from error
+        version = fields.pop("format")
+        if version != FORMAT or not isinstance(version, int):
+            newer = isinstance(version, int) and version > FORMAT
+            advice = "upgrade cm_jax" if newer else "it is damaged, or of another program"
+            raise InputError(f"{source} has format {version!r}; this version reads format {FORMAT}: {advice}.")
+        try:
+            parts = {name: _decode(fields.pop(name, None), kinds, name) for name, kinds in _PARTS.items()}
+            return _built(cls, fields, "the config", parts)
         except InputError as error:
-            raise InputError(str(error) if source in str(error) else f"{source}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{source} is not the config of a cm_jax checkpoint: {error!r}.") from error
+            raise InputError(f"{source}: {error}") from error
 
 
 def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        kind = {"kind": type(value).__name__} if type(value).__name__ in _KINDS else {}
+        kind = {} if isinstance(value, ModelConfig) else {"kind": type(value).__name__}
         return kind | {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return value
 
 
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        fields = {name: _decode(part) for name, part in value.items() if name != "kind"}
-        return _KINDS[value["kind"]](**fields)
-    return tuple(map(_decode, value)) if isinstance(value, list) else value
+def _decode(value: Any, kinds: tuple[type, ...], place: str) -> Any:
+    """A dataclass of one of `kinds`, from the object that `_encode` made of it."""
+    named = {kind.__name__: kind for kind in kinds}
+    fields = dict(value) if isinstance(value, dict) else {}
+    kind = fields.pop("kind", None)
+    if not isinstance(kind, str) or kind not in named:
+        raise InputError(f"{place} must be an object whose kind is {' or '.join(named)}.")
+    return _built(named[kind], fields, place)
+
+
+def _built(kind: type, fields: dict[str, Any], place: str, known: dict[str, Any] | None = None) -> Any:
+    """kind(**fields, **known), every field checked against its type."""
+    hints = typing.get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(kind)} - set(known or {})
+    unknown = sorted(set(fields) - names)
+    if unknown:
+        raise InputError(f"{place} has no field {unknown[0]!r}: its fields are {', '.join(sorted(names))}.")
+    values = {name: checked(value, hints[name], f"{place}.{name}") for name, value in fields.items()}
+    return kind(**values, **(known or {}))

@@ -28,11 +28,12 @@ def shape_complaints(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, 
 
 def bounded(name: str, value: object, least: int, most: int) -> int:
     """`value` as an int. Raises InputError unless it is a whole number from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not least <= int(value) <= most:  # type: ignore[arg-type]
         shown = repr(value)
         shown = shown if len(shown) < 40 else shown[:36] + " ..."
         raise InputError(f"{name} must be a whole number from {least} to {most}, got {shown}.")
-    return int(value)
+    return int(value)  # type: ignore[arg-type]
 
 
 def listed(lines: Sequence[str]) -> str:

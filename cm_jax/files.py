@@ -14,33 +14,60 @@ from cm_jax.errors import InputError
 def written_beside(destination: Path) -> Iterator[Path]:
     """A fresh path in the destination's folder; renamed to `destination` if the block ends well, removed if not.
 
-    The block may write a file there or make a folder. An existing file is replaced; an existing folder is only if it is
-    empty. Raises InputError where the destination cannot be written.
+    The block may write a file there or make a folder. An existing file is replaced (where `destination` is a link, the
+    file that it points to); an existing folder is only if it is empty. Raises InputError where the destination cannot be
+    written, whatever the block raises for a full disk.
     """
     check_writable(destination)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    destination = destination.resolve()
+    workspace = None
     try:
-        yield workspace / destination.name
-        if destination.is_dir() and (workspace / destination.name).is_dir():
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=".", dir=destination.parent))
+        yield workspace / "new"
+        if destination.is_dir() and (workspace / "new").is_dir():
             destination.rmdir()
-        os.replace(workspace / destination.name, destination)
+        os.replace(workspace / "new", destination)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"Cannot write {destination}: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        if workspace is not None:
+            shutil.rmtree(workspace, ignore_errors=True)
 
 
-def check_writable(destination: Path) -> None:
-    """Make the destination's folder where it is missing. Raises InputError if `destination` could not be written."""
+@contextlib.contextmanager
+def writing(destination: Path) -> Iterator[None]:
+    """Around a library's call that writes a file: whatever it raises (a full disk, most likely) is an InputError."""
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception as error:  # every library has its own kinds for a failed write
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f"Cannot write {destination}: {reason[0][:200] if reason else type(error).__name__}. "
+            "Is there room on the disk?"
+        ) from error
+
+
+def check_writable(destination: Path, *, folder: bool | None = None) -> None:
+    """Raise InputError if `destination` could not be written, as a folder or as a file where that is told.
+
+    Nothing is made or changed: missing folders above it are made when it is written.
+    """
+    try:
+        if not destination.name:
+            raise InputError(f"{str(destination)!r} is no name for an output: name a file or a folder.")
+        if destination.is_dir() and folder is False:
+            raise InputError(f"{destination} is a folder, and a file is to be written: name another.")
         if destination.is_dir() and any(destination.iterdir()):
             raise InputError(
                 f"{destination} is a folder with files in it, which are not overwritten: name another or remove it."
             )
-        with tempfile.TemporaryDirectory(prefix=".writable.", dir=destination.parent):
-            pass
+        if destination.exists() and not destination.is_dir() and (folder or not destination.is_file()):
+            raise InputError(f"{destination} is there already and is no folder: name another or remove it.")
+        above = next(path for path in destination.absolute().parents if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(f"Cannot write {destination}: {above} is no folder that you may write to. Name another.")
     except OSError as error:
-        raise InputError(
-            f"Cannot write {destination}: {error.strerror or error}. Name one in a folder that you may write to."
-        ) from error
+        raise InputError(f"Cannot write {str(destination)[:200]}: {error.strerror or error}. Name another.") from error

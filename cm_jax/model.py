@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import functools
+import re
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from cm_jax import checkpoints, conversion
 from cm_jax.arrays import Params
 from cm_jax.config import ModelConfig
 from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, bounded
 from cm_jax.generation import default_batch_size, draw_labels, generate, replay
 from cm_jax.networks.precision import Precision
 from cm_jax.published import DEFAULT, bundled_path, published, published_cifar10
@@ -42,7 +44,7 @@ class Model:
     """A consistency function (or a denoiser) with its parameters, ready to be called."""
 
     config: ModelConfig
-    params: Params
+    params: Params = dataclasses.field(repr=False)
 
     def denoise(
         self,
@@ -106,11 +108,11 @@ class Model:
         batch_size: int | None = None,
     ) -> Iterator[Float[np.ndarray, "b h w c"]]:
         """As `sample`, a batch at a time, for more images than memory holds. Bad input raises here, not later."""
-        _check_count("count", count)
+        count = bounded("count", count, 1, 10**9)
         devices = jax.local_devices()
         if batch_size is None:
             batch_size = default_batch_size(self.config.network.image_shape[0]) * len(devices)
-        _check_count("batch_size", batch_size)
+        batch_size = bounded("batch_size", batch_size, 1, 10**6)
         chosen = self.draw_labels(key, count) if labels is None else self.labels(labels, count)
         return generate(
             self.config.function,
@@ -184,8 +186,9 @@ class Model:
 
     def _class_number(self, label: Label | float, classes: int) -> int:
         names = self.config.class_names
-        if isinstance(label, str) and not label.lstrip("-").isdigit():
-            wanted = label.strip().casefold()
+        label = label.strip() if isinstance(label, str) else label
+        if isinstance(label, str) and not re.fullmatch(r"[+-]?[0-9]{1,9}", label):
+            wanted = label.casefold()
             exact = [i for i, name in enumerate(names) if wanted == name.casefold()]
             found = exact or [i for i, name in enumerate(names) if wanted in name.casefold().split(", ")]
             if len(found) == 1:
@@ -198,10 +201,7 @@ class Model:
             known = f"did you mean {close[0]!r}?" if close else "its classes are " + "; ".join(names[:10])
             hint = known if names else f"its classes have no names; give a number from 0 to {classes - 1}"
             raise InputError(f"This model has no class {label!r}: {hint}.".replace("?.", "?"))
-        number = float(label)
-        if number != int(number) or not 0 <= number < classes:
-            raise InputError(f"Labels must be from 0 to {classes - 1}, got {label}.")
-        return int(number)
+        return bounded("A label", int(label) if isinstance(label, str) else label, 0, classes - 1)
 
     def _replayed(
         self,
@@ -229,6 +229,8 @@ def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32"
     precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster
     on accelerators and take half the memory). Raises InputError where there is no such checkpoint, or it is damaged.
     """
+    if precision not in typing.get_args(Precision):
+        raise InputError(f"precision must be one of {', '.join(typing.get_args(Precision))}, got {precision!r}.")
     source = conversion.read(find(path_or_name))
     config = dataclasses.replace(source.config, network=source.config.network.at_precision(precision))
     return Model(config, config.network.prepare(source.params))
@@ -236,19 +238,23 @@ def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32"
 
 def find(path_or_name: str | Path) -> Path:
     """The checkpoint that a path or a bundled name means. Raises InputError, with advice, where there is none."""
-    path, name = Path(path_or_name).expanduser(), str(path_or_name)
+    path, name = Path(path_or_name), str(path_or_name)
     known = published()
-    if path.exists():
-        return path
+    try:
+        path = path.expanduser()
+        if path.is_file() or path.is_dir():
+            return path
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{name[:80]} cannot be a path: {error}.") from error
     if name in known and known[name].bundled:
         return bundled_path(name)
-    elsewhere = known | published_cifar10()
+    elsewhere = {name: entry for name, entry in known.items() if not entry.bundled} | published_cifar10()
     if name.removesuffix(".pt") in elsewhere:
         raise InputError(
             f"{name} is a published checkpoint, not part of this package: download "
             f"{elsewhere[name.removesuffix('.pt')].url} and give the file's path."
         )
-    close = difflib.get_close_matches(name, elsewhere, n=1)
+    close = difflib.get_close_matches(name, known | elsewhere, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     bundled = ", ".join(entry.name for entry in known.values() if entry.bundled)
     raise InputError(
@@ -263,11 +269,6 @@ def _denoise(function: ConsistencyFunction, params: Params, x: Array, sigma: Arr
 
 
 def _as_key(key: int | Key[Array, ""]) -> Key[Array, ""]:
-    if isinstance(key, (int, np.integer)):
-        return jax.random.key(key)
-    return key
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or value != int(value) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, got {value}.")
+    if isinstance(key, jax.Array):
+        return key
+    return jax.random.key(bounded("A seed", key, 0, 2**32 - 1))

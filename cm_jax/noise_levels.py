@@ -71,7 +71,7 @@ class KarrasCurve:
 class KarrasGrid:
     """The levels that a model was trained on (EDM, eq. 5).
 
-    Raises InputError unless levels >= 2, 0 < sigma_min < sigma_max and rho > 0.
+    Raises InputError unless levels >= 2, 0 < sigma_min < sigma_max <= 1e6 and 0.1 <= rho <= 100.
     """
 
     levels: int = 40
@@ -80,9 +80,10 @@ class KarrasGrid:
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if not (self.levels >= 2 and 0 < self.sigma_min < self.sigma_max < math.inf and self.rho > 0):
+        fine = 0 < self.sigma_min < self.sigma_max <= 1e6 and 0.1 <= self.rho <= 100
+        if not (fine and 2 <= self.levels <= 2**20 and self.levels == int(self.levels)):
             raise InputError(
-                f"A noise grid needs levels >= 2, 0 < sigma_min < sigma_max and rho > 0; "
+                f"A noise grid needs whole levels >= 2, 0 < sigma_min < sigma_max <= 1e6 and rho from 0.1 to 100; "
                 f"got levels={self.levels}, sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, rho={self.rho}."
             )
 

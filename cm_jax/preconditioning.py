@@ -5,10 +5,12 @@ D(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))   
 
 import abc
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
 from cm_jax.arrays import Images, Sigmas, per_image
+from cm_jax.errors import InputError
 from cm_jax.noise_levels import ADM_TIME, model_time, trigflow_time
 
 
@@ -19,6 +21,12 @@ class Scaling(abc.ABC):
     sigma_data: float = 0.5
     """Standard deviation of the clean data."""
     time_factor: float = ADM_TIME
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_data < math.inf and 0 < self.time_factor < math.inf):
+            raise InputError(
+                f"Scalings need positive, finite sigma_data and time_factor; got {self.sigma_data}, {self.time_factor}."
+            )
 
     @abc.abstractmethod
     def c_skip(self, sigma: Sigmas) -> Sigmas: ...

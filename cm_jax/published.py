@@ -37,7 +37,7 @@ class Published:
 
     @property
     def scalings(self) -> str:
-        return "edm" if self.name.startswith("edm_") or self.name.endswith("_edm") else "consistency"
+        return "edm" if self.name.startswith("edm_") else "consistency"
 
     @property
     def url(self) -> str:

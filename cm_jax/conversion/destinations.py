@@ -1,5 +1,6 @@
 """Writing a checkpoint as ours, as the original's .pt, or as a diffusers folder."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,10 @@ from cm_jax.conversion.diffusers_configs import model_index, scheduler_config, u
 from cm_jax.conversion.files import write_torch
 from cm_jax.conversion.formats import DIFFUSERS, OPENAI
 from cm_jax.conversion.rules import to_theirs
-from cm_jax.files import written_beside
+from cm_jax.errors import InputError
+from cm_jax.files import writing, written_beside
+from cm_jax.noise_levels import ADM_TIME, KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling
 
 Kind = Literal["ours", "openai", "diffusers"]
 
@@ -25,11 +29,13 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
     network alone, because ConsistencyModelPipeline would take it for a consistency function. Raises InputError where
     the format has no room for this network, or the destination cannot be written.
     """
+    if kind != "ours":
+        _check_room(kind, config)
     match kind:
         case "ours":
             checkpoints.save(path, config, params)
         case "openai":
-            with written_beside(path) as beside:
+            with written_beside(path) as beside, writing(path):
                 write_torch(beside, to_theirs(OPENAI.rules(config.adm), params))
         case "diffusers":
             files = {"unet/config.json": unet_config(config.adm)}
@@ -38,10 +44,24 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
                     "scheduler/scheduler_config.json": scheduler_config(config),
                     "model_index.json": model_index(),
                 }
-            with written_beside(path) as beside:
+            with written_beside(path) as beside, writing(path):
                 for name, content in files.items():
                     (beside / name).parent.mkdir(parents=True, exist_ok=True)
                     (beside / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
                 tensors = to_theirs(DIFFUSERS.rules(config.adm), params)
                 weights = beside / "unet" / "diffusion_pytorch_model.safetensors"
                 safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def _check_room(kind: Kind, config: ModelConfig) -> None:
+    """Raise InputError for settings that a foreign format cannot hold, and that would silently become its defaults."""
+    scaling, grid = config.scaling, config.grid
+    lost = []
+    if scaling.time_factor != ADM_TIME:
+        lost.append(f"the clock {scaling.time_factor:g} ln sigma (it is always {ADM_TIME:g} ln sigma)")
+    if isinstance(scaling, BoundaryScaling) and scaling.sigma_min != grid.sigma_min:
+        lost.append("a boundary apart from the grid's sigma_min")
+    if kind == "openai" and (scaling.sigma_data, dataclasses.replace(grid, levels=40)) != (0.5, KarrasGrid()):
+        lost.append("other sigma_data, sigma_min, sigma_max or rho than 0.5, 0.002, 80 and 7")
+    if lost:
+        raise InputError(f"The format {kind} has no room for {' nor '.join(lost)}: write it as ours.")

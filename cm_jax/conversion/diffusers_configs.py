@@ -1,9 +1,11 @@
 """The JSON files of a diffusers pipeline folder: read with gaps and old spellings, written as diffusers 0.42 does."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from cm_jax.checked import checked, read_json
 from cm_jax.config import ModelConfig
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
@@ -26,17 +28,6 @@ _FIXED = {
     "time_embedding_type": "positional",
 }
 """Settings of UNet2DModel that the ADM U-Net needs to be so."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError for anything else."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; wanted: a JSON object.")
-    return content
 
 
 def unet_config(network: ADMUNet) -> dict[str, Any]:
@@ -108,14 +99,54 @@ def model_index() -> dict[str, Any]:
     }
 
 
-def read_grid(scheduler: dict[str, Any]) -> KarrasGrid:
-    """Levels out of a scheduler's config; what it leaves out has diffusers' defaults."""
-    return KarrasGrid(
-        levels=scheduler.get("num_train_timesteps", 40),
-        sigma_min=scheduler.get("sigma_min", 0.002),
-        sigma_max=scheduler.get("sigma_max", 80.0),
-        rho=scheduler.get("rho", 7.0),
-    )
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What the configs of a diffusers folder tell beside the tensors; None where they do not."""
+
+    head_width: int | None = None
+    heads: int | None = None
+    image_size: int | None = None
+    grid: KarrasGrid | None = None
+    sigma_data: float = 0.5
+
+
+def told_by(unet: Path, scheduler: Path) -> Told:
+    """Read both configs, of which either may be missing and keys in them too: those have diffusers' defaults.
+
+    Raises InputError for values of the wrong type, and for another network or scheduler than consistency models have.
+    """
+    fields: dict[str, Any] = {}
+    if unet.exists():
+        config = read_json(unet)
+        _require(unet, config, {"_class_name": "UNet2DModel"})
+        width = checked(config.get("attention_head_dim", 8), int | None, f"{unet}: attention_head_dim")
+        fields |= {"head_width": width, "heads": 1 if width is None else None}
+        fields["image_size"] = checked(config.get("sample_size"), int | None, f"{unet}: sample_size")
+    if scheduler.exists():
+        config = read_json(scheduler)
+        fixed = {"_class_name": "CMStochasticIterativeScheduler", "clip_denoised": True, "s_noise": 1.0}
+        _require(scheduler, config, fixed)
+        known = {
+            "levels": checked(config.get("num_train_timesteps", 40), int, f"{scheduler}: num_train_timesteps"),
+            "sigma_min": checked(config.get("sigma_min", 0.002), float, f"{scheduler}: sigma_min"),
+            "sigma_max": checked(config.get("sigma_max", 80.0), float, f"{scheduler}: sigma_max"),
+            "rho": checked(config.get("rho", 7.0), float, f"{scheduler}: rho"),
+        }
+        try:
+            fields["grid"] = KarrasGrid(**known)
+        except InputError as error:
+            raise InputError(f"{scheduler}: {error}") from error
+        fields["sigma_data"] = checked(config.get("sigma_data", 0.5), float, f"{scheduler}: sigma_data")
+    return Told(**fields)
+
+
+def _require(path: Path, config: dict[str, Any], fixed: dict[str, Any]) -> None:
+    wrong = [name for name, value in fixed.items() if name in config and config[name] != value]
+    if wrong:
+        raise InputError(
+            f"{path}: {wrong[0]} is {json.dumps(config[wrong[0]])[:60]}; a consistency model's is "
+            f"{json.dumps(fixed[wrong[0]])}."
+        )
 
 
 def check_agreement(path: Path, config: dict[str, Any], network: ADMUNet) -> None:
@@ -125,15 +156,16 @@ def check_agreement(path: Path, config: dict[str, Any], network: ADMUNet) -> Non
     these: it is used because its tensors exist, whatever attn_norm_num_groups says (diffusers issue 4414).
     """
     ignored = {"_class_name", "_diffusers_version", "attn_norm_num_groups", "dropout", "num_train_timesteps"}
-    ignored |= {"sample_size", "attention_head_dim", "time_embedding_dim"}
+    ignored |= {"sample_size", "attention_head_dim"}
     try:
         expected = unet_config(network)
     except InputError:
         expected = dict(_FIXED)
+    implied = {"time_embedding_dim": 4 * network.width}
     complaints = [
-        f"{name} is {json.dumps(config[name])}, the tensors say {json.dumps(value)}"
+        f"{name} is {json.dumps(config[name])[:60]}, the network of the tensors has {json.dumps(value)}"
         for name, value in expected.items()
-        if name in config and name not in ignored and config[name] != value
+        if name in config and name not in ignored and config[name] not in (value, implied.get(name, value))
     ]
     if complaints:
         lines = "\n  ".join(complaints)

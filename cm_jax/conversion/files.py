@@ -169,7 +169,14 @@ def as_torch(array: np.ndarray) -> Any:
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Tensors of a safetensors file by name. Raises InputError for a damaged file."""
-    dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    dtypes = {
+        "I32": np.int32,
+        "U8": np.uint8,
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+    }
     try:
         with safetensors.safe_open(path, framework="np") as archive:
             parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  it is no dictionary

@@ -154,7 +154,7 @@ class Format:
             "multipliers": tuple(_tidy(count / width) for count in channels),
             "blocks_per_level": blocks_per_level,
             "attention_factors": tuple(attention_factors),
-            "classes": shapes[f"{table}.weight"][0] if f"{table}.weight" in shapes else None,
+            "classes": size(0, f"{table}.weight") if f"{table}.weight" in shapes else None,
             "modulation": "scale_shift" if modulated == 2 else "additive",
             "resampling": "convolution" if convolutional else "residual",
         }
@@ -178,7 +178,7 @@ class _OpenAI(Format):
         return f"input_blocks.{block + 1}.{position}" if stage == "encoder" else f"output_blocks.{block}.{position}"
 
     def depth(self, shapes: Shapes) -> tuple[int, int]:
-        parts = [re.match(r"output_blocks\.(\d+)\.(\d+)\.(\w+)", name) for name in shapes]
+        parts = [re.match(r"output_blocks\.(\d{1,6})\.(\d{1,6})\.(\w+)", name) for name in shapes]
         found = {(int(part[1]), int(part[2]), part[3]) for part in parts if part}
         if not found:
             return 0, 0
@@ -201,7 +201,7 @@ class _Diffusers(Format):
         return f"{prefix}.{'attentions' if unit.kind == 'attention' else 'resnets'}.{index}"
 
     def depth(self, shapes: Shapes) -> tuple[int, int]:
-        found = [re.match(r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", name) for name in shapes]
+        found = [re.match(r"(down|up)_blocks\.(\d{1,6})\.resnets\.(\d{1,6})\.", name) for name in shapes]
         levels = {int(part[2]) + 1 for part in found if part}
         blocks = {int(part[3]) + (1 if part[1] == "down" else 0) for part in found if part}
         return max(levels, default=0), max(blocks, default=0)

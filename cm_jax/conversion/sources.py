@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 from cm_jax import checkpoints
 from cm_jax.arrays import Params
+from cm_jax.checked import read_json
 from cm_jax.config import ModelConfig
 from cm_jax.conversion import jcm
-from cm_jax.conversion.diffusers_configs import check_agreement, read_grid, read_json
+from cm_jax.conversion.diffusers_configs import Told, check_agreement, told_by
 from cm_jax.conversion.files import is_msgpack, read_msgpack, read_safetensors, read_torch
 from cm_jax.conversion.formats import DIFFUSERS, OPENAI, Format
 from cm_jax.conversion.rules import Tensors, to_ours
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, bounded
 from cm_jax.networks.fir import Filter
 from cm_jax.noise_levels import EDM_TIME, KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
@@ -34,6 +35,12 @@ class Untold:
     """For the CIFAR-10 original's files, where levels are equally wide: factors of down-sampling with attention."""
     resampling: Filter | None = None
     """For the CIFAR-10 original's files, where there is no pyramid of inputs."""
+
+    def __post_init__(self) -> None:
+        limits = {"head_width": (1, 4096), "heads": (1, 4096), "levels": (2, 2**20), "image_size": (1, 2**13)}
+        for name, (least, most) in limits.items():
+            if getattr(self, name) is not None:
+                bounded(f"--{name.replace('_', '-')}", getattr(self, name), least, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,7 @@ def read(path: Path, untold: Untold = Untold()) -> Source:
             "--resampling, which are for checkpoints of openai/consistency_models_cifar10."
         )
     if path.is_file():
-        return _read_tensors(path, path, {}, None, untold)
+        return _read_tensors(path, path, Told(), untold)
     if checkpoints.is_checkpoint(path):
         config, params = checkpoints.restore(path)
         return Source(path, _overridden(config, untold), params)
@@ -78,13 +85,11 @@ def read(path: Path, untold: Untold = Untold()) -> Source:
             f"(unet/diffusion_pytorch_model.safetensors or .bin); found {content}."
         )
     plain = [file for file in candidates if file.stem == "diffusion_pytorch_model"]
-    unet = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    grid = read_grid(read_json(scheduler)) if scheduler.exists() else None
-    return _read_tensors(path, (plain or candidates)[0], unet, grid, untold)
+    told = told_by(folder / "config.json", path / "scheduler" / "scheduler_config.json")
+    return _read_tensors(path, (plain or candidates)[0], told, untold)
 
 
-def _read_tensors(path: Path, file: Path, unet: dict[str, Any], grid: KarrasGrid | None, untold: Untold) -> Source:
+def _read_tensors(path: Path, file: Path, told: Told, untold: Untold) -> Source:
     """Tensors of one file, with what a diffusers config, a published name and the user say of them."""
     tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -92,19 +97,18 @@ def _read_tensors(path: Path, file: Path, unet: dict[str, Any], grid: KarrasGrid
     known = recognise(path)
 
     head_width, heads = untold.head_width, untold.heads
-    if head_width is None and heads is None and unet:
-        head_width = unet.get("attention_head_dim", 8)
-        heads = 1 if head_width is None else None
+    if head_width is None and heads is None:
+        head_width, heads = told.head_width, told.heads
     if head_width is None and heads is None and known:
         head_width = known.head_width
-    image_size = untold.image_size or unet.get("sample_size") or (known.image_size if known else None)
-    levels = untold.levels or (grid.levels if grid else known.levels if known else None)
-    scalings = untold.scalings or ("consistency" if grid else known.scalings if known else None)
+    image_size = _first(untold.image_size, told.image_size, known and known.image_size)
+    levels = _first(untold.levels, told.grid and told.grid.levels, known and known.levels)
+    scalings = _first(untold.scalings, "consistency" if told.grid else None, known and known.scalings)
     if scalings == "edm":
-        levels = levels or KarrasGrid().levels
+        levels = _first(levels, KarrasGrid().levels)
     unanswered = {
         "--image-size N (height of its images)": image_size,
-        "--head-width N (64 in the published networks) or --heads N": head_width or heads,
+        "--head-width N (64 in the published networks) or --heads N": _first(head_width, heads),
         "--scalings consistency (or edm, for a teacher)": scalings,
         "--levels N (40 for CD, 201 or 151 for CT in the published ones)": levels,
     }
@@ -116,13 +120,14 @@ def _read_tensors(path: Path, file: Path, unet: dict[str, Any], grid: KarrasGrid
     network = spelling.infer(shapes, str(file), image_size=image_size, head_width=head_width, heads=heads)
     rules = spelling.rules(network)
     params = to_ours(rules, network.shapes(), tensors, source=str(file))
-    if unet:
-        check_agreement(file.parent / "config.json", unet, network)
-    grid = dataclasses.replace(grid or KarrasGrid(), levels=levels)
+    if (file.parent / "config.json").exists() and spelling is DIFFUSERS:
+        check_agreement(file.parent / "config.json", read_json(file.parent / "config.json"), network)
+    grid = dataclasses.replace(told.grid or KarrasGrid(), levels=levels)
     tuned = known.timesteps if known and known.levels == levels and scalings == "consistency" else ()
+    edm, boundary = EDMScaling(told.sigma_data), BoundaryScaling(told.sigma_data, sigma_min=grid.sigma_min)
     config = ModelConfig(
         network=network,
-        scaling=EDMScaling() if scalings == "edm" else BoundaryScaling(sigma_min=grid.sigma_min),
+        scaling=edm if scalings == "edm" else boundary,
         grid=grid,
         class_names=known.class_names if known and len(known.class_names) == network.classes else (),
         tuned_timesteps=(tuned,) if tuned else (),
@@ -137,11 +142,11 @@ def _read_jcm(path: Path, untold: Untold) -> Source:
     tensors = read_msgpack(path, jcm.BRANCH)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     known = recognise_cifar10(path)
-    image_size = untold.image_size or (32 if known else None)
-    scalings = untold.scalings or (known.scalings if known else None)
-    levels = untold.levels or (known.levels if known else None)
+    image_size = _first(untold.image_size, 32 if known else None)
+    scalings = _first(untold.scalings, known and known.scalings)
+    levels = _first(untold.levels, known and known.levels)
     if scalings == "edm":
-        levels = levels or KarrasGrid().levels
+        levels = _first(levels, KarrasGrid().levels)
     unanswered = {
         "--image-size N (32 for CIFAR-10)": image_size,
         "--scalings consistency (or edm, for a teacher)": scalings,
@@ -174,11 +179,16 @@ def _read_jcm(path: Path, untold: Untold) -> Source:
     return Source(path, config, params)
 
 
+def _first(*choices: Any) -> Any:
+    """The first that is not None."""
+    return next((choice for choice in choices if choice is not None), None)
+
+
 def _unanswered(path: Path, questions: list[str]) -> str:
     listing = "\n  ".join(questions)
     return (
         f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
-        f"Say also:\n  {listing}"
+        f"Convert it with python -m convert, and say also:\n  {listing}"
     )
 
 
@@ -195,4 +205,6 @@ def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:
         shared = {"sigma_data": scaling.sigma_data, "time_factor": scaling.time_factor}
         boundary = BoundaryScaling(sigma_min=grid.sigma_min, **shared)
         scaling = EDMScaling(**shared) if untold.scalings == "edm" else boundary
-    return dataclasses.replace(config, network=network, grid=grid, scaling=scaling)
+    same = grid == config.grid and scaling == config.scaling
+    tuned = config.tuned_timesteps if same else ()
+    return dataclasses.replace(config, network=network, grid=grid, scaling=scaling, tuned_timesteps=tuned)

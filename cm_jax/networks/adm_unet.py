@@ -71,9 +71,15 @@ class ADMUNet(UNet):
         ):
             yield "width, multipliers, blocks_per_level, image_size and image_channels must all be positive"
             return
+        if self.image_size > 2**13 or self.blocks_per_level > 64 or len(self.multipliers) > 12:
+            yield "image_size may be 8192 at most, blocks_per_level 64, and the levels 12"
+            return
+        if max(self.width * max(self.multipliers), self.image_channels, self.classes or 0) > 2**20:
+            yield "channels and classes may be a million at most"
+            return
         if (self.head_width is None) == (self.heads is None):
             yield f"give head_width or heads, not both or neither (got {self.head_width} and {self.heads})"
-        elif min(self.head_width or 1, self.heads or 1) < 1:
+        elif (self.head_width if self.head_width is not None else self.heads or 0) < 1:
             yield f"head_width and heads must be positive (got {self.head_width} and {self.heads})"
         else:
             for level, channels in enumerate(self.level_channels):

@@ -144,8 +144,8 @@ class SmoothedConvolution(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalisation, then scale y + shift per channel where those are given.
 
-    Means and squared deviations are taken per channel and then per group, so that the pixels themselves see a single
-    multiply-add. The deviations are those from the channel's mean: sums of squares would cancel in float32.
+    Means and squared deviations are taken per channel and then per group. The deviations are those from the channel's
+    mean, because sums of squares would cancel in float32.
     """
 
     style: Style = ADM
@@ -164,10 +164,11 @@ class GroupNorm(nn.Module):
         group_mean = _group_mean(mean, groups)
         group_variance = _group_mean(variance + jnp.square(mean - group_mean), groups)
         factor = gain * jax.lax.rsqrt(group_variance + self.style.epsilon)
-        offset = bias - group_mean * factor
         if scale is not None and shift is not None:
-            factor, offset = factor * scale, offset * scale + shift
-        return (pixels * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
+            factor, bias = factor * scale, bias * scale + shift
+        bias = jnp.broadcast_to(bias, factor.shape)
+        normal = (pixels - group_mean[:, None, None]) * factor[:, None, None] + bias[:, None, None]
+        return normal.astype(x.dtype)
 
 
 def _group_mean(values: Float[Array, "b c"], groups: int) -> Float[Array, "b c"]:

@@ -1,10 +1,12 @@
 """From what a user asks for (steps, timesteps, indices or sigmas) to the levels that a sampler walks."""
 
 import itertools
-import math
 from collections.abc import Sequence
+from typing import Any
 
-from cm_jax.errors import InputError
+import numpy as np
+
+from cm_jax.errors import InputError, bounded
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.samplers.base import Sampler
 
@@ -31,29 +33,26 @@ def choose_levels(
     if len(named) != 1:
         raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(named) or 'none'}.")
     if steps is not None:
-        if isinstance(steps, bool) or steps != int(steps) or steps < 1:
-            raise InputError(f"steps must be a whole number of at least 1, got {steps}.")
+        steps = bounded("steps", steps, 1, _MOST_STEPS)
         match = next((choice for choice in tuned if len(choice) == steps), None)
         if match is None or not sampler.ends_at_boundary:
-            return sampler.levels(int(steps), grid)
+            return sampler.levels(steps, grid)
         timesteps = match
     if timesteps is not None:
-        order = list(timesteps)
+        order = _whole("timesteps", timesteps, grid)
         if not order or any(a <= b for a, b in itertools.pairwise(order)) or order[-1] != 0:
             raise InputError(
                 f"timesteps must fall and end with 0, the noisiest level, e.g. 22,0; got {_shown(timesteps)}."
             )
-        _check_indices("timesteps", order, grid)
         return (*(float(grid.sigma(index)) for index in reversed(order)), sampler.closing(grid))
     if indices is not None:
-        order = list(indices)
+        order = _whole("indices", indices, grid)
         last = grid.levels - 1
         if len(order) < 2 or any(a >= b for a, b in itertools.pairwise(order)):
             raise InputError(
                 f"indices must rise from 0, the noisiest level, to {last}, the closing one, e.g. "
                 f"0,{last // 2},{last}; got {_shown(indices)}."
             )
-        _check_indices("indices", order, grid)
         if order[0] != 0 or order[-1] != last:
             raise InputError(
                 f"indices must begin with 0 and end with {last} (this model has {grid.levels} levels), or noise would "
@@ -61,22 +60,42 @@ def choose_levels(
             )
         called = order[:-1] if sampler.ends_at_boundary else order
         return (*(float(grid.sigma(index)) for index in called), sampler.closing(grid))
-    levels = tuple(float(sigma) for sigma in sigmas or ())
-    closing = sampler.closing(grid)
-    if not levels or not all(math.isfinite(sigma) and sigma > closing for sigma in levels):
-        raise InputError(f"sigmas must be finite and greater than {closing:g}; got {_shown(levels)}.")
+    levels, closing = _rounded(sigmas), sampler.closing(grid)
+    if not levels or not all(np.float32(closing) < sigma <= _HIGHEST for sigma in levels):
+        raise InputError(
+            f"sigmas must be greater than {closing:g} and at most {_HIGHEST:g}, in single precision; got {_shown(sigmas)}."
+        )
     if any(a <= b for a, b in itertools.pairwise(levels)):
-        raise InputError(f"sigmas must fall, e.g. {grid.sigma_max:g},1.38; got {_shown(levels)}.")
+        raise InputError(f"sigmas must fall, e.g. {grid.sigma_max:g},1.38; got {_shown(sigmas)}.")
     return (*levels, closing)
 
 
-def _check_indices(name: str, order: list[int], grid: KarrasGrid) -> None:
-    if any(index != int(index) or not 0 <= index < grid.levels for index in order):
-        raise InputError(
-            f"{name} must be whole numbers from 0 to {grid.levels - 1} (this model has {grid.levels} levels); "
-            f"got {_shown(order)}."
-        )
+_MOST_STEPS = 10_000
+_HIGHEST = 1e6
+_LOWEST = 1e-6
+"""Of the levels that a user may name; far beyond what images need, and safe in single precision."""
 
 
-def _shown(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values) or "an empty list"
+def _whole(name: str, values: Any, grid: KarrasGrid) -> list[int]:
+    """Grid indices. Raises InputError for anything else."""
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        raise InputError(f"{name} must be a list of whole numbers, got {_shown(values)}.")
+    return [bounded(f"{name} (this model has {grid.levels} levels)", each, 0, grid.levels - 1) for each in values]
+
+
+def _rounded(values: Any) -> tuple[float, ...]:
+    """Levels as the samplers will see them, in single precision; those too small to be one become 0."""
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        raise InputError(f"sigmas must be a list of numbers, got {_shown(values)}.")
+    try:
+        with np.errstate(over="ignore"):
+            rounded = [float(np.float32(value)) for value in values]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"sigmas must be a list of numbers, got {_shown(values)}.") from error
+    return tuple(value if value >= _LOWEST else 0.0 for value in rounded)
+
+
+def _shown(values: Any) -> str:
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        return repr(values)[:60]
+    return ",".join(str(value)[:20] for value in list(values)[:12]) or "an empty list"

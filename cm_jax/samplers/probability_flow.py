@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cm_jax.arrays import Denoiser, Draw, Images
+from cm_jax.errors import InputError
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.samplers.base import Level, Levels, Sampler, intervals
 
@@ -24,6 +25,10 @@ class Churn:
     """... and levels above this one (S_tmax)."""
     noise: float = 1.0
     """Standard deviation of the noise (S_noise)."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.amount < math.inf and 0 <= self.noise < math.inf and self.sigma_min <= self.sigma_max):
+            raise InputError(f"Churn needs amount and noise of 0 or more and sigma_min <= sigma_max; got {self}.")
 
     def __call__(self, x: Images, level: Level, steps: int, noise: Images) -> tuple[Images, Level]:
         """(x, level), both raised for one of `steps` steps."""

@@ -9,6 +9,7 @@ from tests.support import ROOT
 ORDER = [
     "errors",
     "files",
+    "checked",
     "arrays",
     "images",
     "noise_levels",

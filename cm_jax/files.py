@@ -15,8 +15,8 @@ def written_beside(destination: Path) -> Iterator[Path]:
     """A fresh path in the destination's folder; renamed to `destination` if the block ends well, removed if not.
 
     The block may write a file there or make a folder. An existing file is replaced (where `destination` is a link, the
-    file that it points to); an existing folder is only if it is empty. Raises InputError where the destination cannot be
-    written, whatever the block raises for a full disk.
+    file that it points to); an existing folder is only if it is empty. Raises InputError where the destination cannot
+    be written.
     """
     check_writable(destination)
     destination = destination.resolve()

@@ -63,7 +63,7 @@ def choose_levels(
     levels, closing = _rounded(sigmas), sampler.closing(grid)
     if not levels or not all(np.float32(closing) < sigma <= _HIGHEST for sigma in levels):
         raise InputError(
-            f"sigmas must be greater than {closing:g} and at most {_HIGHEST:g}, in single precision; got {_shown(sigmas)}."
+            f"sigmas must be finite, greater than {closing:g} and at most {_HIGHEST:g}; got {_shown(sigmas)}."
         )
     if any(a <= b for a, b in itertools.pairwise(levels)):
         raise InputError(f"sigmas must fall, e.g. {grid.sigma_max:g},1.38; got {_shown(sigmas)}.")

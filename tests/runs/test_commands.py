@@ -23,6 +23,7 @@ from cm_jax.conversion.formats import DIFFUSERS
 from cm_jax.conversion.parity import compare
 from cm_jax.conversion.rules import LazyTensor, to_theirs
 from cm_jax.errors import InputError
+from cm_jax.preconditioning import BoundaryScaling
 from tests.support import DATA, EMOJI, ROOT, run
 
 GOLDEN = DATA / "openai" / "adm_unconditional.pt"
@@ -146,6 +147,18 @@ def test_conversions_in_a_circle(tmp_path, capsys):
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name])
         assert tensor.dtype == after[name].dtype
+
+
+def test_other_levels_forget_the_tuned_ones_and_other_clocks_are_not_exported(tmp_path, capsys):
+    succeeded(capsys, main_convert, EMOJI, tmp_path / "ours", "--levels", 5)
+    source = read(tmp_path / "ours")
+    assert source.config.grid.levels == 5
+    succeeded(capsys, main_convert, tmp_path / "ours", tmp_path / "again", "--levels", 9)
+    assert read(tmp_path / "again").config.tuned_timesteps == ()
+    config = dataclasses.replace(source.config, scaling=BoundaryScaling(time_factor=0.25))
+    for kind, name in (("diffusers", "d"), ("openai", "o.pt")):
+        with pytest.raises(InputError, match=r"no room for the clock 0\.25 ln sigma"):
+            conversion.write(tmp_path / name, kind, config, source.params)
 
 
 def test_a_teacher_becomes_a_network_without_a_pipeline(tmp_path, capsys):
@@ -316,6 +329,17 @@ def rewrite(unet, **fields):
     (unet / "config.json").write_text(json.dumps(config | fields))
 
 
+def rewrite_scheduler(unet, **fields):
+    path = unet.parent / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def spoil(unet, factor):
+    path = unet / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({**tensors, "conv_in.weight": tensors["conv_in.weight"] * np.float16(factor)}, path)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -327,11 +351,22 @@ def rewrite(unet, **fields):
         (lambda unet: (unet / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda unet: (unet / "config.json").write_text("[]"), "wanted: a JSON object"),
         (lambda unet: rewrite(unet, block_out_channels=[64, 64, 64]), "contradicts the weights"),
-        (lambda unet: rewrite(unet, num_class_embeds=1000), "num_class_embeds is 1000, the tensors say 9"),
+        (
+            lambda unet: rewrite(unet, num_class_embeds=1000),
+            "num_class_embeds is 1000, the network of the tensors has 9",
+        ),
         (lambda unet: rewrite(unet, resnet_time_scale_shift="default"), "contradicts"),
         (lambda unet: rewrite(unet, act_fn="gelu"), 'act_fn is "gelu"'),
         (lambda unet: rewrite(unet, attention_head_dim=48), "do not split"),
         (lambda unet: rewrite(unet, sample_size=15), "multiple of 4"),
+        (lambda unet: rewrite(unet, sample_size="16"), 'sample_size must be a whole number, got "16"'),
+        (lambda unet: rewrite(unet, attention_head_dim=[32]), "attention_head_dim must be a whole number"),
+        (lambda unet: rewrite(unet, _class_name="UNet2DConditionModel"), "a consistency model's is"),
+        (lambda unet: rewrite(unet, time_embedding_dim=7), "contradicts"),
+        (lambda unet: rewrite_scheduler(unet, num_train_timesteps=None), "num_train_timesteps must be a whole number"),
+        (lambda unet: rewrite_scheduler(unet, _class_name="DDPMScheduler"), "a consistency model's is"),
+        (lambda unet: rewrite_scheduler(unet, clip_denoised=False), "clip_denoised is false"),
+        (lambda unet: spoil(unet, np.nan), "not a number"),
     ],
 )
 def test_diffusers_folders_that_contradict_themselves(folder, tmp_path, capsys, edit, message):
@@ -355,7 +390,14 @@ def test_diffusers_folders_that_contradict_themselves(folder, tmp_path, capsys, 
         (("--timesteps", "8,0", "--steps", 2), "steps and timesteps"),
         (("--indices", "0,8"), "end with 17"),
         (("--sigmas", "80,-1"), "greater than 0.002"),
-        (("--steps", 0), "at least 1"),
+        (("--steps", 0), "from 1 to 10000"),
+        (("--seed", -1), "A seed must be"),
+        (("--seed", 2**32), "A seed must be"),
+        (("--labels", "1,,2"), "no class ''"),
+        (("--sigmas", "1e39"), "must be finite"),
+        (("/dev/null",), "There is no checkpoint"),
+        (("x" * 300,), "cannot be a path"),
+        (("~nosuchuser/x.pt",), "cannot be a path"),
         (("--batch-size", 0), "batch_size must be"),
     ],
 )
@@ -377,5 +419,9 @@ def test_outputs_that_cannot_be_written(tmp_path, capsys):
     assert "files in it" in failed(capsys, main_sample, "--output", tmp_path / "full")
     assert ".jpg files are not written" in failed(capsys, main_sample, "--output", tmp_path / "s.jpg")
     assert "too large" in failed(capsys, main_sample, "--count", 50_000, "--output", tmp_path / "s.png")
+    assert "nope" in failed(capsys, main_sample, "--labels", "nope", "--output", tmp_path / "deep" / "s.png")
+    assert not (tmp_path / "deep").exists()
+    assert "is no folder" in failed(capsys, main_sample, "--output", tmp_path / "file")
+    assert "from 2 to" in failed(capsys, main_convert, EMOJI, tmp_path / "new", "--levels", 0)
     assert "exists already" in failed(capsys, main_convert, EMOJI, tmp_path / "full")
     assert "--to ours writes a folder" in failed(capsys, main_convert, EMOJI, tmp_path / "x.pt", "--to", "ours")

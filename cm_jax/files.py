@@ -42,6 +42,8 @@ def writing(destination: Path) -> Iterator[None]:
     """Around a library's call that writes a file: whatever it raises (a full disk, most likely) is an InputError."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # every library has its own kinds for a failed write
         reason = str(error).strip().splitlines()
         raise InputError(

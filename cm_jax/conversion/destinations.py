@@ -29,28 +29,24 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
     network alone, because ConsistencyModelPipeline would take it for a consistency function. Raises InputError where
     the format has no room for this network, or the destination cannot be written.
     """
-    if kind != "ours":
-        _check_room(kind, config)
-    match kind:
-        case "ours":
-            checkpoints.save(path, config, params)
-        case "openai":
-            with written_beside(path) as beside, writing(path):
-                write_torch(beside, to_theirs(OPENAI.rules(config.adm), params))
-        case "diffusers":
-            files = {"unet/config.json": unet_config(config.adm)}
-            if config.distilled:
-                files |= {
-                    "scheduler/scheduler_config.json": scheduler_config(config),
-                    "model_index.json": model_index(),
-                }
-            with written_beside(path) as beside, writing(path):
-                for name, content in files.items():
-                    (beside / name).parent.mkdir(parents=True, exist_ok=True)
-                    (beside / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-                tensors = to_theirs(DIFFUSERS.rules(config.adm), params)
-                weights = beside / "unet" / "diffusion_pytorch_model.safetensors"
-                safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+    if kind == "ours":
+        checkpoints.save(path, config, params)
+        return
+    network = config.adm
+    _check_room(kind, config)
+    rules = (OPENAI if kind == "openai" else DIFFUSERS).rules(network)
+    with written_beside(path) as beside, writing(path):
+        if kind == "openai":
+            write_torch(beside, to_theirs(rules, params))
+            return
+        files = {"unet/config.json": unet_config(network)}
+        if config.distilled:
+            files |= {"scheduler/scheduler_config.json": scheduler_config(config), "model_index.json": model_index()}
+        for name, content in files.items():
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            (beside / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        weights = beside / "unet" / "diffusion_pytorch_model.safetensors"
+        safetensors.numpy.save_file(to_theirs(rules, params), weights, metadata={"format": "pt"})
 
 
 def _check_room(kind: Kind, config: ModelConfig) -> None:

@@ -67,7 +67,7 @@ def choose_levels(
         )
     if any(a <= b for a, b in itertools.pairwise(levels)):
         raise InputError(f"sigmas must fall, e.g. {grid.sigma_max:g},1.38; got {_shown(sigmas)}.")
-    return (*levels, closing)
+    return (*map(float, sigmas or ()), closing)
 
 
 _MOST_STEPS = 10_000

@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -186,6 +187,15 @@ def rows(size: int, measured: dict[str, Measured]) -> list[str]:
     return lines
 
 
+def _busy_elsewhere() -> float:
+    """CPU seconds that other programs have taken since Linux started; elsewhere it cannot be told."""
+    counters = Path("/proc/stat")
+    if not counters.exists():
+        return math.nan
+    user, nice, system = map(int, counters.read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
+
+
 def main() -> None:
     gpu = jax.default_backend() == "gpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,11 +213,16 @@ def main() -> None:
     print(f"On {device}; jax {jax.__version__}, torch {torch.__version__}; {arguments.repeats} repeats.", flush=True)
     print("| batch | network | median ms | ratio | fastest ms | ratio | images/s | first output s | difference |")
     print("|---|---|---|---|---|---|---|---|---|")
+    began, elsewhere = time.perf_counter(), _busy_elsewhere()
     for size in sizes:
         print(*rows(size, measure(contenders, Batch.random(network, size), arguments.repeats)), sep="\n", flush=True)
         if gpu:
             torch.cuda.empty_cache()
+    others = (_busy_elsewhere() - elsewhere) / (time.perf_counter() - began)
     print(f"Load average {before:.1f} before and {os.getloadavg()[0]:.1f} after; this program's own work counts in it.")
+    print(
+        f"Other programs kept {others:.2f} of the {os.cpu_count()} cores busy: PyTorch's threads suffer most from that."
+    )
 
 
 if __name__ == "__main__":

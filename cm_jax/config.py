@@ -11,14 +11,21 @@ from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, Network, SongUNet
 from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, Scaling, TrigFlowScaling
+from cm_jax.preconditioning import (
+    BoundaryScaling,
+    EDMScaling,
+    FlowScaling,
+    Scaling,
+    TrigFlowScaling,
+    VarianceScaling,
+)
 
 FORMAT = 1
 """Version of the checkpoint format; a newer one is refused with the advice to upgrade."""
 
 _PARTS: dict[str, tuple[type, ...]] = {
     "network": (ADMUNet, SongUNet),
-    "scaling": (BoundaryScaling, EDMScaling, TrigFlowScaling),
+    "scaling": (BoundaryScaling, EDMScaling, TrigFlowScaling, FlowScaling),
     "grid": (KarrasGrid,),
 }
 """The fields of a config that are objects, and what they may be."""
@@ -57,6 +64,16 @@ class ModelConfig:
         if not isinstance(self.network, ADMUNet):
             raise InputError(f"PyTorch's formats hold ADM U-Nets, and this is a {type(self.network).__name__}.")
         return self.network
+
+    @property
+    def log_scaling(self) -> VarianceScaling:
+        """The scalings, where their clock is ln sigma: all that others' formats hold. InputError elsewhere."""
+        if not isinstance(self.scaling, VarianceScaling) or isinstance(self.scaling, TrigFlowScaling):
+            raise InputError(
+                f"Others' formats hold networks whose clock is ln sigma, and this one has "
+                f"{type(self.scaling).__name__}: keep it as ours."
+            )
+        return self.scaling
 
     @property
     def distilled(self) -> bool:

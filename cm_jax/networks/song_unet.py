@@ -46,6 +46,8 @@ class SongUNet(UNet):
     """Where attention stands, as factors of down-sampling: at 32 pixels, 2 is attention at resolution 16."""
     classes: int | None = None
     """Number of classes, or None for an unconditional network."""
+    interval_clock: bool = False
+    """Whether it is also told the length of an interval, embedded like c_noise and added (MeanFlow)."""
     embedding: TimeEmbedding = "fourier"
     """Waves of c_noise at random frequencies, or at fixed falling ones."""
     fourier_scale: float = 16.0
@@ -165,8 +167,8 @@ class SongUNet(UNet):
 
         return Plan(tuple(encoder), middle, tuple(decoder))
 
-    def embedder(self) -> nn.Module:
-        return _Embedding(self, name="embedding")
+    def embedder(self, name: str = "embedding") -> nn.Module:
+        return _Embedding(self, name=name)
 
     def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> np.ndarray:
         """The original's laws, which are EDM's too.

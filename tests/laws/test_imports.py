@@ -10,6 +10,7 @@ ORDER = [
     "errors",
     "files",
     "checked",
+    "settings",
     "arrays",
     "images",
     "noise_levels",

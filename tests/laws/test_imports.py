@@ -12,6 +12,7 @@ ORDER = [
     "checked",
     "arrays",
     "images",
+    "data",
     "noise_levels",
     "curricula",
     "noise_laws",

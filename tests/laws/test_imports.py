@@ -13,6 +13,7 @@ ORDER = [
     "settings",
     "arrays",
     "images",
+    "data",
     "noise_levels",
     "curricula",
     "noise_laws",

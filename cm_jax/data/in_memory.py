@@ -22,7 +22,7 @@ class InMemory(Dataset):
     def __init__(
         self,
         images: UInt8[np.ndarray, "n h w c"],
-        labels: Int[np.ndarray, " n"] | None = None,
+        labels: Int[np.ndarray, " m"] | None = None,
         *,
         class_names: tuple[str, ...] = (),
         classes: int | None = None,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -55,16 +55,15 @@ class Streamed(Dataset):
         return self._checked(iter(stream))
 
     def _checked(self, parts: Any) -> Iterator[RawBatch]:
-        complaints: dict[str, None] = {}
+        complaints: dict[str, str] = {}
         told = False
         with contextlib.closing(parts):
             for part in parts:
-                for complaint in part.complaints:
-                    if complaint not in complaints:
-                        log.warning("Replaced, cannot be read: %s", complaint)
-                complaints |= dict.fromkeys(part.complaints)
+                for name in part.complaints.keys() - complaints.keys():
+                    log.warning("Replaced, cannot be read: %s", part.complaints[name])
+                complaints |= part.complaints
                 if len(complaints) > self.most_corrupt or len(complaints) == self.size:
-                    raise too_many(self.encoded.place, list(complaints), self.most_corrupt)
+                    raise too_many(self.encoded.place, list(complaints.values()), self.most_corrupt)
                 if part.enlarged and not told:
                     told = True
                     where = f"{self.encoded.place}: {part.enlarged} in one batch"
@@ -72,12 +71,17 @@ class Streamed(Dataset):
                 yield RawBatch(part.images, None if self.classes is None else part.labels)
 
 
-class _Part(NamedTuple):
-    """A host's share of a batch, and what there is to say about it."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A host's share of a batch, and what there is to say about it.
+
+    No tuple, because grain would send its arrays through shared memory, which a run that is killed leaves behind.
+    """
 
     images: np.ndarray
     labels: np.ndarray
-    complaints: tuple[str, ...]
+    complaints: dict[str, str]
+    """A line for each image that cannot be read, by its name."""
     enlarged: int
 
 
@@ -96,16 +100,16 @@ class _Share:
         chosen = batch_indices(len(self.encoded), self.batch_size, self.seed, number)[self.rows]
         images = np.zeros((len(chosen), self.image_size, self.image_size, 3), np.uint8)
         labels = np.zeros(len(chosen), np.int32)
-        complaints: list[str] = []
+        complaints: dict[str, str] = {}
         small = 0
         for row, index in enumerate(chosen):
             image = self._next_good(int(index), complaints)
             if image is not None:
                 images[row], labels[row], enlarged = image
                 small += enlarged
-        return _Part(images, labels, tuple(complaints), small)
+        return _Part(images, labels, complaints, small)
 
-    def _next_good(self, index: int, complaints: list[str]) -> tuple[np.ndarray, int, bool] | None:
+    def _next_good(self, index: int, complaints: dict[str, str]) -> tuple[np.ndarray, int, bool] | None:
         """Image `index`, or the next that can be read; None after more bad ones than are allowed.
 
         Whoever reads the complaints then raises: in the main process, not in this one.
@@ -115,7 +119,7 @@ class _Share:
             try:
                 return load(self.encoded, (index + tried) % size, self.image_size)
             except UnreadableError as error:
-                complaints.append(str(error))
+                complaints[error.name] = str(error)
         return None
 
 

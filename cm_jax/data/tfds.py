@@ -9,7 +9,7 @@ from typing import Any
 
 from cm_jax.checked import read_json
 from cm_jax.data.base import Dataset, Progress, checked_image_size
-from cm_jax.data.encoded import EncodedData
+from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError
 
 
@@ -82,7 +82,7 @@ class TFDSData(EncodedData):
         raise InputError(_how_to_prepare(self.name, top))
 
 
-class _Records:
+class _Records(Encoded):
     """The records of a data set, images still encoded."""
 
     def __init__(

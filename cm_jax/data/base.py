@@ -16,6 +16,8 @@ from jaxtyping import Int32, UInt8
 from cm_jax.errors import InputError, bounded
 
 LARGEST_SEED = 2**32 - 1
+LARGEST_NUMBER = 2**40
+"""Of a batch."""
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) while a data set is opened."""
@@ -69,7 +71,7 @@ class Dataset(abc.ABC):
         """Which images are in batch `number`: for whoever keeps all of them on the device and gathers there."""
         bounded("The batch size", batch_size, 1, 2**31 - 1)
         bounded("The seed", seed, 0, LARGEST_SEED)
-        bounded("The number of a batch", number, 0, 2**62)
+        bounded("The number of a batch", number, 0, LARGEST_NUMBER)
         return batch_indices(self.size, batch_size, seed, number)
 
     def batches(
@@ -82,7 +84,7 @@ class Dataset(abc.ABC):
         """
         bounded("The batch size", batch_size, 1, 2**31 - 1)
         bounded("The seed", seed, 0, LARGEST_SEED)
-        bounded("The number of the first batch", start, 0, 2**62)
+        bounded("The number of the first batch", start, 0, LARGEST_NUMBER)
         bounded("The number of hosts", hosts, 1, 2**20)
         bounded("The number of this host", host, 0, hosts - 1)
         if batch_size % hosts:

@@ -59,8 +59,9 @@ class Streamed(Dataset):
         told = False
         with contextlib.closing(parts):
             for part in parts:
-                for name in part.complaints.keys() - complaints.keys():
-                    log.warning("Replaced, cannot be read: %s", part.complaints[name])
+                for name, complaint in part.complaints.items():
+                    if name not in complaints:
+                        log.warning("Replaced, cannot be read: %s", complaint)
                 complaints |= part.complaints
                 if len(complaints) > self.most_corrupt or len(complaints) == self.size:
                     raise too_many(self.encoded.place, list(complaints.values()), self.most_corrupt)

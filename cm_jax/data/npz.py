@@ -49,13 +49,14 @@ class NpzData(Data):
         try:
             with Path(self.path).expanduser().open("rb") as stream:
                 if not zipfile.is_zipfile(stream):
-                    raise ValueError("it is none; numpy.savez(path, images=array) writes one")
+                    raise ValueError("it is none, and numpy.savez(path, images=array) writes one")
                 stream.seek(0)
                 with np.load(stream, allow_pickle=False) as file:
                     wanted = self._wanted(file.files)
                     arrays = {use: file[name] for use, name in wanted.items() if name is not None}
         except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{self.path} cannot be used as an .npz file of images: {error}.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{self.path} cannot be used as an .npz file of images: {reason}.") from error
         labels, names = arrays.get("labels"), arrays.get("names")
         if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
             raise InputError(

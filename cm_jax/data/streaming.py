@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import logging
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +54,8 @@ class Streamed(Dataset):
         stream = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if self.workers:
             _mark_flags_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=2))
+            options = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=2)
+            stream = stream.mp_prefetch(options, worker_init_fn=_end_with_the_parent)
         return self._checked(iter(stream))
 
     def _checked(self, parts: Any) -> Iterator[RawBatch]:
@@ -130,3 +134,16 @@ def _mark_flags_as_parsed() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def _end_with_the_parent(worker: int, workers: int) -> None:
+    """Called in a worker process: without this, workers wait for ever for a run that was killed."""
+    del worker, workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

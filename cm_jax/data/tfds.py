@@ -172,10 +172,9 @@ def _how_to_prepare(name: str, top: Path) -> str:
     except ValueError as error:
         return f"{name}: {str(error)[:500]}"
     return (
-        f"{name} is not prepared in {top}. Prepare it where there is a network (and TensorFlow, which some data sets "
-        f"need for it), and copy the folder {name.split('/')[0]} to {top}:\n"
-        f"  pip install tensorflow tensorflow-datasets\n"
+        f"{name} is not prepared in {top}. Prepare it where there is a network, TensorFlow too if it asks for it:\n"
+        "  pip install tensorflow-datasets array-record\n"
         f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}')"
-        f".download_and_prepare(file_format='array_record')\"\n"
-        "It is then in ~/tensorflow_datasets there."
+        ".download_and_prepare(file_format='array_record')\"\n"
+        f"and copy ~/tensorflow_datasets/{name.split('/')[0]} from there into {top}."
     )

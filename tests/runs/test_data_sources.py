@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -98,27 +99,64 @@ def test_streamed_batches_are_those_in_memory(folder, workers):
     batches.close()
 
 
-def test_processes_tell_of_unreadable_files_and_end_with_the_run(folder):
-    """In a process of its own, without absl's flags, as train.py is; it leaves no shared memory and no complaint."""
-    (folder / "a" / "5.png").write_bytes(b"nonsense")
-    script = f"""
-import itertools
+STREAMING = """
+import itertools, multiprocessing, sys
 from cm_jax.data import ImageFolder
 def main():
-    batches = ImageFolder({str(folder)!r}, in_memory_gib=0, workers=1).open(8).batches(10)
+    batches = ImageFolder(sys.argv[1], in_memory_gib=0, workers=1).open(8).batches(10)
     print([sorted(b.images[:, 0, 0, 0].tolist()) for b in itertools.islice(batches, 2)])
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    sys.stdin.readline()
     batches.close()
 if __name__ == "__main__":
     main()
 """
+
+
+def start_streaming(folder):
+    """A process of its own that streams by a worker process, without absl's flags, as train.py does."""
     path = folder.parent / "script.py"
-    path.write_text(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{[[0, 10, 20, 30, 40, 60, 60, 70, 80, 90]] * 2}\n"
-    assert len(done.stderr.splitlines()) == 1
-    assert "Replaced, cannot be read: a/5.png: it is not of the formats" in done.stderr
+    path.write_text(STREAMING)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, str(path), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    )
+
+
+def test_worker_processes_name_unreadable_files_and_end_without_a_complaint(folder):
+    (folder / "a" / "5.png").write_bytes(b"nonsense")
+    with start_streaming(folder) as process:
+        output, complaints = process.communicate("\n", timeout=120)
+    assert process.returncode == 0
+    assert output.splitlines()[0] == str([[0, 10, 20, 30, 40, 60, 60, 70, 80, 90]] * 2)
+    assert len(complaints.splitlines()) == 1
+    assert "Replaced, cannot be read: a/5.png: it is not of the formats" in complaints
+
+
+def test_worker_processes_end_when_the_run_is_killed(folder):
+    with start_streaming(folder) as process:
+        process.stdout.readline()
+        workers = [int(number) for number in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 1
+    for _ in range(100):
+        if not any(is_running(worker) for worker in workers):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{workers} still run")
+
+
+def is_running(number):
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_small_images_are_enlarged_and_that_is_said_once(folder, caplog):
@@ -300,8 +338,8 @@ def test_files_that_are_no_npz(tmp_path):
         file.seek(300)
         file.write(b"damage")
     for name, message in [
-        ("one.npy", "it is none; numpy.savez"),
-        ("text.npz", "it is none; numpy.savez"),
+        ("one.npy", "it is none, and numpy.savez"),
+        ("text.npz", "it is none, and numpy.savez"),
         ("data.npz", "CRC"),
         ("none.npz", "No such file"),
     ]:

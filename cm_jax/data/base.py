@@ -7,7 +7,7 @@ where B exceeds the set. So the position in the data is k, the number of batches
 
 import abc
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,10 @@ class RawBatch(NamedTuple):
 
     images: UInt8[np.ndarray, "b h w c"]
     labels: Int32[np.ndarray, " b"] | None
+
+
+Batches = Generator[RawBatch, None, None]
+"""Batches without end; `close` ends the threads or processes that make them."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -74,10 +78,8 @@ class Dataset(abc.ABC):
         bounded("The number of a batch", number, 0, LARGEST_NUMBER)
         return batch_indices(self.size, batch_size, seed, number)
 
-    def batches(
-        self, batch_size: int, seed: int = 0, start: int = 0, host: int = 0, hosts: int = 1
-    ) -> Iterator[RawBatch]:
-        """Batch `start`, start + 1, ... without end; of each the contiguous share of host number `host`.
+    def batches(self, batch_size: int, seed: int = 0, start: int = 0, host: int = 0, hosts: int = 1) -> Batches:
+        """Batch `start`, start + 1, ...; of each the contiguous share of host number `host`.
 
         The shares of all hosts, one after the other, are the batch of `batch_size` images that one host would get.
         Raises InputError where the batch cannot be shared out evenly.
@@ -94,7 +96,7 @@ class Dataset(abc.ABC):
         return self._batches(batch_size, seed, start, slice(host * share, (host + 1) * share))
 
     @abc.abstractmethod
-    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Iterator[RawBatch]:
+    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         """The `rows` of each batch from number `start` on."""
 
 

@@ -6,12 +6,11 @@ import logging
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from cm_jax.data.base import Dataset, RawBatch, batch_indices, described
+from cm_jax.data.base import Batches, Dataset, RawBatch, batch_indices, described
 from cm_jax.data.encoded import THREADS, Encoded, UnreadableError, load, too_many
 from cm_jax.errors import InputError
 
@@ -45,7 +44,7 @@ class Streamed(Dataset):
         by = f"{workers} process{'es' if workers != 1 else ''}" if workers else f"{THREADS} threads"
         self.description = described(encoded.place, self.size, image_size, self.classes, f"streamed by {by}")
 
-    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Iterator[RawBatch]:
+    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         import grain
 
         share = _Share(self.encoded, self.image_shape[0], self.most_corrupt, batch_size, seed, rows)
@@ -58,7 +57,7 @@ class Streamed(Dataset):
             stream = stream.mp_prefetch(options, worker_init_fn=_end_with_the_parent)
         return self._checked(iter(stream))
 
-    def _checked(self, parts: Any) -> Iterator[RawBatch]:
+    def _checked(self, parts: Any) -> Batches:
         complaints: dict[str, str] = {}
         told = False
         with contextlib.closing(parts):

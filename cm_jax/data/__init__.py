@@ -1,6 +1,6 @@
 """Images to train on: where they come from, and batches of them by number."""
 
-from cm_jax.data.base import Data, Dataset, Progress, RawBatch, permutation
+from cm_jax.data.base import Batches, Data, Dataset, Progress, RawBatch, permutation
 from cm_jax.data.decoding import centre_crop, decode
 from cm_jax.data.emoji import EmojiData
 from cm_jax.data.encoded import Encoded, EncodedData
@@ -11,6 +11,7 @@ from cm_jax.data.streaming import Streamed
 from cm_jax.data.tfds import TFDSData
 
 __all__ = [
+    "Batches",
     "Data",
     "Dataset",
     "EmojiData",

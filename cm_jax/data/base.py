@@ -7,7 +7,7 @@ where B exceeds the set. So the position in the data is k, the number of batches
 
 import abc
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,8 @@ from jaxtyping import Int32, UInt8
 from cm_jax.errors import InputError, bounded
 
 LARGEST_SEED = 2**32 - 1
+LARGEST_NUMBER = 2**40
+"""Of a batch."""
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) while a data set is opened."""
@@ -26,6 +28,10 @@ class RawBatch(NamedTuple):
 
     images: UInt8[np.ndarray, "b h w c"]
     labels: Int32[np.ndarray, " b"] | None
+
+
+Batches = Generator[RawBatch, None, None]
+"""Batches without end; `close` ends the threads or processes that make them."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -69,20 +75,18 @@ class Dataset(abc.ABC):
         """Which images are in batch `number`: for whoever keeps all of them on the device and gathers there."""
         bounded("The batch size", batch_size, 1, 2**31 - 1)
         bounded("The seed", seed, 0, LARGEST_SEED)
-        bounded("The number of a batch", number, 0, 2**62)
+        bounded("The number of a batch", number, 0, LARGEST_NUMBER)
         return batch_indices(self.size, batch_size, seed, number)
 
-    def batches(
-        self, batch_size: int, seed: int = 0, start: int = 0, host: int = 0, hosts: int = 1
-    ) -> Iterator[RawBatch]:
-        """Batch `start`, start + 1, ... without end; of each the contiguous share of host number `host`.
+    def batches(self, batch_size: int, seed: int = 0, start: int = 0, host: int = 0, hosts: int = 1) -> Batches:
+        """Batch `start`, start + 1, ...; of each the contiguous share of host number `host`.
 
         The shares of all hosts, one after the other, are the batch of `batch_size` images that one host would get.
         Raises InputError where the batch cannot be shared out evenly.
         """
         bounded("The batch size", batch_size, 1, 2**31 - 1)
         bounded("The seed", seed, 0, LARGEST_SEED)
-        bounded("The number of the first batch", start, 0, 2**62)
+        bounded("The number of the first batch", start, 0, LARGEST_NUMBER)
         bounded("The number of hosts", hosts, 1, 2**20)
         bounded("The number of this host", host, 0, hosts - 1)
         if batch_size % hosts:
@@ -92,7 +96,7 @@ class Dataset(abc.ABC):
         return self._batches(batch_size, seed, start, slice(host * share, (host + 1) * share))
 
     @abc.abstractmethod
-    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Iterator[RawBatch]:
+    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         """The `rows` of each batch from number `start` on."""
 
 

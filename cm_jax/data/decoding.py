@@ -5,7 +5,12 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, WebPImagePlugin  # noqa: F401  registers its reader, as Pillow by itself does not
+from PIL import (
+    Image,
+    ImageOps,
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401  registers its reader, which Pillow by itself does too late
+)
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 """By content, whatever the file is called. Pillow's other readers stay shut: one of them starts another program."""
@@ -19,7 +24,7 @@ def decode(encoded: bytes, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"],
     Turned as its EXIF says, transparent parts on white, 16 bits brought to 8, of an animation the first frame. Raises
     whatever Pillow raises for a damaged file, which is every kind of exception.
     """
-    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+    with _opened(encoded) as image:
         if image.width * image.height > _MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}")
         image.load()
@@ -40,6 +45,13 @@ def centre_crop(image: Image.Image, image_size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
     return image.crop((left, top, left + image_size, top + image_size))
+
+
+def _opened(encoded: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(encoded), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is not of the formats {', '.join(_FORMATS)}, or its beginning is damaged") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,10 +1,10 @@
 """Sets of image files, or of records that hold them: decoded at once where they fit in memory, else streamed."""
 
+import abc
 import concurrent.futures
 import dataclasses
 import logging
 import os
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,27 +21,32 @@ _CHUNK = 64
 """Images that a thread decodes before it tells of them."""
 
 
-class Encoded(Protocol):
+class Encoded(abc.ABC):
     """Images by number, each in its file format. Picklable, so that worker processes can have it."""
 
     place: str
-    """What it is called in messages."""
+    """What the set is called in messages."""
     classes: int | None
     class_names: tuple[str, ...]
 
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def name(self, index: int) -> str:
         """What an image is called in messages."""
-        ...
 
+    @abc.abstractmethod
     def read(self, index: int) -> tuple[bytes, int]:
         """(the file, the class; 0 where there are none). May raise anything for an image that cannot be read."""
-        ...
 
 
 class UnreadableError(Exception):
     """An image that cannot be used, and why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
 
 
 def load(encoded: Encoded, index: int, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"], int, bool]:
@@ -50,12 +55,10 @@ def load(encoded: Encoded, index: int, image_size: int) -> tuple[UInt8[np.ndarra
         content, label = encoded.read(index)
         pixels, enlarged = decode(content, image_size)
     except Exception as error:  # every image format has its own kinds for a damaged file
-        reason = str(error).strip().splitlines()
-        raise UnreadableError(
-            f"{encoded.name(index)}: {reason[0][:200] if reason else type(error).__name__}"
-        ) from error
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise UnreadableError(encoded.name(index), reason[:200]) from error
     if encoded.classes is not None and not 0 <= label < encoded.classes:
-        raise UnreadableError(f"{encoded.name(index)}: label {label} is not one of {encoded.classes} classes")
+        raise UnreadableError(encoded.name(index), f"label {label} is not one of {encoded.classes} classes")
     return pixels, label, enlarged
 
 

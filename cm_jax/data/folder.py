@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from cm_jax.data.base import Dataset, Progress, checked_image_size
-from cm_jax.data.encoded import EncodedData
+from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError, listed
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
@@ -36,7 +36,7 @@ class ImageFolder(EncodedData):
         return self.open_encoded(_Files(self.path, files, names), image_size, progress)
 
 
-class _Files:
+class _Files(Encoded):
     """Image files, and the name of each one's class where there are classes."""
 
     def __init__(self, place: str, files: list[Relative], names: list[str] | None) -> None:

@@ -1,12 +1,11 @@
 """Images that lie decoded in memory."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 
-from cm_jax.data.base import Dataset, RawBatch, batch_indices, described
+from cm_jax.data.base import Batches, Dataset, RawBatch, batch_indices, described
 from cm_jax.errors import InputError, bounded
 
 MOST_CLASSES = 100_000
@@ -22,7 +21,7 @@ class InMemory(Dataset):
     def __init__(
         self,
         images: UInt8[np.ndarray, "n h w c"],
-        labels: Int[np.ndarray, " n"] | None = None,
+        labels: Integer[np.ndarray, " m"] | None = None,
         *,
         class_names: tuple[str, ...] = (),
         classes: int | None = None,
@@ -49,7 +48,7 @@ class InMemory(Dataset):
         how = f"in memory ({images.nbytes / 1e6:,.0f} MB)"
         self.description = described(place, self.size, self.image_shape[0], self.classes, how)
 
-    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Iterator[RawBatch]:
+    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         for number in itertools.count(start):
             chosen = batch_indices(self.size, batch_size, seed, number)[rows]
             yield RawBatch(self.images[chosen], None if self.labels is None else self.labels[chosen])

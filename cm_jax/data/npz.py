@@ -47,19 +47,16 @@ class NpzData(Data):
     def _read(self) -> dict[str, np.ndarray]:
         """images, and labels and names where there are any. Nothing in the file can run code."""
         try:
-            with np.load(Path(self.path).expanduser(), allow_pickle=False) as file:
-                if not isinstance(file, np.lib.npyio.NpzFile):
-                    raise ValueError("it holds a single array: write it by numpy.savez(path, images=array)")
-                wanted = {
-                    "images": _chosen(file.files, self.images, _IMAGES),
-                    "labels": None if self.labels == "none" else _chosen(file.files, self.labels, _LABELS),
-                    "names": next((name for name in _NAMES if name in file.files), None),
-                }
-                if wanted["images"] is None:
-                    raise ValueError(f"it has no {' or '.join(_IMAGES)}, but {', '.join(file.files) or 'nothing'}")
-                arrays = {use: file[name] for use, name in wanted.items() if name is not None}
+            with Path(self.path).expanduser().open("rb") as stream:
+                if not zipfile.is_zipfile(stream):
+                    raise ValueError("it is none, and numpy.savez(path, images=array) writes one")
+                stream.seek(0)
+                with np.load(stream, allow_pickle=False) as file:
+                    wanted = self._wanted(file.files)
+                    arrays = {use: file[name] for use, name in wanted.items() if name is not None}
         except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{self.path} cannot be used as an .npz file of images: {error}.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{self.path} cannot be used as an .npz file of images: {reason}.") from error
         labels, names = arrays.get("labels"), arrays.get("names")
         if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
             raise InputError(
@@ -69,6 +66,14 @@ class NpzData(Data):
         if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
             raise InputError(f"{self.path}: {wanted['names']} is {_shown(names)}; wanted: a list of texts.")
         return arrays
+
+    def _wanted(self, names: list[str]) -> dict[str, str | None]:
+        """Which of the arrays in the file is what."""
+        images = _chosen(names, self.images, _IMAGES)
+        if images is None:
+            raise ValueError(f"it has no {' or '.join(_IMAGES)}, but {', '.join(names) or 'nothing'}")
+        labels = None if self.labels == "none" else _chosen(names, self.labels, _LABELS)
+        return {"images": images, "labels": labels, "names": next((name for name in _NAMES if name in names), None)}
 
 
 def resized(

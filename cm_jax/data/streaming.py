@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import multiprocessing.connection
+import os
+import threading
+from typing import Any
 
 import numpy as np
 
-from cm_jax.data.base import Dataset, RawBatch, batch_indices, described
+from cm_jax.data.base import Batches, Dataset, RawBatch, batch_indices, described
 from cm_jax.data.encoded import THREADS, Encoded, UnreadableError, load, too_many
 from cm_jax.errors import InputError
 
@@ -42,7 +44,7 @@ class Streamed(Dataset):
         by = f"{workers} process{'es' if workers != 1 else ''}" if workers else f"{THREADS} threads"
         self.description = described(encoded.place, self.size, image_size, self.classes, f"streamed by {by}")
 
-    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Iterator[RawBatch]:
+    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         import grain
 
         share = _Share(self.encoded, self.image_shape[0], self.most_corrupt, batch_size, seed, rows)
@@ -51,20 +53,21 @@ class Streamed(Dataset):
         stream = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if self.workers:
             _mark_flags_as_parsed()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=2))
+            options = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=2)
+            stream = stream.mp_prefetch(options, worker_init_fn=_end_with_the_parent)
         return self._checked(iter(stream))
 
-    def _checked(self, parts: Any) -> Iterator[RawBatch]:
-        complaints: dict[str, None] = {}
+    def _checked(self, parts: Any) -> Batches:
+        complaints: dict[str, str] = {}
         told = False
         with contextlib.closing(parts):
             for part in parts:
-                for complaint in part.complaints:
-                    if complaint not in complaints:
+                for name, complaint in part.complaints.items():
+                    if name not in complaints:
                         log.warning("Replaced, cannot be read: %s", complaint)
-                complaints |= dict.fromkeys(part.complaints)
+                complaints |= part.complaints
                 if len(complaints) > self.most_corrupt or len(complaints) == self.size:
-                    raise too_many(self.encoded.place, list(complaints), self.most_corrupt)
+                    raise too_many(self.encoded.place, list(complaints.values()), self.most_corrupt)
                 if part.enlarged and not told:
                     told = True
                     where = f"{self.encoded.place}: {part.enlarged} in one batch"
@@ -72,12 +75,17 @@ class Streamed(Dataset):
                 yield RawBatch(part.images, None if self.classes is None else part.labels)
 
 
-class _Part(NamedTuple):
-    """A host's share of a batch, and what there is to say about it."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A host's share of a batch, and what there is to say about it.
+
+    No tuple, because grain would send its arrays through shared memory, which a run that is killed leaves behind.
+    """
 
     images: np.ndarray
     labels: np.ndarray
-    complaints: tuple[str, ...]
+    complaints: dict[str, str]
+    """A line for each image that cannot be read, by its name."""
     enlarged: int
 
 
@@ -96,16 +104,16 @@ class _Share:
         chosen = batch_indices(len(self.encoded), self.batch_size, self.seed, number)[self.rows]
         images = np.zeros((len(chosen), self.image_size, self.image_size, 3), np.uint8)
         labels = np.zeros(len(chosen), np.int32)
-        complaints: list[str] = []
+        complaints: dict[str, str] = {}
         small = 0
         for row, index in enumerate(chosen):
             image = self._next_good(int(index), complaints)
             if image is not None:
                 images[row], labels[row], enlarged = image
                 small += enlarged
-        return _Part(images, labels, tuple(complaints), small)
+        return _Part(images, labels, complaints, small)
 
-    def _next_good(self, index: int, complaints: list[str]) -> tuple[np.ndarray, int, bool] | None:
+    def _next_good(self, index: int, complaints: dict[str, str]) -> tuple[np.ndarray, int, bool] | None:
         """Image `index`, or the next that can be read; None after more bad ones than are allowed.
 
         Whoever reads the complaints then raises: in the main process, not in this one.
@@ -115,7 +123,7 @@ class _Share:
             try:
                 return load(self.encoded, (index + tried) % size, self.image_size)
             except UnreadableError as error:
-                complaints.append(str(error))
+                complaints[error.name] = str(error)
         return None
 
 
@@ -125,3 +133,16 @@ def _mark_flags_as_parsed() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+def _end_with_the_parent(worker: int, workers: int) -> None:
+    """Called in a worker process: without this, workers wait for ever for a run that was killed."""
+    del worker, workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -9,7 +9,7 @@ from typing import Any
 
 from cm_jax.checked import read_json
 from cm_jax.data.base import Dataset, Progress, checked_image_size
-from cm_jax.data.encoded import EncodedData
+from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError
 
 
@@ -82,7 +82,7 @@ class TFDSData(EncodedData):
         raise InputError(_how_to_prepare(self.name, top))
 
 
-class _Records:
+class _Records(Encoded):
     """The records of a data set, images still encoded."""
 
     def __init__(
@@ -172,10 +172,9 @@ def _how_to_prepare(name: str, top: Path) -> str:
     except ValueError as error:
         return f"{name}: {str(error)[:500]}"
     return (
-        f"{name} is not prepared in {top}. Prepare it where there is a network (and TensorFlow, which some data sets "
-        f"need for it), and copy the folder {name.split('/')[0]} to {top}:\n"
-        f"  pip install tensorflow tensorflow-datasets\n"
+        f"{name} is not prepared in {top}. Prepare it where there is a network, TensorFlow too if it asks for it:\n"
+        "  pip install tensorflow-datasets array-record\n"
         f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}')"
-        f".download_and_prepare(file_format='array_record')\"\n"
-        "It is then in ~/tensorflow_datasets there."
+        ".download_and_prepare(file_format='array_record')\"\n"
+        f"and copy ~/tensorflow_datasets/{name.split('/')[0]} from there into {top}."
     )

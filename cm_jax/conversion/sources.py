@@ -207,4 +207,5 @@ def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:
         scaling = EDMScaling(**shared) if untold.scalings == "edm" else boundary
     same = grid == config.grid and scaling == config.scaling
     tuned = config.tuned_timesteps if same else ()
-    return dataclasses.replace(config, network=network, grid=grid, scaling=scaling, tuned_timesteps=tuned)
+    consistency = None if untold.scalings else config.consistency
+    return ModelConfig(network, scaling, grid, config.class_names, tuned, consistency)

@@ -27,6 +27,7 @@ ORDER = [
     "objectives",
     "generation",
     "conversion",
+    "training",
     "model",
     "cli",
 ]

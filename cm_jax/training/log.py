@@ -8,9 +8,9 @@ import contextlib
 import csv
 import importlib.util
 import io
+import itertools
 import logging
 import math
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -114,6 +114,8 @@ def read_metrics(file: Path) -> tuple[list[str], list[list[str]]]:
         columns, rows = (lines[0], lines[1:]) if lines else ([], [])
         if (columns and columns[0] != BATCHES) or any(len(row) != len(columns) or not int(row[0]) >= 0 for row in rows):
             raise ValueError("its lines do not fit its first one")
+        for value in itertools.chain.from_iterable(rows):
+            float(value or "nan")
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{file} is not the {METRICS} of a run ({error}): move it away, or repair it.") from error
     return columns, rows
@@ -137,9 +139,11 @@ def _event_writer(folder: Path, batches: int) -> Any:
         return None
     from tensorboardX import SummaryWriter
 
-    for file in folder.glob("events.out.tfevents.*"):
+    before = sorted(folder.glob("events.out.tfevents.*"))
+    for file in before:
         _cut_events(file, batches)
-    return SummaryWriter(str(folder), filename_suffix=f".{os.getpid()}", write_to_disk=True)
+    suffix = f".{len(before)}"  # two starts in the same second would have the same name, and the second overwrite it
+    return SummaryWriter(str(folder), filename_suffix=suffix)
 
 
 def _cut_events(file: Path, batches: int) -> None:

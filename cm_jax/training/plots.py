@@ -48,13 +48,14 @@ def plot(run: Path) -> None:
     columns, rows = read_metrics(run / METRICS)
     table = np.array([[float(value or "nan") for value in row] for row in rows]).reshape(len(rows), len(columns))
     curves = {name: table[:, place] for place, name in enumerate(columns) if np.isfinite(table[:, place]).any()}
-    if len(curves) < 2:
-        return
-    batches, levels = curves[BATCHES], sorted(filter(_LEVEL.fullmatch, curves), key=_level)
+    levels = sorted(filter(_LEVEL.fullmatch, curves), key=_level)
     above = [name for name in ("loss", *levels[:1]) if name in curves]
     below = [name for name in _BELOW if name in curves]
 
     rows_of_panels = [panels for panels in (above, below) if panels]
+    if not rows_of_panels:
+        return
+    batches = curves[BATCHES]
     figure = Figure(figsize=(_WIDTH, 0.4 + _HEIGHT * len(rows_of_panels)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{run.resolve().name}: {int(batches[-1]):,} batches", fontsize=12)

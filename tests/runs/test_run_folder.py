@@ -222,6 +222,16 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_there_again(tmp_pat
         same(folder.restore(2, state()), state(2))
 
 
+def test_killed_between_the_two_renames_of_a_replacement(tmp_path):
+    save(tmp_path, 1, 2)
+    place = tmp_path / "checkpoints" / "00000002"
+    place.rename(place.with_name(".cm_jax-replaced-00000002"))
+    (place.with_name(".cm_jax-00000002") / "params").mkdir(parents=True)
+    with RunFolder(tmp_path) as folder:
+        same(folder.resume(state())[1], state(2))
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["00000001", "00000002"]
+
+
 def test_the_checkpoint_after_a_damaged_one_is_not_taken_for_old(tmp_path):
     save(tmp_path, 1, 4)
     damage(tmp_path, 4)
@@ -412,7 +422,6 @@ def test_killed_at_random_moments_the_newest_checkpoint_is_whole(tmp_path):
     assert len(kills) == 13
     assert int(kills[-1][1]) > 3
     assert sum(half == "True" for *_, half in kills) > 3, "too few died while they wrote"
-    print(output)
 
 
 PROCESS = """

@@ -37,7 +37,8 @@ class Sample:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = DEFAULT
-    """A cm_jax checkpoint, the original's .pt file, a diffusers folder, or the name of a bundled model."""
+    """A cm_jax checkpoint, a run's folder (its newest checkpoint), the original's .pt file, a diffusers folder, or the
+    name of a bundled model."""
     count: int | None = None
     """Number of images. Default: 16, or 8 for each of the labels."""
     labels: str = ""
@@ -78,7 +79,8 @@ class Convert:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A .pt file, a diffusers folder, a CIFAR-10 original's file, a cm_jax checkpoint, or a bundled model's name."""
+    """A .pt file, a diffusers folder, a CIFAR-10 original's file, a cm_jax checkpoint, a run's folder (its newest
+    checkpoint), or a bundled model's name."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """What to write. It must not exist yet, unless it is a .pt file."""
     to: Literal["", "ours", "openai", "diffusers"] = ""
@@ -120,8 +122,9 @@ def sample(arguments: Sample) -> None:
     _check_output(arguments.output, count)
     kind = "consistency model" if model.config.distilled else "EDM denoiser"
     classes = f", {network.classes} classes" if network.classes else ""
+    named = path if Path(arguments.checkpoint) in path.parents else arguments.checkpoint
     _say(
-        f"{arguments.checkpoint}: {kind}, {network.image_shape[0]} pixels{classes}, {arguments.precision}, on "
+        f"{named}: {kind}, {network.image_shape[0]} pixels{classes}, {arguments.precision}, on "
         f"{_devices()}; read in {time.perf_counter() - began:.1f} s."
     )
     _say(f"Drawing {count} images, {_described(plan)}, seed {arguments.seed}.")

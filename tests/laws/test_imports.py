@@ -29,6 +29,7 @@ ORDER = [
     "objectives",
     "generation",
     "conversion",
+    "training",
     "model",
     "cli",
 ]

@@ -50,7 +50,7 @@ def train(
     prog: str,
     arguments: Sequence[str],
 ) -> None:
-    """Read the command line, join the other processes where there are any, and call start(settings, folder, dry_run)."""
+    """Read the command line, join the other processes if there are any, and call start(settings, folder, dry_run)."""
     preset, settings, options = parse(presets, Options(), prog, arguments)
     use_compilation_cache(options.compilation_cache)
     if options.coordinator:

@@ -8,7 +8,7 @@ from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, Scaling
+from cm_jax.preconditioning import BoundaryScaling, Scaling, TrigFlowScaling, VarianceScaling
 
 FORMAT = 1
 """Version of the checkpoint format; a newer one is refused with the advice to upgrade."""
@@ -47,6 +47,16 @@ class ModelConfig:
         if not isinstance(self.network, ADMUNet):
             raise InputError(f"PyTorch's formats hold ADM U-Nets, and this is a {type(self.network).__name__}.")
         return self.network
+
+    @property
+    def log_scaling(self) -> VarianceScaling:
+        """The scalings, where their clock is ln sigma: all that others' formats hold. InputError elsewhere."""
+        if not isinstance(self.scaling, VarianceScaling) or isinstance(self.scaling, TrigFlowScaling):
+            raise InputError(
+                f"Others' formats hold networks whose clock is ln sigma, and this one has "
+                f"{type(self.scaling).__name__}: keep it as ours."
+            )
+        return self.scaling
 
     @property
     def distilled(self) -> bool:

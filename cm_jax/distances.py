@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax.arrays import Images
+from cm_jax.arrays import Images, Params
 from cm_jax.errors import InputError
 
 Values = Float[Array, " b"]
@@ -20,6 +20,11 @@ class Distance(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, x: Images, y: Images) -> Values: ...
+
+    def with_weights(self, params: Params | None) -> "Distance":
+        """The same distance by these weights; itself where it has none of its own."""
+        del params
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,9 @@ class Resized(Distance):
 
     def __call__(self, x: Images, y: Images) -> Values:
         return self.distance(self._resized(x), self._resized(y))
+
+    def with_weights(self, params: Params | None) -> Distance:
+        return dataclasses.replace(self, distance=self.distance.with_weights(params))
 
     def _resized(self, x: Images) -> Float[Array, "b {self.size} {self.size} c"]:
         shape = (x.shape[0], self.size, self.size, x.shape[3])

@@ -126,3 +126,8 @@ def trigflow_time(sigma: Float[Array, "..."], sigma_data: float = 0.5) -> Float[
 def sigma_at_trigflow_time(time: Float[Array, "..."], sigma_data: float = 0.5) -> Float[Array, "..."]:
     """The inverse of `trigflow_time`: sigma = sigma_data tan t."""
     return sigma_data * jnp.tan(time)
+
+
+def flow_time(sigma: Float[Array, "..."]) -> Float[Array, "..."]:
+    """t = sigma / (1 + sigma), in [0, 1): the share of noise on the straight path from data to noise (MeanFlow)."""
+    return sigma / (1 + sigma)

@@ -11,12 +11,32 @@ import jax.numpy as jnp
 
 from cm_jax.arrays import Images, Sigmas, per_image
 from cm_jax.errors import InputError
-from cm_jax.noise_levels import ADM_TIME, model_time, trigflow_time
+from cm_jax.noise_levels import ADM_TIME, flow_time, model_time, trigflow_time
+
+
+class Scaling(abc.ABC):
+    """c_in, c_skip, c_out and the network's clock c_noise, each a function of sigma."""
+
+    @abc.abstractmethod
+    def c_in(self, sigma: Sigmas) -> Sigmas: ...
+
+    @abc.abstractmethod
+    def c_skip(self, sigma: Sigmas) -> Sigmas: ...
+
+    @abc.abstractmethod
+    def c_out(self, sigma: Sigmas) -> Sigmas: ...
+
+    @abc.abstractmethod
+    def c_noise(self, sigma: Sigmas) -> Sigmas: ...
+
+    def blend(self, x: Images, sigma: Sigmas, raw: Images) -> Images:
+        """c_skip(sigma) x + c_out(sigma) raw, for the network's output `raw`."""
+        return per_image(self.c_skip(sigma)) * x + per_image(self.c_out(sigma)) * raw
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaling(abc.ABC):
-    """What both scalings share: unit-variance input c_in x, and the network's clock c_noise = time_factor ln sigma."""
+class VarianceScaling(Scaling):
+    """What most scalings share: unit-variance input c_in x, and the clock c_noise = time_factor ln sigma."""
 
     sigma_data: float = 0.5
     """Standard deviation of the clean data."""
@@ -28,12 +48,6 @@ class Scaling(abc.ABC):
                 f"Scalings need positive, finite sigma_data and time_factor; got {self.sigma_data}, {self.time_factor}."
             )
 
-    @abc.abstractmethod
-    def c_skip(self, sigma: Sigmas) -> Sigmas: ...
-
-    @abc.abstractmethod
-    def c_out(self, sigma: Sigmas) -> Sigmas: ...
-
     def c_in(self, sigma: Sigmas) -> Sigmas:
         """1 / sqrt(sigma^2 + sigma_data^2)."""
         return 1 / jnp.sqrt(sigma**2 + self.sigma_data**2)
@@ -41,13 +55,9 @@ class Scaling(abc.ABC):
     def c_noise(self, sigma: Sigmas) -> Sigmas:
         return model_time(sigma, self.time_factor)
 
-    def blend(self, x: Images, sigma: Sigmas, raw: Images) -> Images:
-        """c_skip(sigma) x + c_out(sigma) raw, for the network's output `raw`."""
-        return per_image(self.c_skip(sigma)) * x + per_image(self.c_out(sigma)) * raw
-
 
 @dataclasses.dataclass(frozen=True)
-class EDMScaling(Scaling):
+class EDMScaling(VarianceScaling):
     """Scalings of a denoiser (EDM, table 1): unit-variance targets at every level."""
 
     def c_skip(self, sigma: Sigmas) -> Sigmas:
@@ -73,7 +83,7 @@ class TrigFlowScaling(EDMScaling):
 
 
 @dataclasses.dataclass(frozen=True)
-class BoundaryScaling(Scaling):
+class BoundaryScaling(VarianceScaling):
     """Scalings with c_skip(sigma_min) = 1 and c_out(sigma_min) = 0, so that f(x, sigma_min) = x (CM, appendix C)."""
 
     sigma_min: float = 0.002
@@ -85,3 +95,33 @@ class BoundaryScaling(Scaling):
     def c_out(self, sigma: Sigmas) -> Sigmas:
         """(sigma - sigma_min) sigma_data / sqrt(sigma^2 + sigma_data^2); the root holds sigma itself."""
         return (sigma - self.sigma_min) * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowScaling(Scaling):
+    """f(x, sigma) = z - t u(z, t, t), where z = x / (1 + sigma) = (1 - t) x_0 + t e and t = sigma / (1 + sigma).
+
+    They make an ordinary consistency function, f(x, 0) = x, of MeanFlow's network u, which is told t and the length of
+    the interval: all of t here. Both are told as multiples of time_factor (MeanFlow, section 4).
+    """
+
+    time_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time_factor < math.inf:
+            raise InputError(f"Scalings need a positive, finite time_factor; got {self.time_factor}.")
+
+    def c_in(self, sigma: Sigmas) -> Sigmas:
+        """1 / (1 + sigma)."""
+        return 1 / (1 + sigma)
+
+    def c_skip(self, sigma: Sigmas) -> Sigmas:
+        """1 / (1 + sigma)."""
+        return 1 / (1 + sigma)
+
+    def c_out(self, sigma: Sigmas) -> Sigmas:
+        """-t."""
+        return -flow_time(sigma)
+
+    def c_noise(self, sigma: Sigmas) -> Sigmas:
+        return self.time_factor * flow_time(sigma)

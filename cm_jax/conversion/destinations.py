@@ -51,7 +51,7 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
 
 def _check_room(kind: Kind, config: ModelConfig) -> None:
     """Raise InputError for settings that a foreign format cannot hold, and that would silently become its defaults."""
-    scaling, grid = config.scaling, config.grid
+    scaling, grid = config.log_scaling, config.grid
     lost = []
     if scaling.time_factor != ADM_TIME:
         lost.append(f"the clock {scaling.time_factor:g} ln sigma (it is always {ADM_TIME:g} ln sigma)")

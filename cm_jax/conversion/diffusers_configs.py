@@ -83,7 +83,7 @@ def scheduler_config(config: ModelConfig) -> dict[str, Any]:
         "num_train_timesteps": config.grid.levels,
         "rho": config.grid.rho,
         "s_noise": 1.0,
-        "sigma_data": config.scaling.sigma_data,
+        "sigma_data": config.log_scaling.sigma_data,
         "sigma_max": config.grid.sigma_max,
         "sigma_min": config.grid.sigma_min,
     }

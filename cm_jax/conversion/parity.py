@@ -15,7 +15,6 @@ from cm_jax.conversion.sources import Source
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.blocks import NORM_GROUPS
-from cm_jax.noise_levels import model_time
 
 BOUND = 1e-5
 """Largest difference allowed, relative to the largest output: float32 rounding through some hundred layers."""
@@ -62,7 +61,7 @@ def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((inputs, *network.image_shape), np.float32)
     sigmas = np.geomspace(source.config.grid.sigma_max, source.config.grid.sigma_min, inputs, dtype=np.float32)
-    times = np.asarray(model_time(jnp.asarray(sigmas), source.config.scaling.time_factor))
+    times = np.asarray(source.config.scaling.c_noise(jnp.asarray(sigmas)))
     labels = None if network.classes is None else rng.integers(0, network.classes, inputs).astype(np.int32)
 
     theirs, their_units = _run_reference(reference, network, x, times, labels)

@@ -202,7 +202,7 @@ def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:
     if untold.levels:
         grid = dataclasses.replace(grid, levels=untold.levels)
     if untold.scalings:
-        shared = {"sigma_data": scaling.sigma_data, "time_factor": scaling.time_factor}
+        shared = {"sigma_data": config.log_scaling.sigma_data, "time_factor": config.log_scaling.time_factor}
         boundary = BoundaryScaling(sigma_min=grid.sigma_min, **shared)
         scaling = EDMScaling(**shared) if untold.scalings == "edm" else boundary
     same = grid == config.grid and scaling == config.scaling

@@ -29,6 +29,7 @@ class Network(Protocol):
         c_noise: Float[Array, " b"],
         labels: Labels | None = None,
         dropout_keys: Keys | None = None,
+        length: Float[Array, " b"] | None = None,
     ) -> Images: ...
 
     def check_input(self, shape: tuple[int, ...], labelled: bool) -> None: ...

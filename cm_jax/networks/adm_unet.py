@@ -44,6 +44,8 @@ class ADMUNet(UNet):
     heads: int | None = None
     classes: int | None = 1000
     """Number of classes, or None for an unconditional network."""
+    interval_clock: bool = False
+    """Whether it is also told the length of an interval, embedded like c_noise and added (MeanFlow)."""
     modulation: Modulation = "scale_shift"
     """How the embedding enters a block; the originals know scale_shift and additive only."""
     resampling: Literal["residual", "convolution"] = "residual"
@@ -157,8 +159,8 @@ class ADMUNet(UNet):
 
         return Plan(tuple(encoder), middle, tuple(decoder))
 
-    def embedder(self) -> nn.Module:
-        return _Embedding(self, name="embedding")
+    def embedder(self, name: str = "embedding") -> nn.Module:
+        return _Embedding(self, name=name)
 
     def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> np.ndarray:
         """PyTorch's default laws, as the original starts from.

@@ -46,6 +46,8 @@ class SongUNet(UNet):
     """Where attention stands, as factors of down-sampling: at 32 pixels, 2 is attention at resolution 16."""
     classes: int | None = None
     """Number of classes, or None for an unconditional network."""
+    interval_clock: bool = False
+    """Whether it is also told the length of an interval, embedded like c_noise and added (MeanFlow)."""
     embedding: TimeEmbedding = "fourier"
     """Waves of c_noise at random frequencies, or at fixed falling ones."""
     fourier_scale: float = 16.0
@@ -82,6 +84,12 @@ class SongUNet(UNet):
                 "blocks_per_level, image_size and image_channels must be positive, width and the channels of every "
                 "level at least 4"
             )
+            return
+        if self.image_size > 2**13 or self.blocks_per_level > 64 or len(self.multipliers) > 12:
+            yield "image_size may be 8192 at most, blocks_per_level 64, and the levels 12"
+            return
+        if max(*self.level_channels, self.width, self.image_channels, self.classes or 0) > 2**20:
+            yield "channels and classes may be a million at most"
             return
         if self.embedding == "positional" and self.width % 2:
             yield f"a positional embedding needs an even width (got {self.width})"
@@ -165,8 +173,8 @@ class SongUNet(UNet):
 
         return Plan(tuple(encoder), middle, tuple(decoder))
 
-    def embedder(self) -> nn.Module:
-        return _Embedding(self, name="embedding")
+    def embedder(self, name: str = "embedding") -> nn.Module:
+        return _Embedding(self, name=name)
 
     def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> np.ndarray:
         """The original's laws, which are EDM's too.

@@ -70,6 +70,7 @@ class UNet(abc.ABC):
     width: int
     multipliers: tuple[float, ...]
     classes: int | None
+    interval_clock: bool
     modulation: Modulation
     dropout: float
     precision: Precision
@@ -95,7 +96,7 @@ class UNet(abc.ABC):
         """The blocks in the order they are applied, after the stem and before the head."""
 
     @abc.abstractmethod
-    def embedder(self) -> nn.Module:
+    def embedder(self, name: str = "embedding") -> nn.Module:
         """The module that makes one embedding of c_noise and labels."""
 
     @abc.abstractmethod
@@ -123,13 +124,18 @@ class UNet(abc.ABC):
         c_noise: Float[Array, " b"],
         labels: Labels | None = None,
         dropout_keys: Keys | None = None,
+        length: Float[Array, " b"] | None = None,
     ) -> Images:
         """F(x, c_noise, labels), float32, in the shape of x. Without dropout keys, dropout is off.
 
-        Raises InputError where labels are missing, or given to an unconditional network, or where x does not halve.
+        `length`: what a network with an interval clock is told beside c_noise; None is c_noise again, the whole way to
+        the data. Raises InputError where labels are missing, or given to an unconditional network, or where x does not
+        halve.
         """
         self.check_input(x.shape, labels is not None)
-        return _UNet(self).apply({"params": params}, x, c_noise, labels, dropout_keys)  # type: ignore[return-value]
+        if length is not None and not self.interval_clock:
+            raise InputError("This network has one clock, and was told an interval's length: set interval_clock=True.")
+        return _UNet(self).apply({"params": params}, x, c_noise, labels, dropout_keys, length)  # type: ignore[return-value]
 
     def inner_outputs(
         self, params: Params, x: Images, c_noise: Float[Array, " b"], labels: Labels | None = None
@@ -213,11 +219,18 @@ class _UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Images, c_noise: Float[Array, " b"], labels: Labels | None, dropout_keys: Keys | None = None
+        self,
+        x: Images,
+        c_noise: Float[Array, " b"],
+        labels: Labels | None,
+        dropout_keys: Keys | None = None,
+        length: Float[Array, " b"] | None = None,
     ) -> Images:
         config = self.config
         plan = config.plan()
         embedding = config.embedder()(c_noise, labels)
+        if config.interval_clock:
+            embedding += config.embedder("length")(c_noise if length is None else length, None)
         places = itertools.count()
 
         def apply(block: Block, h: Features, pyramid: Pyramid) -> Outputs:

@@ -1,22 +1,22 @@
 """Objectives: what training minimises, one file per paper's algorithm.
 
-An objective is a frozen dataclass, called as objective(params, helpers, batch, keys, step) -> (losses, metrics), all
-per image: the training step averages, and differentiates by `params`. Each also has `losses`, the paper's algorithm
-alone, with the levels and the noise given, and the networks as plain functions.
+An objective is a frozen dataclass, of hyper-parameters, called as objective(functions, params, helpers, batch, keys,
+step) -> (losses, metrics), all per image: the training step averages, and differentiates by `params`. Each also has
+`losses`, the paper's algorithm alone, with the levels and the noise given, and the networks as plain functions.
 """
 
-from cm_jax.objectives.base import Batch, Helpers, Losses, Metrics, Objective
+from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective
 from cm_jax.objectives.consistency_distillation import ConsistencyDistillation
 from cm_jax.objectives.consistency_training import ConsistencyTraining
 from cm_jax.objectives.continuous_time import AdaptiveWeight, ContinuousDistillation, ContinuousTraining
 from cm_jax.objectives.denoising import Denoising
 from cm_jax.objectives.easy_consistency_tuning import EasyConsistencyTuning
-from cm_jax.objectives.mean_flow import AverageVelocity, MeanFlow
+from cm_jax.objectives.mean_flow import MeanFlow
 from cm_jax.objectives.progressive_distillation import ProgressiveDistillation
+from cm_jax.objectives.teacher_steps import EulerStep, HeunStep, TeacherStep
 
 __all__ = [
     "AdaptiveWeight",
-    "AverageVelocity",
     "Batch",
     "ConsistencyDistillation",
     "ConsistencyTraining",
@@ -24,10 +24,14 @@ __all__ = [
     "ContinuousTraining",
     "Denoising",
     "EasyConsistencyTuning",
+    "EulerStep",
+    "Functions",
     "Helpers",
+    "HeunStep",
     "Losses",
     "MeanFlow",
     "Metrics",
     "Objective",
     "ProgressiveDistillation",
+    "TeacherStep",
 ]

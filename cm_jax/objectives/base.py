@@ -1,12 +1,14 @@
 """What objectives have in common."""
 
 import abc
+import dataclasses
 from typing import ClassVar, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 from cm_jax.arrays import Images, Keys, Labels, Params
+from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import Step
 from cm_jax.errors import InputError
 
@@ -14,6 +16,16 @@ Losses = Float[Array, " b"]
 """One loss per image."""
 Metrics = dict[str, Float[Array, " b"]]
 """What to log, one value per image: its noise level, and the grid's number of levels where there is a grid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """The functions at work, without their parameters: hashable, a static argument of jit."""
+
+    student: ConsistencyFunction
+    """What is trained, and the target too."""
+    teacher: ConsistencyFunction | None = None
+    """A pretrained denoiser, for distillation."""
 
 
 class Batch(NamedTuple):
@@ -29,34 +41,64 @@ class Helpers(NamedTuple):
     target: Params | None = None
     """Of the target f^-. None: the student's own, held fixed (iCT, ECT; the target with mu = 0)."""
     teacher: Params | None = None
-    """Of a pretrained denoiser, for distillation."""
+    """Of functions.teacher."""
+    perceptual: Params | None = None
+    """Of a distance that has weights of its own (LPIPS)."""
 
 
 class Objective(abc.ABC):
-    """objective(params, helpers, batch, keys, step) -> losses and metrics, per image.
+    """objective(functions, params, helpers, batch, keys, step) -> losses and metrics, per image.
 
-    `keys`: one per image; its level, noise and dropout come from it. `step`: the number k of steps taken, maybe traced.
+    Its fields are the method's hyper-parameters, nothing else. `keys`: one per image; its level, noise and dropout come
+    from it. `step`: the number k of steps taken, maybe traced. Whoever calls has called `check(functions)` once before.
     """
 
     has_target: ClassVar[bool] = False
     """Whether it looks at helpers.target."""
     has_teacher: ClassVar[bool] = False
-    """Whether it needs helpers.teacher."""
+    """Whether it needs a teacher, in functions and in helpers."""
+    makes_denoiser: ClassVar[bool] = False
+    """Whether it trains a denoiser D, which samples in many steps, and not a consistency function."""
+    hands_over: ClassVar[bool] = False
+    """Whether the student becomes the teacher each time that its curriculum(step) changes."""
 
     @abc.abstractmethod
     def __call__(
-        self, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]: ...
+
+    def check(self, functions: Functions) -> None:
+        """Raises InputError for functions that it cannot train."""
+        if not self.has_teacher:
+            return
+        if functions.teacher is None:
+            raise InputError(f"{type(self).__name__} needs a teacher: give a denoiser as well.")
+        student, teacher = functions.student.network, functions.teacher.network
+        if (student.image_shape, student.classes) != (teacher.image_shape, teacher.classes):
+            raise InputError(
+                f"Student and teacher must see the same images and classes; got {student.image_shape} with "
+                f"{student.classes} classes and {teacher.image_shape} with {teacher.classes}."
+            )
 
     def extras(self) -> Params:
         """Fresh parameters that it trains beside the network's, under names of their own in the same tree."""
         return {}
 
-    def teacher_params(self, helpers: Helpers) -> Params:
-        """The teacher's parameters. Raises InputError where there are none."""
-        if helpers.teacher is None:
-            raise InputError(f"{type(self).__name__} needs a teacher: give the parameters of a denoiser as well.")
-        return helpers.teacher
+    def teacher(self, functions: Functions, helpers: Helpers) -> tuple[ConsistencyFunction, Params]:
+        """The teacher and its parameters. Raises InputError where either is missing."""
+        if functions.teacher is None or helpers.teacher is None:
+            raise InputError(f"{type(self).__name__} needs a teacher: give a denoiser and its parameters as well.")
+        return functions.teacher, helpers.teacher
+
+
+def demand_forward_derivatives(objective: Objective, function: ConsistencyFunction) -> None:
+    """Raises InputError for a network that has none."""
+    attention = getattr(function.network, "attention", "plain")
+    if attention != "plain":
+        raise InputError(
+            f"{type(objective).__name__} needs forward derivatives, which fused attention does not have; the network's "
+            f'is {attention!r}. Use dataclasses.replace(network, attention="plain").'
+        )
 
 
 class Draws(NamedTuple):

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from cm_jax.arrays import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
-from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import Constant, Curriculum, Step
 from cm_jax.distances import Distance, Squared
 from cm_jax.noise_laws import IndexLaw, UniformIndex
 from cm_jax.noise_levels import KarrasCurve
-from cm_jax.objectives.base import Batch, Helpers, Losses, Metrics, Objective, draws
-from cm_jax.objectives.teacher_steps import Solver, heun_step
+from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective, draws
+from cm_jax.objectives.teacher_steps import HeunStep, TeacherStep
 from cm_jax.weightings import Uniform, Weighting
 
 
@@ -21,12 +20,10 @@ from cm_jax.weightings import Uniform, Weighting
 class ConsistencyDistillation(Objective):
     """w(t) d(f(x_t, t), f^-(x_r, r)), where the teacher's ODE leads from x_t at level t = s_i to x_r at r = s_{i+1}."""
 
-    function: ConsistencyFunction
-    teacher: ConsistencyFunction
     curriculum: Curriculum = Constant(40)
     curve: KarrasCurve = KarrasCurve()
     law: IndexLaw = UniformIndex()
-    solver: Solver = heun_step
+    solver: TeacherStep = HeunStep()
     weighting: Weighting = Uniform()
     distance: Distance = Squared()
 
@@ -34,7 +31,7 @@ class ConsistencyDistillation(Objective):
     has_teacher: ClassVar[bool] = True
 
     def __call__(
-        self, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = draws(keys)
         levels = self.curriculum(step)
@@ -42,10 +39,11 @@ class ConsistencyDistillation(Objective):
         t, r = self.curve.sigma(index, levels), self.curve.sigma(index + 1, levels)
         noise = normal_per_image(key_noise, batch.images.shape[1:])
         target_params = params if helpers.target is None else helpers.target
-        student = self.function.denoiser(params, batch.labels, key_dropout)
-        target = self.function.denoiser(target_params, batch.labels, key_dropout)
-        teacher = self.teacher.denoiser(self.teacher_params(helpers), batch.labels)
-        losses = self.losses(student, target, teacher, batch.images, t, r, noise)
+        student = functions.student.denoiser(params, batch.labels, key_dropout)
+        target = functions.student.denoiser(target_params, batch.labels, key_dropout)
+        teacher, teacher_params = self.teacher(functions, helpers)
+        denoiser = teacher.denoiser(teacher_params, batch.labels)
+        losses = self.losses(student, target, denoiser, batch.images, t, r, noise, helpers.perceptual)
         return losses, {"sigma": t, "levels": jnp.full_like(t, levels)}
 
     def losses(
@@ -57,9 +55,10 @@ class ConsistencyDistillation(Objective):
         t: Sigmas,
         r: Sigmas,
         noise: Images,
+        perceptual: Params | None = None,
     ) -> Losses:
         x_t = images + per_image(t) * noise
         x_r = self.solver(teacher, x_t, t, r)
         ahead = student(x_t, t)
         behind = jax.lax.stop_gradient(target(x_r, r))
-        return self.weighting(t, r) * self.distance(ahead, behind)
+        return self.weighting(t, r) * self.distance.with_weights(perceptual)(ahead, behind)

@@ -1,6 +1,6 @@
 """Consistency training without a teacher (CM, algorithm 3), and its improved form (iCT).
 
-iCT is ConsistencyTraining(function, Doubling(), law=DiscreteLogNormal(), weighting=InverseGap(),
+iCT is ConsistencyTraining(Doubling(), law=DiscreteLogNormal(), weighting=InverseGap(),
 distance=PseudoHuber()) with no target of its own.
 """
 
@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from cm_jax.arrays import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
-from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import Curriculum, Progressive, Step
 from cm_jax.distances import Distance, Squared
 from cm_jax.noise_laws import IndexLaw, UniformIndex
 from cm_jax.noise_levels import KarrasCurve
-from cm_jax.objectives.base import Batch, Helpers, Losses, Metrics, Objective, draws
+from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective, draws
 from cm_jax.weightings import Uniform, Weighting
 
 
@@ -24,7 +23,6 @@ from cm_jax.weightings import Uniform, Weighting
 class ConsistencyTraining(Objective):
     """w(t, r) d(f(x + t z, t), f^-(x + r z, r)) for neighbours t = s_i > r = s_{i+1} on a grid of N(k) levels."""
 
-    function: ConsistencyFunction
     curriculum: Curriculum = Progressive()
     curve: KarrasCurve = KarrasCurve()
     law: IndexLaw = UniformIndex()
@@ -34,7 +32,7 @@ class ConsistencyTraining(Objective):
     has_target: ClassVar[bool] = True
 
     def __call__(
-        self, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = draws(keys)
         levels = self.curriculum(step)
@@ -42,14 +40,21 @@ class ConsistencyTraining(Objective):
         t, r = self.curve.sigma(index, levels), self.curve.sigma(index + 1, levels)
         noise = normal_per_image(key_noise, batch.images.shape[1:])
         target_params = params if helpers.target is None else helpers.target
-        student = self.function.denoiser(params, batch.labels, key_dropout)
-        target = self.function.denoiser(target_params, batch.labels, key_dropout)
-        losses = self.losses(student, target, batch.images, t, r, noise)
+        student = functions.student.denoiser(params, batch.labels, key_dropout)
+        target = functions.student.denoiser(target_params, batch.labels, key_dropout)
+        losses = self.losses(student, target, batch.images, t, r, noise, helpers.perceptual)
         return losses, {"sigma": t, "levels": jnp.full_like(t, levels)}
 
     def losses(
-        self, student: Denoiser, target: Denoiser, images: Images, t: Sigmas, r: Sigmas, noise: Images
+        self,
+        student: Denoiser,
+        target: Denoiser,
+        images: Images,
+        t: Sigmas,
+        r: Sigmas,
+        noise: Images,
+        perceptual: Params | None = None,
     ) -> Losses:
         ahead = student(images + per_image(t) * noise, t)
         behind = jax.lax.stop_gradient(target(images + per_image(r) * noise, r))
-        return self.weighting(t, r) * self.distance(ahead, behind)
+        return self.weighting(t, r) * self.distance.with_weights(perceptual)(ahead, behind)

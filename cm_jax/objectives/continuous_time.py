@@ -21,7 +21,16 @@ from cm_jax.errors import InputError
 from cm_jax.networks.blocks import sinusoid
 from cm_jax.noise_laws import LogNormal
 from cm_jax.noise_levels import sigma_at_trigflow_time, trigflow_time
-from cm_jax.objectives.base import Batch, Helpers, Losses, Metrics, Objective, draws
+from cm_jax.objectives.base import (
+    Batch,
+    Functions,
+    Helpers,
+    Losses,
+    Metrics,
+    Objective,
+    demand_forward_derivatives,
+    draws,
+)
 from cm_jax.preconditioning import EDMScaling
 
 Times = Float[Array, " b"]
@@ -50,7 +59,6 @@ class AdaptiveWeight:
 class _ContinuousTime(Objective):
     """What both share: e^w(t) / d ||F - F^- - g||^2 - w(t), with F^- = stop(F) and g the normalised tangent."""
 
-    function: ConsistencyFunction
     law: LogNormal = LogNormal(-1.0, 1.4)
     """Of sigma = sigma_data tan t."""
     warm_up: WarmUp = WarmUp()
@@ -59,62 +67,72 @@ class _ContinuousTime(Objective):
     adaptive: AdaptiveWeight | None = None
 
     def __post_init__(self) -> None:
-        _check_scaling(self.function, "The function")
-        if getattr(self.function.network, "attention", "plain") != "plain":
-            raise InputError(
-                f"Continuous-time objectives need forward derivatives, which fused attention does not have; the "
-                f"network's is {getattr(self.function.network, 'attention', None)!r}. Use "
-                f'dataclasses.replace(network, attention="plain").'
-            )
         if not self.regulariser > 0:
             raise InputError(f"The regulariser of the tangent's norm must be positive, got {self.regulariser}.")
 
-    @property
-    def sigma_data(self) -> float:
-        return self.function.scaling.sigma_data
+    def check(self, functions: Functions) -> None:
+        super().check(functions)
+        trigflow_scaling(functions.student)
+        demand_forward_derivatives(self, functions.student)
 
     def extras(self) -> Params:
         return {} if self.adaptive is None else self.adaptive.initialise()
 
     def __call__(
-        self, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = draws(keys)
         sigma = self.law(key_level)
-        t = trigflow_time(sigma, self.sigma_data)
-        noise = self.sigma_data * normal_per_image(key_noise, batch.images.shape[1:])
+        sigma_data = trigflow_scaling(functions.student).sigma_data
+        t = trigflow_time(sigma, sigma_data)
+        noise = sigma_data * normal_per_image(key_noise, batch.images.shape[1:])
         x_t = per_image(jnp.cos(t)) * batch.images + per_image(jnp.sin(t)) * noise
-        velocity = self.velocity(helpers, batch, x_t, t, noise)
+        velocity = self.velocity(functions, helpers, batch, x_t, t, noise)
         network_params = {name: branch for name, branch in params.items() if name != AdaptiveWeight.NAME}
-        field = trigflow_field(self.function, network_params, batch.labels, key_dropout)
+        field = trigflow_field(functions.student, network_params, batch.labels, key_dropout)
         log_weight = jnp.zeros_like(t)
         if self.adaptive is not None:
-            log_weight = self.adaptive(params, self.function.scaling.c_noise(sigma))
-        losses, tangent_norm = self.losses(field, x_t, t, velocity, self.warm_up(step), log_weight)
+            log_weight = self.adaptive(params, functions.student.scaling.c_noise(sigma))
+        losses, tangent_norm = self.losses(field, x_t, t, velocity, self.warm_up(step), log_weight, sigma_data)
         return losses, {"sigma": sigma, "tangent_norm": tangent_norm, "log_weight": log_weight}
 
     @abc.abstractmethod
-    def velocity(self, helpers: Helpers, batch: Batch, x_t: Images, t: Times, noise: Images) -> Images:
+    def velocity(
+        self, functions: Functions, helpers: Helpers, batch: Batch, x_t: Images, t: Times, noise: Images
+    ) -> Images:
         """dx_t / dt."""
 
     def losses(
-        self, field: Field, x_t: Images, t: Times, velocity: Images, warm_up: Rate | float, log_weight: Losses
+        self,
+        field: Field,
+        x_t: Images,
+        t: Times,
+        velocity: Images,
+        warm_up: Rate | float,
+        log_weight: Losses,
+        sigma_data: float = 0.5,
     ) -> tuple[Losses, Losses]:
         """Losses, and the root mean square of the tangent before it is normalised."""
-        prediction, tangent = self.tangent(field, x_t, t, velocity, warm_up)
+        prediction, tangent = self.tangent(field, x_t, t, velocity, warm_up, sigma_data)
         norm = jnp.sqrt(jnp.square(tangent).mean((1, 2, 3)))
         goal = jax.lax.stop_gradient(prediction + tangent / per_image(norm + self.regulariser))
         return jnp.exp(log_weight) * jnp.square(prediction - goal).mean((1, 2, 3)) - log_weight, norm
 
     def tangent(
-        self, field: Field, x_t: Images, t: Times, velocity: Images, warm_up: Rate | float
+        self,
+        field: Field,
+        x_t: Images,
+        t: Times,
+        velocity: Images,
+        warm_up: Rate | float,
+        sigma_data: float = 0.5,
     ) -> tuple[Images, Images]:
         """F, and g = cos t df/dt with its unstable part multiplied by `warm_up` (sCM, eq. 6).
 
         g = -cos^2 t (s F^- - dx/dt) - r (cos t sin t x_t + s J), where J is F's derivative along
         cos t sin t (dx/dt / s, 1) and s = sigma_data: the product with cos t sin t keeps it of order 1 at every t.
         """
-        s, cos, sin = self.sigma_data, jnp.cos(t), jnp.sin(t)
+        s, cos, sin = sigma_data, jnp.cos(t), jnp.sin(t)
         directions = (per_image(cos * sin) * velocity / s, cos * sin)
         prediction, derivative = jax.jvp(field, (x_t / s, t), directions)
         tangent = -per_image(cos**2) * (s * prediction - velocity) - warm_up * (
@@ -127,8 +145,10 @@ class _ContinuousTime(Objective):
 class ContinuousTraining(_ContinuousTime):
     """sCT: dx_t / dt = v_t = cos t sigma_data z - sin t x_0, from data alone."""
 
-    def velocity(self, helpers: Helpers, batch: Batch, x_t: Images, t: Times, noise: Images) -> Images:
-        del helpers, x_t
+    def velocity(
+        self, functions: Functions, helpers: Helpers, batch: Batch, x_t: Images, t: Times, noise: Images
+    ) -> Images:
+        del functions, helpers, x_t
         return per_image(jnp.cos(t)) * noise - per_image(jnp.sin(t)) * batch.images
 
 
@@ -136,23 +156,23 @@ class ContinuousTraining(_ContinuousTime):
 class ContinuousDistillation(_ContinuousTime):
     """sCD: dx_t / dt = sigma_data F_teacher(x_t / sigma_data, t), along the teacher's probability flow."""
 
-    teacher: ConsistencyFunction = dataclasses.field(kw_only=True)
-
     has_teacher: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_scaling(self.teacher, "The teacher")
-        if self.teacher.scaling.sigma_data != self.sigma_data:
-            raise InputError(
-                f"Student and teacher must agree on sigma_data; got {self.sigma_data} and "
-                f"{self.teacher.scaling.sigma_data}."
-            )
+    def check(self, functions: Functions) -> None:
+        super().check(functions)
+        if functions.teacher is None:
+            return
+        ours, theirs = (trigflow_scaling(f).sigma_data for f in (functions.student, functions.teacher))
+        if ours != theirs:
+            raise InputError(f"Student and teacher must agree on sigma_data; got {ours} and {theirs}.")
 
-    def velocity(self, helpers: Helpers, batch: Batch, x_t: Images, t: Times, noise: Images) -> Images:
+    def velocity(
+        self, functions: Functions, helpers: Helpers, batch: Batch, x_t: Images, t: Times, noise: Images
+    ) -> Images:
         del noise
-        field = trigflow_field(self.teacher, self.teacher_params(helpers), batch.labels)
-        return self.sigma_data * field(x_t / self.sigma_data, t)
+        teacher, teacher_params = self.teacher(functions, helpers)
+        sigma_data = trigflow_scaling(teacher).sigma_data
+        return sigma_data * trigflow_field(teacher, teacher_params, batch.labels)(x_t / sigma_data, t)
 
 
 def trigflow_field(
@@ -161,15 +181,17 @@ def trigflow_field(
     """TrigFlow's F(x_t / sigma_data, t), which is minus the raw network at c_noise(sigma_data tan t)."""
 
     def field(u: Images, t: Times) -> Images:
-        sigma: Sigmas = sigma_at_trigflow_time(t, function.scaling.sigma_data)
+        sigma: Sigmas = sigma_at_trigflow_time(t, trigflow_scaling(function).sigma_data)
         return -function.network.predict(params, u, function.scaling.c_noise(sigma), labels, dropout_keys)
 
     return field
 
 
-def _check_scaling(function: ConsistencyFunction, name: str) -> None:
+def trigflow_scaling(function: ConsistencyFunction) -> EDMScaling:
+    """The scaling of a student or teacher. Raises InputError where it is none of TrigFlow's."""
     if not isinstance(function.scaling, EDMScaling):
         raise InputError(
-            f"{name} of a continuous-time objective has {type(function.scaling).__name__}: TrigFlow needs f(x, 0) = x. "
-            "Use EDMScaling (to continue from an EDM denoiser) or TrigFlowScaling."
+            f"A continuous-time objective was given {type(function.scaling).__name__}: TrigFlow needs f(x, 0) = x. "
+            "Use EDMScaling (to continue from an EDM denoiser) or TrigFlowScaling, for student and teacher alike."
         )
+    return function.scaling

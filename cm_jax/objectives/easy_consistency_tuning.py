@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from cm_jax.arrays import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
-from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import ShrinkingGap, Step
 from cm_jax.distances import Distance, PseudoHuber
 from cm_jax.noise_laws import LogNormal
-from cm_jax.objectives.base import Batch, Helpers, Losses, Metrics, Objective, draws
+from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective, draws
 from cm_jax.weightings import InverseGap, Weighting
 
 
@@ -23,7 +22,6 @@ class EasyConsistencyTuning(Objective):
     with its own EDM scalings.
     """
 
-    function: ConsistencyFunction
     law: LogNormal = LogNormal(-1.1, 2.0)
     gap: ShrinkingGap = ShrinkingGap()
     weighting: Weighting = InverseGap()
@@ -32,20 +30,28 @@ class EasyConsistencyTuning(Objective):
     has_target: ClassVar[bool] = True
 
     def __call__(
-        self, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = draws(keys)
         t = self.law(key_level)
         r = self.gap(t, step)
         noise = normal_per_image(key_noise, batch.images.shape[1:])
         target_params = params if helpers.target is None else helpers.target
-        student = self.function.denoiser(params, batch.labels, key_dropout)
-        target = self.function.denoiser(target_params, batch.labels, key_dropout)
-        return self.losses(student, target, batch.images, t, r, noise), {"sigma": t, "ratio": r / t}
+        student = functions.student.denoiser(params, batch.labels, key_dropout)
+        target = functions.student.denoiser(target_params, batch.labels, key_dropout)
+        losses = self.losses(student, target, batch.images, t, r, noise, helpers.perceptual)
+        return losses, {"sigma": t, "ratio": r / t}
 
     def losses(
-        self, student: Denoiser, target: Denoiser, images: Images, t: Sigmas, r: Sigmas, noise: Images
+        self,
+        student: Denoiser,
+        target: Denoiser,
+        images: Images,
+        t: Sigmas,
+        r: Sigmas,
+        noise: Images,
+        perceptual: Params | None = None,
     ) -> Losses:
         ahead = student(images + per_image(t) * noise, t)
         behind = jnp.where(per_image(r) > 0, target(images + per_image(r) * noise, r), images)
-        return self.weighting(t, r) * self.distance(ahead, jax.lax.stop_gradient(behind))
+        return self.weighting(t, r) * self.distance.with_weights(perceptual)(ahead, jax.lax.stop_gradient(behind))

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from cm_jax.arrays import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
-from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import Curriculum, Halving, Step
 from cm_jax.distances import Distance, Squared
 from cm_jax.noise_laws import IndexLaw, UniformIndex
 from cm_jax.noise_levels import KarrasCurve
-from cm_jax.objectives.base import Batch, Helpers, Losses, Metrics, Objective, draws
-from cm_jax.objectives.teacher_steps import euler_step
+from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective, draws
+from cm_jax.objectives.teacher_steps import EulerStep
 from cm_jax.weightings import TruncatedSNR, Weighting
 
 
@@ -25,8 +24,6 @@ class ProgressiveDistillation(Objective):
     hands over its parameters.
     """
 
-    function: ConsistencyFunction
-    teacher: ConsistencyFunction
     curriculum: Curriculum = Halving()
     """N(k) counts steps here, not levels: the grid has N + 1 levels."""
     curve: KarrasCurve = KarrasCurve()
@@ -35,18 +32,21 @@ class ProgressiveDistillation(Objective):
     distance: Distance = Squared()
 
     has_teacher: ClassVar[bool] = True
+    makes_denoiser: ClassVar[bool] = True
+    hands_over: ClassVar[bool] = True
 
     def __call__(
-        self, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = draws(keys)
         levels = self.curriculum(step) + 1
         index = self.law(key_level, self.curve, levels)
         t, middle, r = (self.curve.sigma(index + ahead, levels) for ahead in (0, 0.5, 1))
         noise = normal_per_image(key_noise, batch.images.shape[1:])
-        student = self.function.denoiser(params, batch.labels, key_dropout)
-        teacher = self.teacher.denoiser(self.teacher_params(helpers), batch.labels)
-        losses = self.losses(student, teacher, batch.images, t, middle, r, noise)
+        student = functions.student.denoiser(params, batch.labels, key_dropout)
+        teacher, teacher_params = self.teacher(functions, helpers)
+        denoiser = teacher.denoiser(teacher_params, batch.labels)
+        losses = self.losses(student, denoiser, batch.images, t, middle, r, noise, helpers.perceptual)
         return losses, {"sigma": t, "levels": jnp.full_like(t, levels)}
 
     def losses(
@@ -58,8 +58,10 @@ class ProgressiveDistillation(Objective):
         middle: Sigmas,
         r: Sigmas,
         noise: Images,
+        perceptual: Params | None = None,
     ) -> Losses:
         x_t = images + per_image(t) * noise
-        x_r = euler_step(teacher, euler_step(teacher, x_t, t, middle), middle, r)
+        euler = EulerStep()
+        x_r = euler(teacher, euler(teacher, x_t, t, middle), middle, r)
         clean = jax.lax.stop_gradient(x_t - per_image(t / (r - t)) * (x_r - x_t))
-        return self.weighting(t, r) * self.distance(student(x_t, t), clean)
+        return self.weighting(t, r) * self.distance.with_weights(perceptual)(student(x_t, t), clean)

@@ -1,11 +1,16 @@
 """Single steps of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma, every image at its own levels."""
 
-from collections.abc import Callable
+import abc
+import dataclasses
 
 from cm_jax.arrays import Denoiser, Images, Sigmas, per_image
 
-Solver = Callable[[Denoiser, Images, Sigmas, Sigmas], Images]
-"""(teacher, x_t, t, r) -> x_r."""
+
+class TeacherStep(abc.ABC):
+    """(teacher, x_t, t, r) -> x_r."""
+
+    @abc.abstractmethod
+    def __call__(self, teacher: Denoiser, x: Images, t: Sigmas, r: Sigmas) -> Images: ...
 
 
 def slope(teacher: Denoiser, x: Images, t: Sigmas) -> Images:
@@ -13,13 +18,19 @@ def slope(teacher: Denoiser, x: Images, t: Sigmas) -> Images:
     return (x - teacher(x, t)) / per_image(t)
 
 
-def euler_step(teacher: Denoiser, x: Images, t: Sigmas, r: Sigmas) -> Images:
+@dataclasses.dataclass(frozen=True)
+class EulerStep(TeacherStep):
     """First order, one call of the teacher: x + (r - t) dx/dt."""
-    return x + per_image(r - t) * slope(teacher, x, t)
+
+    def __call__(self, teacher: Denoiser, x: Images, t: Sigmas, r: Sigmas) -> Images:
+        return x + per_image(r - t) * slope(teacher, x, t)
 
 
-def heun_step(teacher: Denoiser, x: Images, t: Sigmas, r: Sigmas) -> Images:
+@dataclasses.dataclass(frozen=True)
+class HeunStep(TeacherStep):
     """Second order, two calls: the mean of the slopes at both ends (CM, appendix C)."""
-    first = slope(teacher, x, t)
-    second = slope(teacher, x + per_image(r - t) * first, r)
-    return x + per_image(r - t) * (first + second) / 2
+
+    def __call__(self, teacher: Denoiser, x: Images, t: Sigmas, r: Sigmas) -> Images:
+        first = slope(teacher, x, t)
+        second = slope(teacher, x + per_image(r - t) * first, r)
+        return x + per_image(r - t) * (first + second) / 2

@@ -1,6 +1,7 @@
 """What must hold of the objectives: exact solutions have no loss, derivatives are derivatives, images stand alone."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from cm_jax.arrays import per_image
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import Constant, Doubling, Halving, Progressive, ShrinkingGap
-from cm_jax.distances import PseudoHuber
+from cm_jax.distances import Distance, PseudoHuber, Resized, Squared
 from cm_jax.errors import InputError
 from cm_jax.networks import Network
 from cm_jax.noise_laws import CappedInterval, DiscreteLogNormal, SortedInterval
@@ -25,14 +26,16 @@ from cm_jax.objectives import (
     ContinuousTraining,
     Denoising,
     EasyConsistencyTuning,
+    EulerStep,
+    Functions,
     Helpers,
+    HeunStep,
     MeanFlow,
     ProgressiveDistillation,
 )
 from cm_jax.objectives.base import draws
 from cm_jax.objectives.continuous_time import trigflow_field
-from cm_jax.objectives.teacher_steps import euler_step, heun_step
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, Scaling, TrigFlowScaling
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling, FlowScaling, Scaling, TrigFlowScaling
 from cm_jax.weightings import InverseGap
 from tests.support import SMALL, gaussian_denoiser, random_params, relative
 
@@ -48,7 +51,9 @@ class Tiny:
     image_shape: tuple[int, int, int] = SHAPE[1:]
     classes: int | None = 5
 
-    def predict(self, params, x, c_noise, labels=None, dropout_keys=None):
+    def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
+        if length is not None:
+            c_noise = 300 * c_noise + 200 * length
         clock = jnp.stack([jnp.sin(c_noise / 300), jnp.cos(c_noise / 300), c_noise / 1000], axis=-1)
         hidden = jnp.tanh(x @ params["mix"] + (clock @ params["clock"] + params["table"][labels])[:, None, None])
         if dropout_keys is not None and self.dropout:
@@ -72,27 +77,35 @@ class Tiny:
         return self
 
 
-def average_velocity(params, z, t, length, labels, dropout_keys):
-    """A network with two clocks."""
-    return Tiny().predict(params, z, 300 * t + 200 * length, labels, dropout_keys)
-
-
 EDM = ConsistencyFunction(Tiny(), EDMScaling())
 BOUNDARY = ConsistencyFunction(Tiny(), BoundaryScaling())
+TRIGFLOW = ConsistencyFunction(Tiny(), TrigFlowScaling(time_factor=300.0))
+FLOW = ConsistencyFunction(Tiny(), FlowScaling())
 OBJECTIVES = {
-    "denoising": Denoising(EDM),
-    "cd": ConsistencyDistillation(BOUNDARY, EDM),
-    "cd, euler": ConsistencyDistillation(BOUNDARY, EDM, solver=euler_step, curriculum=Constant(18)),
-    "ct": ConsistencyTraining(BOUNDARY),
-    "ict": ConsistencyTraining(
-        BOUNDARY, Doubling(), law=DiscreteLogNormal(), weighting=InverseGap(), distance=PseudoHuber()
-    ),
-    "ect": EasyConsistencyTuning(EDM),
-    "progressive": ProgressiveDistillation(EDM, EDM, Halving(64, 100)),
-    "sct": ContinuousTraining(ConsistencyFunction(Tiny(), TrigFlowScaling(time_factor=300.0))),
-    "scd": ContinuousDistillation(EDM, teacher=EDM, adaptive=AdaptiveWeight(16)),
-    "meanflow": MeanFlow(average_velocity),
-    "meanflow, capped": MeanFlow(average_velocity, CappedInterval(), power=0.75, epsilon=1e-3),
+    "denoising": Denoising(),
+    "cd": ConsistencyDistillation(),
+    "cd, euler": ConsistencyDistillation(solver=EulerStep(), curriculum=Constant(18)),
+    "ct": ConsistencyTraining(),
+    "ict": ConsistencyTraining(Doubling(), law=DiscreteLogNormal(), weighting=InverseGap(), distance=PseudoHuber()),
+    "ect": EasyConsistencyTuning(),
+    "progressive": ProgressiveDistillation(Halving(64, 100)),
+    "sct": ContinuousTraining(),
+    "scd": ContinuousDistillation(adaptive=AdaptiveWeight(16)),
+    "meanflow": MeanFlow(),
+    "meanflow, capped": MeanFlow(CappedInterval(), power=0.75, epsilon=1e-3),
+}
+FUNCTIONS = {
+    "denoising": Functions(EDM),
+    "cd": Functions(BOUNDARY, EDM),
+    "cd, euler": Functions(BOUNDARY, EDM),
+    "ct": Functions(BOUNDARY),
+    "ict": Functions(BOUNDARY),
+    "ect": Functions(EDM),
+    "progressive": Functions(EDM, EDM),
+    "sct": Functions(TRIGFLOW),
+    "scd": Functions(EDM, EDM),
+    "meanflow": Functions(FLOW),
+    "meanflow, capped": Functions(FLOW),
 }
 PARAMS, OTHER = (Tiny().initialise(jax.random.key(seed)) for seed in (1, 2))
 HELPERS = Helpers(target=OTHER, teacher=Tiny().initialise(jax.random.key(3)))
@@ -117,10 +130,10 @@ def test_the_tiny_network_is_a_network():
 def test_images_stand_alone(name):
     """Losses and metrics of an image do not depend on its neighbours, so devices do not matter."""
     objective = OBJECTIVES[name]
-    whole = objective(everything(objective), HELPERS, BATCH, KEYS, LATE)
+    whole = objective(FUNCTIONS[name], everything(objective), HELPERS, BATCH, KEYS, LATE)
     order = jnp.array([4, 1])
     part = Batch(BATCH.images[order], BATCH.labels[order])
-    alone = objective(everything(objective), HELPERS, part, KEYS[order], LATE)
+    alone = objective(FUNCTIONS[name], everything(objective), HELPERS, part, KEYS[order], LATE)
     assert whole[0].shape == (SHAPE[0],)
     assert jnp.isfinite(whole[0]).all()
     assert len(np.unique(whole[0])) == SHAPE[0]
@@ -138,7 +151,7 @@ def test_only_the_student_is_trained_and_all_of_it(name):
     objective = OBJECTIVES[name]
 
     def mean_loss(params, helpers):
-        return objective(params, helpers, BATCH, KEYS, LATE)[0].mean()
+        return objective(FUNCTIONS[name], params, helpers, BATCH, KEYS, LATE)[0].mean()
 
     ours, theirs = jax.grad(mean_loss, argnums=(0, 1))(everything(objective), HELPERS)
     assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(ours))
@@ -150,7 +163,7 @@ def test_what_an_objective_says_it_uses_is_what_it_uses(name):
     objective = OBJECTIVES[name]
 
     def losses(helpers):
-        return objective(everything(objective), helpers, BATCH, KEYS, LATE)[0]
+        return objective(FUNCTIONS[name], everything(objective), helpers, BATCH, KEYS, LATE)[0]
 
     with_target = losses(HELPERS)
     assert np.array_equal(losses(HELPERS._replace(target=None)), with_target) != objective.has_target
@@ -159,6 +172,8 @@ def test_what_an_objective_says_it_uses_is_what_it_uses(name):
         assert not np.array_equal(losses(HELPERS._replace(teacher=OTHER)), with_target)
         with pytest.raises(InputError, match="needs a teacher"):
             losses(Helpers())
+        with pytest.raises(InputError, match="needs a teacher"):
+            objective.check(dataclasses.replace(FUNCTIONS[name], teacher=None))
     else:
         np.testing.assert_array_equal(losses(HELPERS._replace(teacher=None)), with_target)
 
@@ -166,22 +181,26 @@ def test_what_an_objective_says_it_uses_is_what_it_uses(name):
 @pytest.mark.parametrize("name", ["ct", "ict", "ect", "progressive", "sct"])
 def test_a_curriculum_compiles_once(name):
     objective = OBJECTIVES[name]
-    compiled = jax.jit(lambda objective, step: objective(PARAMS, HELPERS, BATCH, KEYS, step)[0], static_argnums=0)
-    equal = dataclasses.replace(objective)
-    seen = {float(compiled(equal, step).sum()) for step in (0, 1, 120, 5_000, 60_000, 799_999)}
-    compiled(objective, 0)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def compiled(objective, functions, step):
+        return objective(functions, PARAMS, HELPERS, BATCH, KEYS, step)[0]
+
+    equal = dataclasses.replace(objective), dataclasses.replace(FUNCTIONS[name])
+    seen = {float(compiled(*equal, step).sum()) for step in (0, 1, 120, 5_000, 60_000, 799_999)}
+    compiled(objective, FUNCTIONS[name], 0)
     assert len(seen) > 1
     assert compiled._cache_size() == 1
 
 
 def test_consistency_training_at_3_18_and_151_levels_compiles_once():
     objective = dataclasses.replace(OBJECTIVES["ct"], curriculum=Progressive(2, 150, 800_000))
-    compiled = jax.jit(lambda step: objective(PARAMS, HELPERS, BATCH, KEYS, step))
+    compiled = jax.jit(lambda step: objective(FUNCTIONS["ct"], PARAMS, HELPERS, BATCH, KEYS, step))
     for step, levels in ((1, 3), (11_000, 18), (800_000, 151)):
         losses, metrics = compiled(step)
         fixed = dataclasses.replace(objective, curriculum=Constant(levels))
         np.testing.assert_array_equal(metrics["levels"], levels)
-        np.testing.assert_allclose(losses, fixed(PARAMS, HELPERS, BATCH, KEYS, 0)[0], rtol=1e-4)
+        np.testing.assert_allclose(losses, fixed(FUNCTIONS["ct"], PARAMS, HELPERS, BATCH, KEYS, 0)[0], rtol=1e-4)
     assert compiled._cache_size() == 1
 
 
@@ -205,12 +224,11 @@ class OnlyRaw(Scaling):
 @pytest.mark.parametrize("kind", [ConsistencyTraining, EasyConsistencyTuning, ConsistencyDistillation])
 def test_a_pair_shares_its_dropout(kind):
     """Where the network sees neither image nor level, only its mask could make a difference."""
-    function = ConsistencyFunction(Tiny(dropout=0.5), OnlyRaw())
-    teacher = {"teacher": EDM} if kind is ConsistencyDistillation else {}
-    losses, metrics = kind(function, **teacher)(PARAMS, HELPERS._replace(target=None), BATCH, KEYS, LATE)
+    functions = Functions(ConsistencyFunction(Tiny(dropout=0.5), OnlyRaw()), EDM)
+    losses, metrics = kind()(functions, PARAMS, HELPERS._replace(target=None), BATCH, KEYS, LATE)
     assert (metrics.get("ratio", jnp.ones(1)) > 0).all()
     np.testing.assert_array_equal(losses, np.zeros(SHAPE[0]))
-    other, _ = kind(function, **teacher)(PARAMS, HELPERS, BATCH, KEYS, LATE)
+    other, _ = kind()(functions, PARAMS, HELPERS, BATCH, KEYS, LATE)
     assert (other > 0).all()
 
 
@@ -248,11 +266,11 @@ def test_where_r_is_zero_tuning_is_denoising():
     objective, t = OBJECTIVES["ect"], jnp.full(SHAPE[0], 0.3)
     student = EDM.denoiser(PARAMS, BATCH.labels)
     tuning = objective.losses(student, lambda x, sigma: jnp.nan * x, BATCH.images, t, 0 * t, NOISE)
-    denoising = Denoising(EDM, weighting=InverseGap(), distance=PseudoHuber(0.0))
+    denoising = Denoising(weighting=InverseGap(), distance=PseudoHuber(0.0))
     np.testing.assert_allclose(tuning, denoising.losses(student, BATCH.images, t, NOISE), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(euler_step, 2), (heun_step, 3)])
+@pytest.mark.parametrize(("solver", "order"), [(EulerStep(), 2), (HeunStep(), 3)])
 def test_the_exact_gaussian_function_has_a_distillation_loss_of_the_solvers_order(solver, order):
     """A solver of order p errs by h^(p + 1) in one step; distances are norms, in double precision."""
 
@@ -260,7 +278,7 @@ def test_the_exact_gaussian_function_has_a_distillation_loss_of_the_solvers_orde
         return x * per_image(jnp.sqrt((0.25 + 0.002**2) / (0.25 + sigma**2)))
 
     with jax.enable_x64(True):
-        objective = ConsistencyDistillation(BOUNDARY, EDM, solver=solver, distance=PseudoHuber(0.0))
+        objective = ConsistencyDistillation(solver=solver, distance=PseudoHuber(0.0))
         images, noise = jnp.asarray(BATCH.images, jnp.float64), jnp.asarray(NOISE, jnp.float64)
         losses = []
         for levels in (81, 161, 321, 641):
@@ -346,7 +364,7 @@ def test_training_and_distillation_agree_on_one_image():
     t = jnp.concatenate([t, t[:1]])
     x_t = per_image(jnp.cos(t)) * BATCH.images + per_image(jnp.sin(t)) * noise
     exact = (per_image(jnp.cos(t)) * x_t - BATCH.images) / per_image(0.5 * jnp.sin(t))
-    np.testing.assert_allclose(0.5 * exact, SCT.velocity(HELPERS, BATCH, x_t, t, noise), atol=2e-5)
+    np.testing.assert_allclose(0.5 * exact, SCT.velocity(FUNCTIONS["sct"], HELPERS, BATCH, x_t, t, noise), atol=2e-5)
 
 
 @pytest.mark.parametrize("scaling", [EDMScaling(), TrigFlowScaling(time_factor=300.0)])
@@ -388,7 +406,7 @@ def test_the_mean_flow_target_is_v_minus_length_times_the_derivative(power):
         derivative = (along(1e-5) - along(-1e-5)) / 2e-5
         goal = (noise - images) - per_image(t - r) * derivative
         errors = jnp.square(along(0.0) - goal).sum((1, 2, 3))
-        objective = MeanFlow(average_velocity, power=power)
+        objective = MeanFlow(power=power)
         np.testing.assert_allclose(objective.errors(u, images, t, r, noise), errors, rtol=1e-7)
         np.testing.assert_allclose(
             objective.losses(u, images, t, r, noise), errors / (errors + 0.01) ** power, rtol=1e-7
@@ -433,8 +451,8 @@ def test_what_the_adaptive_weight_adds_to_the_parameters():
     extras = objective.extras()
     assert set(extras) == {AdaptiveWeight.NAME}
     assert AdaptiveWeight.NAME not in SMALL.shapes()
-    fresh, _ = objective(PARAMS | extras, HELPERS, BATCH, KEYS, LATE)
-    without, _ = dataclasses.replace(objective, adaptive=None)(PARAMS, HELPERS, BATCH, KEYS, LATE)
+    fresh, _ = objective(FUNCTIONS["scd"], PARAMS | extras, HELPERS, BATCH, KEYS, LATE)
+    without, _ = dataclasses.replace(objective, adaptive=None)(FUNCTIONS["scd"], PARAMS, HELPERS, BATCH, KEYS, LATE)
     np.testing.assert_array_equal(fresh, without)
     assert OBJECTIVES["ct"].extras() == {}
 
@@ -442,14 +460,60 @@ def test_what_the_adaptive_weight_adds_to_the_parameters():
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (lambda: ContinuousTraining(BOUNDARY), "BoundaryScaling"),
-        (lambda: ContinuousDistillation(EDM, teacher=BOUNDARY), "The teacher"),
-        (lambda: ContinuousDistillation(EDM, teacher=ConsistencyFunction(Tiny(), EDMScaling(0.2))), "sigma_data"),
-        (lambda: ContinuousTraining(ConsistencyFunction(SMALL, EDMScaling())), 'attention="plain"'),
-        (lambda: ContinuousTraining(EDM, regulariser=0.0), "must be positive"),
-        (lambda: MeanFlow(average_velocity, epsilon=0.0), "epsilon > 0"),
+        (lambda: ContinuousTraining(regulariser=0.0), "must be positive"),
+        (lambda: MeanFlow(epsilon=0.0), "epsilon > 0"),
     ],
 )
 def test_impossible_objectives_are_refused(make, wanted):
     with pytest.raises(InputError, match=wanted):
         make()
+
+
+def edm(network):
+    return ConsistencyFunction(network, EDMScaling())
+
+
+@pytest.mark.parametrize(
+    ("objective", "functions", "wanted"),
+    [
+        (ContinuousTraining(), Functions(BOUNDARY), "BoundaryScaling"),
+        (ContinuousTraining(), Functions(edm(SMALL)), 'attention="plain"'),
+        (ContinuousDistillation(), Functions(EDM, BOUNDARY), "BoundaryScaling.* and teacher alike"),
+        (ContinuousDistillation(), Functions(EDM, ConsistencyFunction(Tiny(), EDMScaling(0.2))), "sigma_data"),
+        (ConsistencyDistillation(), Functions(BOUNDARY, edm(Tiny(classes=3))), "same images and classes"),
+        (ProgressiveDistillation(), Functions(EDM, edm(Tiny(image_shape=(8, 8, 3)))), "same images and classes"),
+        (MeanFlow(), Functions(EDM), "needs FlowScaling"),
+    ],
+)
+def test_functions_that_an_objective_cannot_train_are_refused(objective, functions, wanted):
+    with pytest.raises(InputError, match=wanted):
+        objective.check(functions)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_has_defaults_and_accepts_what_it_can_train(name):
+    assert hash(type(OBJECTIVES[name])()) == hash(type(OBJECTIVES[name])())
+    OBJECTIVES[name].check(FUNCTIONS[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighed(Distance):
+    """A distance with weights of its own."""
+
+    weight: Any = None
+
+    def __call__(self, x, y):
+        return self.weight * Squared()(x, y)
+
+    def with_weights(self, params):
+        return Weighed(params["weight"])
+
+
+@pytest.mark.parametrize("name", ["denoising", "cd", "ct", "ect", "progressive"])
+@pytest.mark.parametrize("distance", [Weighed(), Resized(Weighed(), 4)])
+def test_the_weights_of_a_distance_come_with_the_helpers(name, distance):
+    def losses(distance, perceptual):
+        objective = dataclasses.replace(OBJECTIVES[name], distance=distance)
+        return objective(FUNCTIONS[name], PARAMS, HELPERS._replace(perceptual=perceptual), BATCH, KEYS, LATE)[0]
+
+    np.testing.assert_allclose(losses(distance, {"weight": 3.0}), 3 * losses(Squared(), None), rtol=1e-6)

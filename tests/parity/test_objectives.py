@@ -73,18 +73,18 @@ def losses_and_gradients(kind, params, images, labels, noise, place, levels, wei
         target = consistency.denoiser(params["target"], labels)
         teacher = edm.denoiser(params["teacher"], labels)
         if kind == "edm":
-            return Denoising(edm, **chosen).losses(edm.denoiser(student_params, labels), images, place, noise)
+            return Denoising(**chosen).losses(edm.denoiser(student_params, labels), images, place, noise)
         if kind == "progdist":
             t, middle, r = (CURVE.sigma(place + ahead, levels + 1) for ahead in (0, 0.5, 1))
             student = edm.denoiser(student_params, labels)
-            objective = ProgressiveDistillation(edm, edm, **chosen)
+            objective = ProgressiveDistillation(**chosen)
             return objective.losses(student, teacher, images, t, middle, r, noise)
         student = consistency.denoiser(student_params, labels)
         t, r = CURVE.sigma(place, levels), CURVE.sigma(place + 1, levels)
         if kind == "cd":
-            objective = ConsistencyDistillation(consistency, edm, **chosen)
+            objective = ConsistencyDistillation(**chosen)
             return objective.losses(student, target, teacher, images, t, r, noise)
-        return ConsistencyTraining(consistency, **chosen).losses(student, target, images, t, r, noise)
+        return ConsistencyTraining(**chosen).losses(student, target, images, t, r, noise)
 
     def mean_loss(student_params):
         each = losses(student_params)
@@ -158,8 +158,6 @@ TOY_STUDENT, TOY_TARGET = _linear(BoundaryScaling(), 0.3, 0.001), _linear(Bounda
 TOY_TEACHER, TOY_EDM_STUDENT = _linear(EDMScaling(), 0.31, 0.0009), _linear(EDMScaling(), 0.3, 0.001)
 TOY_IMAGES, TOY_NOISE = _pattern((4, 3, 8, 8), 43, 83), np.float32(1.7) * _pattern((4, 3, 8, 8), 29, 79)
 TOY_INDEX = np.array([0, 3, 6, 8])
-UNUSED = ConsistencyFunction(adm_golden("class_cond")[0], EDMScaling())
-"""The cores of the objectives never look at their own networks."""
 
 
 @pytest.mark.parametrize(
@@ -189,17 +187,15 @@ def test_linear_networks_consistency_losses(distance, weighting, distilled, trai
     chosen = {"distance": DISTANCES[distance], "weighting": WEIGHTINGS[weighting]}
     t, r = (jnp.asarray(CURVE.sigma(TOY_INDEX + ahead, 10), jnp.float32) for ahead in (0, 1))
     images, noise = jnp.asarray(TOY_IMAGES), jnp.asarray(TOY_NOISE)
-    losses = ConsistencyDistillation(UNUSED, UNUSED, **chosen).losses(
-        TOY_STUDENT, TOY_TARGET, TOY_TEACHER, images, t, r, noise
-    )
+    losses = ConsistencyDistillation(**chosen).losses(TOY_STUDENT, TOY_TARGET, TOY_TEACHER, images, t, r, noise)
     np.testing.assert_allclose(losses, np.array(distilled.split(), float), rtol=LOSS_BOUND)
-    losses = ConsistencyTraining(UNUSED, **chosen).losses(TOY_STUDENT, TOY_TARGET, images, t, r, noise)
+    losses = ConsistencyTraining(**chosen).losses(TOY_STUDENT, TOY_TARGET, images, t, r, noise)
     np.testing.assert_allclose(losses, np.array(trained.split(), float), rtol=LOSS_BOUND)
 
 
 def test_linear_networks_progressive_distillation_loss():
     t, middle, r = (jnp.asarray(CURVE.sigma(TOY_INDEX + ahead, 11), jnp.float32) for ahead in (0, 0.5, 1))
-    objective = ProgressiveDistillation(UNUSED, UNUSED, weighting=Uniform())
+    objective = ProgressiveDistillation(weighting=Uniform())
     losses = objective.losses(
         TOY_EDM_STUDENT, TOY_TEACHER, jnp.asarray(TOY_IMAGES), t, middle, r, jnp.asarray(TOY_NOISE)
     )
@@ -215,7 +211,7 @@ def test_linear_networks_progressive_distillation_loss():
 )
 def test_linear_networks_denoising_loss(weighting, recorded):
     sigma = jnp.array([0.1, 0.5, 2, 20])
-    losses = Denoising(UNUSED, weighting=weighting).losses(
+    losses = Denoising(weighting=weighting).losses(
         TOY_EDM_STUDENT, jnp.asarray(TOY_IMAGES), sigma, jnp.asarray(TOY_NOISE)
     )
     np.testing.assert_allclose(losses, recorded, rtol=LOSS_BOUND)

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
@@ -23,14 +23,6 @@ O = TypeVar("O")  # noqa: E741
 
 _ABOUT_KINDS = """Where an option's choices are kinds of a part, another kind comes with its own defaults, and with its
 own options in place of the old one's, in any order on the line; --help after it shows them."""
-
-
-class Command(NamedTuple, Generic[T, O]):
-    """What was asked for."""
-
-    preset: str
-    settings: T
-    options: O
 
 
 class Place(NamedTuple):
@@ -59,8 +51,11 @@ class Place(NamedTuple):
         return isinstance(self.holder, dict) and self.key not in self.holder
 
 
-def parse(presets: Mapping[str, T | Callable[[], T]], options: O, prog: str, arguments: Sequence[str]) -> Command[T, O]:
-    """Settings from a preset and the options after it; `options` are plain fields that are none of the settings.
+def parse(
+    presets: Mapping[str, T | Callable[[], T]], options: O, prog: str, arguments: Sequence[str]
+) -> tuple[str, T, O]:
+    """(preset, settings, options): the settings of a preset, and `options`, which are no part of them, as the words of
+    the command line change them.
 
     A preset is an instance of a frozen dataclass, or a function that makes one; its docstring is its help. Raises
     InputError for anything that cannot be; prints and exits where help is wanted.
@@ -83,7 +78,7 @@ def parse(presets: Mapping[str, T | Callable[[], T]], options: O, prog: str, arg
     given: Any = parsed(form, f"{prog} {name}", words, flags=flags, description=description)
     _fill(extras, type(options), given.options)
     _fill(tree, type(settings), given.settings)
-    return Command(name, decode(tree, type(settings)), decode(extras, type(options)))
+    return name, decode(tree, type(settings)), decode(extras, type(options))
 
 
 def _places(part: dict[str, Any], kind: type, above: tuple[str, ...] = ()) -> Iterator[Place]:

@@ -22,7 +22,8 @@ T = TypeVar("T")
 O = TypeVar("O")  # noqa: E741
 
 _ABOUT_KINDS = """Where an option's choices are kinds of a part, another kind comes with its own defaults, and with its
-own options in place of the old one's, in any order on the line; --help after it shows them."""
+own options in place of the old one's, in any order on the line; the kind that is there already keeps its values.
+--help after such an option shows what it brings."""
 
 
 class Place(NamedTuple):

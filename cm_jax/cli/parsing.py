@@ -75,9 +75,10 @@ def unknown_option(flag: str, flags: Sequence[str]) -> InputError:
     def likeness(known: str) -> float:
         parts = known[2:].split(".")
         ends = (".".join(parts[start:]) for start in range(len(parts)))
-        return max(difflib.SequenceMatcher(None, flag.lstrip("-"), end).ratio() for end in ends)
+        return max(difflib.SequenceMatcher(None, word, end).ratio() for end in ends for word in words)
 
     flag = flag.partition("=")[0].replace("_", "-")
+    words = {flag.lstrip("-"), flag.lstrip("-").replace("no-", "", 1)}
     scores = {known: likeness(known) for known in flags}
     best = max(scores.values(), default=0)
     close = [known for known, score in scores.items() if score == best >= 0.6][:3]

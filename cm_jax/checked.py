@@ -54,7 +54,8 @@ def checked(value: Any, hint: Any, place: str) -> Any:
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31:
             return value
-        wanted = "a whole number"
+        large = isinstance(value, int) and abs(value) >= 2**31
+        wanted = "a whole number" + (" of less than 2^31" if large else "")
     else:
         assert hint is float, f"no check for {hint}"
         number = isinstance(value, int | float) and not isinstance(value, bool)

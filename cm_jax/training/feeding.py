@@ -28,9 +28,7 @@ def dispatches(
     if resident:
         assert isinstance(dataset, InMemory)
         share = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
-        singles = (
-            RawBatch(numbers=dataset.indices(batch_size, seed, number)[share]) for number in range(start, stop)
-        )
+        singles = (RawBatch(numbers=dataset.indices(batch_size, seed, number)[share]) for number in range(start, stop))
     else:
         read = dataset.batches(batch_size, seed, start, host, hosts)
         singles = (RawBatch(batch.images, batch.labels if labelled else None) for batch in read)

@@ -14,9 +14,11 @@ from cm_jax import conversion, settings
 from cm_jax.arrays import Params
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset
+from cm_jax.distances import Resized
 from cm_jax.errors import InputError, listed
 from cm_jax.files import written_beside
 from cm_jax.model import find
+from cm_jax.perceptual import LPIPS
 from cm_jax.training import feeding
 from cm_jax.training.checkpointing import on_host
 from cm_jax.training.log import Log
@@ -46,6 +48,8 @@ class Prepared:
     across: Parallelism
     step: TrainingStep
     teacher: Source | None
+    perceptual: Params | None
+    """Weights of a distance that has some (LPIPS)."""
 
     @property
     def resident(self) -> bool:
@@ -65,7 +69,9 @@ class Prepared:
         teacher = None if self.teacher is None else self.teacher.config.network.shapes()
         shapes = jax.eval_shape(self.step.initial, self.settings.network.shapes(), teacher)
         places = self.across.shardings(shapes)
-        return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+        )
 
     def constants(self) -> Constants:
         """What every step reads, on the devices."""
@@ -77,7 +83,7 @@ class Prepared:
         if self.resident:
             images = self.dataset.images  # type: ignore[attr-defined]  # it is in memory
             labels = self.dataset.labels if self.labelled else None  # type: ignore[attr-defined]
-        return self.across.place_constants(Constants(teacher, None, images, labels))
+        return self.across.place_constants(Constants(teacher, self.perceptual, images, labels))
 
     def dispatches(self, start: int, stop: int) -> Iterator[RawBatch]:
         return feeding.dispatches(
@@ -111,7 +117,9 @@ def prepare(chosen: Training, progress: Callable[[int, int], None] | None = None
     teacher = function = None
     if chosen.objective.has_teacher:
         if not chosen.teacher:
-            raise InputError(f"{type(chosen.objective).__name__} needs a teacher: give --teacher CHECKPOINT, a denoiser.")
+            raise InputError(
+                f"{type(chosen.objective).__name__} needs a teacher: give --teacher CHECKPOINT, a denoiser."
+            )
         teacher = _read(chosen.teacher, "teacher")
         network = teacher.config.network.at_precision(chosen.network.precision)
         function = dataclasses.replace(teacher.config.function, network=network)
@@ -124,7 +132,7 @@ def prepare(chosen: Training, progress: Callable[[int, int], None] | None = None
         _check_start(chosen, teacher)
     dataset = chosen.data.open(chosen.network.image_size, progress)
     chosen.check_data(dataset)
-    return Prepared(chosen, dataset, across, step, teacher)
+    return Prepared(chosen, dataset, across, step, teacher, _perceptual(chosen))
 
 
 def train(chosen: Training, folder: str | Path, say: Say = print, progress: Any = None) -> None:
@@ -177,7 +185,9 @@ def _loop(run: Prepared, folder: RunFolder, state: TrainState, done: int, say: S
                 log.samples(done, sheet(config, averaged))
             if stopping:
                 folder.wait()
-                say(f"Stopped by {stop.signal or 'another process'} after {done} of {total} batches, and saved. The same command goes on.")
+                say(
+                    f"Stopped by {stop.signal or 'another process'} after {done} of {total} batches, and saved. The same command goes on."
+                )
                 return
         folder.wait()
         window.flush(write=True)
@@ -220,7 +230,9 @@ class _Window:
         self._check(int(host["skipped_in_a_row"].max()), int(host["skipped"][-1]))
 
     def _write(self) -> None:
-        row = {name: _mean(values) for name, values in self._values.items() if name not in ("skipped", "skipped_in_a_row")}
+        row = {
+            name: _mean(values) for name, values in self._values.items() if name not in ("skipped", "skipped_in_a_row")
+        }
         skipped = int(self._values["skipped"][-1])
         row |= {"skipped": skipped, "learning_rate": float(self._rate(self._done - skipped - 1))}
         if self._progress.images_per_second:
@@ -297,6 +309,13 @@ def _check_start(chosen: Training, source: Source) -> None:
             f"{source.path} has another network than this run:\n  {listed(complaints)}\n"
             "Give --network and --scaling the checkpoint's values, or --start fresh."
         )
+
+
+def _perceptual(chosen: Training) -> Params | None:
+    distance = getattr(chosen.objective, "distance", None)
+    while isinstance(distance, Resized):
+        distance = distance.distance
+    return distance.load_weights() if isinstance(distance, LPIPS) else None
 
 
 def _described(run: Prepared, done: int) -> Iterator[str]:

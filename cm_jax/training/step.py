@@ -103,9 +103,7 @@ class TrainingStep:
             return gradient(params, batch, keys)
 
         # Part j has images j, j + accumulate, ...: those that lie on a device stay on it.
-        parts = jax.tree.map(
-            lambda a: jnp.moveaxis(a.reshape(-1, self.accumulate, *a.shape[1:]), 1, 0), (batch, keys)
-        )
+        parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, self.accumulate, *a.shape[1:]), 1, 0), (batch, keys))
 
         def add(total: Any, part: tuple[Batch, Keys]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(params, *part)), None
@@ -179,5 +177,7 @@ def means(losses: Float[Array, " b"], metrics: dict[str, Float[Array, " b"]]) ->
 
 def by_band(metrics: Scalars) -> Scalars:
     """Mean losses by band of levels, instead of sums and shares; NaN where a band had no image."""
-    bands = {f"loss_sigma_{name[-1]}": metrics[f"_loss_{name[-1]}"] / metrics[name] for name in metrics if "_share" in name}
+    bands = {
+        f"loss_sigma_{name[-1]}": metrics[f"_loss_{name[-1]}"] / metrics[name] for name in metrics if "_share" in name
+    }
     return {name: value for name, value in metrics.items() if not name.startswith("_")} | bands

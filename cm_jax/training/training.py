@@ -87,7 +87,9 @@ class Training:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32 or self.keep_every < 0:
-            raise InputError(f"seed must lie in 0 ... 2^32 - 1 and keep_every not be negative; got {self.seed}, {self.keep_every}.")
+            raise InputError(
+                f"seed must lie in 0 ... 2^32 - 1 and keep_every not be negative; got {self.seed}, {self.keep_every}."
+            )
 
     @property
     def batches(self) -> int:
@@ -129,9 +131,7 @@ class Training:
     def model_config(self, dataset: Dataset) -> ModelConfig:
         """Of the checkpoints that the run leaves."""
         names = dataset.class_names if self.network.classes == len(dataset.class_names) else ()
-        return ModelConfig(
-            self.network, self.scaling, self.grid, names, consistency=not self.objective.makes_denoiser
-        )
+        return ModelConfig(self.network, self.scaling, self.grid, names, consistency=not self.objective.makes_denoiser)
 
     def check_data(self, dataset: Dataset) -> None:
         """Raise InputError where the network and the data do not go together."""

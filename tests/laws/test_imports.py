@@ -31,8 +31,9 @@ ORDER = [
     "objectives",
     "generation",
     "conversion",
-    "training",
     "model",
+    "training",
+    "presets",
     "cli",
 ]
 """Every module of the package; each may import those before it. docs/architecture.md draws the same order."""

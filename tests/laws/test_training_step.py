@@ -32,15 +32,20 @@ from tests.toy import ToyNetwork
 
 TOY = ToyNetwork()
 UNET = ADMUNet(
-    image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(1,), head_width=16, classes=3, dropout=0.1
+    image_size=8,
+    width=32,
+    multipliers=(1,),
+    blocks_per_level=1,
+    attention_factors=(1,),
+    head_width=16,
+    classes=3,
+    dropout=0.1,
 )
 KEY = jax.random.key(5)
 
 
 def distilling(network, **changes):
-    functions = Functions(
-        ConsistencyFunction(network, BoundaryScaling()), ConsistencyFunction(network, EDMScaling())
-    )
+    functions = Functions(ConsistencyFunction(network, BoundaryScaling()), ConsistencyFunction(network, EDMScaling()))
     step = TrainingStep(
         ConsistencyDistillation(Constant(6)),
         functions,
@@ -155,8 +160,14 @@ def test_target_and_averages_follow_the_new_parameters():
     start = TOY.initialise(jax.random.key(1))
     after, _ = run(step, TOY, OneDevice(), raw_batches(TOY, 1, 4))
     move = jax.tree.map(lambda new, old: new - old, after.params, start)
-    for tree, rate in ((after.target, 0.8), (after.averages["exponential_0.9"], 0.9), (after.averages["power_0.1"], 0.0)):
-        assert farthest(jax.tree.map(lambda a, s: a - s, tree, start), jax.tree.map(lambda m: (1 - rate) * m, move)) < 1e-6  # noqa: B023
+    for tree, rate in (
+        (after.target, 0.8),
+        (after.averages["exponential_0.9"], 0.9),
+        (after.averages["power_0.1"], 0.0),
+    ):
+        assert (
+            farthest(jax.tree.map(lambda a, s: a - s, tree, start), jax.tree.map(lambda m: (1 - rate) * m, move)) < 1e-6
+        )  # noqa: B023
     assert farthest(move, jax.tree.map(np.zeros_like, move)) > 1e-3
 
 
@@ -207,9 +218,13 @@ def test_masters_stay_float32_and_half_precision_stays_near():
     batches = raw_batches(UNET, 1, 4)
 
     def gradient(network, **changes):
-        step = distilling(network, optimizer=RAdam(ConstantRate(1.0), beta1=0.0), **changes)  # its first step: -gradient
+        step = distilling(
+            network, optimizer=RAdam(ConstantRate(1.0), beta1=0.0), **changes
+        )  # its first step: -gradient
         state, _ = run(step, UNET, OneDevice(), batches)
-        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.averages, state.target))} == {np.dtype("float32")}
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.averages, state.target))} == {
+            np.dtype("float32")
+        }
         start = UNET.initialise(jax.random.key(1))
         return jax.tree.map(lambda new, old: new - old, state.params, start)
 
@@ -261,7 +276,10 @@ def traffic(across, size, network=TOY, **changes):
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
     found = []
     for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        words = [(int(bits), np.prod([int(n) for n in dims.split(",") if n])) for bits, dims in re.findall(r"[fsu](\d+)\[([\d,]*)\]", shapes)]
+        words = [
+            (int(bits), np.prod([int(n) for n in dims.split(",") if n]))
+            for bits, dims in re.findall(r"[fsu](\d+)\[([\d,]*)\]", shapes)
+        ]
         found.append((kind, int(sum(bits // 8 * count for bits, count in words))))
     return found
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from cm_jax.training.loop import Prepared
+from cm_jax.training.preparation import Prepared
 from cm_jax.training.state import RawBatch
 
 
@@ -19,7 +19,8 @@ def report(run: Prepared) -> Iterator[str]:
     yield f"objective   {type(chosen.objective).__name__}"
     yield f"network     {type(network).__name__}, {network.parameter_count():,} parameters, {network.precision}"
     yield f"images      {'x'.join(map(str, network.image_shape))}, {network.classes or 'no'} classes"
-    yield f"batch       {chosen.batch_size} images over {len(devices)} x {devices[0].device_kind} ({type(run.across).__name__})"
+    way = type(run.across).__name__
+    yield f"batch       {chosen.batch_size} images over {len(devices)} x {devices[0].device_kind} ({way})"
     yield f"length      {chosen.batches:,} batches, {chosen.batches * chosen.batch_size:,} images"
     parts = {name: _bytes(getattr(state, name)) for name in ("params", "optimizer", "target", "teacher", "averages")}
     parts["constants"] = _bytes(constants)
@@ -27,7 +28,8 @@ def report(run: Prepared) -> Iterator[str]:
 
     first = next(run.dispatches(0, chosen.batches))
     batches: RawBatch = run.across.place_batches(first)
-    compiled = run.compiled(constants).lower(state, constants, batches, jax.random.key(0)).compile()  # type: ignore[attr-defined]
+    program: Any = run.compiled(constants)
+    compiled = program.lower(state, constants, batches, jax.random.key(0)).compile()
     found = compiled.memory_analysis()
     if found is not None:
         yield f"            the compiled step needs {_shown(found.temp_size_in_bytes)} more on a device"
@@ -35,7 +37,8 @@ def report(run: Prepared) -> Iterator[str]:
     costs = costs[0] if isinstance(costs, list) else costs
     if costs.get("flops", 0) > 0:
         total = costs["flops"] * len(devices)
-        yield f"operations  {total / chosen.steps_per_dispatch:.3g} FLOP a step, {total / images:.3g} an image, by the compiler's count"
+        each = f"{total / chosen.steps_per_dispatch:.3g} FLOP a step, {total / images:.3g} an image"
+        yield f"operations  {each}, by the compiler's count"
 
 
 def _bytes(tree: Any) -> int:

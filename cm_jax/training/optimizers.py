@@ -80,7 +80,7 @@ class RAdam(Optimizer):
 
 
 class RAdamState(NamedTuple):
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     mean: Params
     square: Params
 
@@ -101,18 +101,18 @@ def scale_by_radam(beta1: float, beta2: float, epsilon: float) -> optax.Gradient
         del params
         mean = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mean, updates)
         square = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * jnp.square(g), state.square, updates)
-        count = state.count + 1
-        rho, correction = variance_length(count, beta2), -jnp.expm1(count * math.log(beta2))
+        steps = state.steps + 1
+        rho, correction = variance_length(steps, beta2), -jnp.expm1(steps * math.log(beta2))
         rectification = jnp.sqrt(
             (rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * jnp.where(rho > 5, rho, 6))
         )
         scale = jnp.where(rho > 5, rectification * jnp.sqrt(correction), 0)
-        unbias = -1 / jnp.expm1(count * math.log(beta1)) if beta1 else 1.0
+        unbias = -1 / jnp.expm1(steps * math.log(beta1)) if beta1 else 1.0
 
         def step(m: Array, v: Array) -> Array:
             return unbias * m * jnp.where(rho > 5, scale / (jnp.sqrt(v) + epsilon), 1)
 
-        return jax.tree.map(step, mean, square), RAdamState(count, mean, square)
+        return jax.tree.map(step, mean, square), RAdamState(steps, mean, square)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 

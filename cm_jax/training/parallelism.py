@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,9 @@ Step = Callable[..., tuple[Any, dict[str, Array]]]
 class Parallelism(abc.ABC):
     """What a step asks of the devices, how arrays are put there, and how the step is compiled."""
 
-    devices: Sequence[Any]
+    @property
+    @abc.abstractmethod
+    def devices(self) -> Sequence[Any]: ...
 
     # Inside the compiled step
     def image_numbers(self, count: int) -> Int[Array, " b"]:

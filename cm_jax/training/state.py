@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from cm_jax.arrays import Params
@@ -47,9 +48,9 @@ class Constants(NamedTuple):
 class RawBatch(NamedTuple):
     """Images as they lie in files, uint8 [b, h, w, c], and classes; or their numbers in a data set on the devices."""
 
-    images: Array | None = None
-    labels: Array | None = None
-    numbers: Array | None = None
+    images: Array | np.ndarray | None = None
+    labels: Array | np.ndarray | None = None
+    numbers: Array | np.ndarray | None = None
 
 
 def fresh_counter() -> Counter:

@@ -13,7 +13,7 @@ from cm_jax.curricula import TargetRate
 from cm_jax.objectives import Batch, Functions, Helpers, Objective
 from cm_jax.training.averages import Average, moved
 from cm_jax.training.optimizers import Optimizer
-from cm_jax.training.parallelism import OneDevice, Parallelism
+from cm_jax.training.parallelism import Parallelism
 from cm_jax.training.state import Constants, RawBatch, TrainState, fresh_counter
 
 Scalars = dict[str, Float[Array, ""]]
@@ -66,7 +66,7 @@ class TrainingStep:
         constants: Constants,
         batch: RawBatch,
         key: Key[Array, ""],
-        across: Parallelism = OneDevice(),
+        across: Parallelism,
     ) -> tuple[TrainState, Scalars]:
         """One step. `batch` is what this device has of the global batch, and `key` is the run's."""
         count = jax.tree.leaves(batch)[0].shape[0]
@@ -137,7 +137,7 @@ class TrainingStep:
         fresh = state._replace(
             teacher=state.params,
             optimizer=self.optimizer.transformation().init(state.params),
-            averages={name: state.params for name in state.averages},
+            averages=dict.fromkeys(state.averages, state.params),
         )
         over = curriculum(step + 1) != curriculum(step)
         return jax.tree.map(lambda new, old: jnp.where(over, new, old), fresh, state)
@@ -150,18 +150,18 @@ def image_keys(key: Key[Array, ""], batch: Any, numbers: Any) -> Keys:
 
 def fetched(batch: RawBatch, constants: Constants, flip_keys: Keys | None) -> Batch:
     """Float images in [-1, 1], some of them mirrored, from bytes or from numbers in the data set on the devices."""
-    images, labels = batch.images, batch.labels
-    if batch.numbers is not None:
+    if batch.numbers is None:
+        images, labels = batch.images, batch.labels
+    else:
         assert constants.images is not None
         images = constants.images[batch.numbers]
         labels = None if constants.labels is None else constants.labels[batch.numbers]
-    assert images is not None
-    clean: Images = images.astype(jnp.float32) / 127.5 - 1
+    clean: Images = jnp.asarray(images, jnp.float32) / 127.5 - 1
     if flip_keys is not None:
         sources = jax.vmap(jax.random.fold_in, (0, None))(flip_keys, _FLIP)
         flips = jax.vmap(jax.random.bernoulli)(sources)
         clean = jnp.where(flips[:, None, None, None], clean[:, :, ::-1], clean)
-    return Batch(clean, labels)
+    return Batch(clean, None if labels is None else jnp.asarray(labels))
 
 
 def means(losses: Float[Array, " b"], metrics: dict[str, Float[Array, " b"]]) -> Scalars:

@@ -122,7 +122,8 @@ class Training:
         curriculum = getattr(self.objective, "curriculum", None)
         if isinstance(self.target, AdaptiveRate) and self.target.curriculum != curriculum:
             raise InputError(
-                f"The target's rate follows {self.target.curriculum}, and the objective {curriculum}: give both the same."
+                f"The target's rate follows {self.target.curriculum}, and the objective {curriculum}: give both "
+                "the same, --target.curriculum and --objective.curriculum."
             )
         return TrainingStep(
             self.objective, functions, self.optimizer, self.all_averages, self.target, self.accumulate, self.flip
@@ -136,9 +137,8 @@ class Training:
     def check_data(self, dataset: Dataset) -> None:
         """Raise InputError where the network and the data do not go together."""
         if dataset.image_shape != self.network.image_shape:
-            raise InputError(
-                f"The images are {_size(dataset.image_shape)}, and the network is for {_size(self.network.image_shape)}."
-            )
+            found, wanted = map(_size, (dataset.image_shape, self.network.image_shape))
+            raise InputError(f"The images are {found}, and the network is for {wanted}.")
         classes = self.network.classes
         if classes is not None and dataset.classes is None:
             raise InputError(

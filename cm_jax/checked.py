@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, nearest
 
 _LARGEST = 1e30
 """Of any number in a config: far beyond what one means, and far below where float32 ends."""
@@ -25,8 +25,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def checked(value: Any, hint: Any, place: str) -> Any:
-    """`value` as JSON has it, lists made tuples, if it is of the type `hint`: int, float, bool, str, Literal, X | None
-    or tuple[X, ...]. Raises InputError that names `place`, what was wanted and what came.
+    """`value` as JSON has it, lists made tuples, if it is of the type `hint`: int, float, bool, str, Literal, X | None,
+    tuple[X, ...] or tuple[X, Y]. Raises InputError that names `place`, what was wanted and what came.
     """
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
@@ -38,9 +38,11 @@ def checked(value: Any, hint: Any, place: str) -> Any:
             return None
         return checked(value, next(choice for choice in choices if choice is not type(None)), place)
     elif origin is tuple:
-        if isinstance(value, list):
-            return tuple(checked(part, choices[0], f"{place}[{index}]") for index, part in enumerate(value))
-        wanted = "a list"
+        parts = [choices[0]] * len(value) if choices[1:] == (...,) and isinstance(value, list) else list(choices)
+        if isinstance(value, list) and len(value) == len(parts):
+            pairs = enumerate(zip(value, parts, strict=True))
+            return tuple(checked(item, part, f"{place}[{index}]") for index, (item, part) in pairs)
+        wanted = "a list" if choices[1:] == (...,) else f"a list of {len(choices)}"
     elif hint is bool:
         if isinstance(value, bool):
             return value
@@ -52,12 +54,14 @@ def checked(value: Any, hint: Any, place: str) -> Any:
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31:
             return value
-        wanted = "a whole number"
+        large = isinstance(value, int) and abs(value) >= 2**31
+        wanted = "a whole number" + (" of less than 2^31" if large else "")
     else:
         assert hint is float, f"no check for {hint}"
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and abs(value) < _LARGEST and math.isfinite(value):
             return value
         wanted = "a finite number"
-    shown = json.dumps(value)
-    raise InputError(f"{place} must be {wanted}, got {shown if len(shown) < 60 else shown[:56] + ' ...'}.")
+    shown = json.dumps(value, default=repr)
+    close = nearest(value, choices) if origin is Literal else ""
+    raise InputError(f"{place} must be {wanted}, got {shown if len(shown) < 60 else shown[:56] + ' ...'}.{close}")

@@ -2,40 +2,23 @@
 
 import dataclasses
 import itertools
-import json
-import typing
-from typing import Any
 
-from cm_jax.checked import checked
+from cm_jax import settings
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.errors import InputError
-from cm_jax.networks import ADMUNet, Network, SongUNet
+from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import (
-    BoundaryScaling,
-    EDMScaling,
-    FlowScaling,
-    Scaling,
-    TrigFlowScaling,
-    VarianceScaling,
-)
+from cm_jax.preconditioning import BoundaryScaling, Scaling, TrigFlowScaling, VarianceScaling
 
 FORMAT = 1
 """Version of the checkpoint format; a newer one is refused with the advice to upgrade."""
-
-_PARTS: dict[str, tuple[type, ...]] = {
-    "network": (ADMUNet, SongUNet),
-    "scaling": (BoundaryScaling, EDMScaling, TrigFlowScaling, FlowScaling),
-    "grid": (KarrasGrid,),
-}
-"""The fields of a config that are objects, and what they may be."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A network, its scalings, the levels it was trained on, and what is known of its classes and best levels."""
 
-    network: Network
+    network: ADMUNet | SongUNet
     scaling: Scaling
     grid: KarrasGrid
     class_names: tuple[str, ...] = ()
@@ -86,52 +69,9 @@ class ModelConfig:
         return isinstance(self.scaling, BoundaryScaling | FlowScaling)
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **_encode(self)}, indent=2) + "\n"
+        return settings.to_text(self, FORMAT)
 
     @classmethod
     def from_json(cls, text: str, source: str) -> "ModelConfig":
         """The inverse of `to_json`; `source` names the file in the InputError that a bad one raises."""
-        try:
-            fields = json.loads(text)
-            if not isinstance(fields, dict) or "format" not in fields:
-                raise ValueError("it has no format")
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source} is not the config of a cm_jax checkpoint: {error}.") from error
-        version = fields.pop("format")
-        if version != FORMAT or not isinstance(version, int):
-            newer = isinstance(version, int) and version > FORMAT
-            advice = "upgrade cm_jax" if newer else "it is damaged, or of another program"
-            raise InputError(f"{source} has format {version!r}; this version reads format {FORMAT}: {advice}.")
-        try:
-            parts = {name: _decode(fields.pop(name, None), kinds, name) for name, kinds in _PARTS.items()}
-            return _built(cls, fields, "the config", parts)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
-
-
-def _encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        kind = {} if isinstance(value, ModelConfig) else {"kind": type(value).__name__}
-        return kind | {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return value
-
-
-def _decode(value: Any, kinds: tuple[type, ...], place: str) -> Any:
-    """A dataclass of one of `kinds`, from the object that `_encode` made of it."""
-    named = {kind.__name__: kind for kind in kinds}
-    fields = dict(value) if isinstance(value, dict) else {}
-    kind = fields.pop("kind", None)
-    if not isinstance(kind, str) or kind not in named:
-        raise InputError(f"{place} must be an object whose kind is {' or '.join(named)}.")
-    return _built(named[kind], fields, place)
-
-
-def _built(kind: type, fields: dict[str, Any], place: str, known: dict[str, Any] | None = None) -> Any:
-    """kind(**fields, **known), every field checked against its type."""
-    hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)} - set(known or {})
-    unknown = sorted(set(fields) - names)
-    if unknown:
-        raise InputError(f"{place} has no field {unknown[0]!r}: its fields are {', '.join(sorted(names))}.")
-    values = {name: checked(value, hints[name], f"{place}.{name}") for name, value in fields.items()}
-    return kind(**values, **(known or {}))
+        return settings.from_text(text, cls, FORMAT, source, "the config of a cm_jax checkpoint")

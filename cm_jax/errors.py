@@ -1,7 +1,8 @@
-"""The one exception that bad input raises, and the wording of long lists of complaints."""
+"""The one exception that bad input raises, and the wording of complaints."""
 
+import difflib
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _MOST_LINES = 40
 
@@ -34,6 +35,18 @@ def bounded(name: str, value: object, least: int, most: int) -> int:
         shown = shown if len(shown) < 40 else shown[:36] + " ..."
         raise InputError(f"{name} must be a whole number from {least} to {most}, got {shown}.")
     return int(value)  # type: ignore[arg-type]
+
+
+def nearest(word: object, choices: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" where one of the choices is near, else nothing."""
+    names = list(choices)
+    folded = {_folded(name): name for name in names}
+    close = difflib.get_close_matches(_folded(word), folded, n=1) if isinstance(word, str) else []
+    return f" Did you mean {folded[close[0]]!r}?" if close else ""
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def listed(lines: Sequence[str]) -> str:

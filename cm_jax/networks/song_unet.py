@@ -85,6 +85,12 @@ class SongUNet(UNet):
                 "level at least 4"
             )
             return
+        if self.image_size > 2**13 or self.blocks_per_level > 64 or len(self.multipliers) > 12:
+            yield "image_size may be 8192 at most, blocks_per_level 64, and the levels 12"
+            return
+        if max(*self.level_channels, self.width, self.image_channels, self.classes or 0) > 2**20:
+            yield "channels and classes may be a million at most"
+            return
         if self.embedding == "positional" and self.width % 2:
             yield f"a positional embedding needs an even width (got {self.width})"
         if self.fourier_scale <= 0:

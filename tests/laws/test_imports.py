@@ -10,8 +10,11 @@ ORDER = [
     "errors",
     "files",
     "checked",
+    "settings",
     "arrays",
+    "weight_files",
     "images",
+    "data",
     "noise_levels",
     "curricula",
     "noise_laws",
@@ -19,6 +22,7 @@ ORDER = [
     "distances",
     "preconditioning",
     "networks",
+    "perceptual",
     "consistency_function",
     "config",
     "checkpoints",
@@ -28,6 +32,8 @@ ORDER = [
     "generation",
     "conversion",
     "model",
+    "training",
+    "presets",
     "cli",
 ]
 """Every module of the package; each may import those before it. docs/architecture.md draws the same order."""

@@ -1,0 +1,62 @@
+"""The command line: `cm-jax sample`, `cm-jax convert`, `cm-jax train`, each also as a script of a checkout."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from cm_jax.cli.parsing import chosen, parsed
+from cm_jax.cli.running import run
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`cm-jax sample ...`, `cm-jax convert ...`, `cm-jax train ...`."""
+
+    def dispatch() -> None:
+        words = sys.argv[1:] if arguments is None else arguments
+        name, command, rest = chosen(_COMMANDS, "command", "cm-jax COMMAND ...", words)
+        command(f"cm-jax {name}", rest)
+
+    run(dispatch)
+
+
+def main_sample(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python sample.py ...`."""
+    run(lambda: _sample("sample.py", arguments))
+
+
+def main_convert(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python -m convert ...`."""
+    run(lambda: _convert("python -m convert", arguments))
+
+
+def main_train(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python train.py ...`."""
+    run(lambda: _train("train.py", arguments))
+
+
+def _sample(prog: str, arguments: Sequence[str] | None) -> None:
+    """Draw images from a consistency model, or from an EDM teacher."""
+    from cm_jax.cli.sample import Sample, sample
+
+    sample(parsed(Sample, prog, arguments))
+
+
+def _convert(prog: str, arguments: Sequence[str] | None) -> None:
+    """Convert a checkpoint between PyTorch and JAX, in every direction."""
+    from cm_jax.cli.convert import Convert, convert
+
+    convert(parsed(Convert, prog, arguments))
+
+
+def _train(prog: str, arguments: Sequence[str] | None) -> None:
+    """Train a denoiser or a consistency model by a preset, on the bundled emoji or on your images."""
+    from cm_jax.cli.train import train
+
+    train(prog, sys.argv[1:] if arguments is None else arguments)
+
+
+_COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {
+    "sample": _sample,
+    "convert": _convert,
+    "train": _train,
+}

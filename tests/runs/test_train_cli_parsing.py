@@ -1,0 +1,404 @@
+"""`train.py PRESET --field value ...`: what it makes of good words and of bad ones."""
+
+import abc
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import jax
+import pytest
+import tyro
+
+from cm_jax.cli import main, main_convert, main_sample
+from cm_jax.cli.overrides import parse
+from cm_jax.cli.running import run as run_command
+from cm_jax.cli.train import Options, train
+from cm_jax.curricula import AdaptiveRate, FixedRate, Halving, Progressive, TargetRate
+from cm_jax.distances import Absolute, Distance, PseudoHuber, Resized, Squared
+from cm_jax.errors import InputError
+from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.noise_laws import LogNormal
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.objectives import ConsistencyTraining, Denoising, EasyConsistencyTuning, Objective
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling, Scaling
+from cm_jax.settings import encode, kinds
+from tests.support import run
+
+
+class Data(abc.ABC):
+    @abc.abstractmethod
+    def open(self): ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundled(Data):
+    """Images that come along."""
+
+    flip: bool = True
+    """Every second image is mirrored."""
+
+    def open(self): ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder(Data):
+    """Images in a folder."""
+
+    path: str
+    """The folder."""
+    flip: bool = False
+
+    def open(self): ...
+
+
+class Average(abc.ABC):
+    @abc.abstractmethod
+    def name(self): ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponential(Average):
+    beta: float = 0.999
+
+    def name(self): ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Power(Average):
+    width: float = 0.05
+
+    def name(self): ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRate:
+    """Constant after a warm-up."""
+
+    peak: float = 1e-4
+    """The highest rate."""
+    warm_up: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """RAdam."""
+
+    learning_rate: LearningRate = LearningRate()
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Everything that a run computes from."""
+
+    data: Data = Bundled()
+    """The images."""
+    network: ADMUNet | SongUNet = dataclasses.field(default_factory=SongUNet)
+    scaling: Scaling = BoundaryScaling()
+    objective: Objective = ConsistencyTraining()
+    """What is minimised."""
+    optimizer: Optimizer = Optimizer()
+    target: TargetRate | None = None
+    grid: KarrasGrid = KarrasGrid()
+    averages: tuple[Average, ...] = (Exponential(), Exponential(0.9999))
+    rates: tuple[float, ...] = (0.9, 0.99)
+    batch_size: int = 64
+    """Images in a batch, over all devices."""
+    clip: float | None = 1.0
+    flip: bool = True
+    parallelism: Literal["auto", "pmap", "mesh"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"A batch has at least one image, got {self.batch_size}.")
+
+
+def tiny():
+    """A small run, in a minute.
+
+    It reaches an FID of 300.
+    """
+    return Training(target=FixedRate(0.3), objective=ConsistencyTraining(distance=PseudoHuber(0.5)))
+
+
+PRESETS = {"tiny-ct": tiny, "plain": Training()}
+
+
+def settings(line):
+    """What a line gives."""
+    return parse(PRESETS, Options(), "train.py", line.split())[1]
+
+
+def changed(**fields):
+    return dataclasses.replace(tiny(), **fields)
+
+
+def test_a_preset_alone_is_itself():
+    assert settings("tiny-ct") == tiny()
+    assert settings("plain") == Training()
+    assert parse(PRESETS, Options(), "train.py", ["plain"]) == ("plain", Training(), Options())
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--network.width 64", {"network": SongUNet(width=64)}),
+        ("--network.width=64", {"network": SongUNet(width=64)}),
+        ("--optimizer.learning-rate.peak 2e-4", {"optimizer": Optimizer(LearningRate(2e-4))}),
+        ("--optimizer.learning_rate.warm_up 10", {"optimizer": Optimizer(LearningRate(warm_up=10))}),
+        ("--optimizer.betas 0.5 0.75", {"optimizer": Optimizer(betas=(0.5, 0.75))}),
+        ("--objective.distance.scale -0.0", {"objective": ConsistencyTraining(distance=PseudoHuber(0.0))}),
+        ("--target.rate 0.25 --batch-size 8", {"target": FixedRate(0.25), "batch_size": 8}),
+        ("--no-flip", {"flip": False}),
+        ("--no-flip --flip", {"flip": True}),
+        ("--data.no-flip", {"data": Bundled(flip=False)}),
+        ("--clip none", {"clip": None}),
+        ("--clip 2", {"clip": 2.0}),
+        ("--rates 0.5", {"rates": (0.5,)}),
+        ("--rates", {"rates": ()}),
+        ("--parallelism mesh", {"parallelism": "mesh"}),
+        ("--network.classes 10 --network.multipliers 1 2", {"network": SongUNet(classes=10, multipliers=(1, 2))}),
+        # parts
+        ("--target none", {"target": None}),
+        ("--target AdaptiveRate", {"target": AdaptiveRate()}),
+        ("--target adaptive-rate --target.curriculum.end 9", {"target": AdaptiveRate(Progressive(end=9))}),
+        ("--target.curriculum.end 9 --target=adaptive_rate", {"target": AdaptiveRate(Progressive(end=9))}),
+        ("--target none --target FixedRate", {"target": FixedRate()}),
+        ("--target fixedrate", {"target": FixedRate(0.3)}),
+        ("--objective.distance squared", {"objective": ConsistencyTraining(distance=Squared())}),
+        ("--objective.distance pseudo-huber", {"objective": ConsistencyTraining(distance=PseudoHuber(0.5))}),
+        (
+            "--objective.distance.distance.scale 0.1 --objective.distance.size 8 --objective.distance resized "
+            "--objective.distance.distance PSEUDO_HUBER",
+            {"objective": ConsistencyTraining(distance=Resized(PseudoHuber(0.1), 8))},
+        ),
+        (
+            "--objective.distance absolute --objective denoising --objective.law.mean -0.8",
+            {"objective": Denoising(law=LogNormal(mean=-0.8), distance=Absolute())},
+        ),
+        ("--objective EasyConsistencyTuning", {"objective": EasyConsistencyTuning()}),
+        ("--objective.curriculum halving", {"objective": dataclasses.replace(tiny().objective, curriculum=Halving())}),
+        ("--network admunet", {"network": ADMUNet()}),
+        ("--scaling EDMScaling --scaling.time-factor 0.25", {"scaling": EDMScaling(time_factor=0.25)}),
+        ("--data image-folder --data.path a/b", {"data": ImageFolder("a/b")}),
+        ("--data.path a/b --data ImageFolder --data.flip", {"data": ImageFolder("a/b", flip=True)}),
+        ("--averages.1.beta 0.5", {"averages": (Exponential(), Exponential(0.5))}),
+        ("--averages.0 power --averages.0.width 0.1", {"averages": (Power(0.1), Exponential(0.9999))}),
+        (
+            "--averages power exponential exponential --averages.2.beta 0",
+            {"averages": (Power(), Exponential(0.9999), Exponential(0))},
+        ),
+        ("--averages", {"averages": ()}),
+    ],
+)  # fmt: skip
+def test_words_change_settings(line, expected):
+    assert settings(f"tiny-ct {line}") == changed(**expected)
+
+
+@pytest.mark.parametrize("kind", kinds(Objective).values(), ids=lambda kind: kind.__name__)
+def test_every_objective_and_every_distance_can_be_asked_for(kind):
+    assert settings(f"plain --objective {kind.__name__}").objective == kind()
+    if hasattr(kind(), "distance"):
+        for name, distance in kinds(Distance).items():
+            words = f"plain --objective {kind.__name__} --objective.distance {name}"
+            own = kind().distance
+            expected = own if isinstance(own, distance) else distance()
+            assert settings(words).objective == kind(distance=expected)
+
+
+def words_for(part, above=""):
+    """Every plain field of an encoded part, as the command line spells it."""
+    for name, value in part.items():
+        flag = f"{above}{name}".replace("_", "-")
+        if isinstance(value, dict):
+            yield from (f"--{flag}", value["kind"], *words_for(value, f"{flag}."))
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            yield from (f"--{flag}", *(item["kind"] for item in value))
+            for index, item in enumerate(value):
+                yield from words_for(item, f"{flag}.{index}.")
+        elif isinstance(value, bool):
+            yield "--" + (flag if value else f"{above}no-{name}".replace("_", "-"))
+        elif name != "kind":
+            yield from (f"--{flag}", *map(str, value if isinstance(value, list) else [value]))
+
+
+def test_any_settings_can_be_spelt_out():
+    """From one preset to quite another, all by words."""
+    wanted = Training(
+        data=ImageFolder("x", flip=True),
+        network=ADMUNet(width=32, head_width=32, classes=None, rematerialise=True),
+        objective=EasyConsistencyTuning(distance=Resized(Resized(PseudoHuber(1e-30), 3))),
+        target=AdaptiveRate(Progressive(3, 4, 5), over="levels"),
+        averages=(Power(0.1), Exponential(), Power()),
+        clip=None,
+        flip=False,
+        rates=(1e-9, 3.0),
+    )
+    single = {"--optimizer", "--optimizer.learning-rate", "--grid", "--objective.law", "--objective.gap"}
+    single |= {"--target.curriculum"}
+    words = list(words_for(encode(wanted)))
+    kept = [word for at, word in enumerate(words) if word not in single and words[at - 1] not in single]
+    assert parse(PRESETS, Options(), "train.py", ["tiny-ct", *kept])[1] == wanted
+
+
+def failed(capsys, command):
+    """The error message of a command that must exit with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        command()
+    output = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert not output.out
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "Name a preset first: train.py PRESET [--field value ...]. Choose one of tiny-ct, plain."),
+        ("--batch-size 4 plain", "Name a preset first"),
+        ("tiny", "There is no preset 'tiny'. Did you mean 'tiny-ct'?"),
+        ("dragon", "There is no preset 'dragon'. Choose one of tiny-ct, plain."),
+        ("plain --network.widht 64", "There is no option --network.widht. Did you mean --network.width?"),
+        ("plain --netwrok.width=64", "There is no option --netwrok.width. Did you mean --network.width?"),
+        ("plain --learning-rate 1", "Did you mean --optimizer.learning-rate.peak?"),
+        ("plain --peak 1", "Did you mean --optimizer.learning-rate.peak?"),
+        ("plain --wings 1", "There is no option --wings. --help lists the options."),
+        ("plain --no-flap", "Did you mean --data.flip or --flip?"),
+        ("plain extra", "'extra' is more than is wanted there"),
+        ("plain --no-flip 3", "'3' is more than is wanted there"),
+        ("plain --objective.distance huber", "must be one of Absolute, Squared, PseudoHuber, Resized, got 'huber'"),
+        ("plain --objective.distance huber", "Did you mean 'PseudoHuber'?"),
+        ("plain --objective Distance", "--objective must be one of"),
+        ("plain --objective.distance", "--objective.distance needs one of Absolute"),
+        ("plain --target", "--target needs one of FixedRate, AdaptiveRate, None."),
+        ("plain --target fixed-rate adaptive-rate", "--target needs one of"),
+        ("plain --objective none", "--objective must be one of"),
+        ("plain --target.rate 1", "--target is None here. It needs --target FixedRate."),
+        ("plain --objective.distance.scale 1", "--objective.distance is Squared here. It needs --objective.dis"),
+        ("tiny-ct --target none --target.rate 1", "--target is None here"),
+        ("plain --averages.2.beta 1", "There is no option --averages.2.beta"),
+        ("plain --averages.0.width 1", "--averages.0 is Exponential here. It needs --averages.0 Power."),
+        ("plain --averages squared", "--averages must be one of Exponential, Power, got 'squared'"),
+        ("plain --data ImageFolder", "--data.path must be given: it has no default."),
+        ("plain --batch-size x", "--batch-size must be a whole number, got 'x'."),
+        ("plain --batch-size 1.5", "--batch-size must be a whole number, got '1.5'."),
+        ("plain --batch-size", "--batch-size needs a whole number."),
+        ("plain --batch-size 0", "A batch has at least one image, got 0."),
+        ("plain --seed 4294967296", "seed must be a whole number of less than 2^31, got 4294967296."),
+        ("plain --clip x", "--clip must be a number or None, got 'x'."),
+        ("plain --clip nan", "clip must be a finite number, got NaN."),
+        ("plain --rates 1 x", "--rates must be numbers, got '1 x'."),
+        ("plain --optimizer.betas 0.9", "--optimizer.betas needs 2 numbers."),
+        ("plain --parallelism meshh", "--parallelism must be one of auto, pmap, mesh, got 'meshh'. Did you"),
+        ("plain --network.width 31", "network: This network cannot be built"),
+        ("plain --target FixedRate --target.rate 2", "target: FixedRate(rate=2.0) is not a schedule"),
+        ("plain --processes 2", "need --coordinator, --processes and --process; give all three."),
+        ("plain --coordinator here --processes 2 --process 0", "--coordinator must be HOST:PORT, got 'here'."),
+        ("plain --coordinator a:1 --processes 2 --process 2", "got 2 of 2"),
+        ("plain --dry-rum", "Did you mean --dry-run?"),
+    ],
+)  # fmt: skip
+def test_words_that_make_no_sense(capsys, line, message):
+    command = lambda: run_command(lambda: parse(PRESETS, Options(), "train.py", line.split()))  # noqa: E731
+    assert message in failed(capsys, command)
+
+
+def shown(capsys, command, *words):
+    with pytest.raises(SystemExit) as stopped:
+        command(list(words))
+    assert stopped.value.code == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_help_lists_the_presets_and_then_every_field(capsys):
+    def ask(words):
+        parse(PRESETS, Options(), "train.py", words)
+
+    listed = shown(capsys, ask, "--help")
+    assert "tiny-ct A small run, in a minute." in listed
+    assert "plain Everything that a run computes from." in listed
+    assert "FID" not in listed
+    told = shown(capsys, ask, "tiny-ct", "--help")
+    assert "A small run, in a minute. It reaches an FID of 300." in told
+    assert "another kind comes with its own defaults" in told
+    assert "--data {Bundled,ImageFolder} The images. (default: Bundled)" in told
+    assert "--target {FixedRate,AdaptiveRate,None} (default: FixedRate)" in told
+    assert "--batch-size INT Images in a batch, over all devices. (default: 64)" in told
+    assert "--optimizer.learning-rate.peak FLOAT The highest rate. (default: 0.0001)" in told
+    assert "--objective.distance.scale FLOAT (default: 0.5)" in told
+    assert "--data.flip, --data.no-flip Every second image is mirrored. (default: True)" in told
+    assert "--network.width INT Channels of the first convolution" in told
+    assert "--averages [{Exponential,Power}" in told
+    assert "--run STR Folder of the run." in told
+    other = shown(capsys, ask, "tiny-ct", "--data", "image-folder", "--help")
+    assert "--data.path STR The folder. (required)" in other
+    assert "Every second image" not in other
+
+
+def test_starting_gets_settings_folder_and_dry_run(monkeypatch, tmp_path):
+    started, joined = [], []
+
+    def start(*given):
+        started.append(given)
+
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
+    cache = ["--compilation-cache", "off"]
+    train(PRESETS, start, "train.py", ["plain", *cache])
+    train(PRESETS, start, "train.py", ["plain", "--run", "elsewhere", "--dry-run", "--seed", "3", *cache])
+    assert started == [
+        (Training(), Path("runs/plain"), False),
+        (Training(seed=3), Path("elsewhere"), True),
+    ]
+    assert not joined
+    several = ["--coordinator", "a.b:123", "--processes", "4", "--process", "3"]
+    train(PRESETS, start, "train.py", ["plain", *several, *cache])
+    assert joined == [("a.b:123", 4, 3)]
+
+
+def test_parsing_leaves_the_devices_alone():
+    """Processes that train together join before JAX looks at its devices."""
+    script = """
+from tests.runs.test_train_cli_parsing import *
+settings("tiny-ct --network admunet --objective meanflow")
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "message"),
+    [
+        (main_sample, "--step 3", "There is no option --step. Did you mean --steps?"),
+        (main_sample, "--sampler huen", "consistency, heun, euler, dpm, ancestral, progdist, got 'huen'. Did you mean"),
+        (main_sample, "--count x", "--count must be a whole number or None, got 'x'."),
+        (main_sample, "a b", "'b' is more than is wanted there."),
+        (main_convert, "", "SOURCE and DESTINATION must be given: they have no default."),
+        (main_convert, "a", "DESTINATION must be given: it has no default."),
+        (main_convert, "a b --head-with 3", "There is no option --head-with. Did you mean --head-width?"),
+        (main, "", "Name a command first: cm-jax COMMAND .... Choose one of sample, convert."),
+        (main, "smaple", "There is no command 'smaple'. Did you mean 'sample'?"),
+        (main, "sample --labls 3", "There is no option --labls. Did you mean --labels?"),
+    ],
+)  # fmt: skip
+def test_the_other_commands_speak_alike(capsys, command, line, message):
+    assert message in failed(capsys, lambda: command(line.split()))
+
+
+def test_commands_are_listed(capsys):
+    assert "sample Draw images from a consistency model" in shown(capsys, main, "--help")
+    assert "--steps {None}|INT Number of steps." in shown(capsys, main, "sample", "--help")
+
+
+def test_a_tyro_without_the_hook_still_refuses(monkeypatch, capsys):
+    monkeypatch.delattr(tyro, "_errors")
+    monkeypatch.setitem(sys.modules, "tyro._errors", None)
+    with pytest.raises(SystemExit) as stopped:
+        main_sample(["--step", "3"])
+    assert stopped.value.code == 2
+    assert "--steps" in capsys.readouterr().err

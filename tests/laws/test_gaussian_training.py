@@ -229,9 +229,9 @@ def fresh(functions):
 GROWING = Progressive(2, 20, STEPS)
 METHODS = {
     # objective, functions, target's rate, the factor by which the error fell where this was written
-    "cd": (ConsistencyDistillation(Constant(18)), BOUNDARY, FixedRate(0.95), 11),
+    "cd": (ConsistencyDistillation(Constant(18)), BOUNDARY, FixedRate(0.95), 15),
     # The published mu0 = 0.95 would make the target remember 200 of these 1000 steps.
-    "ct": (ConsistencyTraining(GROWING), BOUNDARY, AdaptiveRate(GROWING, start=0.5), 8),
+    "ct": (ConsistencyTraining(GROWING), BOUNDARY, AdaptiveRate(GROWING, start=0.5), 10),
     "ict": (
         ConsistencyTraining(
             Doubling(10, 80, STEPS), law=DiscreteLogNormal(), weighting=InverseGap(), distance=PseudoHuber()
@@ -258,7 +258,8 @@ METHODS = {
 def test_training_approaches_the_exact_function(name):
     """One step from pure noise errs five times less than before training, or still less.
 
-    The best that a denoiser could say there, MEAN, would err but 1.8 times less: it is the flow that was learnt.
+    The best that a denoiser could say there, MEAN, would err but 1.8 times less (4.2 times for MeanFlow, whose fresh
+    function is z itself): it is the flow that was learnt.
     """
     objective, functions, rate, measured = METHODS[name]
     start = fresh(functions)

@@ -327,7 +327,7 @@ def test_decoding_other_kinds_of_pixels():
     np.testing.assert_array_equal(decode(png(grey), 2)[0], np.repeat(grey[..., None], 3, axis=2))
     deep = grey.astype(np.uint16) * 257
     for offset in (0, 100, -100):  # nearest, of 257 numbers for each
-        near = np.clip(deep + offset, 0, 65535).astype(np.uint16)
+        near = np.clip(deep.astype(int) + offset, 0, 65535).astype(np.uint16)
         np.testing.assert_array_equal(decode(png(near), 2)[0], np.repeat(grey[..., None], 3, axis=2))
     file = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(file, "JPEG", quality=100)

@@ -2,8 +2,12 @@
 
 CHECKPOINT/config.json    what the model is, with the format's version
 CHECKPOINT/params/        the parameter tree, every leaf in the precision it was given in
+
+A run of training keeps a row of them, with what it needs to go on beside params/:
+RUN/checkpoints/00001000/ the checkpoint after 1000 batches
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,9 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
         beside.mkdir()
         (beside / "config.json").write_text(config.to_json(), "utf-8")
         # Orbax would hold the whole tree twice more while it writes; so it holds a gigabyte and files of 64 MB.
-        with writing(directory), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)) as checkpointer:
+        alone = _this_process()
+        handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, multiprocessing_options=alone)
+        with writing(directory), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(
                 beside / "params", args=ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
             )
@@ -37,6 +43,16 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
 def is_checkpoint(directory: Path) -> bool:
     """Whether a folder is laid out as one of ours."""
     return (directory / "config.json").is_file() and (directory / "params").is_dir()
+
+
+def of_run(run: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder by their number of batches, rising; empty where it is no run's folder."""
+    try:
+        entries = list((run / "checkpoints").iterdir())
+    except OSError:
+        return {}
+    found = {int(entry.name): entry for entry in entries if re.fullmatch("[0-9]{8,18}", entry.name)}
+    return {batches: found[batches] for batches in sorted(found) if is_checkpoint(found[batches])}
 
 
 def restore(
@@ -54,7 +70,9 @@ def restore(
         (directory / "config.json").read_text("utf-8", "replace"), str(directory / "config.json")
     )
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        alone = _this_process()
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             saved = checkpointer.metadata(directory / "params").item_metadata
             wanted = {name: leaf.shape for name, leaf in leaves(config.network.shapes())}
             complaints = shape_complaints(wanted, {name: leaf.shape for name, leaf in leaves(saved.tree)})
@@ -76,3 +94,13 @@ def restore(
         raise InputError(
             f"The parameters in {directory / 'params'} are damaged or incomplete ({reason}). Copy them again."
         ) from error
+
+
+def _this_process() -> Any:
+    """Orbax's options for one process that saves or restores alone: of several, each would wait for all others."""
+    import orbax.checkpoint as ocp
+
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )

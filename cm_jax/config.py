@@ -25,6 +25,9 @@ class ModelConfig:
     """Name of class 0, 1, ...; empty where there are no classes or no names."""
     tuned_timesteps: tuple[tuple[int, ...], ...] = ()
     """Descending grid indices known to work well, as diffusers writes them: ((22, 0),) for two steps."""
+    consistency: bool | None = None
+    """Whether it is a consistency function. None: where its scalings are those of one. ECT and sCM make consistency
+    functions with the scalings of a denoiser."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -61,7 +64,9 @@ class ModelConfig:
     @property
     def distilled(self) -> bool:
         """Whether it is a consistency function (which may be called once), and not a denoiser D."""
-        return isinstance(self.scaling, BoundaryScaling)
+        if self.consistency is not None:
+            return self.consistency
+        return isinstance(self.scaling, BoundaryScaling | FlowScaling)
 
     def to_json(self) -> str:
         return settings.to_text(self, FORMAT)

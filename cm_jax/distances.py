@@ -26,6 +26,10 @@ class Distance(abc.ABC):
         del params
         return self
 
+    def load_weights(self) -> Params | None:
+        """What `with_weights` wants, read from its file; None where it has none of its own."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class Absolute(Distance):
@@ -83,6 +87,9 @@ class Resized(Distance):
 
     def with_weights(self, params: Params | None) -> Distance:
         return dataclasses.replace(self, distance=self.distance.with_weights(params))
+
+    def load_weights(self) -> Params | None:
+        return self.distance.load_weights()
 
     def _resized(self, x: Images) -> Float[Array, "b {self.size} {self.size} c"]:
         shape = (x.shape[0], self.size, self.size, x.shape[3])

@@ -1,6 +1,7 @@
 """Writing so that a failure leaves nothing half-done: beside the destination first, then renamed onto it."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -8,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cm_jax.errors import InputError
+
+UNFINISHED = ".cm_jax-"
+"""How the names begin of what is being written, until it is renamed."""
 
 
 @contextlib.contextmanager
@@ -23,7 +27,7 @@ def written_beside(destination: Path) -> Iterator[Path]:
     workspace = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=".", dir=destination.parent))
+        workspace = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=destination.parent))
         yield workspace / "new"
         if destination.is_dir() and (workspace / "new").is_dir():
             destination.rmdir()
@@ -50,6 +54,36 @@ def writing(destination: Path) -> Iterator[None]:
             f"Cannot write {destination}: {reason[0][:200] if reason else type(error).__name__}. "
             "Is there room on the disk?"
         ) from error
+
+
+def settle(folder: Path) -> None:
+    """Wait until all that is in a folder, and their names, are on the disk itself.
+
+    Without it a rename may reach the disk before the content does: after a power cut the name is there, and the files
+    under it are empty. (A killed process alone loses nothing that it had written.)
+    """
+    for path in [*folder.rglob("*"), folder]:
+        settle_one(path)
+
+
+def settle_one(path: Path) -> None:
+    """The same for one file, or for the names in one folder, where the file system can."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder so that, killed at any moment, it is either whole or gone."""
+    doomed = path.with_name(f"{UNFINISHED}{path.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def check_writable(destination: Path, *, folder: bool | None = None) -> None:

@@ -226,6 +226,8 @@ class Model:
 def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
     """A model from a checkpoint: ours, the originals' `.pt` or jcm file, a diffusers folder, or a bundled name.
 
+    The folder of a run of training means its newest checkpoint.
+
     precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster
     on accelerators and take half the memory). Raises InputError where there is no such checkpoint, or it is damaged.
     """
@@ -237,11 +239,16 @@ def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32"
 
 
 def find(path_or_name: str | Path) -> Path:
-    """The checkpoint that a path or a bundled name means. Raises InputError, with advice, where there is none."""
+    """The checkpoint that a path or a bundled name means: of a run of training, the newest one.
+
+    Raises InputError, with advice, where there is none.
+    """
     path, name = Path(path_or_name), str(path_or_name)
     known = published()
     try:
         path = path.expanduser()
+        if (path / "checkpoints").is_dir() and not checkpoints.is_checkpoint(path):
+            return _newest(path)
         if path.is_file() or path.is_dir():
             return path
     except (OSError, RuntimeError) as error:
@@ -261,6 +268,13 @@ def find(path_or_name: str | Path) -> Path:
         f"There is no checkpoint {name}: wanted a .pt file, a diffusers folder, a jcm file, a cm_jax checkpoint, or "
         f"the name of a bundled one ({bundled}).{hint}"
     )
+
+
+def _newest(run: Path) -> Path:
+    found = checkpoints.of_run(run)
+    if not found:
+        raise InputError(f"The run in {run} has saved no checkpoint yet: train it on, and sample then.")
+    return found[max(found)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -102,7 +102,8 @@ class FlowScaling(Scaling):
     """f(x, sigma) = z - t u(z, t, t), where z = x / (1 + sigma) = (1 - t) x_0 + t e and t = sigma / (1 + sigma).
 
     They make an ordinary consistency function, f(x, 0) = x, of MeanFlow's network u, which is told t and the length of
-    the interval: all of t here. Both are told as multiples of time_factor (MeanFlow, section 4).
+    the interval: all of t here (MeanFlow). Both are told as multiples of time_factor: 1 lies where EDM's clock
+    ln sigma / 4 does, and suits the networks that know it; ADM's sinusoids know numbers up to a thousand, too.
     """
 
     time_factor: float = 1.0

@@ -29,6 +29,11 @@ def main_convert(arguments: Sequence[str] | None = None) -> NoReturn:
     run(lambda: _convert("python -m convert", arguments))
 
 
+def main_train(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python train.py ...`."""
+    run(lambda: _train("train.py", arguments))
+
+
 def _sample(prog: str, arguments: Sequence[str] | None) -> None:
     """Draw images from a consistency model, or from an EDM teacher."""
     from cm_jax.cli.sample import Sample, sample
@@ -43,4 +48,15 @@ def _convert(prog: str, arguments: Sequence[str] | None) -> None:
     convert(parsed(Convert, prog, arguments))
 
 
-_COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {"sample": _sample, "convert": _convert}
+def _train(prog: str, arguments: Sequence[str] | None) -> None:
+    """Train a denoiser or a consistency model by a preset, on the bundled emoji or on your images."""
+    from cm_jax.cli.train import train
+
+    train(prog, sys.argv[1:] if arguments is None else arguments)
+
+
+_COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {
+    "sample": _sample,
+    "convert": _convert,
+    "train": _train,
+}

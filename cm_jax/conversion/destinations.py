@@ -55,6 +55,8 @@ def _check_room(kind: Kind, config: ModelConfig) -> None:
     lost = []
     if scaling.time_factor != ADM_TIME:
         lost.append(f"the clock {scaling.time_factor:g} ln sigma (it is always {ADM_TIME:g} ln sigma)")
+    if config.distilled and not isinstance(scaling, BoundaryScaling):
+        lost.append("a consistency model with the scalings of a denoiser")
     if isinstance(scaling, BoundaryScaling) and scaling.sigma_min != grid.sigma_min:
         lost.append("a boundary apart from the grid's sigma_min")
     if kind == "openai" and (scaling.sigma_data, dataclasses.replace(grid, levels=40)) != (0.5, KarrasGrid()):

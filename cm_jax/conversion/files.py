@@ -1,21 +1,12 @@
-"""Weight files of other programs, read without running any code in them and without PyTorch.
-
-A `.pt` or `.bin` file is a zip archive: a pickle that describes the tensors, and one raw entry per storage. The pickle
-is read by an unpickler that knows the few instructions and names a state dict consists of and refuses all others, so a
-malicious file cannot do more than be refused. (torch.load with weights_only is as strict; it would make sampling depend
-on PyTorch.)
+"""Weight files of other programs beside pickles (those are in `pickles`): safetensors, MessagePack; and writing .pt.
 
 A Flax checkpoint of before Orbax is MessagePack, which holds numbers, texts, maps and bytes, and can ask for nothing.
 """
 
 import collections
 import functools
-import io
-import math
-import pickle
-import zipfile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ml_dtypes
 import msgpack
@@ -23,128 +14,9 @@ import numpy as np
 import safetensors
 
 from cm_jax.arrays import leaves
+from cm_jax.conversion.pickles import STORAGES
 from cm_jax.conversion.rules import LazyTensor
 from cm_jax.errors import InputError, listed
-
-_STORAGES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-_INSTRUCTIONS = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.REDUCE, pickle.GLOBAL, pickle.STACK_GLOBAL),
-    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
-    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINPERSID, pickle.BINFLOAT, pickle.APPEND, pickle.APPENDS),
-    *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2),
-    *(pickle.TUPLE3, pickle.SETITEM, pickle.SETITEMS, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT),
-    *(pickle.LONG_BINPUT, pickle.MEMOIZE),
-)
-"""What torch.save writes for dictionaries of tensors and plain numbers, in pickle protocols 2 to 5."""
-_LARGEST_DESCRIPTION = 64 * 2**20
-"""A description of a thousand tensors takes 0.2 MB; a larger pickle than this is not one."""
-
-
-def read_torch(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of a state dict that torch.save wrote (PyTorch 1.6 or newer), by name.
-
-    Raises InputError for a file that is damaged, is something else, or holds anything but tensors.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
-            description = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
-            if description is None or entries[description].file_size > _LARGEST_DESCRIPTION:
-                raise zipfile.BadZipFile("no description of tensors in it")
-            byte_order = description.removesuffix("data.pkl") + "byteorder"
-            if byte_order in entries and archive.read(byte_order) != b"little":
-                raise InputError(f"{path} was written on a big-endian machine: write it again on a little-endian one.")
-            content = _TensorUnpickler(path, entries, description, archive.read(description)).load()
-    except InputError:
-        raise
-    except (zipfile.BadZipFile, EOFError) as error:
-        size = path.stat().st_size
-        hint = "It is empty." if size == 0 else "Download it again, or save it again with torch.save."
-        raise InputError(f"{path} ({size:,} bytes) is not a complete file of torch.save: {error}. {hint}") from error
-    except Exception as error:  # a pickle can fail in any way; whatever it is, the file is at fault
-        raise InputError(f"{path} is damaged: its list of tensors cannot be read ({error}).") from error
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(value, LazyTensor) for value in content.values())
-    ):
-        kind = type(content).__name__
-        found = f"a {kind} with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else f"a {kind}"
-        raise InputError(
-            f"{path} holds {found}; wanted: one state dict, tensors by name. "
-            "If it is inside, save that part alone with torch.save."
-        )
-    return {str(name): tensor for name, tensor in content.items()}
-
-
-class _TensorUnpickler(pickle._Unpickler):
-    """Builds LazyTensors; refuses every instruction and every global but those that a state dict consists of.
-
-    Python's own unpickler in Python, because the one in C trusts sizes that a damaged file names.
-    """
-
-    dispatch: ClassVar[dict[int, Any]] = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _INSTRUCTIONS}
-
-    def __init__(self, path: Path, entries: dict[str, zipfile.ZipInfo], description: str, instructions: bytes) -> None:
-        super().__init__(io.BytesIO(instructions))
-        self._path, self._entries, self._folder = path, entries, description.removesuffix("data.pkl")
-
-    def load_build(self) -> None:
-        """BUILD gives an object attributes; a state dict's are of no use here."""
-        self.stack.pop()  # type: ignore[attr-defined]
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _STORAGES[name]
-        raise InputError(
-            f"{self._path} asks to run {module}.{name} while it is read, so it was refused and nothing was run. "
-            "Wanted: a plain state dict of tensors. If you trust its source, load it there and save the tensors alone."
-        )
-
-    def persistent_load(self, pid: Any) -> tuple[zipfile.ZipInfo, np.dtype]:
-        kind, dtype, key, _, count = pid
-        entry = self._entries[f"{self._folder}data/{key}"]
-        if kind != "storage" or not isinstance(dtype, np.dtype) or entry.file_size != count * dtype.itemsize:
-            raise ValueError(f"storage {key} is not {count} numbers")
-        return entry, dtype
-
-    def _tensor(self, storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> LazyTensor:
-        entry, dtype = storage
-        shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
-        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and (last + 1) * dtype.itemsize > entry.file_size):
-            raise ValueError(f"a tensor of shape {list(shape)} reaches outside its storage")
-        path = self._path
-
-        def read() -> np.ndarray:
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    numbers = np.frombuffer(archive.read(entry.filename), dtype)
-            except (zipfile.BadZipFile, EOFError, OSError, KeyError) as error:
-                raise InputError(f"{path} is damaged: {error}. Download it again.") from error
-            steps = [stride * dtype.itemsize for stride in strides]
-            return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)
-
-        return LazyTensor(shape, dtype, read)
 
 
 def write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -199,7 +71,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 _FLAX_ARRAY = 1
 """The number under which Flax stores an array: its shape, the name of its dtype, its bytes."""
-_FLAX_DTYPES = {dtype.name: dtype for dtype in _STORAGES.values()}
+_FLAX_DTYPES = {dtype.name: dtype for dtype in STORAGES.values()}
 
 
 def is_msgpack(path: Path) -> bool:

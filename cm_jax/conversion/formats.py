@@ -46,8 +46,12 @@ class Format:
     def rules(self, network: ADMUNet) -> list[Rule]:
         """The rules of all leaves of `network`, in the order of their state dict.
 
-        Raises InputError for a network with normalised modulation, which PyTorch's programs do not have.
+        Raises InputError for networks that PyTorch's programs do not have: with normalised modulation or two clocks.
         """
+        if network.interval_clock:
+            raise InputError(
+                f"{self.title} has no networks with an interval clock: this one can be written as ours only."
+            )
         if network.modulation == "normalised":
             raise InputError(
                 f"{self.title} has no networks with normalised modulation: this one can be written as ours only."

@@ -28,6 +28,10 @@ class Layout(enum.Enum):
     """[out, in, height, width] <-> [height, width, in, out]."""
     FLAX_POINTWISE = (lambda a: a[0, 0], lambda a: a[None, None])
     """A 1x1 convolution [1, 1, in, out] <-> [in, out]."""
+    FLAX_HEAD = (lambda a: a[0, 0, :, 0], lambda a: a[None, None, :, None])
+    """A 1x1 convolution to one channel [1, 1, in, 1] <-> [in]."""
+    TORCH_HEAD = (lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
+    """The same [1, in, 1, 1] <-> [in]."""
 
     def __init__(self, to_ours: Callable, to_theirs: Callable) -> None:
         self.to_ours, self.to_theirs = to_ours, to_theirs

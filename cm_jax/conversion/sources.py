@@ -10,8 +10,9 @@ from cm_jax.checked import read_json
 from cm_jax.config import ModelConfig
 from cm_jax.conversion import jcm
 from cm_jax.conversion.diffusers_configs import Told, check_agreement, told_by
-from cm_jax.conversion.files import is_msgpack, read_msgpack, read_safetensors, read_torch
+from cm_jax.conversion.files import is_msgpack, read_msgpack, read_safetensors
 from cm_jax.conversion.formats import DIFFUSERS, OPENAI, Format
+from cm_jax.conversion.pickles import read_torch
 from cm_jax.conversion.rules import Tensors, to_ours
 from cm_jax.errors import InputError, bounded
 from cm_jax.networks.fir import Filter
@@ -207,4 +208,5 @@ def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:
         scaling = EDMScaling(**shared) if untold.scalings == "edm" else boundary
     same = grid == config.grid and scaling == config.scaling
     tuned = config.tuned_timesteps if same else ()
-    return dataclasses.replace(config, network=network, grid=grid, scaling=scaling, tuned_timesteps=tuned)
+    consistency = None if untold.scalings else config.consistency
+    return ModelConfig(network, scaling, grid, config.class_names, tuned, consistency)

@@ -51,6 +51,8 @@ class MeanFlow(Objective):
         super().check(functions)
         flow_scaling(functions.student)
         demand_forward_derivatives(self, functions.student)
+        if not getattr(functions.student.network, "interval_clock", False):
+            raise InputError("MeanFlow's network must be told the interval's length: set its interval_clock=True.")
 
     def __call__(
         self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step

@@ -1,16 +1,21 @@
 """What holds for every network, and for exact denoisers."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm_jax import conversion
 from cm_jax.config import ModelConfig
 from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.errors import InputError
+from cm_jax.model import Model
 from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, TrigFlowScaling
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling, FlowScaling, TrigFlowScaling
+from cm_jax.samplers import SAMPLERS
 from tests.support import SMALL, random_params
 
 
@@ -75,10 +80,55 @@ def test_equal_networks_hash_alike():
     assert hash(network) == hash(SMALL)
 
 
-@pytest.mark.parametrize("scaling", [EDMScaling(), BoundaryScaling(sigma_min=0.01), TrigFlowScaling(time_factor=300.0)])
-def test_a_config_with_any_scaling_goes_there_and_back(scaling):
-    config = ModelConfig(SMALL, scaling, KarrasGrid(18))
+SCALINGS = [EDMScaling(), BoundaryScaling(sigma_min=0.01), TrigFlowScaling(time_factor=300.0), FlowScaling(2.0)]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("consistency", [None, True, False])
+def test_a_config_with_any_scaling_goes_there_and_back(scaling, consistency):
+    config = ModelConfig(SMALL, scaling, KarrasGrid(18), consistency=consistency)
     assert ModelConfig.from_json(config.to_json(), "a test") == config
+
+
+@pytest.mark.parametrize(("scaling", "judged"), list(zip(SCALINGS, [False, True, False, True], strict=True)))
+def test_a_model_is_what_its_scalings_say_unless_it_is_said(scaling, judged):
+    """ECT's and sCM's students have the scalings of a denoiser, and are consistency functions all the same."""
+    config = ModelConfig(SMALL, scaling, KarrasGrid())
+    assert config.distilled == judged
+    assert dataclasses.replace(config, consistency=True).distilled
+    assert not dataclasses.replace(config, consistency=False).distilled
+
+
+def test_a_config_written_before_it_said_what_it_is_still_reads():
+    config = ModelConfig(SMALL, BoundaryScaling(), KarrasGrid())
+    fields = json.loads(config.to_json())
+    del fields["consistency"]
+    assert ModelConfig.from_json(json.dumps(fields), "an old one") == config
+
+
+@pytest.mark.parametrize("scaling", [EDMScaling(), TrigFlowScaling()])
+def test_a_student_with_a_denoisers_scalings_draws_in_one_step(scaling):
+    params = random_params(SMALL)
+    student = Model(ModelConfig(SMALL, scaling, KarrasGrid(), consistency=True), params)
+    noise = np.asarray(jax.random.normal(jax.random.key(0), (1, 2, 16, 16, 3)))
+    f = jax.jit(student.config.function)
+    expected = jnp.clip(f(params, 80 * noise[0], jnp.full(2, 80.0), jnp.array([1, 2])), -1, 1)
+    np.testing.assert_allclose(student.sample(0, 2, labels=[1, 2], noise=noise), expected, atol=1e-5)
+    assert student.plan(steps=3).sampler == SAMPLERS["consistency"]
+    teacher = Model(dataclasses.replace(student.config, consistency=None), params)
+    assert teacher.plan().sampler == SAMPLERS["heun"]
+
+
+@pytest.mark.parametrize("kind", ["openai", "diffusers"])
+@pytest.mark.parametrize(
+    ("scaling", "wanted"),
+    [(EDMScaling(), "with the scalings of a denoiser"), (TrigFlowScaling(), "clock"), (FlowScaling(), "clock")],
+)
+def test_others_formats_would_take_such_a_student_for_another_function(kind, scaling, wanted, tmp_path):
+    config = ModelConfig(SMALL, scaling, KarrasGrid(), consistency=True)
+    with pytest.raises(InputError, match=wanted):
+        conversion.write(tmp_path / "there", kind, config, random_params(SMALL))
+    assert not list(tmp_path.iterdir())
 
 
 def test_trigflow_scalings_differ_from_edms_in_the_clock_alone():

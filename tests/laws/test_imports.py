@@ -12,7 +12,9 @@ ORDER = [
     "checked",
     "settings",
     "arrays",
+    "weight_files",
     "images",
+    "data",
     "noise_levels",
     "curricula",
     "noise_laws",
@@ -20,6 +22,7 @@ ORDER = [
     "distances",
     "preconditioning",
     "networks",
+    "perceptual",
     "consistency_function",
     "config",
     "checkpoints",
@@ -29,6 +32,8 @@ ORDER = [
     "generation",
     "conversion",
     "model",
+    "training",
+    "presets",
     "cli",
 ]
 """Every module of the package; each may import those before it. docs/architecture.md draws the same order."""

@@ -50,6 +50,7 @@ class Tiny:
     dropout: float = 0.0
     image_shape: tuple[int, int, int] = SHAPE[1:]
     classes: int | None = 5
+    interval_clock: bool = False
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
         if length is not None:
@@ -80,7 +81,7 @@ class Tiny:
 EDM = ConsistencyFunction(Tiny(), EDMScaling())
 BOUNDARY = ConsistencyFunction(Tiny(), BoundaryScaling())
 TRIGFLOW = ConsistencyFunction(Tiny(), TrigFlowScaling(time_factor=300.0))
-FLOW = ConsistencyFunction(Tiny(), FlowScaling())
+FLOW = ConsistencyFunction(Tiny(interval_clock=True), FlowScaling())
 OBJECTIVES = {
     "denoising": Denoising(),
     "cd": ConsistencyDistillation(),

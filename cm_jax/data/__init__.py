@@ -1,0 +1,30 @@
+"""Images to train on: where they come from, and batches of them by number."""
+
+from cm_jax.data.base import Batches, Data, Dataset, Progress, RawBatch, permutation
+from cm_jax.data.decoding import centre_crop, decode
+from cm_jax.data.emoji import EmojiData
+from cm_jax.data.encoded import Encoded, EncodedData
+from cm_jax.data.folder import ImageFolder
+from cm_jax.data.in_memory import InMemory
+from cm_jax.data.npz import NpzData
+from cm_jax.data.streaming import Streamed
+from cm_jax.data.tfds import TFDSData
+
+__all__ = [
+    "Batches",
+    "Data",
+    "Dataset",
+    "EmojiData",
+    "Encoded",
+    "EncodedData",
+    "ImageFolder",
+    "InMemory",
+    "NpzData",
+    "Progress",
+    "RawBatch",
+    "Streamed",
+    "TFDSData",
+    "centre_crop",
+    "decode",
+    "permutation",
+]

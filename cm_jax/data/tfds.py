@@ -1,0 +1,180 @@
+"""Data sets of TensorFlow Datasets, without TensorFlow: prepared beforehand, in the array_record format."""
+
+import dataclasses
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from cm_jax.checked import read_json
+from cm_jax.data.base import Dataset, Progress, checked_image_size
+from cm_jax.data.encoded import Encoded, EncodedData
+from cm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class TFDSData(EncodedData):
+    """A prepared data set of TensorFlow Datasets: cifar10, imagenet_resized/64x64, or one of your own.
+
+    TensorFlow itself is not needed. docs/data.md tells how to prepare one.
+    """
+
+    name: str = "cifar10"
+    """As the catalogue has it, with its configuration where it has any."""
+    split: str = "train"
+    """As TensorFlow Datasets writes it: "train", "train[:90%]", "train+test"."""
+    data_dir: str | None = None
+    """Where prepared data sets lie, or the folder of this one (it holds dataset_info.json; the name is then not used).
+    Default: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    labels: str = "auto"
+    """The feature with the classes. auto: the one called label, or the only one there is; none: without labels."""
+
+    def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
+        checked_image_size(image_size)
+        tfds = _tfds()
+        folder = self._folder()
+        _check_features(folder)
+        builder = tfds.builder_from_directory(folder)
+        features = builder.info.features
+        image = _feature(features, tfds.features.Image, "image", folder)
+        label = None
+        if self.labels == "auto" and any(isinstance(kind, tfds.features.ClassLabel) for kind in features.values()):
+            label = _feature(features, tfds.features.ClassLabel, "label", folder)
+        elif self.labels not in ("auto", "none"):
+            label = _named(features, tfds.features.ClassLabel, self.labels, folder)
+        try:
+            source = builder.as_data_source(self.split, decoders={image: tfds.decode.SkipDecoding()})
+        except NotImplementedError as error:
+            raise InputError(
+                f"{folder} is in the format {builder.info.file_format.value}; wanted: array_record. Convert it, where "
+                f"TensorFlow is: tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record "
+                "--out_dir=ANOTHER_FOLDER"
+            ) from error
+        except (ValueError, KeyError) as error:
+            splits = ", ".join(f"{name} ({split.num_examples})" for name, split in builder.info.splits.items())
+            raise InputError(f"{folder} has no split {self.split!r}; it has {splits}, and parts of them.") from error
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read: {str(error)[:200]}.") from error
+        names = tuple(features[label].names or ()) if label else ()
+        classes = features[label].num_classes if label else None
+        if classes is not None and classes < 2:
+            label, classes, names = None, None, ()
+        place = f"{builder.info.full_name}, {self.split}"
+        return self.open_encoded(_Records(place, source, image, label, classes, names), image_size, progress)
+
+    def _folder(self) -> Path:
+        """The prepared folder. Raises InputError that tells how to prepare it, or which name is meant."""
+        top = Path(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+        if (top / "dataset_info.json").is_file():
+            return top
+        if not re.fullmatch(r"\w+(/[\w.+-]+)?", self.name):
+            raise InputError(f"{self.name!r} is no name of a data set: wanted is cifar10, or name/configuration.")
+        found = [path.parent for path in top.glob(f"{self.name}/*/dataset_info.json")]
+        if found:
+            return max(found, key=_version)
+        configured = sorted({path.parts[-3] for path in top.glob(f"{self.name}/*/*/dataset_info.json")})
+        if configured:
+            raise InputError(
+                f"{self.name} in {top} has the configurations {', '.join(configured)}: "
+                f"name one, as {self.name}/{configured[0]}."
+            )
+        raise InputError(_how_to_prepare(self.name, top))
+
+
+class _Records(Encoded):
+    """The records of a data set, images still encoded."""
+
+    def __init__(
+        self, place: str, source: Any, image: str, label: str | None, classes: int | None, names: tuple[str, ...]
+    ) -> None:
+        self.place = place
+        self.classes = classes
+        self.class_names = names
+        self._source = source
+        self._image = image
+        self._label = label
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def name(self, index: int) -> str:
+        return f"record {index}"
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        record = self._source[index]
+        return record[self._image], int(record[self._label]) if self._label else 0
+
+
+def _tfds() -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise InputError(
+            "Data sets of TFDS need the package tensorflow-datasets: pip install 'cm_jax[train]'."
+        ) from error
+    return tensorflow_datasets
+
+
+def _version(folder: Path) -> tuple[int, ...]:
+    return tuple(int(part) for part in folder.name.split(".") if part.isdigit())
+
+
+def _check_features(folder: Path) -> None:
+    """Raise InputError where features.json names classes of other packages: reading it would import them."""
+
+    def classes(value: Any) -> list[str]:
+        if isinstance(value, list):
+            return [name for part in value for name in classes(part)]
+        if not isinstance(value, dict):
+            return []
+        own = [str(value[key]) for key in ("pythonClassName", "python_class_name", "type") if key in value]
+        return own + [name for part in value.values() for name in classes(part)]
+
+    foreign = [name for name in classes(read_json(folder / "features.json")) if "." in name]
+    foreign = [name for name in foreign if not name.startswith("tensorflow_datasets.")]
+    if foreign:
+        raise InputError(
+            f"{folder / 'features.json'} asks for {foreign[0]}, which is no part of TensorFlow Datasets, and would be "
+            "run: prepare the data with the features of TFDS alone."
+        )
+
+
+def _feature(features: Any, kind: type, usual: str, folder: Path) -> str:
+    """The feature of a kind: the one with the usual name, or the only one."""
+    names = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if usual in names or len(names) == 1:
+        return usual if usual in names else names[0]
+    found = f"several of that kind: {', '.join(names)}" if names else ", ".join(features)
+    raise InputError(f"{folder} has no feature called {usual}, but {found}.")
+
+
+def _named(features: Any, kind: type, name: str, folder: Path) -> str:
+    if name not in features or not isinstance(features[name], kind):
+        found = [name for name, feature in features.items() if isinstance(feature, kind)]
+        raise InputError(f"{folder} has no classes called {name!r}; it has {', '.join(found) or 'none'}.")
+    return name
+
+
+def _how_to_prepare(name: str, top: Path) -> str:
+    """What is wrong with a data set that is not there: its name, or that nobody prepared it."""
+    tfds = _tfds()
+    try:
+        tfds.builder(name, data_dir=str(top))
+    except tfds.core.registered.DatasetNotFoundError as error:
+        known = re.findall(r"^\s*- (\w+)$", str(error), re.MULTILINE)
+        prepared = [path.parent.parent.name for path in top.glob("*/*/dataset_info.json")]
+        near = difflib.get_close_matches(name.split("/")[0], [*prepared, *known], n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        return f"{name} is no data set that TFDS knows, and none in {top}.{hint}"
+    except (ImportError, AttributeError):
+        pass  # a known one, whose module needs TensorFlow
+    except ValueError as error:
+        return f"{name}: {str(error)[:500]}"
+    return (
+        f"{name} is not prepared in {top}. Prepare it where there is a network, TensorFlow too if it asks for it:\n"
+        "  pip install tensorflow-datasets array-record\n"
+        f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}')"
+        ".download_and_prepare(file_format='array_record')\"\n"
+        f"and copy ~/tensorflow_datasets/{name.split('/')[0]} from there into {top}."
+    )

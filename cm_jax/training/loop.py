@@ -1,0 +1,196 @@
+"""The training loop: step -> maybe log -> maybe samples -> maybe checkpoint. It knows no method and no formula."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cm_jax import settings
+from cm_jax.arrays import Params
+from cm_jax.errors import InputError, listed
+from cm_jax.files import written_beside
+from cm_jax.training import feeding
+from cm_jax.training.checkpointing import on_host
+from cm_jax.training.log import Log
+from cm_jax.training.plots import plot
+from cm_jax.training.preparation import Prepared, prepare
+from cm_jax.training.progress import Progress
+from cm_jax.training.record import record_start
+from cm_jax.training.run_folder import Retention, RunFolder
+from cm_jax.training.samples import sheet
+from cm_jax.training.state import TrainState
+from cm_jax.training.step import Curves, TrainingStep
+from cm_jax.training.stopping import Stop
+from cm_jax.training.training import Training, without_extras
+
+FORMAT = 1
+"""Of a run's config.json."""
+
+Say = Callable[[str], None]
+
+
+def train(chosen: Training, folder: str | Path, say: Say = print, progress: Any = None) -> None:
+    """Run it in its folder, from where the folder's newest checkpoint is, to its end or until it is asked to stop.
+
+    Raises InputError for settings that do not go together, or that differ from those the folder was begun with.
+    """
+    run = prepare(chosen, progress)
+    with RunFolder(folder, Retention(chosen.keep_last, chosen.keep_every)) as opened:
+        _agree(opened.path, chosen)
+        found = opened.resume(run.abstract_state())
+        state = found[1] if found else run.across.place_state(run.fresh_state())
+        done = found[0] if found else 0
+        for line in _described(run, done):
+            say(line)
+        if done >= chosen.batches:
+            say(f"{opened.path} is finished: {done} batches. Raise --images to go on.")
+            return
+        record_start(opened.path, done)
+        _loop(run, opened, state, done, say)
+
+
+def _loop(run: Prepared, folder: RunFolder, state: TrainState, done: int, say: Say) -> None:
+    chosen, total = run.settings, run.settings.batches
+    constants, key = run.constants(), jax.random.key(chosen.seed)
+    program = run.compiled(constants)
+    config = chosen.model_config(run.dataset)
+    log, progress = Log(folder.path, done), Progress(done, total, chosen.batch_size)
+    with Stop() as stop, log, progress, feeding.ahead(run.dispatches(done, total)) as feed:
+        window = _Window(chosen, log, progress, done)
+        for batches in feed:
+            state, metrics = program(state, constants, run.across.place_batches(batches), key)
+            window.add(metrics)
+            done += chosen.steps_per_dispatch
+            stopping = _agreed(stop.requested)
+            last = done >= total or stopping
+
+            def due(every: int, done: int = done) -> bool:
+                return done // every > (done - chosen.steps_per_dispatch) // every
+
+            saving = last or due(chosen.checkpoint_every)
+            sampling = due(chosen.sample_every) or (last and not stopping)
+            if saving or sampling:
+                window.flush(write=last)
+                averaged = on_host(without_extras(_averaged(run.step, state), run.step.objective))
+                if saving:
+                    folder.save(done, config, averaged, state)
+                    plot(folder.path)
+                if sampling:
+                    log.samples(done, sheet(config, averaged))
+            if stopping:
+                folder.wait()
+                who = stop.signal or "another process"
+                say(f"Stopped by {who} after {done} of {total} batches, and saved. The same command goes on.")
+                return
+        folder.wait()
+        window.flush(write=True)
+    plot(folder.path)
+    say(f"Finished: {done} batches. Draw from it: python sample.py {folder.path}")
+
+
+class _Window:
+    """Metrics on their way: those of a dispatch are fetched when the next one runs, and averaged over `log_every`."""
+
+    def __init__(self, chosen: Training, log: Log, progress: Progress, done: int) -> None:
+        self._chosen, self._log, self._progress, self._done = chosen, log, progress, done
+        self._waiting: Curves | None = None
+        self._values: dict[str, list[float]] = {}
+        self._rate = chosen.optimizer.learning_rate.schedule()
+
+    def add(self, metrics: Curves) -> None:
+        """Of the dispatch that has just been started."""
+        before, self._waiting = self._waiting, metrics
+        self._take(before)
+
+    def flush(self, write: bool) -> None:
+        """Fetch what waits; and write a line of what has come together, though it be less than is usual."""
+        before, self._waiting = self._waiting, None
+        self._take(before)
+        if write and self._values:
+            self._write()
+
+    def _take(self, metrics: Curves | None) -> None:
+        if metrics is None:
+            return
+        host = jax.device_get(metrics)
+        for place in range(self._chosen.steps_per_dispatch):
+            self._done += 1
+            for name, values in host.items():
+                self._values.setdefault(name, []).append(float(values[place]))
+            if self._done % self._chosen.log_every == 0:
+                self._write()
+        self._progress.update(self._done, float(host["loss"][-1]))
+        self._check(int(host["skipped_in_a_row"].max()), int(host["skipped"][-1]))
+
+    def _write(self) -> None:
+        row = {
+            name: _mean(values) for name, values in self._values.items() if name not in ("skipped", "skipped_in_a_row")
+        }
+        skipped = int(self._values["skipped"][-1])
+        row |= {"skipped": skipped, "learning_rate": float(np.asarray(self._rate(self._done - skipped - 1)))}
+        if self._progress.images_per_second:
+            row["images_per_second"] = self._progress.images_per_second
+        self._log.row(self._done, {"images": self._done * self._chosen.batch_size} | row)
+        self._values = {}
+
+    def _check(self, in_a_row: int, skipped: int) -> None:
+        if in_a_row < self._chosen.most_skipped:
+            return
+        since = "from the first step" if skipped == self._done else f"up to batch {self._done}"
+        raise InputError(
+            f"The loss or its gradients were not finite in {in_a_row} steps in a row, {since}. Newest checkpoint and "
+            "logs stay. Try a lower --optimizer.learning-rate.peak, a warm-up, --optimizer.clip-norm 1 or float32."
+        )
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _averaged(step: TrainingStep, state: TrainState) -> Params:
+    """The parameters that one samples from."""
+    return state.averages[step.averages[0].name] if step.averages else state.params
+
+
+def _agreed(requested: bool) -> bool:
+    """Whether any process was asked to stop."""
+    if jax.process_count() == 1:
+        return requested
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(requested))))
+
+
+def _agree(folder: Path, chosen: Training) -> None:
+    """Write RUN/config.json; or raise InputError where the one that is there says something else."""
+    file, text = folder / "config.json", settings.to_text(chosen, FORMAT)
+    if file.exists():
+        before = settings.from_text(file.read_text("utf-8"), Training, FORMAT, str(file), "the config of a run")
+        same = dataclasses.replace(chosen, **{name: getattr(before, name) for name in Training.FREE})
+        found = settings.differences(settings.encode(before), settings.encode(same))
+        if found:
+            raise InputError(
+                f"{folder} was begun with other settings:\n  {listed(found)}\nGive the same ones, or another folder."
+            )
+    if jax.process_index() == 0:
+        with written_beside(file) as beside:
+            beside.write_text(text, "utf-8")
+
+
+def _described(run: Prepared, done: int) -> Iterator[str]:
+    chosen, network = run.settings, run.settings.network
+    devices = run.across.devices
+    yield run.dataset.description
+    yield (
+        f"{type(chosen.objective).__name__}, {type(network).__name__} with {network.parameter_count():,} parameters, "
+        f"{network.precision}, on {len(devices)} x {devices[0].device_kind} ({type(run.across).__name__})."
+    )
+    if run.teacher is not None:
+        yield f"Teacher: {run.teacher.path}."
+    went = f"Going on after batch {done:,}" if done else "Starting"
+    yield f"{went}: {chosen.batches:,} batches of {chosen.batch_size} images."

@@ -1,0 +1,153 @@
+"""A run made ready: the data opened, the teacher read, everything checked, and nothing written."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cm_jax import conversion, settings
+from cm_jax.arrays import Params
+from cm_jax.conversion import Source
+from cm_jax.data import Dataset
+from cm_jax.distances import Resized
+from cm_jax.errors import InputError, listed
+from cm_jax.model import find
+from cm_jax.perceptual import LPIPS
+from cm_jax.training import feeding
+from cm_jax.training.parallelism import Parallelism
+from cm_jax.training.state import Constants, RawBatch, TrainState
+from cm_jax.training.step import Curves, TrainingStep
+from cm_jax.training.training import Training
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start: everything has been checked, nothing has been written."""
+
+    settings: Training
+    dataset: Dataset
+    across: Parallelism
+    step: TrainingStep
+    teacher: Source | None
+    perceptual: Params | None
+    """Weights of a distance that has some (LPIPS)."""
+
+    @property
+    def resident(self) -> bool:
+        return feeding.is_resident(self.dataset)
+
+    @property
+    def labelled(self) -> bool:
+        return self.settings.network.classes is not None
+
+    def fresh_state(self) -> TrainState:
+        """On the host: the state before the first step."""
+        teacher = None if self.teacher is None else self.teacher.params
+        return self.step.initial(self._start(), teacher)
+
+    def abstract_state(self) -> TrainState:
+        """The shapes of a state, with where each leaf is to lie."""
+        teacher = None if self.teacher is None else self.teacher.config.network.shapes()
+        shapes = jax.eval_shape(self.step.initial, self.settings.network.shapes(), teacher)
+        places = self.across.shardings(shapes)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+        )
+
+    def constants(self) -> Constants:
+        """What every step reads, on the devices."""
+        teacher = None
+        if self.teacher is not None and not self.step.objective.hands_over:
+            assert self.step.functions.teacher is not None
+            teacher = self.step.functions.teacher.network.prepare(self.teacher.params)
+        images = labels = None
+        if self.resident:
+            images = self.dataset.images  # type: ignore[attr-defined]  # it is in memory
+            labels = self.dataset.labels if self.labelled else None  # type: ignore[attr-defined]
+        return self.across.place_constants(Constants(teacher, self.perceptual, images, labels))
+
+    def dispatches(self, start: int, stop: int) -> Iterator[RawBatch]:
+        return feeding.dispatches(
+            self.dataset,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            start=start,
+            stop=stop,
+            steps=self.settings.steps_per_dispatch,
+            labelled=self.labelled,
+            resident=self.resident,
+        )
+
+    def compiled(self, constants: Constants) -> Callable[..., tuple[TrainState, Curves]]:
+        program = functools.partial(self.step.many, self.across)
+        return self.across.compile(program, self.abstract_state(), constants)
+
+    def _start(self) -> Params:
+        """The parameters that training begins with."""
+        network, wanted = self.settings.network, self.settings.start
+        if wanted == "fresh" or (not wanted and self.teacher is None):
+            return network.initialise(jax.random.fold_in(jax.random.key(self.settings.seed), 2**31))
+        source = self.teacher if not wanted and self.teacher is not None else _read(wanted, "start")
+        _check_start(self.settings, source)
+        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
+
+
+def prepare(chosen: Training, progress: Callable[[int, int], None] | None = None) -> Prepared:
+    """Open the data, read the teacher, and check that all parts go together. Raises InputError where they do not."""
+    across = chosen.parallelism()
+    teacher = function = None
+    if chosen.objective.has_teacher:
+        if not chosen.teacher:
+            raise InputError(
+                f"{type(chosen.objective).__name__} needs a teacher: give --teacher CHECKPOINT, a denoiser."
+            )
+        teacher = _read(chosen.teacher, "teacher")
+        network = teacher.config.network.at_precision(chosen.network.precision)
+        function = dataclasses.replace(teacher.config.function, network=network)
+        if teacher.config.distilled:
+            raise InputError(f"The teacher {chosen.teacher} is a consistency model, and a denoiser is wanted.")
+    elif chosen.teacher:
+        raise InputError(f"{type(chosen.objective).__name__} has no use for a teacher: leave --teacher out.")
+    step = chosen.step(function)
+    if teacher is not None and not chosen.start:
+        _check_start(chosen, teacher)
+    dataset = chosen.data.open(chosen.network.image_size, progress)
+    chosen.check_data(dataset)
+    return Prepared(chosen, dataset, across, step, teacher, _perceptual(chosen))
+
+
+def _read(name: str, flag: str) -> Source:
+    try:
+        return conversion.read(find(name))
+    except InputError as error:
+        raise InputError(f"--{flag} {name}: {error}") from error
+
+
+_RUNTIME = ("dropout", "precision", "attention", "rematerialise")
+"""Fields of a network that do not change what its parameters mean."""
+
+
+def _check_start(chosen: Training, source: Source) -> None:
+    """Raise InputError where the student cannot begin with these weights."""
+    found, wanted = source.config.network, chosen.network
+    if type(found) is type(wanted):
+        found = dataclasses.replace(found, **{name: getattr(wanted, name) for name in _RUNTIME})  # type: ignore[type-var]
+    complaints = settings.differences(settings.encode(found), settings.encode(wanted))
+    level = jnp.full(1, 2.0)
+    if float(source.config.scaling.c_noise(level)[0]) != float(chosen.scaling.c_noise(level)[0]):
+        complaints.append(f"its clock is that of {source.config.scaling}, and the run's that of {chosen.scaling}")
+    if complaints:
+        raise InputError(
+            f"{source.path} has another network than this run:\n  {listed(complaints)}\n"
+            "Give --network and --scaling the checkpoint's values, or --start fresh."
+        )
+
+
+def _perceptual(chosen: Training) -> Params | None:
+    distance = getattr(chosen.objective, "distance", None)
+    while isinstance(distance, Resized):
+        distance = distance.distance
+    return distance.load_weights() if isinstance(distance, LPIPS) else None

@@ -1,0 +1,80 @@
+"""How a run goes, for whoever looks: a bar on a terminal, a line now and then elsewhere."""
+
+import datetime
+import time
+from types import TracebackType
+from typing import Any
+
+import jax
+
+_SMOOTHING = 0.9
+"""Of images/s, from one update to the next."""
+
+
+class Progress:
+    """Batches done, images/s, loss and time left.
+
+        with Progress(done, total, batch_size) as progress:
+            progress.update(done, loss)
+
+    On a terminal a bar on standard error; elsewhere lines on standard output, the first, the last, and one every
+    `every` seconds. Process 0 alone shows it.
+    """
+
+    def __init__(self, done: int, total: int, batch_size: int, every: float = 10.0) -> None:
+        from rich.console import Console
+
+        self.images_per_second: float | None = None
+        """Smoothed; without what came before the first update, which is the compiler's time. None until the second."""
+        self._done, self._total, self._batch_size, self._every = done, total, batch_size, every
+        self._time: float | None = None
+        self._said: float | None = None
+        self._last_line = ""
+        self._console = Console(stderr=True)
+        self._quiet = jax.process_index() != 0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal and not self._quiet:
+            from rich import progress
+
+            columns = (
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[rest]}"),
+            )
+            self._bar = progress.Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("batches", total=self._total, completed=self._done, rest="compiling")
+            self._bar.start()
+            self._console.show_cursor(True)  # so that a killed run leaves no terminal without one
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._last_line and not self._quiet:
+            print(self._last_line, flush=True)
+        self._bar, self._last_line = None, ""
+
+    def update(self, done: int, loss: float | None = None) -> None:
+        """So many batches are done, with this loss of the last one that is known."""
+        now = time.monotonic()
+        if self._time is not None and now > self._time and done > self._done:
+            speed = (done - self._done) * self._batch_size / (now - self._time)
+            before = self.images_per_second
+            self.images_per_second = speed if before is None else _SMOOTHING * before + (1 - _SMOOTHING) * speed
+        self._time, self._done = now, done
+        if self._quiet:
+            return
+        parts = [f"loss {loss:.4g}"] if loss is not None else []
+        if self.images_per_second:
+            left = round((self._total - done) * self._batch_size / self.images_per_second)
+            parts += [f"{self.images_per_second:,.0f} images/s", f"{datetime.timedelta(seconds=left)} left"]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rest=", ".join(parts))
+            return
+        self._last_line = ", ".join([f"batch {done:,} of {self._total:,}", *parts])
+        if self._said is None or now - self._said >= self._every:
+            print(self._last_line, flush=True)
+            self._said, self._last_line = now, ""

@@ -1,0 +1,161 @@
+"""What a training run is: the settings that decide it, and what is checked before it starts."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+
+from cm_jax.arrays import Params
+from cm_jax.config import ModelConfig
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.curricula import AdaptiveRate, TargetRate
+from cm_jax.data import Data, Dataset, EmojiData
+from cm_jax.errors import InputError
+from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.objectives import Denoising, Functions, Objective
+from cm_jax.preconditioning import EDMScaling, Scaling
+from cm_jax.training.averages import Average, averages_named
+from cm_jax.training.optimizers import Adam, Optimizer
+from cm_jax.training.parallelism import OneDevice, Parallelism, Pmap, Sharded, check_batch_size
+from cm_jax.training.step import TrainingStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training run. Its folder's config.json holds all of this."""
+
+    data: Data = EmojiData()
+    network: SongUNet | ADMUNet = SongUNet()
+    scaling: Scaling = EDMScaling()
+    objective: Objective = Denoising()
+    optimizer: Optimizer = Adam()
+    target: TargetRate | None = None
+    """mu(k), for a target that lags behind the student; None makes the student its own target."""
+    grid: KarrasGrid = KarrasGrid()
+    """The levels that timesteps and indices will count when images are drawn."""
+    teacher: str = ""
+    """Checkpoint of the denoiser to distil: a run's folder, one of ours, a .pt file or a diffusers folder."""
+    start: str = ""
+    """Checkpoint whose weights training begins with, or "fresh". Default: the teacher's where there is one."""
+    batch_size: int = 128
+    """Images in a step, over all devices and processes."""
+    images: int = 10_000_000
+    """Images to be seen in all. A finished run continues when this is raised."""
+    averages: tuple[float, ...] = (0.9999,)
+    """Rates of exponential averages of the parameters. One samples from the first average."""
+    power_averages: tuple[float, ...] = ()
+    """Relative widths of power-function averages (EDM2), such as 0.05 and 0.1."""
+    flip: bool = True
+    """Mirror every image with probability 1/2."""
+    seed: int = 0
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other, to save memory."""
+    steps_per_dispatch: int = 1
+    """Steps in one call of the compiled program: more spare small networks the time between calls."""
+    parallel: Literal["auto", "one", "pmap", "sharded"] = "auto"
+    """auto: pmap where there are several devices. sharded: parameters and their averages are split among devices."""
+    most_skipped: int = 50
+    """Training stops where so many steps in a row had gradients that were not finite; fewer are left out."""
+    log_every: int = 50
+    """Batches between lines of metrics.csv."""
+    sample_every: int = 2_000
+    """Batches between grids of samples."""
+    checkpoint_every: int = 2_000
+    """Batches between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Keep also every checkpoint at a multiple of so many batches; 0 keeps none of them."""
+
+    FREE: ClassVar[tuple[str, ...]] = (
+        "images",
+        "steps_per_dispatch",
+        "parallel",
+        "most_skipped",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "keep_last",
+        "keep_every",
+    )
+    """What may change when a run goes on: it decides how far and how, and not which numbers come out."""
+
+    def __post_init__(self) -> None:
+        counts = ("batch_size", "images", "accumulate", "steps_per_dispatch", "log_every", "sample_every")
+        for name in (*counts, "checkpoint_every", "keep_last", "most_skipped"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**32 or self.keep_every < 0:
+            raise InputError(
+                f"seed must lie in 0 ... 2^32 - 1 and keep_every not be negative; got {self.seed}, {self.keep_every}."
+            )
+
+    @property
+    def batches(self) -> int:
+        """Batches of the whole run: enough for `images`, in whole dispatches."""
+        each = self.batch_size * self.steps_per_dispatch
+        return -(-self.images // each) * self.steps_per_dispatch
+
+    @property
+    def function(self) -> ConsistencyFunction:
+        return ConsistencyFunction(self.network, self.scaling)
+
+    @property
+    def all_averages(self) -> tuple[Average, ...]:
+        return averages_named(self.averages, self.power_averages)
+
+    def parallelism(self) -> Parallelism:
+        """Raises InputError where the batch cannot be shared out."""
+        several = len(jax.devices()) > 1
+        if self.parallel == "one" and jax.process_count() > 1:
+            raise InputError("--parallel one is for one process, and there are several: leave it out.")
+        kind = self.parallel if self.parallel != "auto" else "pmap" if several else "one"
+        across = {"one": OneDevice(), "pmap": Pmap(), "sharded": Sharded()}[kind]
+        check_batch_size(self.batch_size, len(across.devices), self.accumulate)
+        return across
+
+    def step(self, teacher: ConsistencyFunction | None) -> TrainingStep:
+        """Raises InputError where the parts do not go together."""
+        functions = Functions(self.function, teacher)
+        self.objective.check(functions)
+        curriculum = getattr(self.objective, "curriculum", None)
+        if isinstance(self.target, AdaptiveRate) and self.target.curriculum != curriculum:
+            raise InputError(
+                f"The target's rate follows {self.target.curriculum}, and the objective {curriculum}: give both "
+                "the same, --target.curriculum and --objective.curriculum."
+            )
+        return TrainingStep(
+            self.objective, functions, self.optimizer, self.all_averages, self.target, self.accumulate, self.flip
+        )
+
+    def model_config(self, dataset: Dataset) -> ModelConfig:
+        """Of the checkpoints that the run leaves."""
+        names = dataset.class_names if self.network.classes == len(dataset.class_names) else ()
+        return ModelConfig(self.network, self.scaling, self.grid, names, consistency=not self.objective.makes_denoiser)
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Raise InputError where the network and the data do not go together."""
+        if dataset.image_shape != self.network.image_shape:
+            found, wanted = map(_size, (dataset.image_shape, self.network.image_shape))
+            raise InputError(f"The images are {found}, and the network is for {wanted}.")
+        classes = self.network.classes
+        if classes is not None and dataset.classes is None:
+            raise InputError(
+                f"The network has {classes} classes, and the data have no labels: give --network.classes none."
+            )
+        if classes is not None and classes != dataset.classes:
+            raise InputError(
+                f"The network has {classes} classes, and the data {dataset.classes}: give --network.classes "
+                f"{dataset.classes}, or none to train without them."
+            )
+
+
+def without_extras(params: Params, objective: Objective) -> Params:
+    """The network's own parameters: without what the objective trained beside them."""
+    own = objective.extras()
+    return {name: branch for name, branch in params.items() if name not in own}
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]}x{shape[1]} with {shape[2]} channels"

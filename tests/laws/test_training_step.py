@@ -1,0 +1,347 @@
+"""One step, run in every way: what it must leave alone, what must not matter, and what goes between devices."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.curricula import AdaptiveRate, Constant, FixedRate, Halving, Progressive
+from cm_jax.distances import PseudoHuber
+from cm_jax.errors import InputError
+from cm_jax.networks import ADMUNet
+from cm_jax.objectives import (
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    Denoising,
+    Functions,
+    ProgressiveDistillation,
+)
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling
+from cm_jax.training.averages import ExponentialAverage, PowerAverage
+from cm_jax.training.learning_rates import ConstantRate
+from cm_jax.training.optimizers import Adam, RAdam
+from cm_jax.training.parallelism import OneDevice, Pmap, Sharded, check_batch_size
+from cm_jax.training.state import Constants, RawBatch
+from cm_jax.training.step import TrainingStep, fetched, image_keys
+from tests.toy import ToyNetwork
+
+TOY = ToyNetwork()
+UNET = ADMUNet(
+    image_size=8,
+    width=32,
+    multipliers=(1,),
+    blocks_per_level=1,
+    attention_factors=(1,),
+    head_width=16,
+    classes=3,
+    dropout=0.1,
+)
+KEY = jax.random.key(5)
+
+
+def distilling(network, **changes):
+    functions = Functions(ConsistencyFunction(network, BoundaryScaling()), ConsistencyFunction(network, EDMScaling()))
+    step = TrainingStep(
+        ConsistencyDistillation(Constant(6)),
+        functions,
+        RAdam(ConstantRate(1e-2)),
+        (ExponentialAverage(0.9), PowerAverage(0.1)),
+        FixedRate(0.8),
+    )
+    return dataclasses.replace(step, **changes)
+
+
+def raw_batches(network, steps, size, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (steps, size, *network.image_shape), dtype=np.uint8)
+    return RawBatch(images, rng.integers(0, 3, (steps, size)).astype(np.int32))
+
+
+def run(step, network, across, batches, dispatches=1):
+    """(state, metrics) on the host, after all batches in so many calls."""
+    params = network.initialise(jax.random.key(1))
+    teacher = network.initialise(jax.random.key(2))
+    state = across.place_state(step.initial(params, teacher))
+    constants = across.place_constants(Constants(teacher=None if step.objective.hands_over else teacher))
+    program = across.compile(functools.partial(step.many, across), state, constants)
+    metrics = []
+    for part in zip(*(np.split(a, dispatches) for a in batches if a is not None), strict=True):
+        state, found = program(state, constants, across.place_batches(RawBatch(*part)), KEY)
+        metrics.append(jax.device_get(found))
+    return jax.device_get(state), {name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]}
+
+
+def farthest(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.float64(x) - y).max()), a, b)))
+
+
+@functools.cache
+def on_one_device(network, size):
+    """The run of 50 steps that the others are compared with."""
+    return run(distilling(network), network, OneDevice(), raw_batches(network, 50, size))
+
+
+WAYS = [Pmap(2), Pmap(8), Sharded(2), Sharded(8)]
+
+
+@pytest.mark.parametrize("across", WAYS, ids=str)
+def test_devices_do_not_matter(across):
+    batches = raw_batches(TOY, 50, 16)
+    one, alone = on_one_device(TOY, 16)
+    many, together = run(distilling(TOY), TOY, across, batches)
+    np.testing.assert_allclose(together["loss"], alone["loss"], rtol=1e-5)
+    np.testing.assert_allclose(together["loss_sigma_2"], alone["loss_sigma_2"], rtol=1e-5)
+    assert farthest(one.params, TOY.initialise(jax.random.key(1))) > 0.01  # it went somewhere
+    assert farthest(many, one) < 1e-5
+
+
+@pytest.mark.parametrize("across", [Pmap(8), Sharded(8)], ids=str)
+def test_devices_do_not_matter_to_a_unet(across):
+    _, alone = on_one_device(UNET, 8)
+    _, together = run(distilling(UNET), UNET, across, raw_batches(UNET, 50, 8))
+    np.testing.assert_allclose(together["loss"], alone["loss"], atol=1e-5 * alone["loss"].max())
+
+
+def test_steps_of_one_call_are_the_steps_of_many():
+    batches = raw_batches(TOY, 8, 4)
+    one, _ = run(distilling(TOY), TOY, OneDevice(), batches, dispatches=8)
+    other, _ = run(distilling(TOY), TOY, OneDevice(), batches, dispatches=2)
+    assert farthest(one, other) < 1e-6
+    assert one.batches == other.batches == 8
+
+
+@pytest.mark.parametrize("across", [OneDevice(), Sharded(2)], ids=str)
+def test_parts_of_a_batch_are_averaged(across):
+    """Accumulating over 4 parts is the step of the whole batch: same images, same keys, mean gradient."""
+    batches = raw_batches(TOY, 3, 16)
+    whole, metrics = run(distilling(TOY), TOY, OneDevice(), batches)
+    parts, of_parts = run(distilling(TOY, accumulate=4), TOY, across, batches)
+    for name in ("loss", "gradient_norm", "loss_sigma_1", "sigma"):
+        np.testing.assert_allclose(of_parts[name], metrics[name], rtol=1e-5)
+    assert farthest(whole, parts) < 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned(Denoising):
+    """Not finite where the batch has an image of class 2."""
+
+    def __call__(self, functions, params, helpers, batch, keys, step):
+        losses, metrics = super().__call__(functions, params, helpers, batch, keys, step)
+        return jnp.where(batch.labels == 2, jnp.nan, 1.0) * losses, metrics
+
+
+@pytest.mark.parametrize("across", [OneDevice(), Pmap(2), Sharded(2)], ids=str)
+def test_a_step_that_is_not_finite_is_left_out_and_counted(across):
+    step = distilling(TOY, objective=Poisoned(), optimizer=Adam())
+    good = raw_batches(TOY, 2, 4)._replace(labels=np.zeros((2, 4), np.int32))
+    bad = good._replace(labels=np.asarray([[0, 0, 0, 0], [0, 0, 0, 2]], np.int32))
+    before, _ = run(step, TOY, across, RawBatch(good.images[:1], good.labels[:1]))
+    after, metrics = run(step, TOY, across, bad)
+    assert (after.batches, after.skipped, after.skipped_in_a_row, after.step) == (2, 1, 1, 1)
+    counters = ("batches", "skipped", "skipped_in_a_row")
+    for name in set(after._fields) - set(counters) - {"target", "teacher"}:
+        assert farthest(getattr(after, name), getattr(before, name)) == 0, name
+    np.testing.assert_array_equal(metrics["skipped"], [0, 1])
+    assert not np.isfinite(metrics["loss"][1])
+
+
+def test_skipped_steps_in_a_row_are_counted_from_the_last_good_one():
+    labels = np.asarray([[2], [2], [0], [2]], np.int32)
+    batches = RawBatch(raw_batches(TOY, 4, 1).images, labels)
+    step = distilling(TOY, objective=Poisoned())
+    _, metrics = run(step, TOY, OneDevice(), batches)
+    np.testing.assert_array_equal(metrics["skipped_in_a_row"], [1, 2, 0, 1])
+    np.testing.assert_array_equal(metrics["skipped"], [1, 2, 2, 3])
+
+
+def test_target_and_averages_follow_the_new_parameters():
+    """One step from equal trees: each is (1 - rate) of the way to the new parameters, at the rate of k = 0."""
+    step = distilling(TOY)
+    start = TOY.initialise(jax.random.key(1))
+    after, _ = run(step, TOY, OneDevice(), raw_batches(TOY, 1, 4))
+    move = jax.tree.map(lambda new, old: new - old, after.params, start)
+    for tree, rate in (
+        (after.target, 0.8),
+        (after.averages["exponential_0.9"], 0.9),
+        (after.averages["power_0.1"], 0.0),
+    ):
+        moved = jax.tree.map(lambda a, s: a - s, tree, start)
+        wanted = jax.tree.map(lambda m, share=1 - rate: share * m, move)
+        assert farthest(moved, wanted) < 1e-6
+    assert farthest(move, jax.tree.map(np.zeros_like, move)) > 1e-3
+
+
+def test_a_target_without_a_rate_is_the_student():
+    """mu = 0 is no target of its own."""
+    batches = raw_batches(TOY, 5, 4)
+    none, without = run(distilling(TOY, target=None), TOY, OneDevice(), batches)
+    zero, with_rate = run(distilling(TOY, target=FixedRate(0.0)), TOY, OneDevice(), batches)
+    np.testing.assert_allclose(without["loss"], with_rate["loss"], rtol=1e-5)
+    assert none.target is None
+    assert farthest(none.params, zero.params) < 1e-6
+
+
+def test_the_teacher_is_replaced_when_the_curriculum_moves_on():
+    step = distilling(TOY, objective=ProgressiveDistillation(Halving(8, steps_per_stage=3)), target=None)
+    step = dataclasses.replace(step, functions=Functions(step.functions.teacher, step.functions.teacher))
+    batches = raw_batches(TOY, 4, 4)
+    first = TOY.initialise(jax.random.key(2))
+    early, _ = run(step, TOY, OneDevice(), RawBatch(batches.images[:2], batches.labels[:2]))
+    assert farthest(early.teacher, first) == 0
+    over, _ = run(step, TOY, OneDevice(), RawBatch(batches.images[:3], batches.labels[:3]))
+    assert farthest(over.teacher, over.params) == 0
+    assert farthest(over.averages["exponential_0.9"], over.params) == 0
+    assert farthest(over.optimizer, jax.tree.map(np.zeros_like, over.optimizer)) == 0
+    later, _ = run(step, TOY, OneDevice(), batches)
+    assert farthest(later.teacher, over.params) == 0
+    assert farthest(later.params, over.params) > 0
+
+
+def test_a_curriculum_compiles_once():
+    """N(k) from 2 to 9 and mu(k) with it, every stage visited."""
+    traced = []
+
+    class Counting(ConsistencyTraining):
+        def __call__(self, *arguments):
+            traced.append(1)
+            return super().__call__(*arguments)
+
+    curriculum = Progressive(2, 8, steps=40)
+    step = distilling(TOY, objective=Counting(curriculum), target=AdaptiveRate(curriculum))
+    _, metrics = run(step, TOY, OneDevice(), raw_batches(TOY, 44, 2), dispatches=44)
+    assert set(metrics["levels"]) == set(range(2, 10))
+    assert len(traced) == 1
+
+
+def test_masters_stay_float32_and_half_precision_stays_near():
+    """The gradient with bfloat16 products: 3 % of the float32 one's norm at most, here."""
+    batches = raw_batches(UNET, 1, 4)
+
+    def gradient(network, **changes):
+        step = distilling(
+            network, optimizer=RAdam(ConstantRate(1.0), beta1=0.0), **changes
+        )  # its first step: -gradient
+        state, _ = run(step, UNET, OneDevice(), batches)
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.averages, state.target))} == {
+            np.dtype("float32")
+        }
+        start = UNET.initialise(jax.random.key(1))
+        return jax.tree.map(lambda new, old: new - old, state.params, start)
+
+    def norm(tree):
+        return np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(tree)))
+
+    exact = gradient(UNET)
+    half = gradient(dataclasses.replace(UNET, precision="bfloat16"))
+    assert norm(jax.tree.map(np.subtract, half, exact)) < 0.03 * norm(exact)
+    again = gradient(dataclasses.replace(UNET, rematerialise=True))
+    assert norm(jax.tree.map(np.subtract, again, exact)) < 1e-5 * norm(exact)
+
+
+def test_images_are_mirrored_or_not_each_by_its_own_key():
+    raw = raw_batches(TOY, 1, 64)
+    images = jnp.asarray(raw.images[0])
+    keys = image_keys(KEY, 3, jnp.arange(64))
+    plain = fetched(RawBatch(images), Constants(), None).images
+    np.testing.assert_allclose(plain, np.asarray(images) / 127.5 - 1, atol=1e-7)
+    assert (float(plain.min()), float(plain.max())) == (-1, 1)
+    mixed = fetched(RawBatch(images), Constants(), keys).images
+    same = np.asarray([(mixed[i] == plain[i]).all() for i in range(64)])
+    mirrored = np.asarray([(mixed[i] == plain[i, :, ::-1]).all() for i in range(64)])
+    assert (same ^ mirrored).all()
+    assert 16 < mirrored.sum() < 48
+    other = fetched(RawBatch(images[32:]), Constants(), keys[32:]).images
+    np.testing.assert_array_equal(other, mixed[32:])
+
+
+def test_numbers_fetch_from_a_set_on_the_devices():
+    raw = raw_batches(TOY, 1, 6)
+    images, labels = jnp.asarray(raw.images[0]), jnp.asarray(raw.labels[0])
+    numbers = jnp.asarray([4, 0, 4])
+    found = fetched(RawBatch(numbers=numbers), Constants(images=images, labels=labels), None)
+    wanted = fetched(RawBatch(images[numbers], labels[numbers]), Constants(), None)
+    np.testing.assert_array_equal(found.images, wanted.images)
+    np.testing.assert_array_equal(found.labels, wanted.labels)
+
+
+def traffic(across, size, network=TOY, **changes):
+    """[(kind, bytes)] of every collective of the compiled step."""
+    step = distilling(network, **changes)
+    params = network.initialise(jax.random.key(1))
+    state = across.place_state(step.initial(params))
+    constants = across.place_constants(Constants(teacher=params))
+    batches = across.place_batches(raw_batches(network, 1, size))
+    program = across.compile(functools.partial(step.many, across), state, constants)
+    text = program.lower(state, constants, batches, KEY).compile().as_text()
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    found = []
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        words = [
+            (int(bits), np.prod([int(n) for n in dims.split(",") if n]))
+            for bits, dims in re.findall(r"[fsu](\d+)\[([\d,]*)\]", shapes)
+        ]
+        found.append((kind, int(sum(bits // 8 * count for bits, count in words))))
+    return found
+
+
+def bytes_of(network):
+    return 4 * sum(leaf.size for leaf in jax.tree.leaves(network.shapes()))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pmap_sends_the_gradient_once_and_nothing_else(accumulate):
+    for size in (32, 64):
+        ((kind, sent),) = traffic(Pmap(8), size, accumulate=accumulate)
+        assert kind == "all-reduce"
+        assert bytes_of(TOY) <= sent < bytes_of(TOY) + 100  # and a few scalars to log
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sharding_sends_each_gradient_once_and_nothing_that_grows_with_the_batch(accumulate):
+    small, large = (traffic(Sharded(8), size, accumulate=accumulate) for size in (32, 64))
+    assert sorted(small) == sorted(large)
+    reduced = sum(sent for kind, sent in small if kind in ("all-reduce", "reduce-scatter"))
+    assert bytes_of(TOY) <= reduced < bytes_of(TOY) + 1000
+    gathered = sum(sent for kind, sent in small if kind == "all-gather")
+    assert gathered <= 2 * bytes_of(TOY)  # student and target; the teacher is on every device
+    assert {kind for kind, _ in small} <= {"all-reduce", "reduce-scatter", "all-gather"}
+
+
+def test_sharding_splits_what_is_large():
+    across = Sharded(8)
+    state = across.place_state(distilling(TOY).initial(TOY.initialise(jax.random.key(1))))
+    for tree in (state.params, state.target, state.averages["power_0.1"], state.optimizer[0].mean):
+        own = tree["mlp"]
+        assert own["in"].addressable_shards[0].data.shape == (48, 16)
+        assert own["out"].addressable_shards[0].data.shape == (16, 48)
+        assert own["bias"].addressable_shards[0].data.shape == (48,)
+
+
+def test_the_state_before_is_used_up():
+    step, across = distilling(TOY), OneDevice()
+    params = TOY.initialise(jax.random.key(1))
+    state = across.place_state(step.initial(params))
+    constants = across.place_constants(Constants(teacher=params))
+    program = across.compile(functools.partial(step.many, across), state, constants)
+    program(state, constants, across.place_batches(raw_batches(TOY, 1, 2)), KEY)
+    assert state.params["mlp"]["in"].is_deleted()
+    assert not params["mlp"]["in"].is_deleted()  # what it was made of belongs to the caller
+
+
+def test_a_batch_that_cannot_be_shared_out_names_the_nearest():
+    check_batch_size(24, 8, 3)
+    with pytest.raises(InputError, match="30 images cannot be shared out over 8 devices: the nearest is 32"):
+        check_batch_size(30, 8, 1)
+    with pytest.raises(InputError, match="over 8 devices in 4 parts each: the nearest is 32"):
+        check_batch_size(1, 8, 4)
+
+
+def test_pseudo_huber_pairs_train_too():
+    objective = ConsistencyTraining(Constant(6), distance=PseudoHuber())
+    _, metrics = run(distilling(TOY, objective=objective, target=None), TOY, OneDevice(), raw_batches(TOY, 3, 4))
+    assert np.isfinite(metrics["loss"]).all()

@@ -1,0 +1,494 @@
+"""Data from folders, TensorFlow Datasets and npz files: what is read, how it is labelled, and what is refused."""
+
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm_jax.data import ImageFolder, InMemory, NpzData, Streamed, TFDSData
+from cm_jax.errors import InputError
+from tests.support import ROOT
+
+
+def write(path, level, shape=(8, 8), **options):
+    """An image file all of one grey level, 0 ... 255."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*shape, 3), level, np.uint8)).save(path, **options)
+
+
+def levels(data):
+    return data.images[:, 0, 0, 0].tolist()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """b/0 ... b/4 and a/5 ... a/9, each image of the grey level 10 times its number."""
+    for index in range(10):
+        write(tmp_path / "images" / ("b" if index < 5 else "a") / f"{index}.png", 10 * index)
+    return tmp_path / "images"
+
+
+# Folders
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_with_its_classes(folder):
+    seen = []
+    data = ImageFolder(str(folder)).open(8, lambda done, total: seen.append((done, total)))
+    assert isinstance(data, InMemory)
+    assert levels(data) == [50, 60, 70, 80, 90, 0, 10, 20, 30, 40]
+    assert data.labels.tolist() == [0] * 5 + [1] * 5
+    assert data.class_names == ("a", "b")
+    assert data.description == f"{folder}: 10 images of 8 pixels, 2 classes, in memory (0 MB)"
+    assert seen == [(10, 10)]
+
+
+def test_every_kind_of_image_file_is_read_whatever_its_letters(tmp_path):
+    for index, name in enumerate(["a.PNG", "b.jpg", "c.JPeG", "d.gif", "e.webp", "f.bmp"]):
+        write(tmp_path / name, 40 * index)
+    write(tmp_path / "deep" / "er" / "g.png", 250)
+    write(tmp_path / ".hidden" / "h.png", 1)
+    write(tmp_path / "._a.png", 1)
+    (tmp_path / "notes.txt").write_text("not an image")
+    data = ImageFolder(str(tmp_path)).open(8)
+    assert levels(data) == [0, 40, 80, 120, 250, 160, 200]
+    assert data.classes is None
+
+
+def test_links_in_a_circle_end(folder):
+    (folder / "a" / "up").symlink_to(folder)
+    assert ImageFolder(str(folder)).open(8).size == 10
+
+
+def test_classes_from_prefixes_as_the_original_numbers_them(tmp_path):
+    for index, name in enumerate(["x/n02_1.png", "n01_b_7.png", "x/n02_0.png", "n03_1.png"]):
+        write(tmp_path / name, index)
+    data = ImageFolder(str(tmp_path), labels="prefix").open(8)
+    assert data.class_names == ("n01", "n02", "n03")
+    assert dict(zip(levels(data), data.labels.tolist(), strict=True)) == {0: 1, 1: 0, 2: 1, 3: 2}
+
+
+def test_automatic_labels_are_sub_folders_or_nothing(tmp_path, folder):
+    write(tmp_path / "flat" / "cat_1.png", 1)
+    write(tmp_path / "flat" / "dog_1.png", 1)
+    write(tmp_path / "single" / "a" / "1.png", 1)
+    write(tmp_path / "mixed" / "a" / "1.png", 1)
+    write(tmp_path / "mixed" / "b" / "1.png", 1)
+    write(tmp_path / "mixed" / "1.png", 1)
+    assert [ImageFolder(str(tmp_path / name)).open(8).classes for name in ("flat", "single", "mixed")] == [None] * 3
+    assert ImageFolder(str(folder), labels="none").open(8).classes is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_batches_are_those_in_memory(folder, workers):
+    data = ImageFolder(str(folder)).open(8)
+    streamed = ImageFolder(str(folder), in_memory_gib=0, workers=workers).open(8)
+    assert isinstance(streamed, Streamed)
+    assert (streamed.size, streamed.classes, streamed.class_names) == (data.size, data.classes, data.class_names)
+    batches = streamed.batches(6, seed=9, start=2, host=1, hosts=2)
+    for ours, theirs in itertools.islice(zip(batches, data.batches(6, 9, 2, 1, 2), strict=False), 7):
+        np.testing.assert_array_equal(ours.images, theirs.images)
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+    batches.close()
+
+
+STREAMING = """
+import itertools, multiprocessing, sys
+from cm_jax.data import ImageFolder
+def main():
+    batches = ImageFolder(sys.argv[1], in_memory_gib=0, workers=1).open(8).batches(10)
+    print([sorted(b.images[:, 0, 0, 0].tolist()) for b in itertools.islice(batches, 2)])
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    sys.stdin.readline()
+    batches.close()
+if __name__ == "__main__":
+    main()
+"""
+
+
+def start_streaming(folder):
+    """A process of its own that streams by a worker process, without absl's flags, as train.py does."""
+    path = folder.parent / "script.py"
+    path.write_text(STREAMING)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, str(path), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    )
+
+
+def test_worker_processes_name_unreadable_files_and_end_without_a_complaint(folder):
+    (folder / "a" / "5.png").write_bytes(b"nonsense")
+    with start_streaming(folder) as process:
+        output, complaints = process.communicate("\n", timeout=120)
+    assert process.returncode == 0
+    assert output.splitlines()[0] == str([[0, 10, 20, 30, 40, 60, 60, 70, 80, 90]] * 2)
+    assert len(complaints.splitlines()) == 1
+    assert "Replaced, cannot be read: a/5.png: it is not of the formats" in complaints
+
+
+def test_worker_processes_end_when_the_run_is_killed(folder):
+    with start_streaming(folder) as process:
+        process.stdout.readline()
+        workers = [int(number) for number in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 1
+    for _ in range(100):
+        if not any(is_running(worker) for worker in workers):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{workers} still run")
+
+
+def is_running(number):
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_small_images_are_enlarged_and_that_is_said_once(folder, caplog):
+    data = ImageFolder(str(folder)).open(12)
+    assert levels(data)[:2] == [50, 60]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Images smaller than 12 pixels were enlarged. {folder}: 10 of 10."
+    ]
+    caplog.clear()
+    batches = ImageFolder(str(folder), in_memory_gib=0).open(12).batches(4)
+    for _ in range(3):
+        next(batches)
+    batches.close()
+    assert len(caplog.records) == 1
+
+
+# Files that cannot be read
+
+
+@pytest.fixture
+def damaged(folder):
+    """The folder with a truncated file, an empty one and a text among its images."""
+    whole = (folder / "a" / "6.png").read_bytes()
+    (folder / "a" / "6.png").write_bytes(whole[:-30])
+    (folder / "b" / "1.png").write_bytes(b"")
+    (folder / "b" / "2.png").write_text("an image")
+    return folder
+
+
+def test_unreadable_files_are_named_and_left_out(damaged, caplog):
+    data = ImageFolder(str(damaged), most_corrupt=3).open(8)
+    assert levels(data) == [50, 70, 80, 90, 0, 30, 40]
+    assert data.labels.tolist() == [0] * 4 + [1] * 3
+    named = [re.search(r"read: (\S+):", record.getMessage())[1] for record in caplog.records]
+    assert named == ["a/6.png", "b/1.png", "b/2.png"]
+
+
+def test_more_unreadable_files_than_allowed_are_an_error(damaged):
+    with pytest.raises(InputError, match=r"(?s)3 images cannot be read, and 2 may be.*\n  a/6.png:.*\n  b/1.png:"):
+        ImageFolder(str(damaged), most_corrupt=2).open(8)
+    batches = ImageFolder(str(damaged), most_corrupt=2, in_memory_gib=0).open(8).batches(10)
+    with pytest.raises(InputError, match="3 images cannot be read, and 2 may be"):
+        next(batches)
+
+
+def test_the_order_does_not_depend_on_the_threads(tmp_path, monkeypatch):
+    for index in range(200):
+        write(tmp_path / f"{index:03}.png", index)
+    (tmp_path / "077.png").write_bytes(b"")
+    monkeypatch.setattr("cm_jax.data.encoded._CHUNK", 3)
+    monkeypatch.setattr("cm_jax.data.encoded.THREADS", 8)
+    expected = [index for index in range(200) if index != 77]
+    assert all(levels(ImageFolder(str(tmp_path)).open(8)) == expected for _ in range(3))
+
+
+def an_empty_folder(path):
+    path.mkdir()
+
+
+def a_file(path):
+    write(path.with_suffix(".png"), 0)
+    path.with_suffix(".png").rename(path)
+
+
+def no_images(path):
+    path.mkdir()
+    (path / "b.txt").write_text("")
+    (path / "a.csv").write_text("")
+
+
+def all_corrupt(path):
+    path.mkdir()
+    (path / "a.png").write_text("")
+    (path / "b.png").write_text("")
+
+
+def one_class(path):
+    write(path / "a" / "x_1.png", 0)
+    write(path / "a" / "x_2.png", 0)
+
+
+def strays(path):
+    write(path / "a" / "x_1.png", 0)
+    write(path / "2.png", 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (lambda path: None, {}, "does not exist; wanted: a folder"),
+        (an_empty_folder, {}, "no files at all"),
+        (a_file, {}, "is a file; wanted: a folder"),
+        (no_images, {}, "2 other files, such as a.csv"),
+        (all_corrupt, {}, r"(?s)2 images cannot be read.*a.png.*b.png"),
+        (one_class, {"labels": "folder"}, "all images are of one class, a;.*labels: none"),
+        (one_class, {"labels": "prefix"}, "all images are of one class, x;"),
+        (strays, {"labels": "folder"}, r"(?s)1 images have no class.*sub-folder for each.*\n  2.png"),
+        (strays, {"labels": "prefix"}, r"(?s)1 images have no class.*cat_0001.png.*\n  2.png"),
+        (one_class, {"workers": -1}, "cannot be negative"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, make, settings, message):
+    make(tmp_path / "images")
+    with pytest.raises(InputError, match=message):
+        ImageFolder(str(tmp_path / "images"), **settings).open(8)
+
+
+@pytest.mark.parametrize("size", [0, -8, 5000])
+def test_image_sizes_that_are_none(folder, size):
+    with pytest.raises(InputError, match=f"image size .* from 1 to 4096, got {size}"):
+        ImageFolder(str(folder)).open(size)
+
+
+# Arrays in a file
+
+IMAGES = np.arange(4 * 8 * 8 * 3, dtype=np.uint32).reshape(4, 8, 8, 3).astype(np.uint8)
+LABELS = np.array([0, 2, 1, 2])
+
+
+def saved(path, **arrays):
+    np.savez(path / "data.npz", **arrays)
+    return str(path / "data.npz")
+
+
+def test_arrays_by_their_usual_names(tmp_path):
+    data = NpzData(saved(tmp_path, images=IMAGES, labels=LABELS, class_names=np.array(["x", "y", "z"]))).open(8)
+    np.testing.assert_array_equal(data.images, IMAGES)
+    assert data.labels.tolist() == LABELS.tolist()
+    assert data.class_names == ("x", "y", "z")
+    data = NpzData(saved(tmp_path, arr_0=IMAGES, arr_1=LABELS)).open(8)  # as save_npz and evaluators write them
+    assert (data.classes, data.class_names) == (3, ())
+    assert NpzData(saved(tmp_path, arr_0=IMAGES)).open(8).classes is None
+    path = saved(tmp_path, x=IMAGES, y=LABELS)
+    assert NpzData(path, images="x", labels="y").open(8).classes == 3
+    assert NpzData(saved(tmp_path, images=IMAGES, labels=LABELS), labels="none").open(8).classes is None
+    assert NpzData(saved(tmp_path, images=IMAGES, labels=np.zeros(4, int))).open(8).classes is None
+
+
+def test_arrays_of_another_size_are_centre_cropped(tmp_path):
+    data = NpzData(saved(tmp_path, images=IMAGES)).open(4)
+    halves = IMAGES.reshape(4, 4, 2, 4, 2, 3).mean(axis=(2, 4))
+    assert np.abs(data.images - halves).max() <= 1
+    grey = NpzData(saved(tmp_path, images=IMAGES[..., :1])).open(4)
+    np.testing.assert_array_equal(grey.images[..., 0], data.images[..., 0])
+    assert grey.image_shape == (4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "settings", "message"),
+    [
+        ({"pictures": IMAGES}, {}, "no images or arr_0, but pictures"),
+        ({"images": IMAGES}, {"images": "x"}, "it has no x, but images"),
+        ({"images": IMAGES}, {"labels": "x"}, "it has no x, but images"),
+        ({"images": IMAGES / 127.5 - 1}, {}, r"float64 \[4, 8, 8, 3\]; wanted: uint8.*numpy.round"),
+        ({"images": IMAGES.transpose(0, 3, 1, 2)}, {}, r"\[4, 3, 8, 8\].*numpy.transpose"),
+        ({"images": IMAGES[..., 0]}, {}, r"\[4, 8, 8\].*x\[..., None\]"),
+        ({"images": IMAGES.astype(np.int32)}, {}, "int32"),
+        ({"images": IMAGES[:0]}, {}, r"uint8 \[0, 8, 8, 3\]; wanted"),
+        ({"images": np.array([object()])}, {}, "allow_pickle"),
+        ({"images": IMAGES, "labels": LABELS[:3]}, {}, "3 labels for 4 images"),
+        ({"images": IMAGES, "labels": LABELS - 1}, {}, "labels from -1 to 1"),
+        ({"images": IMAGES, "labels": LABELS / 2}, {}, r"labels is float64 \[4\]; wanted: whole numbers"),
+        ({"images": IMAGES, "labels": np.eye(4, dtype=int)}, {}, r"labels is int64 \[4, 4\]"),
+        ({"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "b"])}, {}, "labels from 0 to 2"),
+        ({"images": IMAGES, "labels": LABELS, "class_names": np.arange(3)}, {}, "class_names is int64"),
+        ({"images": IMAGES, "labels": np.ones(4, int)}, {"labels": "labels"}, "all labels are the same"),
+    ],
+)
+def test_arrays_that_cannot_be_used(tmp_path, arrays, settings, message):
+    with pytest.raises(InputError, match=message):
+        NpzData(saved(tmp_path, **arrays), **settings).open(8)
+
+
+def test_files_that_are_no_npz(tmp_path):
+    np.save(tmp_path / "one.npy", IMAGES)
+    (tmp_path / "text.npz").write_text("no")
+    whole = saved(tmp_path, images=IMAGES)
+    with open(whole, "r+b") as file:
+        file.seek(300)
+        file.write(b"damage")
+    for name, message in [
+        ("one.npy", "it is none, and numpy.savez"),
+        ("text.npz", "it is none, and numpy.savez"),
+        ("data.npz", "CRC"),
+        ("none.npz", "No such file"),
+    ]:
+        with pytest.raises(InputError, match=f"{name} cannot be used as an .npz file.*{message}"):
+            NpzData(str(tmp_path / name)).open(8)
+
+
+# TensorFlow Datasets
+
+
+def prepare(folder, extra=()):
+    """A data set of 20 + 5 PNG files in the array_record format; image i has the grey level i and the class i % 2."""
+    import tensorflow_datasets as tfds
+
+    def png(level):
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 12, 3), level, np.uint8)).save(file, "PNG")
+        return io.BytesIO(file.getvalue())
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "tiny"
+        code_path = None  # to find it TFDS would import a package that it does not require
+        VERSION = tfds.core.Version("1.2.0")
+
+        def _info(self):
+            labels = {name: tfds.features.ClassLabel(names=["even", "odd"]) for name in ("label", *extra)}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"picture": tfds.features.Image(), **labels})
+            )
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(20), "test": self._generate_examples(5)}
+
+        def _generate_examples(self, count):
+            for index in range(count):
+                yield index, {"picture": png(index), **dict.fromkeys(("label", *extra), index % 2)}
+
+    Tiny(data_dir=folder).download_and_prepare(file_format="array_record")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("tfds"))
+
+
+def test_a_prepared_data_set_by_name_and_by_folder(prepared, monkeypatch):
+    data = TFDSData("tiny", data_dir=str(prepared)).open(8)
+    assert sorted(levels(data)) == list(range(20))
+    assert data.labels.tolist() == [level % 2 for level in levels(data)]
+    assert data.class_names == ("even", "odd")
+    assert data.description == "tiny/1.2.0, train: 20 images of 8 pixels, 2 classes, in memory (0 MB)"
+    by_folder = TFDSData(data_dir=str(prepared / "tiny" / "1.2.0"), split="test").open(8)
+    assert sorted(levels(by_folder)) == list(range(5))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    part = TFDSData("tiny", split="train[:25%]", labels="none").open(8)
+    assert (part.size, part.classes) == (5, None)
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_prepared_data_set_streamed(prepared, workers):
+    data = TFDSData("tiny", data_dir=str(prepared)).open(8)
+    streamed = TFDSData("tiny", data_dir=str(prepared), in_memory_gib=0, workers=workers).open(8)
+    batches = streamed.batches(6)
+    for ours, theirs in itertools.islice(zip(batches, data.batches(6), strict=False), 4):
+        np.testing.assert_array_equal(ours.images, theirs.images)
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+    batches.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "tiny", "split": "validation"}, r"no split 'validation'; it has train \(20\), test \(5\)"),
+        ({"name": "tiny", "split": "train[:"}, "no split"),
+        ({"name": "tiny", "labels": "kind"}, "no classes called 'kind'; it has label"),
+        ({"name": "tinny"}, "Did you mean .*tiny"),
+        ({"name": "cifa10"}, "Did you mean .*cifar10"),
+        (
+            {"name": "cifar10"},
+            r"(?s)not prepared.*builder\('cifar10'\).download_and_prepare\(file_format='array_record",
+        ),
+        ({"name": "imagenet_resized/64x64"}, r"(?s)not prepared.*builder\('imagenet_resized/64x64'\)"),
+        ({"name": "imagenet_resized/65x65"}, "65x65"),
+        ({"name": "../tiny"}, "is no name of a data set"),
+    ],
+)
+def test_data_sets_that_are_not_there(prepared, settings, message):
+    with pytest.raises(InputError, match=message):
+        TFDSData(data_dir=str(prepared), **settings).open(8)
+
+
+def test_several_kinds_of_labels_and_configurations(tmp_path):
+    prepare(tmp_path, extra=("coarse",))
+    assert TFDSData("tiny", data_dir=str(tmp_path), labels="coarse").open(8).classes == 2
+    (tmp_path / "sized").mkdir()
+    (tmp_path / "tiny").rename(tmp_path / "sized" / "8x8")
+    with pytest.raises(InputError, match="configurations 8x8: name one, as sized/8x8"):
+        TFDSData("sized", data_dir=str(tmp_path)).open(8)
+
+
+def test_the_newest_version_is_taken(tmp_path, prepared):
+    for version in ("1.2.0", "1.10.0", "1.9.0"):
+        (tmp_path / "tiny" / version).mkdir(parents=True)
+        (tmp_path / "tiny" / version / "dataset_info.json").write_text("{}")
+    assert TFDSData("tiny", data_dir=str(tmp_path))._folder().name == "1.10.0"
+
+
+@pytest.fixture
+def copied(tmp_path, prepared):
+    import shutil
+
+    return shutil.copytree(prepared / "tiny" / "1.2.0", tmp_path / "copy")
+
+
+def test_another_format_is_refused_with_the_command_that_converts_it(copied):
+    info = json.loads((copied / "dataset_info.json").read_text())
+    (copied / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
+    with pytest.raises(InputError, match=r"in the format tfrecord.*tfds convert_format --dataset_version_dir="):
+        TFDSData(data_dir=str(copied)).open(8)
+
+
+def test_features_of_other_packages_are_not_imported(copied, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    features = (copied / "features.json").read_text()
+    features = features.replace("tensorflow_datasets.core.features.class_label_feature.ClassLabel", "evil.Label")
+    (copied / "features.json").write_text(features)
+    with pytest.raises(InputError, match=r"asks for evil.Label"):
+        TFDSData(data_dir=str(copied)).open(8)
+
+
+def test_damaged_data_sets(copied):
+    features = (copied / "features.json").read_text()
+    (copied / "features.json").write_text("{")
+    with pytest.raises(InputError, match=r"features.json cannot be read as JSON"):
+        TFDSData(data_dir=str(copied)).open(8)
+    (copied / "features.json").write_text(features)
+    (copied / "tiny-train.array_record-00000-of-00001").unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        TFDSData(data_dir=str(copied)).open(8)
+
+
+def test_what_is_not_installed_is_asked_for(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(InputError, match=r"streaming needs grain: pip install 'cm_jax\[train\]'"):
+        ImageFolder(str(folder), in_memory_gib=0).open(8)
+    with pytest.raises(InputError, match=r"tensorflow-datasets: pip install 'cm_jax\[train\]'"):
+        TFDSData().open(8)
+    assert ImageFolder(str(folder)).open(8).size == 10

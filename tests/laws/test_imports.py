@@ -21,6 +21,7 @@ ORDER = [
     "preconditioning",
     "networks",
     "perceptual",
+    "inception",
     "consistency_function",
     "config",
     "checkpoints",

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cm_jax.data import EmojiData, Encoded, InMemory, Streamed, centre_crop, decode, permutation
 from cm_jax.data.emoji import bundled
+from cm_jax.data.encoded import decoded
 from cm_jax.errors import InputError
 
 
@@ -132,10 +133,21 @@ def test_too_many_unreadable_images_end_the_stream():
     with pytest.raises(InputError, match=r"(?s)4 images cannot be read, and 3 may be.*file 1:.*file 8:|file 8:"):
         next(batches)
     few = Streamed(Files(10, damaged=[1, 2, 3]), 6, most_corrupt=3).batches(10)
-    assert len(next(few).images) == 10
+    assert sorted(next(few).images[:, 0, 0, 0]) == [0, 4, 4, 4, 4, 5, 6, 7, 8, 9]
     few.close()
     with pytest.raises(InputError, match="2 images cannot be read"):
         next(Streamed(Files(2, damaged=[0, 1]), 6, most_corrupt=3).batches(2))
+
+
+def test_an_image_of_no_class_cannot_be_used():
+    class Unlabelled(Files):
+        def read(self, index):
+            return self.files[index], -1 if index == 2 else index % 3
+
+    data = decoded(Unlabelled(5), 6, most_corrupt=1)
+    assert data.images[:, 0, 0, 0].tolist() == [0, 1, 3, 4]
+    with pytest.raises(InputError, match="file 2: label -1 is not one of 3 classes"):
+        decoded(Unlabelled(5), 6, most_corrupt=0)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +326,9 @@ def test_decoding_other_kinds_of_pixels():
     grey = np.array([[0, 1], [128, 255]], np.uint8)
     np.testing.assert_array_equal(decode(png(grey), 2)[0], np.repeat(grey[..., None], 3, axis=2))
     deep = grey.astype(np.uint16) * 257
-    np.testing.assert_array_equal(decode(png(deep), 2)[0], np.repeat(grey[..., None], 3, axis=2))
+    for offset in (0, 100, -100):  # nearest, of 257 numbers for each
+        near = np.clip(deep + offset, 0, 65535).astype(np.uint16)
+        np.testing.assert_array_equal(decode(png(near), 2)[0], np.repeat(grey[..., None], 3, axis=2))
     file = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
     np.testing.assert_allclose(decode(file.getvalue(), 8)[0], np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=3)

@@ -1,0 +1,132 @@
+"""Real processes: killed at any moment, and several that train together."""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.support import ROOT
+
+SMALL = [
+    *("--network.image-size", "8", "--network.width", "16", "--network.multipliers", "1", "--network.dropout", "0.1"),
+    *("--network.blocks-per-level", "1", "--batch-size", "8", "--log-every", "1", "--sample-every", "1000000"),
+    *("--averages", "0.99", "--keep-last", "2"),
+]
+KILLS = 10
+
+
+def begin(folder, cache, *words, devices=1):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, str(ROOT / "train.py"), "emoji32-edm", "--run", str(folder), *SMALL, *words]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent
+    )
+
+
+def finish(child):
+    output, _ = child.communicate(timeout=600)
+    assert child.returncode == 0, output
+    return output
+
+
+def arrays(folder, batches):
+    with np.load(folder / "checkpoints" / f"{batches:08d}" / "state" / "state.npz") as state:
+        return {name: state[name] for name in state.files if name != "leaves.json"}
+
+
+def rows(folder):
+    """metrics.csv without the speed, which is the last column."""
+    return [line.rsplit(",", 1)[0] for line in (folder / "metrics.csv").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    finish(begin(folder, cache, "--images", "4800", "--checkpoint-every", "7"))
+    return folder
+
+
+def test_a_run_that_is_killed_at_any_moment_becomes_the_unbroken_one(tmp_path, cache, unbroken):
+    """SIGKILL, ten times: the arrays of the last checkpoint and the log are the same to the last bit."""
+    folder, moments = tmp_path / "run", random.Random(0)
+    words = ("--images", "4800", "--checkpoint-every", "7")
+    reached = []
+    for _ in range(KILLS):
+        child = begin(folder, cache, *words)
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith(("Starting", "Going on")):
+                reached.append(int("".join(re.findall(r"after batch ([\d,]+)", line)).replace(",", "") or 0))
+                break
+        else:
+            raise AssertionError(f"it ended by itself, with {child.wait()}")
+        time.sleep(moments.uniform(0, 1.5))
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    last = finish(begin(folder, cache, *words))
+    assert "Finished: 600 batches" in last
+    assert reached == sorted(reached)
+    ours, theirs = arrays(folder, 600), arrays(unbroken, 600)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert rows(folder) == rows(unbroken)
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["00000595", "00000600"]
+
+
+def test_sigterm_saves_and_exits_0_and_a_second_process_is_refused(tmp_path, cache):
+    folder = tmp_path / "run"
+    child = begin(folder, cache, "--images", "100000000", "--checkpoint-every", "1000000")
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("batch "):
+            break
+    other = begin(folder, cache, "--images", "100000000", "--checkpoint-every", "1000000")
+    refused, _ = other.communicate(timeout=300)
+    assert other.returncode == 2
+    assert re.search(rf"error: Another process \(pid {child.pid} on .*\) trains in ", refused)
+    child.send_signal(signal.SIGTERM)
+    output = finish(child)
+    stopped = re.search(r"Stopped by SIGTERM after (\d+) of", output)
+    assert stopped
+    assert (folder / "checkpoints" / f"{int(stopped[1]):08d}" / "state").is_dir()
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "sharded"])
+def test_two_processes_are_one(parallel, tmp_path, cache):
+    """Two processes of two devices each, on loopback, beside one process of one: the same loss over twenty steps."""
+    words = ("--images", "160", "--checkpoint-every", "20", "--network.width", "32")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    together = tmp_path / "two"
+    several = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--parallel", parallel)
+    children = [begin(together, cache, *words, *several, "--process", str(i), devices=2) for i in range(2)]
+    alone = tmp_path / "one"
+    one = begin(alone, cache, *words)
+    outputs = [finish(child) for child in children]
+    finish(one)
+    assert "4 x cpu" in outputs[0]
+    losses = [np.array([float(line.split(",")[3]) for line in rows(folder)[1:]]) for folder in (together, alone)]
+    assert (rows(alone)[0]).split(",")[3] == "loss"
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    ours, theirs = arrays(together, 20), arrays(alone, 20)
+    assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5

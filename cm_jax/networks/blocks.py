@@ -186,6 +186,7 @@ class ResidualBlock(nn.Module):
     resample: Resample | None = None
     modulation: Modulation = "scale_shift"
     dropout: float = 0.0
+    dropout_size: int | None = None
     dtype: DTypeLike = jnp.float32
     style: Style = ADM
 
@@ -205,7 +206,9 @@ class ResidualBlock(nn.Module):
             scale, shift = jnp.split(modulation, 2, axis=1)
             normalised = self.modulation == "normalised"
             h = norm(h, pixel_norm(scale), pixel_norm(shift)) if normalised else norm(h, 1 + scale, shift)
-        h = dropped_out(nn.silu(h), self.dropout, dropout_keys, self.place)
+        h = nn.silu(h)
+        if self.dropout_size is None or max(h.shape[1:3]) <= self.dropout_size:
+            h = dropped_out(h, self.dropout, dropout_keys, self.place)
         h = Convolution(self.features, dtype=self.dtype, name="conv_2")(h)
 
         if x.shape[-1] != self.features or (self.resample and style.resampled_skip):

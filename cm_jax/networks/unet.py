@@ -73,6 +73,7 @@ class UNet(abc.ABC):
     interval_clock: bool
     modulation: Modulation
     dropout: float
+    dropout_size: int | None
     precision: Precision
     attention: Implementation
     rematerialise: bool
@@ -270,6 +271,7 @@ class _Block(nn.Module):
                         resample=unit.resample,
                         modulation=config.modulation,
                         dropout=config.dropout,
+                        dropout_size=config.dropout_size,
                         dtype=dtype,
                         style=style,
                         name=unit.name,

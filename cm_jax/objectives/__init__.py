@@ -5,12 +5,14 @@ step) -> (losses, metrics), all per image: the training step averages, and diffe
 `losses`, the paper's algorithm alone, with the levels and the noise given, and the networks as plain functions.
 """
 
+from cm_jax.objectives.adaptive_weight import AdaptiveWeight
 from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective
 from cm_jax.objectives.consistency_distillation import ConsistencyDistillation
 from cm_jax.objectives.consistency_training import ConsistencyTraining
-from cm_jax.objectives.continuous_time import AdaptiveWeight, ContinuousDistillation, ContinuousTraining
+from cm_jax.objectives.continuous_time import ContinuousDistillation, ContinuousTraining
 from cm_jax.objectives.denoising import Denoising
 from cm_jax.objectives.easy_consistency_tuning import EasyConsistencyTuning
+from cm_jax.objectives.improved_consistency_training import ImprovedConsistencyTraining
 from cm_jax.objectives.mean_flow import MeanFlow
 from cm_jax.objectives.progressive_distillation import ProgressiveDistillation
 from cm_jax.objectives.teacher_steps import EulerStep, HeunStep, TeacherStep
@@ -28,6 +30,7 @@ __all__ = [
     "Functions",
     "Helpers",
     "HeunStep",
+    "ImprovedConsistencyTraining",
     "Losses",
     "MeanFlow",
     "Metrics",

@@ -5,17 +5,19 @@ import dataclasses
 from typing import ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cm_jax.arrays import Images, Keys, Labels, Params
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import Step
 from cm_jax.errors import InputError
+from cm_jax.objectives.adaptive_weight import AdaptiveWeight, without_weight
 
 Losses = Float[Array, " b"]
 """One loss per image."""
 Metrics = dict[str, Float[Array, " b"]]
-"""What to log, one value per image: its noise level, and the grid's number of levels where there is a grid."""
+"""What to log, one value per image: its noise level "sigma", and the grid's number of levels where there is a grid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +48,16 @@ class Helpers(NamedTuple):
     """Of a distance that has weights of its own (LPIPS)."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Objective(abc.ABC):
     """objective(functions, params, helpers, batch, keys, step) -> losses and metrics, per image.
 
     Its fields are the method's hyper-parameters, nothing else. `keys`: one per image; its level, noise and dropout come
     from it. `step`: the number k of steps taken, maybe traced. Whoever calls has called `check(functions)` once before.
     """
+
+    adaptive: AdaptiveWeight | None = dataclasses.field(default=None, kw_only=True)
+    """A weight w learnt along, which makes a loss e^w loss - w."""
 
     has_target: ClassVar[bool] = False
     """Whether it looks at helpers.target."""
@@ -62,10 +68,23 @@ class Objective(abc.ABC):
     hands_over: ClassVar[bool] = False
     """Whether the student becomes the teacher each time that its curriculum(step) changes."""
 
-    @abc.abstractmethod
     def __call__(
         self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
-    ) -> tuple[Losses, Metrics]: ...
+    ) -> tuple[Losses, Metrics]:
+        if self.adaptive is None:
+            return self.evaluate(functions, params, helpers, batch, keys, step)
+        target = None if helpers.target is None else without_weight(helpers.target)
+        teacher = None if helpers.teacher is None else without_weight(helpers.teacher)
+        helpers = helpers._replace(target=target, teacher=teacher)
+        losses, metrics = self.evaluate(functions, without_weight(params), helpers, batch, keys, step)
+        weight = self.adaptive(params, functions.student.scaling.c_noise(metrics["sigma"]))
+        return jnp.exp(weight) * losses - weight, metrics | {"unweighted": losses, "log_weight": weight}
+
+    @abc.abstractmethod
+    def evaluate(
+        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+    ) -> tuple[Losses, Metrics]:
+        """As a call, before the weight that is learnt."""
 
     def check(self, functions: Functions) -> None:
         """Raises InputError for functions that it cannot train."""
@@ -82,7 +101,7 @@ class Objective(abc.ABC):
 
     def extras(self) -> Params:
         """Fresh parameters that it trains beside the network's, under names of their own in the same tree."""
-        return {}
+        return {} if self.adaptive is None else self.adaptive.initialise()
 
     def teacher(self, functions: Functions, helpers: Helpers) -> tuple[ConsistencyFunction, Params]:
         """The teacher and its parameters. Raises InputError where either is missing."""

@@ -30,7 +30,7 @@ class ConsistencyDistillation(Objective):
     has_target: ClassVar[bool] = True
     has_teacher: ClassVar[bool] = True
 
-    def __call__(
+    def evaluate(
         self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = draws(keys)

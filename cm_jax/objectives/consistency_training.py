@@ -1,8 +1,4 @@
-"""Consistency training without a teacher (CM, algorithm 3), and its improved form (iCT).
-
-iCT is ConsistencyTraining(Doubling(), law=DiscreteLogNormal(), weighting=InverseGap(),
-distance=PseudoHuber()) with no target of its own.
-"""
+"""Consistency training without a teacher (CM, algorithm 3)."""
 
 import dataclasses
 from typing import ClassVar
@@ -31,7 +27,7 @@ class ConsistencyTraining(Objective):
 
     has_target: ClassVar[bool] = True
 
-    def __call__(
+    def evaluate(
         self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = draws(keys)

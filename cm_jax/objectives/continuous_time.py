@@ -18,7 +18,6 @@ from cm_jax.arrays import Images, Keys, Labels, Params, Sigmas, normal_per_image
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import Rate, Step, WarmUp
 from cm_jax.errors import InputError
-from cm_jax.networks.blocks import sinusoid
 from cm_jax.noise_laws import LogNormal
 from cm_jax.noise_levels import sigma_at_trigflow_time, trigflow_time
 from cm_jax.objectives.base import (
@@ -39,32 +38,14 @@ Field = Callable[[Images, Times], Images]
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveWeight:
-    """w(t), one linear layer on the sinusoids of the network's clock, trained along and then thrown away (sCM)."""
-
-    width: int = 128
-
-    NAME: ClassVar[str] = "adaptive_weight"
-    """Of its branch in the parameter tree."""
-
-    def initialise(self) -> Params:
-        return {self.NAME: {"kernel": jnp.zeros((self.width,)), "bias": jnp.zeros(())}}
-
-    def __call__(self, params: Params, c_noise: Float[Array, " b"]) -> Losses:
-        own = params[self.NAME]
-        return sinusoid(c_noise, self.width) @ own["kernel"] + own["bias"]
-
-
-@dataclasses.dataclass(frozen=True)
 class _ContinuousTime(Objective):
-    """What both share: e^w(t) / d ||F - F^- - g||^2 - w(t), with F^- = stop(F) and g the normalised tangent."""
+    """What both share: 1 / d ||F - F^- - g||^2, F^- = stop(F), g the normalised tangent; sCM has `adaptive` too."""
 
     law: LogNormal = LogNormal(-1.0, 1.4)
     """Of sigma = sigma_data tan t."""
     warm_up: WarmUp = WarmUp()
     regulariser: float = 0.1
     """c in g / (|g| + c); |g| is the root of the mean square, so that it does not depend on the image's size."""
-    adaptive: AdaptiveWeight | None = None
 
     def __post_init__(self) -> None:
         if not self.regulariser > 0:
@@ -75,10 +56,7 @@ class _ContinuousTime(Objective):
         trigflow_scaling(functions.student)
         demand_forward_derivatives(self, functions.student)
 
-    def extras(self) -> Params:
-        return {} if self.adaptive is None else self.adaptive.initialise()
-
-    def __call__(
+    def evaluate(
         self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = draws(keys)
@@ -88,13 +66,9 @@ class _ContinuousTime(Objective):
         noise = sigma_data * normal_per_image(key_noise, batch.images.shape[1:])
         x_t = per_image(jnp.cos(t)) * batch.images + per_image(jnp.sin(t)) * noise
         velocity = self.velocity(functions, helpers, batch, x_t, t, noise)
-        network_params = {name: branch for name, branch in params.items() if name != AdaptiveWeight.NAME}
-        field = trigflow_field(functions.student, network_params, batch.labels, key_dropout)
-        log_weight = jnp.zeros_like(t)
-        if self.adaptive is not None:
-            log_weight = self.adaptive(params, functions.student.scaling.c_noise(sigma))
-        losses, tangent_norm = self.losses(field, x_t, t, velocity, self.warm_up(step), log_weight, sigma_data)
-        return losses, {"sigma": sigma, "tangent_norm": tangent_norm, "log_weight": log_weight}
+        field = trigflow_field(functions.student, params, batch.labels, key_dropout)
+        losses, tangent_norm = self.losses(field, x_t, t, velocity, self.warm_up(step), sigma_data)
+        return losses, {"sigma": sigma, "tangent_norm": tangent_norm}
 
     @abc.abstractmethod
     def velocity(
@@ -109,14 +83,13 @@ class _ContinuousTime(Objective):
         t: Times,
         velocity: Images,
         warm_up: Rate | float,
-        log_weight: Losses,
         sigma_data: float = 0.5,
     ) -> tuple[Losses, Losses]:
         """Losses, and the root mean square of the tangent before it is normalised."""
         prediction, tangent = self.tangent(field, x_t, t, velocity, warm_up, sigma_data)
         norm = jnp.sqrt(jnp.square(tangent).mean((1, 2, 3)))
         goal = jax.lax.stop_gradient(prediction + tangent / per_image(norm + self.regulariser))
-        return jnp.exp(log_weight) * jnp.square(prediction - goal).mean((1, 2, 3)) - log_weight, norm
+        return jnp.square(prediction - goal).mean((1, 2, 3)), norm
 
     def tangent(
         self,
@@ -127,7 +100,7 @@ class _ContinuousTime(Objective):
         warm_up: Rate | float,
         sigma_data: float = 0.5,
     ) -> tuple[Images, Images]:
-        """F, and g = cos t df/dt with its unstable part multiplied by `warm_up` (sCM, eq. 6).
+        """F, and g = cos t df/dt with its unstable part multiplied by `warm_up` (sCM).
 
         g = -cos^2 t (s F^- - dx/dt) - r (cos t sin t x_t + s J), where J is F's derivative along
         cos t sin t (dx/dt / s, 1) and s = sigma_data: the product with cos t sin t keeps it of order 1 at every t.

@@ -21,7 +21,7 @@ class Denoising(Objective):
 
     makes_denoiser: ClassVar[bool] = True
 
-    def __call__(
+    def evaluate(
         self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         del step

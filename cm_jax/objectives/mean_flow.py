@@ -54,7 +54,7 @@ class MeanFlow(Objective):
         if not getattr(functions.student.network, "interval_clock", False):
             raise InputError("MeanFlow's network must be told the interval's length: set its interval_clock=True.")
 
-    def __call__(
+    def evaluate(
         self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         del helpers, step
@@ -68,7 +68,7 @@ class MeanFlow(Objective):
             return network.predict(params, z, clock * t, batch.labels, key_dropout, clock * length)
 
         errors = self.errors(u, batch.images, t, r, noise)
-        return self.weighted(errors), {"time": t, "length": t - r, "error": errors}
+        return self.weighted(errors), {"sigma": t / (1 - t), "length": t - r, "error": errors}
 
     def losses(self, u: Velocity, images: Images, t: Times, r: Times, noise: Images) -> Losses:
         return self.weighted(self.errors(u, images, t, r, noise))

@@ -35,7 +35,7 @@ class ProgressiveDistillation(Objective):
     makes_denoiser: ClassVar[bool] = True
     hands_over: ClassVar[bool] = True
 
-    def __call__(
+    def evaluate(
         self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = draws(keys)

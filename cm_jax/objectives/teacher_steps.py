@@ -14,7 +14,7 @@ class TeacherStep(abc.ABC):
 
 
 def slope(teacher: Denoiser, x: Images, t: Sigmas) -> Images:
-    """(x - D(x, t)) / t      (EDM, eq. 3)."""
+    """(x - D(x, t)) / t      (EDM, eqs. 1 and 3)."""
     return (x - teacher(x, t)) / per_image(t)
 
 

@@ -14,9 +14,8 @@ import pytest
 from cm_jax.arrays import per_image
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import AdaptiveRate, Constant, Doubling, FixedRate, Progressive, ShrinkingGap, WarmUp
-from cm_jax.distances import PseudoHuber
 from cm_jax.networks import Network
-from cm_jax.noise_laws import CappedInterval, DiscreteLogNormal
+from cm_jax.noise_laws import CappedInterval
 from cm_jax.noise_levels import EDM_TIME, sigma_at_trigflow_time
 from cm_jax.objectives import (
     AdaptiveWeight,
@@ -29,11 +28,11 @@ from cm_jax.objectives import (
     EasyConsistencyTuning,
     Functions,
     Helpers,
+    ImprovedConsistencyTraining,
     MeanFlow,
     Objective,
 )
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling, FlowScaling, TrigFlowScaling
-from cm_jax.weightings import InverseGap
 
 MEAN, DEVIATION, SIGMA_DATA = 0.3, 0.2, 0.5
 SHAPE = (2, 2, 1)
@@ -233,9 +232,7 @@ METHODS = {
     # The published mu0 = 0.95 would make the target remember 200 of these 1000 steps.
     "ct": (ConsistencyTraining(GROWING), BOUNDARY, AdaptiveRate(GROWING, start=0.5), 10),
     "ict": (
-        ConsistencyTraining(
-            Doubling(10, 80, STEPS), law=DiscreteLogNormal(), weighting=InverseGap(), distance=PseudoHuber()
-        ),
+        ImprovedConsistencyTraining(Doubling(10, 80, STEPS)),
         BOUNDARY,
         None,
         30,

@@ -8,7 +8,7 @@ from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, Scaling, TrigFlowScaling, VarianceScaling
+from cm_jax.preconditioning import BoundaryScaling, FlowScaling, Scaling, TrigFlowScaling, VarianceScaling
 
 FORMAT = 1
 """Version of the checkpoint format; a newer one is refused with the advice to upgrade."""

@@ -289,7 +289,7 @@ def failed(capsys, command):
         ("plain --batch-size 1.5", "--batch-size must be a whole number, got '1.5'."),
         ("plain --batch-size", "--batch-size needs a whole number."),
         ("plain --batch-size 0", "A batch has at least one image, got 0."),
-        ("plain --seed 4294967296", "seed must be a whole number of less than 2^31, got 4294967296."),
+        ("plain --seed 9007199254740992", "seed must be a whole number of less than 2^53, got 9007199254740992."),
         ("plain --clip x", "--clip must be a number or None, got 'x'."),
         ("plain --clip nan", "clip must be a finite number, got NaN."),
         ("plain --rates 1 x", "--rates must be numbers, got '1 x'."),

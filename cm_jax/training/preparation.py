@@ -12,10 +12,10 @@ from cm_jax import conversion, settings
 from cm_jax.arrays import Params
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset
-from cm_jax.distances import Resized
+from cm_jax.distances import Distance
 from cm_jax.errors import InputError, listed
 from cm_jax.model import find
-from cm_jax.perceptual import LPIPS
+from cm_jax.objectives import Objective
 from cm_jax.training import feeding
 from cm_jax.training.parallelism import Parallelism
 from cm_jax.training.state import Constants, RawBatch, TrainState
@@ -116,7 +116,7 @@ def prepare(chosen: Training, progress: Callable[[int, int], None] | None = None
         _check_start(chosen, teacher)
     dataset = chosen.data.open(chosen.network.image_size, progress)
     chosen.check_data(dataset)
-    return Prepared(chosen, dataset, across, step, teacher, _perceptual(chosen))
+    return Prepared(chosen, dataset, across, step, teacher, _weights(chosen.objective))
 
 
 def _read(name: str, flag: str) -> Source:
@@ -146,8 +146,7 @@ def _check_start(chosen: Training, source: Source) -> None:
         )
 
 
-def _perceptual(chosen: Training) -> Params | None:
-    distance = getattr(chosen.objective, "distance", None)
-    while isinstance(distance, Resized):
-        distance = distance.distance
-    return distance.load_weights() if isinstance(distance, LPIPS) else None
+def _weights(objective: Objective) -> Params | None:
+    """Of its distance, where that has some."""
+    distance: Distance | None = getattr(objective, "distance", None)
+    return None if distance is None else distance.load_weights()

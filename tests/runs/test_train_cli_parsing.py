@@ -117,7 +117,8 @@ class Training:
 
 
 def tiny():
-    """A small run, in a minute.
+    """A small run,
+    in a minute.
 
     It reaches an FID of 300.
     """

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -120,10 +121,13 @@ def prepare(chosen: Training, progress: Callable[[int, int], None] | None = None
 
 
 def _read(name: str, flag: str) -> Source:
+    """A checkpoint that the settings name."""
     try:
         return conversion.read(find(name))
     except InputError as error:
-        raise InputError(f"--{flag} {name}: {error}") from error
+        run = name.removeprefix("runs/")
+        advice = f" Train it first: python train.py {run}." if run != name and not Path(name).exists() else ""
+        raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
 
 _RUNTIME = ("dropout", "precision", "attention", "rematerialise")

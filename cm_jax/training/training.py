@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 import jax
 
+import cm_jax.perceptual  # noqa: F401  so that LPIPS is known among the distances
 from cm_jax.arrays import Params
 from cm_jax.config import ModelConfig
 from cm_jax.consistency_function import ConsistencyFunction

@@ -1,6 +1,7 @@
 """One training step, pure: (state, constants, batch, key) -> (state, metrics)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -58,7 +59,11 @@ class TrainingStep:
         self, across: Parallelism, state: TrainState, constants: Constants, batches: RawBatch, key: Key[Array, ""]
     ) -> tuple[TrainState, Curves]:
         """A step for each of `batches` [steps, b, ...]; metrics [steps]."""
-        return jax.lax.scan(lambda state, batch: self(state, constants, batch, key, across), state, batches)
+
+        def one(state: TrainState, batch: RawBatch) -> tuple[TrainState, Scalars]:
+            return self(state, constants, batch, key, across)
+
+        return across.scan(one, state, batches)
 
     def __call__(
         self,
@@ -74,7 +79,8 @@ class TrainingStep:
         teacher = constants.teacher if state.teacher is None else state.teacher
         helpers = Helpers(across.whole(state.target), across.whole(teacher), constants.perceptual)
         clean = fetched(batch, constants, keys if self.flip else None)
-        gradients, metrics = self._gradients(across.whole(state.params), helpers, clean, keys, state.step)
+        gradient = functools.partial(self._gradient, across, helpers, state.step)
+        gradients, metrics = gradient(across.whole(state.params), clean, keys)
         gradients, metrics = across.mean((gradients, metrics))
         gradients = across.split(gradients)
         metrics |= {"gradient_norm": optax.tree.norm(gradients)}
@@ -89,8 +95,8 @@ class TrainingStep:
             "skipped_in_a_row": state.skipped_in_a_row.astype(jnp.float32),
         }
 
-    def _gradients(
-        self, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Any
+    def _gradient(
+        self, across: Parallelism, helpers: Helpers, step: Any, params: Params, batch: Batch, keys: Keys
     ) -> tuple[Params, Scalars]:
         """The mean gradient and mean metrics of the images at hand."""
 
@@ -110,7 +116,7 @@ class TrainingStep:
 
         first = jax.tree.map(lambda a: a[0], parts)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, *first))
-        total, _ = jax.lax.scan(add, zeros, parts)
+        total, _ = across.scan(add, zeros, parts)
         return jax.tree.map(lambda a: a / self.accumulate, total)
 
     def _moved(self, state: TrainState, gradients: Params) -> TrainState:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from cm_jax.errors import InputError, nearest
 
+_LARGEST_WHOLE = 2**53
+"""Of a whole number: beyond it programs that read JSON round."""
 _LARGEST = 1e30
 """Of any number in a config: far beyond what one means, and far below where float32 ends."""
 
@@ -52,10 +54,10 @@ def checked(value: Any, hint: Any, place: str) -> Any:
             return value
         wanted = "a text"
     elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST_WHOLE:
             return value
-        large = isinstance(value, int) and abs(value) >= 2**31
-        wanted = "a whole number" + (" of less than 2^31" if large else "")
+        large = isinstance(value, int) and abs(value) >= _LARGEST_WHOLE
+        wanted = "a whole number" + (" of less than 2^53" if large else "")
     else:
         assert hint is float, f"no check for {hint}"
         number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -24,7 +24,8 @@ def kinds(hint: Any) -> dict[str, type]:
     found: dict[str, type] = {}
     for choice in _choices(hint):
         for kind in _family(choice):
-            if not inspect.isabstract(kind) and kind.__name__[0] != "_" and all(map(_storable, hints(kind).values())):
+            concrete = not inspect.isabstract(kind) and kind.__name__[0] != "_"
+            if concrete and "kind" not in hints(kind) and all(map(_storable, hints(kind).values())):
                 found.setdefault(kind.__name__, kind)
     return found
 

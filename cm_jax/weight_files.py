@@ -51,8 +51,11 @@ class WeightFile:
         with written_beside(path) as beside, writing(path):
             beside.write_bytes(safetensors.numpy.save(tensors, metadata={"format": _FORMAT, "kind": self.kind}))
 
-    def load(self, given: str, shapes: Params) -> Params:
-        """The parameter tree, as NumPy arrays in their dtype. Raises InputError for a file that has another."""
+    def load(self, given: str, shapes: Params, fuller: Params | None = None) -> Params:
+        """The parameter tree of these shapes, or of the `fuller` ones, as NumPy arrays in their dtype.
+
+        Raises InputError for a file that has another.
+        """
         path = self.find(given)
         try:
             with safetensors.safe_open(path, framework="np") as archive:
@@ -70,6 +73,8 @@ class WeightFile:
                 f"format {_FORMAT}, which is written so:\n  " + self.recipe.replace("\n", "\n  ")
             )
         wanted = {name: leaf.shape for name, leaf in leaves(shapes)}
+        more = {name: leaf.shape for name, leaf in leaves(fuller or {})}
+        wanted = more if (more.keys() - wanted.keys()) & found.keys() else wanted
         complaints = shape_complaints(wanted, {name: array.shape for name, array in found.items()})
         if complaints:
             raise InputError(f"{path} does not hold the weights of {self.kind}:\n  {listed(complaints)}")

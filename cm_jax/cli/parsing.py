@@ -29,7 +29,7 @@ def parsed(
 def chosen(choices: Mapping[str, T], what: str, usage: str, arguments: Sequence[str]) -> tuple[str, T, Sequence[str]]:
     """The choice that the first argument names, with its name and the arguments after it.
 
-    Prints the list of choices, with the first line of each one's docstring, and exits where help is wanted. Raises
+    Prints the list of choices, with the first paragraph of each one's docstring, and exits where help is wanted. Raises
     InputError for a name that is not there.
     """
     if arguments and arguments[0] in ("-h", "--help"):
@@ -50,7 +50,7 @@ def show_choices(choices: Mapping[str, Any], what: str, usage: str) -> NoReturn:
 
     table = Table.grid(padding=(0, 2))
     for name, choice in choices.items():
-        table.add_row(Text(name), Text((choice.__doc__ or "").strip().partition("\n")[0]))
+        table.add_row(Text(name), Text(" ".join((choice.__doc__ or "").strip().partition("\n\n")[0].split())))
     console = Console(highlight=False)
     console.print(Text(f"usage: {usage}\n"))
     console.print(Panel(table, title=f"{what}s", title_align="left"))

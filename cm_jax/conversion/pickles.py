@@ -1,9 +1,10 @@
 """Files that contain pickles, read without running any code in them and without PyTorch.
 
 A `.pt` file is a zip archive: a pickle that describes the tensors, and one raw entry per storage. Before PyTorch 1.6 it
-was five pickles and the storages in a row. Either is read by an unpickler that knows the few instructions and names a
-state dict consists of and refuses all others, so a malicious file cannot do more than be refused. (torch.load with
-weights_only is as strict; it would make sampling depend on PyTorch.) A pickle of NumPy arrays is read likewise.
+was five pickles and the storages in a row. A TorchScript file is an archive with a program too, which is passed over.
+Each is read by an unpickler that knows the few instructions and names these consist of and refuses all others, so a
+malicious file cannot do more than be refused. (torch.load with weights_only is as strict; it would make sampling depend
+on PyTorch.) A pickle of NumPy arrays is read likewise.
 """
 
 import collections
@@ -11,7 +12,7 @@ import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -57,8 +58,17 @@ def is_torch(path: Path) -> bool:
         return file.read(len(_LEGACY)).startswith((b"PK", _LEGACY))
 
 
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive that holds a program beside the tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
 def read_torch(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of a state dict that torch.save wrote, by name.
+    """Tensors of a state dict that torch.save wrote, or of the modules in a TorchScript file, by name.
 
     Raises InputError for a file that is damaged, is something else, or holds anything but tensors.
     """
@@ -66,6 +76,8 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
         with path.open("rb") as file:
             legacy = file.read(len(_LEGACY)) == _LEGACY
         content = _read_legacy(path) if legacy else _read_zip(path)
+        if isinstance(content, _Module):
+            content = dict(content.tensors())
     except InputError:
         raise
     except (zipfile.BadZipFile, EOFError) as error:
@@ -185,6 +197,47 @@ class _TensorUnpickler(_Unpickler):
         return LazyTensor(shape, storage.dtype, read)
 
 
+class _Module:
+    """A module of a TorchScript file: its attributes, none of its code."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, Any] = {}
+
+    def tensors(self, path: str = "") -> Iterator[tuple[str, LazyTensor]]:
+        for name, value in self.attributes.items():
+            if isinstance(value, _Module):
+                yield from value.tensors(f"{path}{name}.")
+            elif isinstance(value, LazyTensor):
+                yield f"{path}{name}", value
+
+
+class _ModuleUnpickler(_TensorUnpickler):
+    """Builds the modules of a TorchScript file, whose classes are named in it and not looked at."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_TensorUnpickler.dispatch)
+
+    def load_newobj(self) -> None:
+        kind, arguments = self.stack[-2:]  # type: ignore[attr-defined]
+        if kind is not _Module or arguments != ():
+            raise ValueError("an object that is no module")
+        self.stack[-2:] = [_Module()]  # type: ignore[attr-defined]
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+
+    def load_build(self) -> None:
+        attributes = self.stack.pop()  # type: ignore[attr-defined]
+        self.stack[-1].attributes = dict(attributes)  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__."):
+            return _Module
+        if (module, name) == ("torch.jit._pickle", "build_intlist"):
+            return list
+        return super().find_class(module, name)
+
+
 def _read_zip(path: Path) -> Any:
     """What torch.save put into a zip archive."""
     with zipfile.ZipFile(path) as archive:
@@ -201,7 +254,8 @@ def _read_zip(path: Path) -> Any:
         with zipfile.ZipFile(path) as again:
             return again.read(f"{folder}data/{storage.key}")
 
-    unpickler = _TensorUnpickler(path, io.BytesIO(instructions), read)
+    kind = _ModuleUnpickler if is_torchscript(path) else _TensorUnpickler
+    unpickler = kind(path, io.BytesIO(instructions), read)
     content = unpickler.load()
     for key, dtype, count in unpickler.storages.values():
         if entries[f"{folder}data/{key}"].file_size != count * dtype.itemsize:

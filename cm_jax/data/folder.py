@@ -73,10 +73,11 @@ def _image_files(top: Path) -> list[Relative]:
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(top, onerror=cannot, followlinks=True):
         real = os.path.realpath(folder)
-        subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
         if real in seen:  # links may run in circles
+            subfolders.clear()
             continue
         seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         way = Path(folder).relative_to(top).parts
         for name in names:
             if name.lower().endswith(_SUFFIXES) and not name.startswith("."):

@@ -65,8 +65,9 @@ def _copied(leaf: Any) -> np.ndarray:
         if not leaf.is_fully_replicated:
             return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         leaf = leaf.addressable_data(0)
-    on_cpu = next(iter(leaf.devices())).platform == "cpu"
-    return np.array(leaf) if on_cpu else np.asarray(leaf)  # on a CPU asarray is a view of what the next step is given
+    if next(iter(leaf.devices())).platform == "cpu":
+        return np.array(leaf)  # asarray would be a view, and keep the next step from reusing the memory
+    return np.asarray(leaf)
 
 
 def described(tree: Any, copies: Any) -> dict[str, Leaf]:
@@ -81,11 +82,8 @@ def write(file: Path, leaves: dict[str, Leaf]) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(_LEAVES, json.dumps(description, indent=1))
         for name, leaf in leaves.items():
-            numbers = leaf.numbers
-            if not numbers.dtype.isbuiltin:  # bfloat16, and others that .npy files have no name for
-                numbers = numbers.view(f"u{numbers.itemsize}")
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, np.asarray(numbers, order="C"), allow_pickle=False)
+                np.lib.format.write_array(entry, np.asarray(leaf.numbers, order="C"), allow_pickle=False)
 
 
 def read(file: Path, template: Any) -> Any:
@@ -117,7 +115,7 @@ def _numbers(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, 
         numbers = np.lib.format.read_array(entry, allow_pickle=False)  # at its end the checksum is compared
     if dtype.startswith("key<"):
         return numbers
-    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))  # .npy files have no name for bfloat16: two bytes of anything
     numbers = numbers if numbers.dtype == kind else numbers.view(kind)
     if numbers.shape != shape:
         raise ValueError(f"{name} has another shape than is written in {_LEAVES}")

@@ -39,7 +39,7 @@ def train(chosen: Training, folder: str | Path, say: Say = print, progress: Any 
     Raises InputError for settings that do not go together, or that differ from those the folder was begun with.
     """
     run = prepare(chosen, progress)
-    with RunFolder(folder, Retention(chosen.keep_last, chosen.keep_every)) as opened:
+    with RunFolder(folder, Retention(chosen.keep_last, chosen.keep_every, chosen.keep_hours)) as opened:
         _agree(opened.path, chosen)
         found = opened.resume(run.abstract_state())
         state = found[1] if found else run.across.place_state(run.fresh_state())

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ from cm_jax import conversion, settings
 from cm_jax.arrays import Params
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset
-from cm_jax.distances import Resized
+from cm_jax.distances import Distance
 from cm_jax.errors import InputError, listed
 from cm_jax.model import find
-from cm_jax.perceptual import LPIPS
+from cm_jax.objectives import Objective
 from cm_jax.training import feeding
 from cm_jax.training.parallelism import Parallelism
 from cm_jax.training.state import Constants, RawBatch, TrainState
@@ -116,14 +117,17 @@ def prepare(chosen: Training, progress: Callable[[int, int], None] | None = None
         _check_start(chosen, teacher)
     dataset = chosen.data.open(chosen.network.image_size, progress)
     chosen.check_data(dataset)
-    return Prepared(chosen, dataset, across, step, teacher, _perceptual(chosen))
+    return Prepared(chosen, dataset, across, step, teacher, _weights(chosen.objective))
 
 
 def _read(name: str, flag: str) -> Source:
+    """A checkpoint that the settings name."""
     try:
         return conversion.read(find(name))
     except InputError as error:
-        raise InputError(f"--{flag} {name}: {error}") from error
+        run = name.removeprefix("runs/")
+        advice = f" Train it first: python train.py {run}." if run != name and not Path(name).exists() else ""
+        raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
 
 _RUNTIME = ("dropout", "precision", "attention", "rematerialise")
@@ -146,8 +150,7 @@ def _check_start(chosen: Training, source: Source) -> None:
         )
 
 
-def _perceptual(chosen: Training) -> Params | None:
-    distance = getattr(chosen.objective, "distance", None)
-    while isinstance(distance, Resized):
-        distance = distance.distance
-    return distance.load_weights() if isinstance(distance, LPIPS) else None
+def _weights(objective: Objective) -> Params | None:
+    """Of its distance, where that has some."""
+    distance: Distance | None = getattr(objective, "distance", None)
+    return None if distance is None else distance.load_weights()

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 import jax
 
+import cm_jax.perceptual  # noqa: F401  so that LPIPS is known among the distances
 from cm_jax.arrays import Params
 from cm_jax.config import ModelConfig
 from cm_jax.consistency_function import ConsistencyFunction
@@ -67,6 +68,8 @@ class Training:
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Keep also every checkpoint at a multiple of so many batches; 0 keeps none of them."""
+    keep_hours: float = 0.0
+    """Keep also one checkpoint for every so many hours; 0 keeps none of them."""
 
     FREE: ClassVar[tuple[str, ...]] = (
         "images",
@@ -78,6 +81,7 @@ class Training:
         "checkpoint_every",
         "keep_last",
         "keep_every",
+        "keep_hours",
     )
     """What may change when a run goes on: it decides how far and how, and not which numbers come out."""
 

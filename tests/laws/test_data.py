@@ -13,6 +13,7 @@ from cm_jax.data import EmojiData, Encoded, InMemory, Streamed, centre_crop, dec
 from cm_jax.data.emoji import bundled
 from cm_jax.data.encoded import decoded
 from cm_jax.errors import InputError
+from tools import build_emoji32
 
 
 def png(pixels, format="PNG", **options):
@@ -202,6 +203,22 @@ def test_the_bundled_emoji_are_those_that_were_built():
     assert len(np.unique(arrays["images"].reshape(3765, -1), axis=0)) == 3765
 
 
+def test_how_the_bundled_emoji_were_built(tmp_path):
+    """Skin tones and images that are the same when halved are left out; the mean of four pixels, halves up."""
+    images = np.zeros((4, 64, 64, 3), np.uint8)
+    images[0, :2, :2, 0] = [[1, 2], [3, 4]]
+    images[1, :2, :2, 0] = [[4, 3], [2, 1]]
+    images[3, 0, 0, 1] = 1
+    source = tmp_path / "emoji64.npz"
+    arrays = {"labels": np.arange(4), "vendor": np.arange(4) % 2, "label_names": np.array(["a", "b", "c", "d"])}
+    arrays |= {"is_base": np.array([True, True, False, True]), "unified": np.array(["1F600"] * 4)}
+    np.savez(source, images=images, **arrays)
+    built = build_emoji32.build(source)
+    assert built["labels"].tolist() == [0, 3]
+    assert built["images"][:, 0, 0].tolist() == [[3, 0, 0], [0, 0, 0]]
+    assert not built["images"][:, 1:].any()
+
+
 def test_no_emoji_is_in_both_splits():
     arrays = bundled()
     held_out = set(arrays["unified"][arrays["held_out"]])
@@ -327,7 +344,7 @@ def test_decoding_other_kinds_of_pixels():
     np.testing.assert_array_equal(decode(png(grey), 2)[0], np.repeat(grey[..., None], 3, axis=2))
     deep = grey.astype(np.uint16) * 257
     for offset in (0, 100, -100):  # nearest, of 257 numbers for each
-        near = np.clip(deep + offset, 0, 65535).astype(np.uint16)
+        near = np.clip(deep.astype(int) + offset, 0, 65535).astype(np.uint16)
         np.testing.assert_array_equal(decode(png(near), 2)[0], np.repeat(grey[..., None], 3, axis=2))
     file = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(file, "JPEG", quality=100)

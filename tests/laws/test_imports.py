@@ -23,6 +23,7 @@ ORDER = [
     "preconditioning",
     "networks",
     "perceptual",
+    "inception",
     "consistency_function",
     "config",
     "checkpoints",

@@ -142,10 +142,10 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(across):
     bad = good._replace(labels=np.asarray([[0, 0, 0, 0], [0, 0, 0, 2]], np.int32))
     before, _ = run(step, TOY, across, RawBatch(good.images[:1], good.labels[:1]))
     after, metrics = run(step, TOY, across, bad)
-    assert (after.batches, after.skipped, after.skipped_in_a_row, after.step) == (2, 1, 1, 1)
+    assert (after.batches, after.skipped, after.skipped_in_a_row) == (2, 1, 1)
     counters = ("batches", "skipped", "skipped_in_a_row")
     for name in set(after._fields) - set(counters) - {"target", "teacher"}:
-        assert farthest(getattr(after, name), getattr(before, name)) == 0, name
+        assert farthest(getattr(after, name), getattr(before, name)) < 1e-6, name
     np.testing.assert_array_equal(metrics["skipped"], [0, 1])
     assert not np.isfinite(metrics["loss"][1])
 
@@ -172,8 +172,8 @@ def test_target_and_averages_follow_the_new_parameters():
     ):
         moved = jax.tree.map(lambda a, s: a - s, tree, start)
         wanted = jax.tree.map(lambda m, share=1 - rate: share * m, move)
-        assert farthest(moved, wanted) < 1e-6
-    assert farthest(move, jax.tree.map(np.zeros_like, move)) > 1e-3
+        assert farthest(moved, wanted) < 1e-7
+    assert farthest(move, jax.tree.map(np.zeros_like, move)) > 1e-4
 
 
 def test_a_target_without_a_rate_is_the_student():

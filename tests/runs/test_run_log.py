@@ -46,9 +46,11 @@ def events(run):
     found = []
     for path in sorted((run / "tensorboard").iterdir()):
         with path.open("rb") as file:
-            for _, content in log_module._records(file):
-                event = Event.FromString(content)
-                found += [(value.tag, event.step) for value in event.summary.value]
+            records = list(log_module._records(file))
+        assert sum(len(record) for record, _ in records) == path.stat().st_size
+        for _, content in records:
+            event = Event.FromString(content)
+            found += [(value.tag, event.step) for value in event.summary.value]
     return sorted(found)
 
 
@@ -58,13 +60,15 @@ def test_an_interrupted_run_leaves_the_files_of_an_unbroken_one(tmp_path):
     with (tmp_path / "broken" / "metrics.csv").open("a") as file:
         file.write("8,0.12")  # killed within the line
     (event_file,) = (tmp_path / "broken" / "tensorboard").iterdir()
-    event_file.write_bytes(event_file.read_bytes() + b"\x18\0\0")
+    torn = bytes([40, *[0] * 11, 9, *[0] * 12])
+    event_file.write_bytes(event_file.read_bytes() + torn)
     write(tmp_path / "broken", 3, 5)
     write(tmp_path / "broken", 4, 8)
     ours, theirs = tmp_path / "broken", tmp_path / "unbroken"
     assert (ours / "metrics.csv").read_bytes() == (theirs / "metrics.csv").read_bytes()
     assert sorted(path.name for path in (ours / "samples").iterdir()) == [f"0000000{i}.png" for i in (2, 4, 6, 8)]
     assert events(ours) == events(theirs)
+    assert not any(path.read_bytes().endswith(torn) for path in (ours / "tensorboard").iterdir())
     assert ("late", 5) in events(ours)
     assert ("samples", 8) in events(ours)
     assert len(events(ours)) == 8 * 3 + 4 + 4
@@ -86,6 +90,7 @@ def test_a_run_started_anew_has_no_old_rows(tmp_path):
     write(tmp_path, 0, 3)
     with Log(tmp_path, 0, tensorboard=False) as log:
         log.row(1, {"other": 1})
+    assert not list((tmp_path / "samples").iterdir())
     assert (tmp_path / "metrics.csv").read_text() == "batches,other\n1,1\n"
 
 

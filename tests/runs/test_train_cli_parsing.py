@@ -11,9 +11,10 @@ import pytest
 import tyro
 
 from cm_jax.cli import main, main_convert, main_sample
+from cm_jax.cli import train as command
 from cm_jax.cli.overrides import parse
 from cm_jax.cli.running import run as run_command
-from cm_jax.cli.train import Options, train
+from cm_jax.cli.train import Options
 from cm_jax.curricula import AdaptiveRate, FixedRate, Halving, Progressive, TargetRate
 from cm_jax.distances import Absolute, Distance, PseudoHuber, Resized, Squared
 from cm_jax.errors import InputError
@@ -116,7 +117,8 @@ class Training:
 
 
 def tiny():
-    """A small run, in a minute.
+    """A small run,
+    in a minute.
 
     It reaches an FID of 300.
     """
@@ -270,7 +272,7 @@ def failed(capsys, command):
         ("plain --no-flap", "Did you mean --data.flip or --flip?"),
         ("plain extra", "'extra' is more than is wanted there"),
         ("plain --no-flip 3", "'3' is more than is wanted there"),
-        ("plain --objective.distance huber", "must be one of Absolute, Squared, PseudoHuber, Resized, got 'huber'"),
+        ("plain --objective.distance huber", "must be one of Absolute, Squared, PseudoHuber, Resized"),
         ("plain --objective.distance huber", "Did you mean 'PseudoHuber'?"),
         ("plain --objective Distance", "--objective must be one of"),
         ("plain --objective.distance", "--objective.distance needs one of Absolute"),
@@ -288,7 +290,7 @@ def failed(capsys, command):
         ("plain --batch-size 1.5", "--batch-size must be a whole number, got '1.5'."),
         ("plain --batch-size", "--batch-size needs a whole number."),
         ("plain --batch-size 0", "A batch has at least one image, got 0."),
-        ("plain --seed 4294967296", "seed must be a whole number of less than 2^31, got 4294967296."),
+        ("plain --seed 9007199254740992", "seed must be a whole number of less than 2^53, got 9007199254740992."),
         ("plain --clip x", "--clip must be a number or None, got 'x'."),
         ("plain --clip nan", "clip must be a finite number, got NaN."),
         ("plain --rates 1 x", "--rates must be numbers, got '1 x'."),
@@ -303,8 +305,10 @@ def failed(capsys, command):
     ],
 )  # fmt: skip
 def test_words_that_make_no_sense(capsys, line, message):
-    command = lambda: run_command(lambda: parse(PRESETS, Options(), "train.py", line.split()))  # noqa: E731
-    assert message in failed(capsys, command)
+    def words():
+        run_command(lambda: parse(PRESETS, Options(), "train.py", line.split()))
+
+    assert message in failed(capsys, words)
 
 
 def shown(capsys, command, *words):
@@ -339,24 +343,29 @@ def test_help_lists_the_presets_and_then_every_field(capsys):
     assert "Every second image" not in other
 
 
-def test_starting_gets_settings_folder_and_dry_run(monkeypatch, tmp_path):
-    started, joined = [], []
-
-    def start(*given):
-        started.append(given)
-
+def test_the_command_trains_in_a_folder_or_tells_what_it_would_do(monkeypatch, capsys):
+    trained, joined = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
+    monkeypatch.setattr(command, "PRESETS", PRESETS)
+    monkeypatch.setattr(command, "run_training", lambda settings, folder, say: trained.append((settings, folder)))
+    monkeypatch.setattr(command, "prepare", lambda settings: settings)
+    monkeypatch.setattr(command, "report", lambda settings: [f"seed {settings.seed}"])
     cache = ["--compilation-cache", "off"]
-    train(PRESETS, start, "train.py", ["plain", *cache])
-    train(PRESETS, start, "train.py", ["plain", "--run", "elsewhere", "--dry-run", "--seed", "3", *cache])
-    assert started == [
-        (Training(), Path("runs/plain"), False),
-        (Training(seed=3), Path("elsewhere"), True),
-    ]
+    command.train("train.py", ["plain", *cache])
+    command.train("train.py", ["plain", "--run", "elsewhere", "--seed", "3", *cache])
+    assert trained == [(Training(), Path("runs/plain")), (Training(seed=3), Path("elsewhere"))]
+    command.train("train.py", ["plain", "--dry-run", "--seed", "4", *cache])
+    assert capsys.readouterr().out == "seed 4\n"
+    assert len(trained) == 2
     assert not joined
     several = ["--coordinator", "a.b:123", "--processes", "4", "--process", "3"]
-    train(PRESETS, start, "train.py", ["plain", *several, *cache])
+    command.train("train.py", ["plain", *several, *cache])
     assert joined == [("a.b:123", 4, 3)]
+
+
+@pytest.mark.parametrize("name", command.PRESETS)
+def test_every_preset_is_what_its_name_alone_gives(name):
+    assert parse(command.PRESETS, Options(), "train.py", [name])[1] == command.PRESETS[name]()
 
 
 def test_parsing_leaves_the_devices_alone():
@@ -372,7 +381,7 @@ assert not xla_bridge.backends_are_initialized()
 
 
 @pytest.mark.parametrize(
-    ("command", "line", "message"),
+    ("door", "line", "message"),
     [
         (main_sample, "--step 3", "There is no option --step. Did you mean --steps?"),
         (main_sample, "--sampler huen", "consistency, heun, euler, dpm, ancestral, progdist, got 'huen'. Did you mean"),
@@ -380,14 +389,15 @@ assert not xla_bridge.backends_are_initialized()
         (main_sample, "a b", "'b' is more than is wanted there."),
         (main_convert, "", "SOURCE and DESTINATION must be given: they have no default."),
         (main_convert, "a", "DESTINATION must be given: it has no default."),
+        (main_convert, "a --too 3", "DESTINATION must be given: it has no default."),
         (main_convert, "a b --head-with 3", "There is no option --head-with. Did you mean --head-width?"),
-        (main, "", "Name a command first: cm-jax COMMAND .... Choose one of sample, convert."),
+        (main, "", "Name a command first: cm-jax COMMAND .... Choose one of sample, convert, train."),
         (main, "smaple", "There is no command 'smaple'. Did you mean 'sample'?"),
         (main, "sample --labls 3", "There is no option --labls. Did you mean --labels?"),
     ],
 )  # fmt: skip
-def test_the_other_commands_speak_alike(capsys, command, line, message):
-    assert message in failed(capsys, lambda: command(line.split()))
+def test_the_other_commands_speak_alike(capsys, door, line, message):
+    assert message in failed(capsys, lambda: door(line.split()))
 
 
 def test_commands_are_listed(capsys):

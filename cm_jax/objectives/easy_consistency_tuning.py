@@ -11,15 +11,15 @@ from cm_jax.curricula import ShrinkingGap, Step
 from cm_jax.distances import Distance, PseudoHuber
 from cm_jax.noise_laws import LogNormal
 from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective, draws
-from cm_jax.weightings import InverseGap, Karras, Weighting
+from cm_jax.weightings import InverseGap, Weighting
 
 
 @dataclasses.dataclass(frozen=True)
 class EasyConsistencyTuning(Objective):
     """w(t, r) d(f(x + t z, t), f^-(x + r z, r)) with r = r(t, k); f^- is x itself where r = 0      (ECT, algorithm 1).
 
-    The defaults are those for CIFAR-10: the norm, weighted by 1 / (t - r); IMAGENET64 holds those for ImageNet-64. It
-    starts from the weights of a denoiser, with its own EDM scalings.
+    The defaults are those for CIFAR-10: the norm, weighted by 1 / (t - r). For ImageNet-64 it is the pseudo-Huber
+    distance, weighted by 1 / c_out^2 (Karras). It starts from the weights of a denoiser, with its scalings.
     """
 
     law: LogNormal = LogNormal(-1.1, 2.0)
@@ -55,9 +55,3 @@ class EasyConsistencyTuning(Objective):
         ahead = student(images + per_image(t) * noise, t)
         behind = jnp.where(per_image(r) > 0, target(images + per_image(r) * noise, r), images)
         return self.weighting(t, r) * self.distance.with_weights(perceptual)(ahead, jax.lax.stop_gradient(behind))
-
-
-IMAGENET64 = EasyConsistencyTuning(
-    LogNormal(-0.8, 1.6), ShrinkingGap(ratio=4.0, stages=4), weighting=Karras(), distance=PseudoHuber()
-)
-"""For ImageNet-64 in batches of 128: weight 1 / c_out^2, and c = 0.06 (ECT)."""

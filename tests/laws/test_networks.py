@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cm_jax.errors import InputError
-from cm_jax.networks import ADMUNet
+from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.attention import attend
 from cm_jax.networks.blocks import GroupNorm, downsample, upsample
 from tests.support import SMALL, adm_golden, nhwc, random_params, relative
@@ -63,6 +63,28 @@ def test_dropout_keeps_the_mean():
     assert kept.mean() == pytest.approx(1, abs=0.01)
     assert (kept == 0).mean() == pytest.approx(0.25, abs=0.01)
     assert not np.array_equal(kept, dropped_out(jnp.ones((4, 64, 64, 8)), 0.25, keys, place=4))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        dataclasses.replace(SMALL, dropout=0.5),
+        SongUNet(image_size=16, width=16, multipliers=(1, 1), blocks_per_level=1, dropout=0.5, classes=10),
+    ],
+)
+def test_dropout_at_small_feature_maps_alone(network):
+    """iCT's and ECT's for ImageNet-64. These networks have maps of 16 and of 8 pixels."""
+    params, keys = random_params(network), jax.random.split(jax.random.key(0), 2)
+    x, labels = jax.random.normal(jax.random.key(1), (2, 16, 16, 3)), jnp.array([1, 2])
+
+    def predict(size, keys):
+        return jax.jit(dataclasses.replace(network, dropout_size=size).predict)(params, x, jnp.ones(2), labels, keys)
+
+    everywhere, deepest, nowhere = predict(None, keys), predict(8, keys), predict(None, None)
+    np.testing.assert_array_equal(predict(16, keys), everywhere)
+    np.testing.assert_array_equal(predict(7, keys), nowhere)
+    assert relative(deepest, nowhere) > 1e-2
+    assert relative(deepest, everywhere) > 1e-2
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -149,6 +171,7 @@ def test_prepared_half_precision_keeps_what_must_be_float32():
         ({"head_width": None}, "not both or neither"),
         ({"heads": 2}, "not both or neither"),
         ({"dropout": 1.0}, "dropout"),
+        ({"dropout_size": 0}, "dropout_size must be positive"),
         ({"classes": 0}, "classes"),
         ({"multipliers": ()}, "must all be positive"),
     ],

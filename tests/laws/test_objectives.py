@@ -54,6 +54,7 @@ class Tiny:
     interval_clock: bool = False
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
+        assert set(params) == set(self.shapes())
         if length is not None:
             c_noise = 300 * c_noise + 200 * length
         clock = jnp.stack([jnp.sin(c_noise / 300), jnp.cos(c_noise / 300), c_noise / 1000], axis=-1)

@@ -83,7 +83,7 @@ def farthest(a, b):
 @functools.cache
 def on_one_device(network, size):
     """The run of 50 steps that the others are compared with."""
-    return run(distilling(network), network, OneDevice(), raw_batches(network, 50, size))
+    return run(distilling(network), network, OneDevice(), raw_batches(network, 50, size), dispatches=50)
 
 
 WAYS = [Pmap(2), Pmap(8), Sharded(2), Sharded(8)]
@@ -93,7 +93,7 @@ WAYS = [Pmap(2), Pmap(8), Sharded(2), Sharded(8)]
 def test_devices_do_not_matter(across):
     batches = raw_batches(TOY, 50, 16)
     one, alone = on_one_device(TOY, 16)
-    many, together = run(distilling(TOY), TOY, across, batches)
+    many, together = run(distilling(TOY), TOY, across, batches, dispatches=50)
     np.testing.assert_allclose(together["loss"], alone["loss"], rtol=1e-5)
     np.testing.assert_allclose(together["loss_sigma_2"], alone["loss_sigma_2"], rtol=1e-5)
     assert farthest(one.params, TOY.initialise(jax.random.key(1))) > 0.01  # it went somewhere
@@ -103,7 +103,7 @@ def test_devices_do_not_matter(across):
 @pytest.mark.parametrize("across", [Pmap(8), Sharded(8)], ids=str)
 def test_devices_do_not_matter_to_a_unet(across):
     _, alone = on_one_device(UNET, 8)
-    _, together = run(distilling(UNET), UNET, across, raw_batches(UNET, 50, 8))
+    _, together = run(distilling(UNET), UNET, across, raw_batches(UNET, 50, 8), dispatches=50)
     np.testing.assert_allclose(together["loss"], alone["loss"], atol=1e-5 * alone["loss"].max())
 
 

@@ -30,6 +30,9 @@ from cm_jax.training.training import Training, without_extras
 FORMAT = 1
 """Of a run's config.json."""
 
+_ASK_EVERY = 10
+"""Dispatches after which processes ask each other whether one was told to stop."""
+
 Say = Callable[[str], None]
 
 
@@ -65,7 +68,7 @@ def _loop(run: Prepared, folder: RunFolder, state: TrainState, done: int, say: S
             state, metrics = program(state, constants, run.across.place_batches(batches), key)
             window.add(metrics)
             done += chosen.steps_per_dispatch
-            stopping = _agreed(stop.requested)
+            stopping = _agreed(stop.requested, done // chosen.steps_per_dispatch)
             last = done >= total or stopping
 
             def due(every: int, done: int = done) -> bool:
@@ -157,10 +160,12 @@ def _averaged(step: TrainingStep, state: TrainState) -> Params:
     return state.averages[step.averages[0].name] if step.averages else state.params
 
 
-def _agreed(requested: bool) -> bool:
-    """Whether any process was asked to stop."""
+def _agreed(requested: bool, dispatches: int) -> bool:
+    """Whether any process was asked to stop. Several ask each other now and then only, as it makes them wait."""
     if jax.process_count() == 1:
         return requested
+    if dispatches % _ASK_EVERY:
+        return False
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.asarray(requested))))

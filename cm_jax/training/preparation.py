@@ -127,6 +127,10 @@ def _read(name: str, flag: str) -> Source:
     except InputError as error:
         run = name.removeprefix("runs/")
         advice = f" Train it first: python train.py {run}." if run != name and not Path(name).exists() else ""
+        if Path(name).is_file():
+            advice = (
+                " What a file does not tell, `python -m convert` asks for: give --" + flag + " the folder it writes."
+            )
         raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
 

@@ -371,3 +371,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
         train(SMALL, run, said.append)
     assert "00000008" in caplog.text
     assert any("Going on after batch 4" in line for line in said)
+
+
+def test_the_original_s_checkpoint_is_a_teacher(tmp_path):
+    """A .pt file as OpenAI's code writes it, converted with what it does not tell, and distilled."""
+    from cm_jax.conversion import Untold, read, write
+    from tests.support import DATA
+
+    file = DATA / "openai" / "adm_unconditional.pt"
+    with pytest.raises(InputError, match=r"(?s)--teacher .*python -m convert"):
+        prepare(dataclasses.replace(STUDENT, teacher=str(file)))
+    described = json.loads((DATA / "openai" / "adm_unconditional.json").read_text())
+    source = read(file, Untold(described.get("num_head_channels"), described.get("num_heads"), "edm", 40, 16))
+    write(tmp_path / "teacher", "ours", source.config, source.params)
+    settings = dataclasses.replace(
+        STUDENT, network=source.config.network, scaling=BoundaryScaling(), teacher=str(tmp_path / "teacher"), images=8
+    )
+    train(settings, tmp_path / "run", lambda line: None)
+    assert cm_jax.load(tmp_path / "run").config.network == source.config.network

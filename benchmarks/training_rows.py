@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,6 +21,7 @@ from benchmarks.torch_adm import TorchADM
 from benchmarks.torch_training import DiffusersADM, Drawn, TorchTraining
 from cm_jax.arrays import normal_per_image
 from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.objectives import ConsistencyDistillation, Denoising
 from cm_jax.objectives.base import draws
 from cm_jax.preconditioning import EDMScaling, VarianceScaling
 from cm_jax.training.state import Constants, RawBatch
@@ -28,6 +30,8 @@ from cm_jax.training.training import Training
 
 CHECKED_STEPS = 3
 """Steps in which PyTorch gets our noise, and the losses must agree."""
+BOUND = 1e-4
+"""Largest relative difference of these losses."""
 OURS, EAGER, COMPILED, NCHW, CHANNELS_LAST = (
     "ours",
     "PyTorch, eager",
@@ -96,8 +100,10 @@ def ours(chosen: Training, images: np.ndarray, labels: np.ndarray | None) -> Ste
 
 
 def draws_of_ours(chosen: Training, batch: int) -> Drawn:
-    """What our step draws for batch number `batch`, for EDM and CD."""
+    """What our step draws for batch number `batch`: by EDM and CD, which PyTorch has too; else nothing much."""
     objective: Any = chosen.objective
+    if type(objective) not in (Denoising, ConsistencyDistillation):
+        return Drawn(*[np.zeros(0, np.float32)] * 3)
     keys = draws(image_keys(jax.random.key(chosen.seed), batch, np.arange(chosen.batch_size)))
     noise = np.asarray(normal_per_image(keys.noise, chosen.network.image_shape))
     if not objective.has_teacher:
@@ -128,43 +134,92 @@ class Measured:
         return float(np.abs(np.divide(self.losses, other.losses) - 1).max())
 
 
-def start(row: Row, step: Step) -> Measured:
-    """The first steps."""
-    measured = Measured()
-    for batch in range(CHECKED_STEPS):
-        drawn = None if row.step == OURS else draws_of_ours(row.chosen, batch)
+class Process:
+    """A row in a process of its own, which takes steps when told. Where it fails its row says why, and others go on."""
+
+    def __init__(self, row: Row, limit: float) -> None:
+        """`limit`: seconds that all it does may take together."""
+        context = multiprocessing.get_context("spawn")
+        self.row, self.measured, self._left = row, Measured(), limit
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(row, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def step(self, drawn: Drawn | None = None) -> None:
+        """One step, of the checked ones where there are draws."""
+        if self.measured.failure:
+            return
         began = time.perf_counter()
-        measured.losses.append(step(drawn))
-        measured.first = measured.first or time.perf_counter() - began
-    return measured
+        try:
+            self._connection.send(drawn)
+            answer = self._connection.recv() if self._connection.poll(self._left) else "it took too long"
+        except (EOFError, OSError):
+            answer = "its process died"
+        self._left -= time.perf_counter() - began
+        if isinstance(answer, str):
+            self.measured.failure = answer
+            return
+        seconds, loss, self.measured.peak = answer
+        if drawn is None:
+            self.measured.seconds.append(seconds)
+        else:
+            self.measured.first = self.measured.first or seconds
+            self.measured.losses.append(loss)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
 
 
-def time_steps(steps: dict[Row, Step], measured: dict[Row, Measured], repeats: int) -> None:
-    """`repeats` rounds of one step each."""
+def measure(rows: list[Row], repeats: int, limit: float) -> dict[Row, Measured]:
+    """The checked steps, then `repeats` rounds of one step of each row in turn."""
+    processes = [Process(row, limit) for row in rows]
+    for process in processes:
+        for batch in range(CHECKED_STEPS):
+            process.step(draws_of_ours(process.row.chosen, batch))
+    _check([process for process in processes if not process.measured.failure])
     for _ in range(repeats):
-        for row, step in steps.items():
-            began = time.perf_counter()
-            step(None)
-            measured[row].seconds.append(time.perf_counter() - began)
+        for process in processes:
+            process.step()
+    for process in processes:
+        process.end()
+    return {process.row: process.measured for process in processes}
 
 
-def alone(row: Row, repeats: int) -> Measured:
-    """The row in this process, and the process's peak of memory: on a GPU its own count, else what was added."""
+def _check(processes: list[Process]) -> None:
+    """End the program where the same noise gave other losses: the times would not be of the same work."""
+    for process in processes:
+        row, found, reference = process.row, process.measured, processes[0].measured
+        if not found.difference(reference) <= BOUND:
+            sys.exit(f"{row.method}, {row.step}: the losses are {found.losses} and should be {reference.losses}.")
+
+
+def _serve(row: Row, connection: Connection) -> None:
+    """Answer every request with seconds, loss and the process's peak of memory; or with what went wrong."""
+    torch.set_num_threads(os.cpu_count() or 1)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    before = _resident("VmRSS")
+    before, step = _resident("VmRSS"), None
     try:
-        step = begin(row)
-        measured = start(row, step)
-        time_steps({row: step}, {row: measured}, repeats)
-    except Exception as error:  # out of memory, or no compiler: its row says so, and the others go on
+        while True:
+            drawn = connection.recv()
+            step = step or begin(row)
+            began = time.perf_counter()
+            loss = step(drawn)
+            connection.send((time.perf_counter() - began, loss, _peak(row, before)))
+    except EOFError:
+        return
+    except Exception as error:
         lines = str(error).strip().splitlines()
-        return Measured(failure=f"{type(error).__name__}: {lines[0][:120] if lines else ''}")
-    if jax.default_backend() == "gpu":
-        found = jax.devices()[0].memory_stats() if row.step == OURS else None
-        measured.peak = found["peak_bytes_in_use"] if found else torch.cuda.max_memory_allocated()
-    else:
-        measured.peak = _resident("VmHWM") - before
-    return measured
+        connection.send(f"{type(error).__name__}: {lines[0][:120] if lines else ''}")
+
+
+def _peak(row: Row, before: float) -> float:
+    """Bytes: on a GPU by its own count, on a CPU what came on top of `before`."""
+    if jax.default_backend() != "gpu":
+        return _resident("VmHWM") - before
+    found = jax.devices()[0].memory_stats() if row.step == OURS else None
+    return found["peak_bytes_in_use"] if found else torch.cuda.max_memory_allocated()
 
 
 def _resident(what: str) -> float:
@@ -172,24 +227,3 @@ def _resident(what: str) -> float:
     status = Path("/proc/self/status")
     found = re.search(rf"{what}:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else float("nan")
-
-
-def _send(row: Row, repeats: int, connection: Connection) -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
-    connection.send(alone(row, repeats))
-
-
-def alone_in_a_process(row: Row, repeats: int, limit: float) -> Measured:
-    """`alone` in a process of its own, which is ended after `limit` seconds."""
-    context = multiprocessing.get_context("spawn")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(row, repeats, sending), daemon=True)
-    process.start()
-    sending.close()
-    try:
-        return receiving.recv() if receiving.poll(limit) else Measured(failure=f"not done after {limit:.0f} s")
-    except EOFError:
-        return Measured(failure="its process died")
-    finally:
-        process.kill()
-        process.join()

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 from cm_jax.arrays import Params
-from cm_jax.networks import ADMUNet
+from cm_jax.networks import ADMUNet, SongUNet
 
 
-def random_params(network: ADMUNet, seed: int = 0) -> Params:
+def random_params(network: ADMUNet | SongUNet, seed: int = 0) -> Params:
     """Seeded float32 arrays: kernels that keep the variance, scales near one, no layer at zero."""
     rng = np.random.default_rng(seed)
 

@@ -1,0 +1,229 @@
+"""The rows of step_time: a training step made ready and measured, ours or PyTorch's."""
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from benchmarks.random_params import random_params
+from benchmarks.torch_adm import TorchADM
+from benchmarks.torch_training import DiffusersADM, Drawn, TorchTraining
+from cm_jax.arrays import normal_per_image
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.objectives import ConsistencyDistillation, Denoising
+from cm_jax.objectives.base import draws
+from cm_jax.preconditioning import EDMScaling, VarianceScaling
+from cm_jax.training.state import Constants, RawBatch
+from cm_jax.training.step import image_keys
+from cm_jax.training.training import Training
+
+CHECKED_STEPS = 3
+"""Steps in which PyTorch gets our noise, and the losses must agree."""
+BOUND = 1e-4
+"""Largest relative difference of these losses."""
+OURS, EAGER, COMPILED, NCHW, CHANNELS_LAST = (
+    "ours",
+    "PyTorch, eager",
+    "PyTorch, compiled",
+    "PyTorch, NCHW",
+    "PyTorch, channels last",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    network: str
+    method: str
+    step: str
+    chosen: Training
+
+
+Step = Callable[[Drawn | None], float]
+"""Takes a step and returns its loss when all is done. PyTorch uses the draws if there are any; ours draws by itself."""
+
+
+def begin(row: Row) -> Step:
+    """The row's program with everything on its device."""
+    chosen, rng = row.chosen, np.random.default_rng(0)
+    network: Any = chosen.network
+    images = rng.integers(0, 256, (chosen.batch_size, *network.image_shape), np.uint8)
+    labels = rng.integers(0, network.classes, chosen.batch_size, np.int32) if network.classes else None
+    if row.step == OURS:
+        return ours(chosen, images, labels)
+    diffusers = row.step in (NCHW, CHANNELS_LAST)
+    model = (DiffusersADM if diffusers else TorchADM)(network, random_params(network))
+    return TorchTraining(
+        chosen,
+        model,
+        images,
+        labels,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        layout=torch.contiguous_format if row.step == NCHW else torch.channels_last,
+        compiled=row.step == COMPILED,
+    )
+
+
+def ours(chosen: Training, images: np.ndarray, labels: np.ndarray | None) -> Step:
+    """The program that the training loop runs, on the same batch again and again."""
+    params, across = random_params(chosen.network), chosen.parallelism()
+    teacher = None
+    if chosen.objective.has_teacher:
+        assert isinstance(chosen.scaling, VarianceScaling)
+        teacher = ConsistencyFunction(chosen.network, EDMScaling(time_factor=chosen.scaling.time_factor))
+    training_step = chosen.step(teacher)
+    state = across.place_state(training_step.initial(params))
+    constants = across.place_constants(Constants(teacher=teacher and teacher.network.prepare(params)))
+    program = across.compile(functools.partial(training_step.many, across), state, constants)
+    batches = RawBatch(images[None], None if labels is None else labels[None])
+    key = jax.random.key(chosen.seed)
+
+    def step(drawn: Drawn | None = None) -> float:
+        del drawn
+        nonlocal state
+        state, metrics = jax.block_until_ready(program(state, constants, across.place_batches(batches), key))
+        return float(metrics["loss"][0])
+
+    return step
+
+
+def draws_of_ours(chosen: Training, batch: int) -> Drawn:
+    """What our step draws for batch number `batch`: by EDM and CD, which PyTorch has too; else nothing much."""
+    objective: Any = chosen.objective
+    if type(objective) not in (Denoising, ConsistencyDistillation):
+        return Drawn(*[np.zeros(0, np.float32)] * 3)
+    keys = draws(image_keys(jax.random.key(chosen.seed), batch, np.arange(chosen.batch_size)))
+    noise = np.asarray(normal_per_image(keys.noise, chosen.network.image_shape))
+    if not objective.has_teacher:
+        t = np.asarray(objective.law(keys.level))
+        return Drawn(t, np.zeros_like(t), noise)
+    levels = objective.curriculum(batch)
+    index = objective.law(keys.level, objective.curve, levels)
+    t, r = (np.asarray(objective.curve.sigma(index + more, levels)) for more in (0, 1))
+    return Drawn(t, r, noise)
+
+
+@dataclasses.dataclass
+class Measured:
+    """What a row did."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    """Of the first steps, where the noise is ours."""
+    first: float = 0.0
+    """Seconds of the first step, with compilation."""
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    """Of every step after those."""
+    peak: float = 0.0
+    """Bytes."""
+    failure: str = ""
+
+    def difference(self, other: "Measured") -> float:
+        """Largest relative difference of losses."""
+        return float(np.abs(np.divide(self.losses, other.losses) - 1).max())
+
+
+class Process:
+    """A row in a process of its own, which takes steps when told. Where it fails its row says why, and others go on."""
+
+    def __init__(self, row: Row, limit: float) -> None:
+        """`limit`: seconds that all it does may take together."""
+        context = multiprocessing.get_context("spawn")
+        self.row, self.measured, self._left = row, Measured(), limit
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(row, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def step(self, drawn: Drawn | None = None) -> None:
+        """One step, of the checked ones where there are draws."""
+        if self.measured.failure:
+            return
+        began = time.perf_counter()
+        try:
+            self._connection.send(drawn)
+            answer = self._connection.recv() if self._connection.poll(self._left) else "it took too long"
+        except (EOFError, OSError):
+            answer = "its process died"
+        self._left -= time.perf_counter() - began
+        if isinstance(answer, str):
+            self.measured.failure = answer
+            return
+        seconds, loss, self.measured.peak = answer
+        if drawn is None:
+            self.measured.seconds.append(seconds)
+        else:
+            self.measured.first = self.measured.first or seconds
+            self.measured.losses.append(loss)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def measure(rows: list[Row], repeats: int, limit: float) -> dict[Row, Measured]:
+    """The checked steps, then `repeats` rounds of one step of each row in turn."""
+    processes = [Process(row, limit) for row in rows]
+    for process in processes:
+        for batch in range(CHECKED_STEPS):
+            process.step(draws_of_ours(process.row.chosen, batch))
+    _check([process for process in processes if not process.measured.failure])
+    for _ in range(repeats):
+        for process in processes:
+            process.step()
+    for process in processes:
+        process.end()
+    return {process.row: process.measured for process in processes}
+
+
+def _check(processes: list[Process]) -> None:
+    """End the program where the same noise gave other losses: the times would not be of the same work."""
+    for process in processes:
+        row, found, reference = process.row, process.measured, processes[0].measured
+        if not found.difference(reference) <= BOUND:
+            sys.exit(f"{row.method}, {row.step}: the losses are {found.losses} and should be {reference.losses}.")
+
+
+def _serve(row: Row, connection: Connection) -> None:
+    """Answer every request with seconds, loss and the process's peak of memory; or with what went wrong."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    before, step = _resident("VmRSS"), None
+    try:
+        while True:
+            drawn = connection.recv()
+            step = step or begin(row)
+            began = time.perf_counter()
+            loss = step(drawn)
+            connection.send((time.perf_counter() - began, loss, _peak(row, before)))
+    except EOFError:
+        return
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        connection.send(f"{type(error).__name__}: {lines[0][:120] if lines else ''}")
+
+
+def _peak(row: Row, before: float) -> float:
+    """Bytes: on a GPU by its own count, on a CPU what came on top of `before`."""
+    if jax.default_backend() != "gpu":
+        return _resident("VmHWM") - before
+    found = jax.devices()[0].memory_stats() if row.step == OURS else None
+    return found["peak_bytes_in_use"] if found else torch.cuda.max_memory_allocated()
+
+
+def _resident(what: str) -> float:
+    """Bytes of this process by Linux's count; NaN elsewhere."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{what}:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else float("nan")

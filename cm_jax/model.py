@@ -20,13 +20,13 @@ from cm_jax.config import ModelConfig
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.editing import (
     EDIT_STEPS,
-    STROKES,
     Operator,
     Strokes,
     blends,
     checked_images,
     edit_all,
     slerp_all,
+    stroke_sigmas,
     variant_keys,
 )
 from cm_jax.errors import InputError, bounded
@@ -128,14 +128,14 @@ class Model:
         operator: what is known of the images (see cm_jax.editing): Mask(known) inpaints, Luma() colours, PatchMean(8)
         sharpens; Strokes() begins at the images under the first level's noise, and Noisy() at images that have it. What
         is known stays so to 1e-6, for which values may leave [-1, 1]. labels: one for all or one per image. Levels as
-        for `sample`; by default 17 steps from sigma_max, for Strokes the paper's 5.38 and 2.24. The edit depends on the
+        for `sample`; by default 17 steps from sigma_max, for Strokes see `stroke_sigmas`. The edit depends on the
         key, the number of its image and of the variant, and not on batches and devices. Raises InputError.
         """
         self._refuse_denoisers()
         given = checked_images(images, operator, self.config.network.image_shape)
         count = bounded("variants", variants, 1, 10**6)
         if steps is None and timesteps is None and indices is None and sigmas is None:
-            sigmas = operator.default_sigmas()
+            sigmas = operator.default_sigmas(self.config.network.image_shape[0])
             steps = EDIT_STEPS if sigmas is None else None
         plan = self.plan(steps=steps, timesteps=timesteps, indices=indices, sigmas=sigmas)
         keys = variant_keys(_as_key(key), len(given), count)
@@ -149,20 +149,21 @@ class Model:
         frames: int = 8,
         *,
         labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
-        sigmas: Sequence[float] = STROKES,
+        sigmas: Sequence[float] | None = None,
         batch_size: int | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
         """`frames` images from one to the other: their blends, each edited as strokes are, under the same noise.
 
-        labels: one for all or one per frame. sigmas: as for `sample`; the first one says how much of the images is
-        hidden. Raises InputError.
+        labels: one for all or one per frame. sigmas: as for `sample`, by default those of strokes; the first one says
+        how much of the images is hidden. Raises InputError.
         """
         self._refuse_denoisers()
         frames = bounded("frames", frames, 2, 10**6)
         pair = checked_images(np.stack([first, second]), Strokes(), self.config.network.image_shape)
+        plan = self.plan(sigmas=stroke_sigmas(pair.shape[1]) if sigmas is None else sigmas)
         keys = jnp.repeat(variant_keys(_as_key(key), 1, 1), frames)
-        chosen = self.labels(labels, frames)
-        return self._edited(self.plan(sigmas=sigmas), Strokes(), keys, blends(*pair, frames), chosen, batch_size)
+        blended = blends(pair[0], pair[1], frames)
+        return self._edited(plan, Strokes(), keys, blended, self.labels(labels, frames), batch_size)
 
     def interpolate_noise(
         self,
@@ -296,10 +297,10 @@ class Model:
         plan: Plan,
         operator: Operator,
         keys: Keys,
-        images: Float[np.ndarray, "b h w c"],
-        labels: Int[np.ndarray, " b"] | None,
+        images: Float[np.ndarray, "i h w c"],
+        labels: Int[np.ndarray, " i"] | None,
         batch_size: int | None,
-    ) -> Float[np.ndarray, "n h w c"]:
+    ) -> Float[np.ndarray, "b h w c"]:
         function, size = self.config.function, self._batch_size(batch_size)
         parts = edit_all(function, operator, self.params, plan.levels, keys, images, labels, batch_size=size)
         return np.concatenate(list(parts))

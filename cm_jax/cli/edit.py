@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from PIL import Image
 
 from cm_jax.cli.parsing import chosen, numbers, parsed
 from cm_jax.cli.running import compilation_time, say, use_compilation_cache
-from cm_jax.editing import STROKES, Luma, Mask, Noisy, Operator, PatchMean, Strokes, fitting
+from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, fitting
 from cm_jax.errors import InputError, bounded
 from cm_jax.files import check_writable, written_beside
 from cm_jax.images import grid, quantise, save_grid
@@ -102,8 +103,9 @@ class SuperResolve(_Steps):
 class Repaint(_Pictures):
     """Make a picture of coloured strokes, or a new one like a picture (SDEdit)."""
 
-    sigmas: str = ",".join(map(str, STROKES))
-    """Noise levels, falling; the first one says how much is hidden: "20,5,1" changes more, "1" less."""
+    sigmas: str = ""
+    """Noise levels, falling; the first one says how much is hidden: higher ones change more. Default: the paper's, 5.38
+    and 2.24 at 256 pixels and in proportion at other sizes."""
 
     def levels(self) -> dict[str, Any]:
         return {"sigmas": numbers("sigmas", self.sigmas, float)}
@@ -135,7 +137,7 @@ class Interpolate(_Edit):
     frames: int = 8
     """Images from one to the other, both ends included."""
     sigmas: str = ""
-    """Noise levels, falling. Default: 5.38,2.24 between pictures, sigma_max between seeds."""
+    """Noise levels, falling. Default: between pictures those of `repaint`, between seeds sigma_max."""
 
 
 def edit(prog: str, words: Sequence[str]) -> None:
@@ -224,7 +226,7 @@ def _edit(
             **arguments.levels(),
         )
     edits = quantise(edits).reshape(len(given), columns, *given.shape[1:])
-    before, known = (quantise(np.asarray(shown))[:, None] for shown in (given, operator.shown(given)))
+    before, known = (quantise(np.asarray(shown))[:, None] for shown in (given, operator.shown(jnp.asarray(given))))
     parts = [before, edits] if np.array_equal(before, known) else [before, known, edits]
     rows = np.concatenate(parts, axis=1)
     save_grid(arguments.output, grid(rows.reshape(-1, *given.shape[1:]), rows.shape[1]))
@@ -251,13 +253,15 @@ def _interpolate(arguments: Interpolate) -> None:
     model = _model(arguments)
     labels, batch_size = _labels(arguments.labels), arguments.batch_size
     if seeds:
-        images = model.interpolate_noise(*seeds, frames, labels=labels, sigmas=sigmas, batch_size=batch_size)
+        images = model.interpolate_noise(
+            seeds[0], seeds[1], frames, labels=labels, sigmas=sigmas, batch_size=batch_size
+        )
     else:
         size = model.config.network.image_shape[0]
         _tell(arguments.pictures, pictures, size)
         ends = [fitting.fitted(picture, size) for picture in pictures]
         images = model.interpolate_images(
-            arguments.seed, *ends, frames, labels=labels, sigmas=sigmas or STROKES, batch_size=batch_size
+            arguments.seed, ends[0], ends[1], frames, labels=labels, sigmas=sigmas, batch_size=batch_size
         )
         images = np.stack([ends[0], *images, ends[1]])
     save_grid(arguments.output, grid(quantise(images), len(images)))

@@ -5,11 +5,10 @@ What is known of an image is an operator, an orthogonal projection of image spac
 
 from cm_jax.editing.editor import EDIT_STEPS, checked_images, edit, edit_all, edited, variant_keys
 from cm_jax.editing.interpolation import blends, slerp, slerp_all
-from cm_jax.editing.operators import STROKES, Luma, Mask, Noisy, Operator, PatchMean, Strokes
+from cm_jax.editing.operators import Luma, Mask, Noisy, Operator, PatchMean, Strokes, stroke_sigmas
 
 __all__ = [
     "EDIT_STEPS",
-    "STROKES",
     "Luma",
     "Mask",
     "Noisy",
@@ -23,5 +22,6 @@ __all__ = [
     "edited",
     "slerp",
     "slerp_all",
+    "stroke_sigmas",
     "variant_keys",
 ]

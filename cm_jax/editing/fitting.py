@@ -1,5 +1,6 @@
 """Pictures of any size, fitted to a model's square and back again."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ def read(path: Path) -> Image.Image:
             raise InputError(f"There is no picture {str(path)[:200]}.")
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"{path} cannot be read as a picture: it is larger than {_MOST_BYTES >> 20} MiB.")
-        return picture(path.read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `picture` refuses smaller ones already
+            return picture(path.read_bytes())
     except InputError:
         raise
     except Exception as error:  # every image format has its own kinds for a damaged file

@@ -20,8 +20,16 @@ from cm_jax.errors import InputError, bounded
 
 _LUMA = (0.2989, 0.587, 0.114)
 """Shares of red, green and blue in the brightness that one sees, as the original has them."""
-STROKES = (5.38, 2.24)
-"""Levels of the paper for strokes (CM, appendix D)."""
+_STROKES, _STROKES_SIZE = (5.38, 2.24), 256
+"""Levels of the paper for strokes, and the size of its images (CM, appendix D)."""
+
+
+def stroke_sigmas(image_size: int) -> tuple[float, ...]:
+    """The paper's levels for strokes, 5.38 and 2.24 at 256 pixels, in proportion to the size.
+
+    What noise hides is what it outweighs in the mean over an area, which has fewer pixels in a smaller image.
+    """
+    return tuple(sigma * image_size / _STROKES_SIZE for sigma in _STROKES)
 
 
 class Operator(abc.ABC):
@@ -43,8 +51,9 @@ class Operator(abc.ABC):
         """What is known, as a picture to look at."""
         return self.project(images)
 
-    def default_sigmas(self) -> tuple[float, ...] | None:
-        """Levels where none are asked for; None for steps from sigma_max. Raises InputError where there is no such."""
+    def default_sigmas(self, image_size: int) -> tuple[float, ...] | None:
+        """Levels where none are asked for; None for steps from sigma_max. Raises InputError where they must be told."""
+        del image_size
         return None
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -61,7 +70,7 @@ class Luma(Operator):
     """
 
     def project(self, x: Images) -> Images:
-        v = jnp.asarray(_LUMA / np.linalg.norm(_LUMA), x.dtype)
+        v = jnp.asarray(np.array(_LUMA) / np.linalg.norm(_LUMA), x.dtype)
         return v * (v * x).sum(-1, keepdims=True)
 
     def shown(self, images: Images) -> Images:
@@ -156,8 +165,8 @@ class Strokes(Operator):
     def shown(self, images: Images) -> Images:
         return images
 
-    def default_sigmas(self) -> tuple[float, ...]:
-        return STROKES
+    def default_sigmas(self, image_size: int) -> tuple[float, ...]:
+        return stroke_sigmas(image_size)
 
 
 @jax.tree_util.register_dataclass
@@ -175,5 +184,5 @@ class Noisy(Operator):
     def shown(self, images: Images) -> Images:
         return images
 
-    def default_sigmas(self) -> tuple[float, ...]:
+    def default_sigmas(self, image_size: int) -> tuple[float, ...]:
         raise InputError("Say how noisy the images are, e.g. sigmas=(0.5,): the first level is that of their noise.")

@@ -3,8 +3,8 @@
 Image number i has its own key, fold_in(key, i), and from it come its label and all of its noise.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +61,25 @@ def images_from_noise(
     return sampler(function.denoiser(params, labels), levels, lambda index: noise[index])
 
 
-_on_one_device = jax.jit(draw_images, static_argnums=(0, 1))
+class Programs(NamedTuple):
+    """One function, compiled for one device, and for several that share out the images."""
+
+    one: Callable[..., Images]
+    many: Callable[..., Images]
+
+
+def compiled(program: Callable[..., Images], *, static: int, apart: int) -> Programs:
+    """Of program(*static, params, levels, *apart): `static` arguments compiled in, `apart` ones with a row an image."""
+    axes = (None,) * (static + 2) + (0,) * apart
+    fixed = tuple(range(static))
+    return Programs(
+        jax.jit(program, static_argnums=fixed),
+        jax.pmap(program, axis_name="devices", in_axes=axes, static_broadcasted_argnums=fixed),
+    )
+
+
+_drawing = compiled(draw_images, static=2, apart=2)
 _from_noise = jax.jit(images_from_noise, static_argnums=(0, 1))
-_on_many_devices = jax.pmap(
-    draw_images, axis_name="devices", in_axes=(None, None, None, None, 0, 0), static_broadcasted_argnums=(0, 1)
-)
 
 
 def default_batch_size(image_size: int) -> int:
@@ -90,6 +104,32 @@ def generate(
     `labels` has one class per image, or is None for an unconditional network. `batch_size` is the number of images
     drawn at once over all `devices` (by default the local ones), rounded up to a multiple of their number.
     """
+
+    def rows(numbers: Int[np.ndarray, " b"]) -> tuple[Keys, Labels | None]:
+        chosen = None if labels is None else jnp.asarray(labels[np.minimum(numbers, count - 1)], jnp.int32)
+        return image_keys(key, numbers), chosen
+
+    return in_batches(
+        _drawing, (function, sampler), params, levels, rows, count, batch_size=batch_size, devices=devices
+    )
+
+
+def in_batches(
+    programs: Programs,
+    static: tuple[Any, ...],
+    params: Params,
+    levels: Sequence[float],
+    rows: Callable[[Int[np.ndarray, " b"]], tuple[Any, ...]],
+    count: int,
+    *,
+    batch_size: int,
+    devices: Sequence[Any] | None = None,
+) -> Iterator[Float[np.ndarray, "b h w c"]]:
+    """Images 0 ... count - 1 of a program in order, a batch at a time; only one batch is on the devices at once.
+
+    `rows(numbers)` are the arguments of which every image has its own, with a row for each of these images. Numbers of
+    `count` and more fill the last batch up, and what becomes of them is dropped.
+    """
     devices = list(devices or jax.local_devices())
     batch_size = -(-min(batch_size, count) // len(devices)) * len(devices)
     walked = jnp.asarray(levels, jnp.float32)
@@ -97,15 +137,13 @@ def generate(
         params = jax.device_put(params, NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec()))
 
     for start in range(0, count, batch_size):
-        numbers = np.arange(start, start + batch_size)
-        keys = image_keys(key, numbers)
-        chosen = None if labels is None else jnp.asarray(labels[np.minimum(numbers, count - 1)], jnp.int32)
+        own = rows(np.arange(start, start + batch_size))
         if len(devices) == 1:
-            images = _on_one_device(function, sampler, params, walked, keys, chosen)
+            images = programs.one(*static, params, walked, *own)
         else:
-            apart = jax.tree.map(lambda a: a.reshape(len(devices), -1, *a.shape[1:]), (keys, chosen))
-            images = _on_many_devices(function, sampler, params, walked, *apart)
-        yield np.asarray(images).reshape(batch_size, *function.network.image_shape)[: count - start]
+            apart = jax.tree.map(lambda a: a.reshape(len(devices), -1, *a.shape[1:]), own)
+            images = programs.many(*static, params, walked, *apart)
+        yield np.asarray(images).reshape(batch_size, *images.shape[-3:])[: count - start]
 
 
 def replay(

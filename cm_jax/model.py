@@ -15,9 +15,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cm_jax import checkpoints, conversion
-from cm_jax.arrays import Params
+from cm_jax.arrays import Keys, Params
 from cm_jax.config import ModelConfig
 from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.editing import (
+    EDIT_STEPS,
+    Operator,
+    Strokes,
+    blends,
+    checked_images,
+    edit_all,
+    slerp_all,
+    stroke_sigmas,
+    variant_keys,
+)
 from cm_jax.errors import InputError, bounded
 from cm_jax.generation import default_batch_size, draw_labels, generate, replay
 from cm_jax.networks.precision import Precision
@@ -98,6 +109,96 @@ class Model:
             return self._replayed(noise, count, labels, plan)
         return np.concatenate(list(self.batches(key, count, plan, labels=labels, batch_size=batch_size)))
 
+    def edit(
+        self,
+        key: int | Key[Array, ""],
+        images: Float[Array | np.ndarray, "b h w c"],
+        operator: Operator,
+        *,
+        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
+        variants: int = 1,
+        steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        batch_size: int | None = None,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """`variants` edits of every image, those of an image one after the other     (CM, algorithm 4).
+
+        operator: what is known of the images (see cm_jax.editing): Mask(known) inpaints, Luma() colours, PatchMean(8)
+        sharpens; Strokes() begins at the images under the first level's noise, and Noisy() at images that have it. What
+        is known stays so to 1e-6, for which values may leave [-1, 1]. labels: one for all or one per image. Levels as
+        for `sample`; by default 17 steps from sigma_max, for Strokes see `stroke_sigmas`. The edit depends on the
+        key, the number of its image and of the variant, and not on batches and devices. Raises InputError.
+        """
+        self._refuse_denoisers()
+        given = checked_images(images, operator, self.config.network.image_shape)
+        count = bounded("variants", variants, 1, 10**6)
+        if steps is None and timesteps is None and indices is None and sigmas is None:
+            sigmas = operator.default_sigmas(self.config.network.image_shape[0])
+            steps = EDIT_STEPS if sigmas is None else None
+        plan = self.plan(steps=steps, timesteps=timesteps, indices=indices, sigmas=sigmas)
+        keys = variant_keys(_as_key(key), len(given), count)
+        return self._edited(plan, operator, keys, given, self.labels(labels, len(given)), batch_size)
+
+    def interpolate_images(
+        self,
+        key: int | Key[Array, ""],
+        first: Float[Array | np.ndarray, "h w c"],
+        second: Float[Array | np.ndarray, "h w c"],
+        frames: int = 8,
+        *,
+        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
+        sigmas: Sequence[float] | None = None,
+        batch_size: int | None = None,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """`frames` images from one to the other: their blends, each edited as strokes are, under the same noise.
+
+        labels: one for all or one per frame. sigmas: as for `sample`, by default those of strokes; the first one says
+        how much of the images is hidden. Raises InputError.
+        """
+        self._refuse_denoisers()
+        frames = bounded("frames", frames, 2, 10**6)
+        pair = checked_images(np.stack([first, second]), Strokes(), self.config.network.image_shape)
+        plan = self.plan(sigmas=stroke_sigmas(pair.shape[1]) if sigmas is None else sigmas)
+        keys = jnp.repeat(variant_keys(_as_key(key), 1, 1), frames)
+        blended = blends(pair[0], pair[1], frames)
+        return self._edited(plan, Strokes(), keys, blended, self.labels(labels, frames), batch_size)
+
+    def interpolate_noise(
+        self,
+        first: int | Key[Array, ""],
+        second: int | Key[Array, ""],
+        frames: int = 8,
+        *,
+        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
+        steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        sampler: str | Sampler | None = None,
+        batch_size: int | None = None,
+    ) -> Float[np.ndarray, "n h w c"]:
+        """`frames` images from the first one that `sample` draws for one key to the first one for another.
+
+        Every draw of noise is interpolated along the sphere. labels: one for all or one per frame. The rest is as for
+        `sample`. Raises InputError.
+        """
+        plan = self.plan(steps=steps, timesteps=timesteps, indices=indices, sigmas=sigmas, sampler=sampler)
+        frames = bounded("frames", frames, 2, 10**6)
+        parts = slerp_all(
+            self.config.function,
+            plan.sampler,
+            self.params,
+            plan.levels,
+            _as_key(first),
+            _as_key(second),
+            self.labels(labels, frames),
+            frames=frames,
+            batch_size=self._batch_size(batch_size),
+        )
+        return np.concatenate(list(parts))
+
     def batches(
         self,
         key: int | Key[Array, ""],
@@ -109,10 +210,6 @@ class Model:
     ) -> Iterator[Float[np.ndarray, "b h w c"]]:
         """As `sample`, a batch at a time, for more images than memory holds. Bad input raises here, not later."""
         count = bounded("count", count, 1, 10**9)
-        devices = jax.local_devices()
-        if batch_size is None:
-            batch_size = default_batch_size(self.config.network.image_shape[0]) * len(devices)
-        batch_size = bounded("batch_size", batch_size, 1, 10**6)
         chosen = self.draw_labels(key, count) if labels is None else self.labels(labels, count)
         return generate(
             self.config.function,
@@ -122,8 +219,7 @@ class Model:
             _as_key(key),
             count,
             chosen,
-            batch_size=batch_size,
-            devices=devices,
+            batch_size=self._batch_size(batch_size),
         )
 
     def draw_labels(self, key: int | Key[Array, ""], count: int) -> Int[np.ndarray, " n"] | None:
@@ -183,6 +279,31 @@ class Model:
     def save(self, directory: str | Path) -> None:
         """Write a checkpoint that `load` reads, in the precision that the parameters have here."""
         checkpoints.save(Path(directory), self.config, self.params)
+
+    def _batch_size(self, asked: int | None) -> int:
+        if asked is None:
+            return default_batch_size(self.config.network.image_shape[0]) * len(jax.local_devices())
+        return bounded("batch_size", asked, 1, 10**6)
+
+    def _refuse_denoisers(self) -> None:
+        if not self.config.distilled:
+            raise InputError(
+                "Editing wants a consistency model, and this is a denoiser, whose single call is a blurred mean of "
+                "what an image may be: take the model that was distilled from it."
+            )
+
+    def _edited(
+        self,
+        plan: Plan,
+        operator: Operator,
+        keys: Keys,
+        images: Float[np.ndarray, "i h w c"],
+        labels: Int[np.ndarray, " i"] | None,
+        batch_size: int | None,
+    ) -> Float[np.ndarray, "b h w c"]:
+        function, size = self.config.function, self._batch_size(batch_size)
+        parts = edit_all(function, operator, self.params, plan.levels, keys, images, labels, batch_size=size)
+        return np.concatenate(list(parts))
 
     def _class_number(self, label: Label | float, classes: int) -> int:
         names = self.config.class_names

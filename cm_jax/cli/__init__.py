@@ -1,4 +1,4 @@
-"""The command line: `cm-jax sample`, `cm-jax convert`, `cm-jax train`, each also as a script of a checkout."""
+"""The command line: `cm-jax sample`, `edit`, `convert` and `train`, each also as a script of a checkout."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from cm_jax.cli.running import run
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """`cm-jax sample ...`, `cm-jax convert ...`, `cm-jax train ...`."""
+    """`cm-jax sample ...`, `cm-jax edit ...`, `cm-jax convert ...`, `cm-jax train ...`."""
 
     def dispatch() -> None:
         words = sys.argv[1:] if arguments is None else arguments
@@ -22,6 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def main_sample(arguments: Sequence[str] | None = None) -> NoReturn:
     """`python sample.py ...`."""
     run(lambda: _sample("sample.py", arguments))
+
+
+def main_edit(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python edit.py ...`."""
+    run(lambda: _edit("edit.py", arguments))
 
 
 def main_convert(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -41,6 +46,13 @@ def _sample(prog: str, arguments: Sequence[str] | None) -> None:
     sample(parsed(Sample, prog, arguments))
 
 
+def _edit(prog: str, arguments: Sequence[str] | None) -> None:
+    """Inpaint, colour, sharpen, repaint, denoise and blend pictures, with no training."""
+    from cm_jax.cli.edit import edit
+
+    edit(prog, sys.argv[1:] if arguments is None else arguments)
+
+
 def _convert(prog: str, arguments: Sequence[str] | None) -> None:
     """Convert a checkpoint between PyTorch and JAX, in every direction."""
     from cm_jax.cli.convert import Convert, convert
@@ -57,6 +69,7 @@ def _train(prog: str, arguments: Sequence[str] | None) -> None:
 
 _COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {
     "sample": _sample,
+    "edit": _edit,
     "convert": _convert,
     "train": _train,
 }

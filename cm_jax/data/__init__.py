@@ -1,7 +1,7 @@
 """Images to train on: where they come from, and batches of them by number."""
 
 from cm_jax.data.base import Batches, Data, Dataset, Progress, RawBatch, permutation
-from cm_jax.data.decoding import centre_crop, decode
+from cm_jax.data.decoding import centre_crop, decode, picture
 from cm_jax.data.emoji import EmojiData
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.data.folder import ImageFolder
@@ -27,4 +27,5 @@ __all__ = [
     "centre_crop",
     "decode",
     "permutation",
+    "picture",
 ]

@@ -21,6 +21,15 @@ _MOST_PIXELS = 2**26
 def decode(encoded: bytes, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"], bool]:
     """(the image, centre-cropped to `image_size`; whether it was smaller and had to be enlarged).
 
+    Raises as `picture` does.
+    """
+    whole = picture(encoded)
+    return np.asarray(centre_crop(whole, image_size)), min(whole.size) < image_size
+
+
+def picture(encoded: bytes) -> Image.Image:
+    """The image in red, green and blue of 8 bits.
+
     Turned as its EXIF says, transparent parts on white, 16 bits brought to 8, of an animation the first frame. Raises
     whatever Pillow raises for a damaged file, which is every kind of exception.
     """
@@ -30,8 +39,7 @@ def decode(encoded: bytes, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"],
         image.load()
         with contextlib.suppress(Exception):  # a damaged EXIF does not make a bad image
             ImageOps.exif_transpose(image, in_place=True)
-        picture = _rgb(image)
-    return np.asarray(centre_crop(picture, image_size)), min(picture.size) < image_size
+        return _rgb(image)
 
 
 def centre_crop(image: Image.Image, image_size: int) -> Image.Image:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cm_jax.arrays import Denoiser, Draw, Images
+from cm_jax.arrays import Denoiser, Draw, Images, Sigmas
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.samplers.base import Levels, Sampler, intervals
 
@@ -34,10 +34,22 @@ class Consistency(Sampler):
         if levels.shape[0] == 2:
             return jnp.clip(self.denoise(denoiser, levels[0] * draw(0), levels[0]), -1, 1)
 
-        def step(x, interval):
-            index, now, after = interval
-            clean = self.denoise(denoiser, x, now)
-            return clean + jnp.sqrt((after - levels[-1]) * (after + levels[-1])) * draw(index + 1), None
+        def clean(x: Images, sigma: Sigmas) -> Images:
+            return self.denoise(denoiser, x, sigma[0])
 
-        x, _ = jax.lax.scan(step, levels[0] * draw(0), intervals(levels))
-        return jnp.clip(x, -1, 1)
+        return jnp.clip(alternate(clean, levels[0] * draw(0), levels, draw), -1, 1)
+
+
+def alternate(denoiser: Denoiser, x: Images, levels: Levels, draw: Draw) -> Images:
+    """From x at the first level: denoise, add fresh noise of the next level, and so on; nothing is clipped.
+
+    No noise is added at the last level, sigma_min, so that the end is the last denoised image itself.
+    """
+
+    def step(x, interval):
+        index, now, after = interval
+        clean = denoiser(x, jnp.full(x.shape[0], now))
+        return clean + jnp.sqrt((after - levels[-1]) * (after + levels[-1])) * draw(index + 1), None
+
+    x, _ = jax.lax.scan(step, x, intervals(levels))
+    return x

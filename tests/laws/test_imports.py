@@ -31,6 +31,7 @@ ORDER = [
     "samplers",
     "objectives",
     "generation",
+    "editing",
     "conversion",
     "model",
     "training",

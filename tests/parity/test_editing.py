@@ -1,0 +1,43 @@
+"""The original's edits, replayed from the noise that it drew."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.editing import Luma, PatchMean, edit, edited
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling
+from cm_jax.samplers import Consistency, choose_levels
+from cm_jax.samplers.consistency import alternate
+from tests.support import DATA, adm_golden, nhwc
+
+BOUND = 1e-5
+
+
+@pytest.mark.parametrize(("name", "operator"), [("colorization", Luma()), ("superres", PatchMean(8))])
+def test_recorded_edits_of_the_original(name, operator):
+    with np.load(DATA / "openai" / f"edit_{name}.npz") as recorded:
+        golden = dict(recorded)
+    images, start, noise, given, out = (
+        jnp.asarray(nhwc(golden[key])) for key in ("images", "start", "noise", "given", "out")
+    )
+    network, params, _ = adm_golden(str(golden["model"]).removeprefix("adm_"))
+    denoiser = ConsistencyFunction(network, BoundaryScaling()).denoiser(params, jnp.asarray(golden["y"], jnp.int32))
+    grid = KarrasGrid(int(golden["steps"]))
+    levels = jnp.asarray(choose_levels(Consistency(), grid, indices=golden["ts"].tolist()), jnp.float32)
+    np.testing.assert_allclose(operator.project(images), given, atol=1e-6)
+
+    @jax.jit
+    def replayed(images):
+        return alternate(edited(denoiser, operator, images), start, levels, lambda index: noise[index - 1])
+
+    np.testing.assert_allclose(replayed(images), out, atol=BOUND)
+    np.testing.assert_allclose(replayed(given), out, atol=BOUND)
+
+    def draw(index):
+        """The original begins with noise alone; the paper, and we, with what is known below it."""
+        return jnp.where(index == 0, (start - given) / levels[0], noise[index - 1])
+
+    np.testing.assert_allclose(jax.jit(lambda: edit(denoiser, operator, images, levels, draw))(), out, atol=BOUND)

@@ -1,0 +1,195 @@
+"""Pictures in, edits out: what is read, fitted, kept and refused."""
+
+import struct
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm_jax.cli import main_edit
+from cm_jax.config import ModelConfig
+from cm_jax.editing import fitting
+from cm_jax.errors import InputError
+from cm_jax.model import Model
+from cm_jax.networks import ADMUNet
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling
+from tests.runs.test_commands import failed, succeeded
+
+SMALL = ADMUNet(
+    image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=32, classes=None
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small"
+    config = ModelConfig(SMALL, BoundaryScaling(), KarrasGrid(18))
+    Model(config, SMALL.prepare(SMALL.initialise(jax.random.key(0)))).save(path)
+    return path
+
+
+def save(path, shape, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def test_inpainting_keeps_all_but_the_hole_to_the_bit(checkpoint, tmp_path, capsys):
+    pixels = save(tmp_path / "a.png", (32, 40))
+    hole = np.zeros((32, 40), np.uint8)
+    hole[4:20, 8:30] = 255
+    Image.fromarray(hole).save(tmp_path / "mask.png")
+    said = succeeded(
+        capsys, main_edit, "inpaint", tmp_path / "a.png", "--checkpoint", checkpoint, "--mask", tmp_path / "mask.png",
+        "--variants", 2, "--steps", 3, "--output", tmp_path / "e.png", "--folder", tmp_path / "all",
+    )  # fmt: skip
+    assert "a.png: the middle 32 x 32 of its 40 x 32 pixels, reduced from 32 to 8 pixels." in said
+    assert "given, what is known of it, edits" in said
+    with Image.open(tmp_path / "e.png") as sheet:
+        assert sheet.size == (4 * 66 + 2, 66 + 2)
+    names = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert names == ["000_a_00.png", "000_a_01.png"]
+    one, two = (np.asarray(Image.open(tmp_path / "all" / name)) for name in names)
+    np.testing.assert_array_equal(one[hole == 0], pixels[hole == 0])
+    assert (one != pixels)[hole > 0].mean() > 0.9
+    assert (one != two)[hole > 0].mean() > 0.5
+
+    succeeded(
+        capsys, main_edit, "inpaint", tmp_path / "a.png", "--checkpoint", checkpoint, "--box", "8,4,30,20",
+        "--variants", 1, "--steps", 3, "--output", tmp_path / "b.png", "--folder", tmp_path / "boxed",
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "boxed" / names[0])), one)
+
+
+def test_the_other_kinds_run(checkpoint, tmp_path, capsys):
+    save(tmp_path / "a.png", (8, 8))
+    save(tmp_path / "tiny.png", (2, 2), 1)
+    told = ("--checkpoint", checkpoint, "--output", tmp_path / "e.png")
+    for kind, *options in (
+        ("colourise", "a.png", "--sigmas", "80"),
+        ("superres", "tiny.png", "a.png", "--patch", 4, "--sigmas", "80"),
+        ("repaint", "a.png", "--variants", 1),
+        ("denoise", "a.png", "--sigma", 0.5, "--add"),
+    ):
+        paths = [tmp_path / word if str(word).endswith(".png") else word for word in options]
+        assert "Each row of" in succeeded(capsys, main_edit, kind, *paths, *told)
+    assert "both ends" in succeeded(
+        capsys, main_edit, "interpolate", tmp_path / "a.png", tmp_path / "tiny.png", *told, "--frames", 3
+    )
+    succeeded(capsys, main_edit, "interpolate", "--seeds", "3,8", *told, "--frames", 3)
+    with Image.open(tmp_path / "e.png") as sheet:
+        assert sheet.size == (3 * 66 + 2, 66 + 2)
+
+
+def bomb(path, width, height):
+    """A PNG of a few hundred bytes that claims its size, and has the beginning of its pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(100_000)))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(141_422, 141_422), (12_000, 12_000), (9_000, 9_000)])
+def test_a_picture_that_claims_gigapixels_is_refused(tmp_path, capsys, width, height):
+    bomb(tmp_path / "bomb.png", width, height)
+    said = failed(capsys, main_edit, "colourise", tmp_path / "bomb.png", "--output", tmp_path / "e.png")
+    assert "bomb.png cannot be read as a picture" in said
+    assert "pixels" in said
+
+
+def test_pictures_are_turned_as_their_exif_says(tmp_path):
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    turned = fitting.read(tmp_path / "a.png")
+    assert turned.size == (4, 8)
+    assert np.asarray(turned)[0, 0, 0] == 255
+    assert np.asarray(turned)[7, 0, 0] == 0
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 24), (20, 33), (5, 3)])
+def test_there_and_back_changes_nothing_but_the_square(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    fitted = fitting.fitted(picture, 8)
+    assert fitted.shape == (8, 8, 3)
+    left, top, right, bottom = fitting.middle(*picture.size)
+    assert right - left == bottom - top == min(shape)
+    black = np.asarray(fitting.back(picture, np.zeros((8, 8, 3), np.uint8)))
+    outside = np.ones(shape, bool)
+    outside[top:bottom, left:right] = False
+    np.testing.assert_array_equal(black[outside], pixels[outside])
+    assert not black[~outside].any()
+    if shape == (8, 8):
+        same = np.round((fitted + 1) * 127.5).astype(np.uint8)
+        np.testing.assert_array_equal(np.asarray(fitting.back(picture, same)), pixels)
+
+
+def test_a_hole_covers_every_pixel_that_it_touches():
+    hole = np.zeros((32, 40), bool)
+    hole[7, 4 + 13] = True
+    touched = fitting.fitted_hole(hole, 8)
+    assert np.argwhere(touched).tolist() == [[1, 3]]
+    assert fitting.fitted_hole(np.ones((3, 3), bool), 8).all()
+
+
+def test_small_pictures_become_patches():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 3), np.uint8)
+    patches = fitting.enlarged(Image.fromarray(pixels), 8, 4)
+    np.testing.assert_allclose(patches[::4, ::4], pixels / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(patches[:4, 4:], np.broadcast_to(patches[0, 7], (4, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [((0, 0, 9, 8), "left < right <= 8"), ((4, 4, 4, 8), "left < right"), ((-1, 0, 2, 2), "the size of the picture")],
+)
+def test_boxes_outside_of_the_picture(box, message):
+    with pytest.raises(InputError, match=message):
+        fitting.hole_in(box, 8, 8)
+
+
+def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
+    save(tmp_path / "a.png", (8, 8))
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    Image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
+    a, out = tmp_path / "a.png", ("--checkpoint", checkpoint, "--output", tmp_path / "e.png")
+    for words, message in (
+        ((), "Name a kind of edit first"),
+        (("inpant", a), "Did you mean 'inpaint'?"),
+        (("inpaint", a, *out), "--mask FILE or --box"),
+        (("inpaint", a, "--box", "1,2,3", *out), "left,top,right,bottom"),
+        (("inpaint", a, "--box", "1,2,3,x", *out), "whole numbers"),
+        (("inpaint", a, "--mask", tmp_path / "black.png", *out), "black all over"),
+        (("inpaint", a, "--mask", tmp_path / "wide.png", *out), "9 x 8 pixels and the picture 8 x 8"),
+        (("colourise", tmp_path / "nothing.png", *out), "There is no picture"),
+        (("colourise", tmp_path, *out), "There is no picture"),
+        (("colourise", "/dev/zero", *out), "There is no picture"),
+        (("colourise", tmp_path / "no.png", *out), "not of the formats"),
+        (("colourise", tmp_path / "half.png", *out), "cannot be read as a picture"),
+        (("colourise", a, "--labels", "1", *out), "unconditional"),
+        (("colourise", a, "--variants", 0, *out), "variants must be"),
+        (("colourise", a, "--output", tmp_path / "e.npz"), "is a .png file"),
+        (("superres", a, "--patch", 3, *out), "choose one of 2, 4, 8"),
+        (("denoise", a, *out), "--sigma must be given"),
+        (("denoise", a, "--sigma", 0, *out), "greater than 0.002"),
+        (("interpolate", a, *out), "two pictures"),
+        (("interpolate", a, a, "--seeds", "1,2", *out), "two pictures"),
+        (("colourise", *out), "Name the pictures"),
+    ):
+        assert message in failed(capsys, main_edit, *words), words
+    assert not (tmp_path / "e.png").exists()

@@ -1,4 +1,4 @@
-"""The command line: `cm-jax sample`, `cm-jax convert`, `cm-jax train`, each also as a script of a checkout."""
+"""The command line: `cm-jax sample`, `convert`, `train` and `evaluate`, each also as a script of a checkout."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from cm_jax.cli.running import run
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """`cm-jax sample ...`, `cm-jax convert ...`, `cm-jax train ...`."""
+    """`cm-jax sample ...`, `cm-jax convert ...`, `cm-jax train ...`, `cm-jax evaluate ...`."""
 
     def dispatch() -> None:
         words = sys.argv[1:] if arguments is None else arguments
@@ -34,6 +34,11 @@ def main_train(arguments: Sequence[str] | None = None) -> NoReturn:
     run(lambda: _train("train.py", arguments))
 
 
+def main_evaluate(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python -m cm_jax.evaluation ...`."""
+    run(lambda: _evaluate("python -m cm_jax.evaluation", arguments))
+
+
 def _sample(prog: str, arguments: Sequence[str] | None) -> None:
     """Draw images from a consistency model, or from an EDM teacher."""
     from cm_jax.cli.sample import Sample, sample
@@ -55,8 +60,16 @@ def _train(prog: str, arguments: Sequence[str] | None) -> None:
     train(prog, sys.argv[1:] if arguments is None else arguments)
 
 
+def _evaluate(prog: str, arguments: Sequence[str] | None) -> None:
+    """Judge samples, or what a checkpoint draws: FID, KID, precision and recall, bits per dimension."""
+    from cm_jax.cli.evaluate import Evaluate, evaluate_command
+
+    evaluate_command(parsed(Evaluate, prog, arguments))
+
+
 _COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {
     "sample": _sample,
     "convert": _convert,
     "train": _train,
+    "evaluate": _evaluate,
 }

@@ -2,18 +2,21 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import cm_jax
 from cm_jax.cli import main, main_evaluate
+from cm_jax.config import ModelConfig
 from cm_jax.evaluation import image_sets
+from cm_jax.networks import ADMUNet
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import EDMScaling
 from tests.laws.test_evaluation import toy_see
 from tests.runs.test_commands import failed, succeeded
-from tests.support import DATA
 
-TEACHER = DATA / "emoji16" / "emoji16_edm.pt"
 TOLD = ("--reference-cache", "off", "--compilation-cache", "off")
 
 
@@ -62,9 +65,14 @@ def test_a_set_against_itself(samples, capsys):
 
 
 def test_bits_of_a_teacher(tmp_path, capsys):
-    output = tmp_path / "numbers.json"
+    teacher, output = tmp_path / "teacher", tmp_path / "numbers.json"
+    network = ADMUNet(
+        image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=16, classes=9
+    )
+    config = ModelConfig(network, EDMScaling(), KarrasGrid())
+    cm_jax.Model(config, network.initialise(jax.random.key(0))).save(teacher)
     told = ("--metrics", "bpd", "--count", 2, "--likelihood-steps", 2, "--batch-size", 8, "--output", output, *TOLD)
-    said = succeeded(capsys, main_evaluate, TEACHER, "emoji:held_out", *told)
+    said = succeeded(capsys, main_evaluate, teacher, "emoji:held_out", *told)
     assert "N = 2 of emoji:held_out under" in said
     assert np.isfinite(json.loads(output.read_text())["values"]["bpd"])
 

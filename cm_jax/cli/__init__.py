@@ -1,4 +1,4 @@
-"""The command line: `cm-jax sample`, `convert`, `train` and `evaluate`, each also as a script of a checkout."""
+"""The command line: `cm-jax sample`, `convert`, `train`, `evaluate`, `tune`; most also as a script of a checkout."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from cm_jax.cli.running import run
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """`cm-jax sample ...`, `cm-jax convert ...`, `cm-jax train ...`, `cm-jax evaluate ...`."""
+    """`cm-jax sample ...`, `cm-jax convert ...`, `cm-jax train ...`, `evaluate`, `tune`."""
 
     def dispatch() -> None:
         words = sys.argv[1:] if arguments is None else arguments
@@ -67,9 +67,17 @@ def _evaluate(prog: str, arguments: Sequence[str] | None) -> None:
     evaluate_command(parsed(Evaluate, prog, arguments))
 
 
+def _tune(prog: str, arguments: Sequence[str] | None) -> None:
+    """Search the levels of a consistency model for several steps, and keep them in its checkpoint."""
+    from cm_jax.cli.tune import Tune, tune_command
+
+    tune_command(parsed(Tune, prog, arguments))
+
+
 _COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {
     "sample": _sample,
     "convert": _convert,
     "train": _train,
     "evaluate": _evaluate,
+    "tune": _tune,
 }

@@ -3,6 +3,7 @@
 from cm_jax.evaluation.evaluating import Protocol, evaluate
 from cm_jax.evaluation.image_sets import ImageSet, of_dataset, of_model, open_images
 from cm_jax.evaluation.judge import Judge, Summary, load_inception, summarise
+from cm_jax.evaluation.level_search import search_levels, tune
 from cm_jax.evaluation.likelihood import bits_per_dimension, evaluate_bits, log_density
 from cm_jax.evaluation.manifolds import Overlap, overlap
 from cm_jax.evaluation.metrics import Estimate, frechet_distance, inception_score, kernel_distance, squared_mmd
@@ -33,8 +34,10 @@ __all__ = [
     "open_images",
     "overlap",
     "read_statistics",
+    "search_levels",
     "squared_mmd",
     "summarise",
     "to_json",
+    "tune",
     "write_statistics",
 ]

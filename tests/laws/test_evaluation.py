@@ -20,6 +20,7 @@ from cm_jax.evaluation import (
     kernel_distance,
     overlap,
     read_statistics,
+    search_levels,
     squared_mmd,
     summarise,
     write_statistics,
@@ -291,3 +292,32 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match="not a complete one"):
         read_statistics(path)
+
+
+# --------------------------------------------------------------------------------------------------------------- levels
+def test_the_search_finds_every_valley_and_probes_nothing_twice():
+    """The original's, in which the last probes are stale, misses valleys at the ends."""
+    for levels in range(3, 42):
+        for best in range(1, levels - 1):
+            calls = []
+
+            def score(timesteps, best=best, calls=calls):
+                calls.append(timesteps)
+                return abs(timesteps[0] - best) ** 1.5
+
+            found = search_levels(score, levels, 2)
+            assert found.timesteps == (best, 0)
+            assert found.score == 0
+            assert len(calls) == len(set(calls)) == len(found.probes) <= 18
+
+
+def test_more_steps_are_found_one_after_the_other():
+    wanted = (31, 25, 9, 0)
+
+    def score(timesteps):
+        return sum(abs(each - best) for each, best in zip(timesteps[::-1], wanted[::-1], strict=False))
+
+    assert search_levels(score, 40, 4).timesteps == wanted
+    assert search_levels(lambda timesteps: -timesteps[0], 5, 4).timesteps == (3, 2, 1, 0)  # all places are taken
+    with pytest.raises(InputError, match="from 2 to 4, got 5"):
+        search_levels(score, 5, 5)

@@ -10,24 +10,26 @@ from PIL import Image
 import cm_jax
 from cm_jax.cli import main, main_evaluate
 from cm_jax.config import ModelConfig
-from cm_jax.evaluation import image_sets
+from cm_jax.evaluation import Judge, Report, image_sets
 from cm_jax.networks import ADMUNet
 from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import EDMScaling
+from cm_jax.preconditioning import BoundaryScaling, EDMScaling
 from tests.laws.test_evaluation import toy_see
 from tests.runs.test_commands import failed, succeeded
 
 TOLD = ("--reference-cache", "off", "--compilation-cache", "off")
 
 
+def toy(size):
+    mix = np.random.default_rng(5).normal(size=(size * size * 3, 24)).astype(np.float32)
+    return Judge(toy_see, {"mix": mix}, "a toy", "no resizing")
+
+
 @pytest.fixture(autouse=True)
 def judge(monkeypatch):
     from cm_jax.cli import evaluate
-    from cm_jax.evaluation import Judge
 
-    mix = np.random.default_rng(5).normal(size=(16 * 16 * 3, 24)).astype(np.float32)
-    toy = Judge(toy_see, {"mix": mix}, "a toy", "no resizing")
-    monkeypatch.setattr(evaluate, "load_inception", lambda weights: toy)
+    monkeypatch.setattr(evaluate, "load_inception", lambda weights: toy(16))
 
 
 @pytest.fixture
@@ -75,6 +77,32 @@ def test_bits_of_a_teacher(tmp_path, capsys):
     said = succeeded(capsys, main_evaluate, teacher, "emoji:held_out", *told)
     assert "N = 2 of emoji:held_out under" in said
     assert np.isfinite(json.loads(output.read_text())["values"]["bpd"])
+
+
+def test_tuned_levels_are_kept_in_the_checkpoint(tmp_path, capsys, monkeypatch):
+    from cm_jax.cli import tune
+    from cm_jax.evaluation import level_search
+
+    network = ADMUNet(
+        image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=16, classes=9
+    )
+    config = ModelConfig(network, BoundaryScaling(), KarrasGrid(levels=12), tuned_timesteps=((3, 0), (5, 2, 0)))
+    cm_jax.Model(config, network.initialise(jax.random.key(0))).save(tmp_path / "model")
+    monkeypatch.setattr(tune, "load_inception", lambda weights: toy(8))
+    asked = []
+
+    def measured(judge, samples, known, **told):
+        asked.append(samples.how["sigmas"])
+        return Report({"fid": abs(samples.how["sigmas"][1] - config.grid.sigma(7))}, {}, ""), known
+
+    monkeypatch.setattr(level_search, "evaluate", measured)
+    said = succeeded(capsys, main, "tune", tmp_path / "model", "emoji:held_out", "--count", 4, *TOLD)
+    assert "--timesteps 7,0 with FID" in said
+    tuned = cm_jax.load(tmp_path / "model")
+    assert tuned.config.tuned_timesteps == ((7, 0), (5, 2, 0))
+    assert tuned.plan(steps=2).levels[1] == pytest.approx(config.grid.sigma(7))
+    assert all(sigmas[0] == pytest.approx(80) for sigmas in asked)
+    assert "has no place for tuned levels" in failed(capsys, main, "tune", "emoji16_cd", "emoji", *TOLD)
 
 
 def test_bad_input_is_one_message(samples, tmp_path, capsys):

@@ -40,6 +40,12 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
             )
 
 
+def rewrite_config(directory: Path, config: ModelConfig) -> None:
+    """Another config.json beside the same parameters, the old one or the new one at any moment."""
+    with written_beside(directory.absolute() / "config.json") as beside, writing(directory):
+        beside.write_text(config.to_json(), "utf-8")
+
+
 def is_checkpoint(directory: Path) -> bool:
     """Whether a folder is laid out as one of ours."""
     return (directory / "config.json").is_file() and (directory / "params").is_dir()

@@ -1,4 +1,4 @@
-"""The command line: `cm-jax sample`, `edit`, `convert` and `train`, each also as a script of a checkout."""
+"""The command line: `cm-jax sample`, `edit`, `convert`, `train`, `evaluate`, `tune`; most also as scripts."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from cm_jax.cli.running import run
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """`cm-jax sample ...`, `cm-jax edit ...`, `cm-jax convert ...`, `cm-jax train ...`."""
+    """`cm-jax COMMAND ...`: any of the above."""
 
     def dispatch() -> None:
         words = sys.argv[1:] if arguments is None else arguments
@@ -37,6 +37,11 @@ def main_convert(arguments: Sequence[str] | None = None) -> NoReturn:
 def main_train(arguments: Sequence[str] | None = None) -> NoReturn:
     """`python train.py ...`."""
     run(lambda: _train("train.py", arguments))
+
+
+def main_evaluate(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python -m cm_jax.evaluation ...`."""
+    run(lambda: _evaluate("python -m cm_jax.evaluation", arguments))
 
 
 def _sample(prog: str, arguments: Sequence[str] | None) -> None:
@@ -67,9 +72,25 @@ def _train(prog: str, arguments: Sequence[str] | None) -> None:
     train(prog, sys.argv[1:] if arguments is None else arguments)
 
 
+def _evaluate(prog: str, arguments: Sequence[str] | None) -> None:
+    """Judge samples, or what a checkpoint draws: FID, KID, precision and recall, bits per dimension."""
+    from cm_jax.cli.evaluate import Evaluate, evaluate_command
+
+    evaluate_command(parsed(Evaluate, prog, arguments))
+
+
+def _tune(prog: str, arguments: Sequence[str] | None) -> None:
+    """Search the levels of a consistency model for several steps, and keep them in its checkpoint."""
+    from cm_jax.cli.tune import Tune, tune_command
+
+    tune_command(parsed(Tune, prog, arguments))
+
+
 _COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {
     "sample": _sample,
     "edit": _edit,
     "convert": _convert,
     "train": _train,
+    "evaluate": _evaluate,
+    "tune": _tune,
 }

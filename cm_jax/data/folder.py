@@ -31,7 +31,7 @@ class ImageFolder(EncodedData):
 
     def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
         checked_image_size(image_size)
-        files = _image_files(Path(self.path).expanduser())
+        files = image_files(Path(self.path).expanduser())
         names = _class_of_each(files, self.labels, self.path)
         return self.open_encoded(_Files(self.path, files, names), image_size, progress)
 
@@ -59,7 +59,7 @@ class _Files(Encoded):
         return content, self._labels[index] if self._labels else 0
 
 
-def _image_files(top: Path) -> list[Relative]:
+def image_files(top: Path) -> list[Relative]:
     """Every image file below `top`, sorted folder by folder. Raises InputError where there is none."""
 
     def cannot(error: OSError) -> None:

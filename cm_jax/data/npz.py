@@ -3,6 +3,7 @@
 import dataclasses
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,20 @@ class NpzData(Data):
 
     def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
         checked_image_size(image_size)
+        return self._opened(lambda images: resized(images, image_size, progress))
+
+    def unchanged(self) -> InMemory:
+        """The images in the size that they have, square or not."""
+        return self._opened(lambda images: images)
+
+    def _opened(self, prepared: Callable[[np.ndarray], np.ndarray]) -> InMemory:
         arrays = self._read()
         labels, names = arrays.get("labels"), tuple(map(str, arrays.get("names", ())))
         if labels is not None and len(np.unique(labels)) < 2:
             if self.labels:
                 raise InputError(f"{self.path}: all labels are the same; train without them (labels: none).")
             labels = None
-        images = resized(_checked_images(self.path, arrays["images"]), image_size, progress)
+        images = prepared(_checked_images(self.path, arrays["images"]))
         return InMemory(images, labels, class_names=() if labels is None else names, place=self.path)
 
     def _read(self) -> dict[str, np.ndarray]:

@@ -28,6 +28,8 @@ class Features(NamedTuple):
 
     pool: Float[Array, "b 2048"]
     """pool_3: FID, KID, precision and recall."""
+    first: Float[Array, "b 64"]
+    """Means after the first maximum pooling: torch-fidelity's 64 features, by which it is checked without long runs."""
     spatial: Float[Array, "b 2023"]
     """The first channels of mixed_6/conv, pixel by pixel: sFID."""
     logits: Float[Array, "b 1008"] | None
@@ -47,11 +49,11 @@ def features(params: Params, images: Float[Array, "b 299 299 3"]) -> Features:
     """Of RGB images in [-1, 1) at 299 pixels."""
     layers = {name: branch for name, branch in params.items() if name != "logits"}
     outputs: Any = _Inception().apply({"params": layers}, images)
-    pool, spatial = outputs
+    pool, first, spatial = outputs
     logits = None
     if "logits" in params:
         logits = jnp.matmul(pool, params["logits"]["kernel"], precision=jax.lax.Precision.HIGHEST)
-    return Features(pool, spatial.reshape(len(spatial), -1), logits)
+    return Features(pool, first, spatial.reshape(len(spatial), -1), logits)
 
 
 class _Layer(nn.Module):
@@ -184,13 +186,14 @@ class _Coarse(nn.Module):
 
 
 class _Inception(nn.Module):
-    """pool_3, and the beginning of mixed_6/conv."""
+    """pool_3, means after the first pooling, and the beginning of mixed_6/conv."""
 
     @nn.compact
-    def __call__(self, x: Maps) -> tuple[Float[Array, "b 2048"], Float[Array, "b 17 17 7"]]:
+    def __call__(self, x: Maps) -> tuple[Float[Array, "b 2048"], Float[Array, "b 64"], Float[Array, "b 17 17 7"]]:
         x = _Layer(32, (3, 3), 2, "VALID", name="conv")(x)
         x = _Layer(32, (3, 3), padding="VALID", name="conv_1")(x)
         x = _halved(_Layer(64, (3, 3), name="conv_2")(x))
+        first = x.mean((1, 2))
         x = _Layer(80, name="conv_3")(x)
         x = _halved(_Layer(192, (3, 3), padding="VALID", name="conv_4")(x))
         for name, pooled in (("mixed", 32), ("mixed_1", 64), ("mixed_2", 64)):
@@ -203,4 +206,4 @@ class _Inception(nn.Module):
         x = _HalvingAgain(name="mixed_8")(x)
         x = _Coarse(maximum=False, name="mixed_9")(x)
         x = _Coarse(maximum=True, name="mixed_10")(x)
-        return x.mean((1, 2)), spatial[..., :SPATIAL_CHANNELS]
+        return x.mean((1, 2)), first, spatial[..., :SPATIAL_CHANNELS]

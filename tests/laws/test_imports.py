@@ -34,6 +34,7 @@ ORDER = [
     "editing",
     "conversion",
     "model",
+    "evaluation",
     "training",
     "presets",
     "cli",
@@ -42,7 +43,9 @@ ORDER = [
 
 
 def modules():
-    return {path for path in (ROOT / "cm_jax").rglob("*.py") if path.name != "__init__.py" or path.parent.name in ORDER}
+    """All but `__main__`, which is a door to cm_jax.cli as sample.py is."""
+    paths = {path for path in (ROOT / "cm_jax").rglob("*.py") if path.name != "__main__.py"}
+    return {path for path in paths if path.name != "__init__.py" or path.parent.name in ORDER}
 
 
 def place(path):

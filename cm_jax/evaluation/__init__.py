@@ -1,0 +1,43 @@
+"""What a model makes, as numbers: FID and its kin, precision and recall, bits per dimension. See docs/evaluation.md."""
+
+from cm_jax.evaluation.evaluating import Protocol, evaluate
+from cm_jax.evaluation.image_sets import ImageSet, of_dataset, of_model, open_images
+from cm_jax.evaluation.judge import Judge, Summary, load_inception, summarise
+from cm_jax.evaluation.level_search import search_levels, tune
+from cm_jax.evaluation.likelihood import bits_per_dimension, evaluate_bits, log_density
+from cm_jax.evaluation.manifolds import Overlap, overlap
+from cm_jax.evaluation.metrics import Estimate, frechet_distance, inception_score, kernel_distance, squared_mmd
+from cm_jax.evaluation.moments import Gaussian, Moments
+from cm_jax.evaluation.references import read_statistics, write_statistics
+from cm_jax.evaluation.report import Report, to_json
+
+__all__ = [
+    "Estimate",
+    "Gaussian",
+    "ImageSet",
+    "Judge",
+    "Moments",
+    "Overlap",
+    "Protocol",
+    "Report",
+    "Summary",
+    "bits_per_dimension",
+    "evaluate",
+    "evaluate_bits",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "load_inception",
+    "log_density",
+    "of_dataset",
+    "of_model",
+    "open_images",
+    "overlap",
+    "read_statistics",
+    "search_levels",
+    "squared_mmd",
+    "summarise",
+    "to_json",
+    "tune",
+    "write_statistics",
+]

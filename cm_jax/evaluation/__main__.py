@@ -1,0 +1,6 @@
+"""Judge samples: python -m cm_jax.evaluation SAMPLES_OR_CHECKPOINT REFERENCE [--metrics ...]; --help tells the rest."""
+
+from cm_jax.cli import main_evaluate
+
+if __name__ == "__main__":
+    main_evaluate()

@@ -1,0 +1,188 @@
+"""Samples against a reference: which metrics, by which protocol, and the report."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from cm_jax.errors import InputError, bounded, nearest
+from cm_jax.evaluation.image_sets import ImageSet, Watch, unwatched
+from cm_jax.evaluation.judge import Judge, Summary, summarise
+from cm_jax.evaluation.manifolds import overlap
+from cm_jax.evaluation.metrics import Estimate, frechet_distance, inception_score, kernel_distance
+from cm_jax.evaluation.references import summarised
+from cm_jax.evaluation.report import Report
+from cm_jax.networks.inception_v3 import CHANNELS
+
+NEEDS = {
+    "fid": ("pool",),
+    "sfid": ("spatial",),
+    "kid": ("features",),
+    "is": ("logits",),
+    "pr": ("features",),
+    "prdc": ("features",),
+}
+"""Of each metric, the fields of Summary that it is computed from."""
+
+_NEIGHBOURS = {"pr": 3, "prdc": 5}
+_TITLES = {"fid": "FID", "sfid": "sFID", "kid": "KID", "inception_score": "IS"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Which metrics, and what they leave open. The defaults are those of the papers that introduced them."""
+
+    metrics: tuple[str, ...] = ("fid",)
+    """fid, sfid, kid, is, pr (improved precision and recall), prdc (with density and coverage)."""
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    seed: int = 0
+    """Of KID's subsets."""
+    splits: int = 10
+    """Of the Inception score."""
+
+    def __post_init__(self) -> None:
+        for metric in self.metrics:
+            if metric not in NEEDS:
+                raise InputError(f"There is no metric {metric!r}: {', '.join(NEEDS)}.{nearest(metric, NEEDS)}")
+        if not self.metrics or len(set(self.metrics)) < len(self.metrics):
+            raise InputError(f"Name one metric or several, each once; got {','.join(self.metrics) or 'none'}.")
+        bounded("kid_subsets", self.kid_subsets, 1, 10**6)
+        bounded("kid_subset_size", self.kid_subset_size, 2, 10**6)
+        bounded("splits", self.splits, 1, 10**6)
+        bounded("The seed", self.seed, 0, 2**32 - 1)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What both sets must be summed up for."""
+        return tuple(dict.fromkeys(need for metric in self.metrics for need in NEEDS[metric]))
+
+    def least(self, metric: str) -> int:
+        """The smallest set that a metric is defined for."""
+        if metric == "is":
+            return self.splits
+        return _NEIGHBOURS[metric] + 1 if metric in _NEIGHBOURS else 2
+
+
+def evaluate(
+    judge: Judge,
+    samples: ImageSet,
+    reference: ImageSet | Summary,
+    protocol: Protocol = Protocol(),
+    *,
+    reference_name: str = "",
+    cache: Path | None = None,
+    batch_size: int | None = None,
+    watch: Watch = unwatched,
+) -> tuple[Report, Summary]:
+    """The report, and the reference's statistics, which are kept in the folder `cache` where it is given.
+
+    reference: images, or the statistics of a file (only FID and sFID then). Raises InputError, before anything is drawn
+    or seen, for sets that are too small or of different sizes, and for statistics that lack what a metric needs.
+    """
+    needs = [need for need in protocol.needs if need != "logits"]
+    _check(judge, samples, reference, protocol, reference_name)
+    if isinstance(reference, Summary):
+        known = reference
+    else:
+        reference_name = reference_name or reference.name
+        known = Summary(reference.count)
+        if needs:
+            known = summarised(judge, reference, needs, cache=cache, batch_size=batch_size, watch=watch)
+    seen = summarise(judge, watch(samples.batches(), samples.count), protocol.needs, batch_size=batch_size)
+    values: dict[str, float] = {}
+    for metric in protocol.metrics:
+        values |= _measured(metric, seen, known, protocol)
+    told: dict[str, Any] = {
+        "count": seen.count,
+        "samples": samples.name,
+        "sampling": samples.how,
+        "reference": reference_name,
+        "reference_count": known.count,
+        "size": list(samples.shape),
+        "resize": judge.resize,
+        "features": judge.name + ("" if judge.published else ", weights that are NOT those published"),
+        "weights_sha256": judge.digest,
+    }
+    if "kid" in protocol.metrics:
+        told |= {"kid_subsets": protocol.kid_subsets, "kid_seed": protocol.seed}
+        told["kid_subset_size"] = min(protocol.kid_subset_size, seen.count or 0, known.count or 0)
+    if "is" in protocol.metrics:
+        told["splits"] = protocol.splits
+    told |= {f"{metric}_neighbours": k for metric, k in _NEIGHBOURS.items() if metric in protocol.metrics}
+    return Report(values, told, _line(values, told)), known
+
+
+def _measured(metric: str, seen: Summary, known: Summary, protocol: Protocol) -> dict[str, float]:
+    if metric in ("fid", "sfid"):
+        use = NEEDS[metric][0]
+        return {metric: frechet_distance(getattr(known, use), getattr(seen, use))}
+    if metric == "is":
+        assert seen.logits is not None
+        return _spread("inception_score", inception_score(seen.logits, splits=protocol.splits))
+    assert seen.features is not None
+    assert known.features is not None
+    if metric == "kid":
+        size, subsets = protocol.kid_subset_size, protocol.kid_subsets
+        return _spread(
+            "kid", kernel_distance(known.features, seen.features, subsets=subsets, size=size, seed=protocol.seed)
+        )
+    found = overlap(known.features, seen.features, _NEIGHBOURS[metric])._asdict()
+    return {name: found[name] for name in (("precision", "recall") if metric == "pr" else found)}
+
+
+def _line(values: dict[str, float], told: dict[str, Any]) -> str:
+    """Numbers and protocol, to paste into a paper."""
+    shown = []
+    for name, value in values.items():
+        if not name.endswith("_deviation"):
+            spread = values.get(f"{name}_deviation")
+            shown.append(f"{_TITLES.get(name, name)} {value:.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
+    counted = f"{told['reference_count']:,} of " if told["reference_count"] else ""
+    parts = [
+        f"N = {told['count']:,} of {told['samples']}{_drawn(told['sampling'])} against {counted}{told['reference']}",
+        f"{told['size'][0]} x {told['size'][1]} pixels in 8 bits, {told['resize']}",
+        told["features"],
+    ]
+    if "kid" in values:
+        parts.append(f"KID of {told['kid_subsets']} subsets of {told['kid_subset_size']:,}")
+    if ("fid" in values or "sfid" in values) and told["count"] < CHANNELS:
+        parts.append("FID of so few images is biased upwards: compare at this N only")
+    return f"{', '.join(shown)} [{'; '.join(parts)}]"
+
+
+def _drawn(how: dict[str, Any]) -> str:
+    """How a model drew; nothing for images that were there."""
+    if not how:
+        return ""
+    levels = ", ".join(f"{sigma:.4g}" for sigma in how["sigmas"][:4]) + (", ..." if how["steps"] > 4 else "")
+    steps = f"{how['steps']} step{'s' if how['steps'] > 1 else ''}"
+    return f" ({how['sampler']}, {steps}, sigma {levels}, seed {how['seed']})"
+
+
+def _spread(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.mean, f"{name}_deviation": estimate.deviation}
+
+
+def _check(judge: Judge, samples: ImageSet, reference: ImageSet | Summary, protocol: Protocol, name: str) -> None:
+    """Raise InputError for what the metrics cannot be computed from."""
+    if "is" in protocol.metrics and not judge.has_logits:
+        summarise(judge, [], ["logits"])
+    for metric in protocol.metrics:
+        least = protocol.least(metric)
+        if samples.count < least:
+            raise InputError(f"{metric} needs {least} images at least, and {samples.name} has {samples.count}.")
+        if metric != "is" and isinstance(reference, ImageSet) and reference.count < least:
+            raise InputError(f"{metric} needs {least} images at least, and {reference.name} has {reference.count}.")
+        if isinstance(reference, Summary):
+            lacking = [need for need in NEEDS[metric] if need != "logits" and getattr(reference, need) is None]
+            if lacking:
+                wanted = "mu_s and sigma_s" if metric == "sfid" else "mu and sigma" if metric == "fid" else "images"
+                raise InputError(f"{metric} needs {wanted} of the reference, which {name or 'the file'} does not have.")
+    if {"pr", "prdc"} <= set(protocol.metrics):
+        raise InputError("pr and prdc both give precision and recall, by 3 and by 5 neighbours: ask for one of them.")
+    if isinstance(reference, ImageSet) and reference.shape[:2] != samples.shape[:2]:
+        sizes = [" x ".join(map(str, each.shape[:2])) for each in (samples, reference)]
+        raise InputError(
+            f"{samples.name} has images of {sizes[0]} pixels and {reference.name} of {sizes[1]}: bring both to one "
+            "size, because resizing moves FID by more than models differ."
+        )

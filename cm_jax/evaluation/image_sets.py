@@ -1,0 +1,173 @@
+"""Sets of images to compare: files, data sets, and what a model draws, none of which need fit in memory."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from cm_jax import checkpoints
+from cm_jax.data import Data, Dataset, EmojiData, ImageFolder, NpzData, TFDSData
+from cm_jax.data.folder import image_files
+from cm_jax.errors import InputError, bounded, listed, nearest
+from cm_jax.images import quantise
+from cm_jax.model import Model, Plan
+
+Watch = Callable[[Iterator[np.ndarray], int], Iterator[np.ndarray]]
+"""(batches, number of images) -> the same batches: a progress bar's place."""
+
+_READ = 64
+"""Images that are read at once."""
+
+
+def unwatched(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    del count
+    return batches
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSet:
+    """8-bit images of one size, which can be gone through again and again."""
+
+    name: str
+    count: int
+    shape: tuple[int, int, int]
+    batches: Callable[[], Iterator[UInt8[np.ndarray, "b h w c"]]]
+    how: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What else a protocol says of them."""
+
+    def digest(self) -> str:
+        """Of the pixels in their order."""
+        total = hashlib.sha256(repr((self.count, self.shape)).encode())
+        for images in self.batches():
+            total.update(images.tobytes())
+        return total.hexdigest()
+
+
+def of_dataset(dataset: Dataset, name: str, count: int | None = None) -> ImageSet:
+    """All images of a data set, or `count` of them, chosen by a fixed permutation."""
+    if count is not None and not 1 <= count <= dataset.size:
+        raise InputError(f"{count} images were asked for, and {name} has {dataset.size}: ask for fewer.")
+    wanted = count or dataset.size
+
+    def batches() -> Iterator[np.ndarray]:
+        stream = dataset.batches(_READ)
+        try:
+            for start in range(0, wanted, _READ):
+                yield next(stream).images[: wanted - start]
+        finally:
+            stream.close()
+
+    return ImageSet(name, wanted, dataset.image_shape, batches)
+
+
+def of_model(
+    model: Model, plan: Plan, count: int, *, seed: int = 0, batch_size: int | None = None, name: str = "a model"
+) -> ImageSet:
+    """What a model draws: images 0 ... count - 1 of `seed`, classes drawn too, rounded to 8 bits."""
+    bounded("The number of images to draw", count, 1, 10**9)
+
+    def batches() -> Iterator[np.ndarray]:
+        for drawn in model.batches(seed, count, plan, batch_size=batch_size):
+            yield quantise(checked(drawn, name))
+
+    steps = len(plan.levels) - 1
+    how = {
+        "sampler": type(plan.sampler).__name__,
+        "steps": steps,
+        "sigmas": list(plan.levels[:-1]),
+        "seed": seed,
+        "quantisation": "round",
+    }
+    return ImageSet(name, count, model.config.network.image_shape, batches, how)
+
+
+def checked(images: Float[np.ndarray, "b h w c"], name: str) -> Float[np.ndarray, "b h w c"]:
+    """The same images. Raises InputError where a pixel is NaN or infinite: rounding would make it black."""
+    bad = int((~np.isfinite(images).all((1, 2, 3))).sum())
+    if bad:
+        raise InputError(
+            f"{bad} of {len(images)} images of {name} have pixels that are NaN or infinite: the network diverged, or "
+            "its weights are damaged. Judge another checkpoint."
+        )
+    return images
+
+
+def holds_images(name: str) -> bool:
+    """Whether a name means images and not a checkpoint."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inside = ("checkpoints", "model_index.json", "unet", "config.json")
+        return not checkpoints.is_checkpoint(path) and not any((path / each).exists() for each in inside)
+    named = name.partition(":")[0] in ("emoji", "tfds") and not path.is_file()
+    return named or path.suffix.lower() == ".npz"
+
+
+def open_images(name: str, shape: tuple[int, int, int] | None = None) -> Dataset:
+    """The images that a name means: emoji, emoji:held_out, tfds:NAME or tfds:NAME:SPLIT, a folder, an .npz file.
+
+    At the size that `shape` says, by a centre crop; .npz files have one size and keep it. Without a `shape`, as they
+    are: those of a folder must then have one size. Raises InputError for anything else.
+    """
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".npz" and not path.is_dir():
+        return _unchanged(NpzData(name))
+    if shape is not None and shape[0] != shape[1]:
+        raise InputError(f"{name} is cropped to squares, and the samples have {shape[0]} x {shape[1]} pixels.")
+    return _data(name).open(shape[0] if shape else _own_size(name))
+
+
+def _unchanged(data: NpzData) -> Dataset:
+    try:
+        return data.unchanged()
+    except InputError as error:
+        try:
+            with np.load(Path(data.path).expanduser(), allow_pickle=False) as arrays:
+                found = [key for key in arrays.files if arrays[key].ndim == 4 and arrays[key].dtype.kind == "f"]
+                broken = [key for key in found if not np.isfinite(arrays[key]).all()]
+        except Exception:  # the first message says what is wrong with the file
+            broken = []
+        if broken:
+            raise InputError(f"{data.path}: {broken[0]} has pixels that are NaN or infinite. Draw it again.") from error
+        raise
+
+
+def _data(name: str) -> Data:
+    kind, _, rest = name.partition(":")
+    if Path(name).expanduser().exists():
+        return ImageFolder(name, labels="none")
+    if kind == "emoji":
+        if rest not in ("", "all", "train", "held_out"):
+            raise InputError(f"There are no emoji {rest!r}: emoji:train, emoji:held_out and emoji:all there are.")
+        return EmojiData(rest or "train")  # type: ignore[arg-type]
+    if kind == "tfds" and rest:
+        data, _, split = rest.partition(":")
+        return TFDSData(name=data, split=split or "train")
+    raise InputError(
+        f"There are no images {name}: wanted an .npz file, a folder, emoji, emoji:held_out or tfds:NAME."
+        f"{nearest(name, ['emoji', 'emoji:held_out', 'emoji:all'])}"
+    )
+
+
+def _own_size(name: str) -> int:
+    """Of samples: the one size that all have. Raises InputError where they differ."""
+    top = Path(name).expanduser()
+    if not top.is_dir():
+        if name.startswith("tfds:"):
+            raise InputError("A data set of TFDS cannot be judged as samples, because it says no size: save an .npz.")
+        return 32
+    sizes: dict[tuple[int, int], str] = {}
+    for file in image_files(top):
+        try:
+            with Image.open(top.joinpath(*file)) as image:
+                sizes.setdefault(image.size, "/".join(file))
+        except Exception as error:  # every image format has its own kinds for a damaged file
+            raise InputError(f"{top.joinpath(*file)} cannot be read as an image: {error}.") from error
+    if len(sizes) > 1 or any(width != height for width, height in sizes):
+        lines = [f"{width} x {height}: {file}" for (width, height), file in sizes.items()]
+        raise InputError(f"Samples must be squares of one size, and in {name} there are:\n  {listed(lines)}")
+    return next(iter(sizes))[0]

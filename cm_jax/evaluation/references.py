@@ -1,0 +1,136 @@
+"""Statistics of reference sets: files of the original evaluator, and a cache by content."""
+
+import hashlib
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm_jax.errors import InputError
+from cm_jax.evaluation.image_sets import ImageSet, Watch, unwatched
+from cm_jax.evaluation.judge import Judge, Summary, summarise
+from cm_jax.evaluation.moments import Gaussian
+from cm_jax.files import writing, written_beside
+from cm_jax.networks.inception_v3 import CHANNELS
+
+log = logging.getLogger("cm_jax.evaluation")
+
+_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+"""What the original evaluator calls mean and covariance."""
+_DAMAGED = (OSError, ValueError, EOFError, MemoryError, KeyError, zipfile.BadZipFile, zlib.error)
+_VERSION = "1"
+"""Of what is in the cache."""
+
+
+def default_cache() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "cm_jax" / "references"
+
+
+def read_statistics(path: Path) -> Summary | None:
+    """mu and sigma (mu_s and sigma_s) of an .npz file of the original evaluator; None where it has none.
+
+    Raises InputError for a file that is none, or whose statistics do not belong together.
+    """
+    try:
+        with path.open("rb") as stream:
+            if not zipfile.is_zipfile(stream):
+                raise ValueError("it is no .npz file, or not a complete one")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:
+                names = set(file.files)
+                found = {key: file[key] for keys in _KEYS.values() for key in keys if key in names}
+    except _DAMAGED as error:
+        raise InputError(
+            f"{path} cannot be used as a reference: {getattr(error, 'strerror', None) or error}."
+        ) from error
+    gaussians = {}
+    for use, (mean, covariance) in _KEYS.items():
+        if (mean in found) != (covariance in found):
+            missing = covariance if mean in found else mean
+            raise InputError(f"{path} has no {missing}; it has {', '.join(sorted(names))}. Both are needed.")
+        if mean in found:
+            gaussians[use] = _checked(path, found[mean], found[covariance], (mean, covariance))
+    return Summary(None, **gaussians) if gaussians else None
+
+
+def _checked(path: Path, mean: np.ndarray, covariance: np.ndarray, names: tuple[str, str]) -> Gaussian:
+    shapes = f"{names[0]} {mean.dtype} {list(mean.shape)}, {names[1]} {covariance.dtype} {list(covariance.shape)}"
+    if (
+        mean.ndim != 1
+        or covariance.shape != (mean.size, mean.size)
+        or {mean.dtype.kind, covariance.dtype.kind} != {"f"}
+    ):
+        raise InputError(f"{path} has {shapes}; wanted: a mean [{CHANNELS}] and a covariance [{CHANNELS}, {CHANNELS}].")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise InputError(f"{path}: {' or '.join(names)} has numbers that are NaN or infinite. Compute it again.")
+    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
+
+
+def write_statistics(path: Path, summary: Summary) -> None:
+    """What `read_statistics` and the original evaluator read."""
+    arrays: dict[str, np.ndarray] = {}
+    for use, names in _KEYS.items():
+        if (gaussian := getattr(summary, use)) is not None:
+            arrays |= dict(zip(names, gaussian, strict=True))
+    if not arrays:
+        raise InputError("Statistics are written where fid or sfid is among the metrics: ask for one.")
+    _save(path, arrays)
+
+
+def summarised(
+    judge: Judge,
+    images: ImageSet,
+    needs: Iterable[str],
+    *,
+    cache: Path | None,
+    batch_size: int | None = None,
+    watch: Watch = unwatched,
+) -> Summary:
+    """As `summarise`, from the cache where the same weights have seen the same pixels before.
+
+    One file for each need, named by a hash of pixels, weights and resizing.
+    """
+    if cache is None:
+        return summarise(judge, watch(images.batches(), images.count), needs, batch_size=batch_size)
+    content = "\n".join((_VERSION, images.digest(), judge.digest, judge.resize))
+    stem = hashlib.sha256(content.encode()).hexdigest()[:32]
+    places = {need: cache / f"{stem}-{need}.npz" for need in needs}
+    found: dict[str, Any] = {need: value for need, place in places.items() if (value := _cached(place)) is not None}
+    missing = places.keys() - found.keys()
+    if missing:
+        new = summarise(judge, watch(images.batches(), images.count), missing, batch_size=batch_size)
+        for need in missing:
+            found[need] = getattr(new, need)
+            _keep(places[need], found[need])
+    return Summary(images.count, **found)
+
+
+def _cached(place: Path) -> Gaussian | np.ndarray | None:
+    """What lies in the cache; None where there is nothing, or nothing whole."""
+    try:
+        with np.load(place, allow_pickle=False) as file:
+            if "features" in file.files:
+                return file["features"]
+            return Gaussian(file["mean"], file["covariance"])
+    except _DAMAGED:
+        return None
+
+
+def _keep(place: Path, value: Gaussian | np.ndarray) -> None:
+    """Into the cache; a cache that cannot be written is told of, and nothing is lost."""
+    arrays = {"features": value} if isinstance(value, np.ndarray) else value._asdict()
+    try:
+        _save(place, arrays)
+    except InputError as error:
+        log.warning("The reference is not kept for the next time: %s", error)
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with written_beside(path) as beside, writing(path), beside.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def setting(family: str, method: str, batch: int, network: ADMUNet | SongUNet | 
     return dataclasses.replace(
         preset,
         network=dataclasses.replace(network or preset.network, dropout=0.0, precision="float32"),
-        optimizer=RAdam(ConstantRate(1e-4)),
+        optimizer=RAdam(ConstantRate(1e-3)),  # so that its steps show in the losses that are checked
         averages=(0.9999,),
         power_averages=(),
         batch_size=batch,

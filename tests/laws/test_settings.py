@@ -199,8 +199,13 @@ def different(kind, name):
     return None
 
 
-BOUND_TO_OTHERS = {("ADMUNet", "head_width"), ("ADMUNet", "heads"), ("ModelConfig", "class_names")}
-"""Fields that cannot change alone: one of the first two is set, names need classes."""
+BOUND_TO_OTHERS = {
+    ("ADMUNet", "head_width"),
+    ("ADMUNet", "heads"),
+    ("ModelConfig", "class_names"),
+    ("Protocol", "metrics"),
+}
+"""Fields that cannot change alone, or not to any text: one of the first two is set, names need classes."""
 
 
 @pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__name__)

@@ -36,7 +36,7 @@ UNET = ADMUNet(
     width=32,
     multipliers=(1,),
     blocks_per_level=1,
-    attention_factors=(1,),
+    attention_factors=(),
     head_width=16,
     classes=3,
     dropout=0.1,
@@ -100,7 +100,7 @@ def test_devices_do_not_matter(across):
     assert farthest(many, one) < 1e-5
 
 
-@pytest.mark.parametrize("across", [Pmap(8), Sharded(8)], ids=str)
+@pytest.mark.parametrize("across", [Pmap(8)], ids=str)
 def test_devices_do_not_matter_to_a_unet(across):
     _, alone = on_one_device(UNET, 8)
     _, together = run(distilling(UNET), UNET, across, raw_batches(UNET, 50, 8), dispatches=50)
@@ -224,12 +224,10 @@ def test_masters_stay_float32_and_half_precision_stays_near():
 
     def gradient(network, **changes):
         step = distilling(
-            network, optimizer=RAdam(ConstantRate(1.0), beta1=0.0), **changes
+            network, objective=Denoising(), optimizer=RAdam(ConstantRate(1.0), beta1=0.0), **changes
         )  # its first step: -gradient
         state, _ = run(step, UNET, OneDevice(), batches)
-        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.averages, state.target))} == {
-            np.dtype("float32")
-        }
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.averages))} == {np.dtype("float32")}
         start = UNET.initialise(jax.random.key(1))
         return jax.tree.map(lambda new, old: new - old, state.params, start)
 

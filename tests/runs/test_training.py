@@ -151,12 +151,12 @@ def stop_after(batches, begin):
 
 def test_several_steps_in_a_call_are_the_same_run(teacher, tmp_path):
     run = tmp_path / "run"
-    train(dataclasses.replace(SMALL, sample_every=12, steps_per_dispatch=4), run, lambda line: None)
+    train(dataclasses.replace(SMALL, sample_every=12, steps_per_dispatch=2), run, lambda line: None)
     one, other = arrays(run, 12), arrays(teacher[0], 12)
     assert max(np.abs(one[name] - other[name]).max() for name in one) < 1e-5
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "sharded"])
+@pytest.mark.parametrize("parallel", ["sharded"])
 def test_eight_devices_go_on_where_one_was(parallel, teacher, tmp_path):
     """A checkpoint belongs to no number of devices."""
     run, said = tmp_path / "run", []
@@ -300,7 +300,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpointing, "write", full)
-    with pytest.raises(InputError, match=r"(?s)could not be saved.*No space left.*after 4 batches stays"):
+    with pytest.raises(InputError, match=r"(?s)could not be saved.*No space left.*after 4 batches is there still"):
         train(SMALL, run, lambda line: None)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000004"]
     monkeypatch.undo()
@@ -310,7 +310,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = "\n".join(report(prepare(dataclasses.replace(SMALL, steps_per_dispatch=2))))
+    lines = "\n".join(report(prepare(SMALL)))
     assert f"{NETWORK.parameter_count():,} parameters" in lines
     assert "12 batches, 96 images" in lines
     assert "FLOP a step" in lines
@@ -387,5 +387,8 @@ def test_the_original_s_checkpoint_is_a_teacher(tmp_path):
     settings = dataclasses.replace(
         STUDENT, network=source.config.network, scaling=BoundaryScaling(), teacher=str(tmp_path / "teacher"), images=8
     )
-    train(settings, tmp_path / "run", lambda line: None)
-    assert cm_jax.load(tmp_path / "run").config.network == source.config.network
+    run = prepare(settings)
+    assert run.step.functions.teacher == source.config.function
+    begun = run.fresh_state()
+    assert jax.tree.structure(begun.params) == jax.tree.structure(source.params)
+    assert all(map(np.array_equal, jax.tree.leaves(begun.params), jax.tree.leaves(source.params)))

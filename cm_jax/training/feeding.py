@@ -23,7 +23,8 @@ def is_resident(dataset: Dataset) -> bool:
 def dispatches(
     dataset: Dataset, *, batch_size: int, seed: int, start: int, stop: int, steps: int, labelled: bool, resident: bool
 ) -> Iterator[RawBatch]:
-    """This process's share of batches start ... stop - 1, `steps` of them at a time: NumPy arrays [steps, b, ...]."""
+    """This process's share of batches start ... stop - 1, `steps` at a time, at the end maybe fewer: NumPy arrays
+    [steps, b, ...]."""
     host, hosts = jax.process_index(), jax.process_count()
     if resident:
         assert isinstance(dataset, InMemory)
@@ -32,8 +33,9 @@ def dispatches(
     else:
         read = dataset.batches(batch_size, seed, start, host, hosts)
         singles = (RawBatch(batch.images, batch.labels if labelled else None) for batch in read)
-    for _ in range(start, stop, steps):
-        yield jax.tree.map(lambda *parts: np.stack(parts), *(next(singles) for _ in range(steps)))
+    for number in range(start, stop, steps):
+        together = [next(singles) for _ in range(min(steps, stop - number))]
+        yield jax.tree.map(lambda *parts: np.stack(parts), *together)
 
 
 @contextlib.contextmanager

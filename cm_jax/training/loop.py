@@ -64,15 +64,16 @@ def _loop(run: Prepared, folder: RunFolder, state: TrainState, done: int, say: S
     log, progress = Log(folder.path, done), Progress(done, total, chosen.batch_size)
     with Stop() as stop, log, progress, feeding.ahead(run.dispatches(done, total)) as feed:
         window = _Window(chosen, log, progress, done)
-        for batches in feed:
+        for dispatches, batches in enumerate(feed, start=1):
+            steps = len(jax.tree.leaves(batches)[0])
             state, metrics = program(state, constants, run.across.place_batches(batches), key)
             window.add(metrics)
-            done += chosen.steps_per_dispatch
-            stopping = _agreed(stop.requested, done // chosen.steps_per_dispatch)
+            done += steps
+            stopping = _agreed(stop.requested, dispatches)
             last = done >= total or stopping
 
-            def due(every: int, done: int = done) -> bool:
-                return done // every > (done - chosen.steps_per_dispatch) // every
+            def due(every: int, done: int = done, before: int = done - steps) -> bool:
+                return done // every > before // every
 
             saving = last or due(chosen.checkpoint_every)
             sampling = due(chosen.sample_every) or (last and not stopping)
@@ -120,7 +121,7 @@ class _Window:
         if metrics is None:
             return
         host = jax.device_get(metrics)
-        for place in range(self._chosen.steps_per_dispatch):
+        for place in range(len(host["loss"])):
             self._done += 1
             for name, values in host.items():
                 self._values.setdefault(name, []).append(float(values[place]))

@@ -97,9 +97,8 @@ class Training:
 
     @property
     def batches(self) -> int:
-        """Batches of the whole run: enough for `images`, in whole dispatches."""
-        each = self.batch_size * self.steps_per_dispatch
-        return -(-self.images // each) * self.steps_per_dispatch
+        """Batches of the whole run: enough for `images`."""
+        return -(-self.images // self.batch_size)
 
     @property
     def function(self) -> ConsistencyFunction:

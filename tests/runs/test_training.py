@@ -150,7 +150,9 @@ def stop_after(batches, begin):
 
 
 def test_several_steps_in_a_call_are_the_same_run(teacher, tmp_path):
+    """Also where they begin at an odd batch, and where what is left is less than a call."""
     run = tmp_path / "run"
+    train(dataclasses.replace(SMALL, images=8 * 9), run, lambda line: None)
     train(dataclasses.replace(SMALL, sample_every=12, steps_per_dispatch=2), run, lambda line: None)
     one, other = arrays(run, 12), arrays(teacher[0], 12)
     assert max(np.abs(one[name] - other[name]).max() for name in one) < 1e-5

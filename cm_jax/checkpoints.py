@@ -5,6 +5,7 @@ CHECKPOINT/params/        the parameter tree, every leaf in the precision it was
 
 A run of training keeps a row of them, with what it needs to go on beside params/:
 RUN/checkpoints/00001000/ the checkpoint after 1000 batches
+RUN/best.json             which of them an evaluation liked best
 """
 
 import re
@@ -15,8 +16,9 @@ import jax
 import numpy as np
 
 from cm_jax.arrays import Params, leaves
+from cm_jax.checked import read_json
 from cm_jax.config import ModelConfig
-from cm_jax.errors import InputError, listed, shape_complaints
+from cm_jax.errors import InputError, bounded, listed, shape_complaints
 from cm_jax.files import writing, written_beside
 
 
@@ -59,6 +61,12 @@ def of_run(run: Path) -> dict[int, Path]:
         return {}
     found = {int(entry.name): entry for entry in entries if re.fullmatch("[0-9]{8,18}", entry.name)}
     return {batches: found[batches] for batches in sorted(found) if is_checkpoint(found[batches])}
+
+
+def best_of_run(run: Path) -> int | None:
+    """The number of batches of the checkpoint that is marked as the best, if one is."""
+    file = run / "best.json"
+    return bounded(f"{file}: batches", read_json(file).get("batches"), 0, 10**18) if file.exists() else None
 
 
 def restore(

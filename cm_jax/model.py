@@ -347,7 +347,7 @@ class Model:
 def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
     """A model from a checkpoint: ours, the originals' `.pt` or jcm file, a diffusers folder, or a bundled name.
 
-    The folder of a run of training means its newest checkpoint.
+    The folder of a run of training means its newest checkpoint, and RUN/best the best of those that were evaluated.
 
     precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster
     on accelerators and take half the memory). Raises InputError where there is no such checkpoint, or it is damaged.
@@ -360,7 +360,7 @@ def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32"
 
 
 def find(path_or_name: str | Path) -> Path:
-    """The checkpoint that a path or a bundled name means: of a run of training, the newest one.
+    """The checkpoint that a path or a bundled name means: of a run of training, the newest one; of RUN/best, the best.
 
     Raises InputError, with advice, where there is none.
     """
@@ -370,6 +370,8 @@ def find(path_or_name: str | Path) -> Path:
         path = path.expanduser()
         if (path / "checkpoints").is_dir() and not checkpoints.is_checkpoint(path):
             return _newest(path)
+        if path.name == "best" and (path.parent / "checkpoints").is_dir() and not path.exists():
+            return _best(path.parent)
         if path.is_file() or path.is_dir():
             return path
     except (OSError, RuntimeError) as error:
@@ -396,6 +398,16 @@ def _newest(run: Path) -> Path:
     if not found:
         raise InputError(f"The run in {run} has saved no checkpoint yet: train it on, and sample then.")
     return found[max(found)]
+
+
+def _best(run: Path) -> Path:
+    batches = checkpoints.best_of_run(run)
+    if batches is None:
+        raise InputError(f"No checkpoint of {run} is the best: it was not evaluated (--evaluation). Give {run} itself.")
+    found = checkpoints.of_run(run).get(batches)
+    if found is None:
+        raise InputError(f"The best checkpoint of {run}, after {batches} batches, is gone. Give {run} itself.")
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)

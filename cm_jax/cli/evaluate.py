@@ -11,9 +11,9 @@ from cm_jax.cli.running import devices, progress, say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.evaluation.evaluating import NEEDS, Protocol, evaluate
 from cm_jax.evaluation.image_sets import ImageSet, holds_images, of_dataset, of_model, open_images
-from cm_jax.evaluation.judge import Summary, load_inception
+from cm_jax.evaluation.judge import load_inception
 from cm_jax.evaluation.likelihood import evaluate_bits
-from cm_jax.evaluation.references import default_cache, read_statistics, write_statistics
+from cm_jax.evaluation.references import default_cache, open_reference, write_statistics
 from cm_jax.evaluation.report import Report, to_json
 from cm_jax.files import check_writable, written_beside
 from cm_jax.model import Model, find, load
@@ -97,7 +97,7 @@ def evaluate_command(arguments: Evaluate) -> None:
 def _compared(arguments: Evaluate, model: Model | None, protocol: Protocol) -> Report:
     judge = load_inception(arguments.inception)
     samples = _samples(arguments, model)
-    reference = _reference(arguments, samples, protocol)
+    reference = open_reference(arguments.reference, protocol.reference_needs, samples.shape)
     name = "off" if arguments.reference_cache == "off" else arguments.reference_cache or str(default_cache())
     against = reference.name if isinstance(reference, ImageSet) else arguments.reference
     say(f"Judging {samples.count:,} images of {samples.name} against {against}, by {judge.name}, on {devices()}.")
@@ -139,23 +139,6 @@ def _samples(arguments: Evaluate, model: Model | None) -> ImageSet:
     )
     count = _COUNT if arguments.count is None else arguments.count
     return of_model(model, plan, count, seed=arguments.seed, batch_size=arguments.batch_size, name=arguments.samples)
-
-
-def _reference(arguments: Evaluate, samples: ImageSet, protocol: Protocol) -> ImageSet | Summary:
-    """Statistics where the file has all that is needed, else images."""
-    path = Path(arguments.reference).expanduser()
-    if path.suffix.lower() == ".npz" and path.is_file():
-        known = read_statistics(path)
-        needed = [need for need in protocol.needs if need != "logits"]
-        if known is not None and all(getattr(known, need) is not None for need in needed):
-            return known
-        try:
-            return of_dataset(open_images(arguments.reference), arguments.reference)
-        except InputError:
-            if known is None:
-                raise
-            return known  # whose complaint says what is missing
-    return of_dataset(open_images(arguments.reference, samples.shape), arguments.reference)
 
 
 def _bits(arguments: Evaluate, model: Model | None) -> Report:

@@ -1,6 +1,7 @@
 """Samples against a reference: which metrics, by which protocol, and the report."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ class Protocol:
         """What both sets must be summed up for."""
         return tuple(dict.fromkeys(need for metric in self.metrics for need in NEEDS[metric]))
 
+    @property
+    def reference_needs(self) -> tuple[str, ...]:
+        """What the reference must be summed up for."""
+        return tuple(need for need in self.needs if need != "logits")
+
     def least(self, metric: str) -> int:
         """The smallest set that a metric is defined for."""
         if metric == "is":
@@ -79,15 +85,12 @@ def evaluate(
     reference: images, or the statistics of a file (only FID and sFID then). Raises InputError, before anything is drawn
     or seen, for sets that are too small or of different sizes, and for statistics that lack what a metric needs.
     """
-    needs = [need for need in protocol.needs if need != "logits"]
-    _check(judge, samples, reference, protocol, reference_name)
-    if isinstance(reference, Summary):
-        known = reference
+    check(judge, samples, reference, protocol, reference_name)
+    if isinstance(reference, ImageSet):
+        reference_name, needs = reference_name or reference.name, protocol.reference_needs
+        known = summarised(judge, reference, needs, cache=cache, batch_size=batch_size, watch=watch)
     else:
-        reference_name = reference_name or reference.name
-        known = Summary(reference.count)
-        if needs:
-            known = summarised(judge, reference, needs, cache=cache, batch_size=batch_size, watch=watch)
+        known = reference
     seen = summarise(judge, watch(samples.batches(), samples.count), protocol.needs, batch_size=batch_size)
     values: dict[str, float] = {}
     for metric in protocol.metrics:
@@ -132,11 +135,6 @@ def _measured(metric: str, seen: Summary, known: Summary, protocol: Protocol) ->
 
 def _line(values: dict[str, float], told: dict[str, Any]) -> str:
     """Numbers and protocol, to paste into a paper."""
-    shown = []
-    for name, value in values.items():
-        if not name.endswith("_deviation"):
-            spread = values.get(f"{name}_deviation")
-            shown.append(f"{_TITLES.get(name, name)} {value:.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
     counted = f"{told['reference_count']:,} of " if told["reference_count"] else ""
     parts = [
         f"N = {told['count']:,} of {told['samples']}{_drawn(told['sampling'])} against {counted}{told['reference']}",
@@ -147,7 +145,17 @@ def _line(values: dict[str, float], told: dict[str, Any]) -> str:
         parts.append(f"KID of {told['kid_subsets']} subsets of {told['kid_subset_size']:,}")
     if ("fid" in values or "sfid" in values) and told["count"] < CHANNELS:
         parts.append("FID of so few images is biased upwards: compare at this N only")
-    return f"{', '.join(shown)} [{'; '.join(parts)}]"
+    return f"{in_words(values)} [{'; '.join(parts)}]"
+
+
+def in_words(values: Mapping[str, float]) -> str:
+    """FID 12.3, KID 0.0123 ± 0.0012."""
+    shown = []
+    for name, value in values.items():
+        if not name.endswith("_deviation"):
+            spread = values.get(f"{name}_deviation")
+            shown.append(f"{_TITLES.get(name, name)} {value:.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
+    return ", ".join(shown)
 
 
 def _drawn(how: dict[str, Any]) -> str:
@@ -163,7 +171,7 @@ def _spread(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.mean, f"{name}_deviation": estimate.deviation}
 
 
-def _check(judge: Judge, samples: ImageSet, reference: ImageSet | Summary, protocol: Protocol, name: str) -> None:
+def check(judge: Judge, samples: ImageSet, reference: ImageSet | Summary, protocol: Protocol, name: str) -> None:
     """Raise InputError for what the metrics cannot be computed from."""
     if "is" in protocol.metrics and not judge.has_logits:
         summarise(judge, [], ["logits"])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cm_jax.errors import InputError
-from cm_jax.evaluation.image_sets import ImageSet, Watch, unwatched
+from cm_jax.evaluation.image_sets import ImageSet, Watch, of_dataset, open_images, unwatched
 from cm_jax.evaluation.judge import Judge, Summary, summarise
 from cm_jax.evaluation.moments import Gaussian
 from cm_jax.files import writing, written_beside
@@ -30,6 +30,24 @@ _VERSION = "1"
 def default_cache() -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "cm_jax" / "references"
+
+
+def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int]) -> ImageSet | Summary:
+    """What `name` means as a reference for images of this shape: the statistics in a file where it has all that is
+    needed, else images, as `open_images` finds them.
+    """
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".npz" and path.is_file():
+        known = read_statistics(path)
+        if known is not None and all(getattr(known, need) is not None for need in needs):
+            return known
+        try:
+            return of_dataset(open_images(name), name)
+        except InputError:
+            if known is None:
+                raise
+            return known  # whose complaint says what is missing
+    return of_dataset(open_images(name, shape), name)
 
 
 def read_statistics(path: Path) -> Summary | None:
@@ -96,6 +114,9 @@ def summarised(
 
     One file for each need, named by a hash of pixels, weights and resizing.
     """
+    needs = tuple(needs)
+    if not needs:
+        return Summary(images.count)
     if cache is None:
         return summarise(judge, watch(images.batches(), images.count), needs, batch_size=batch_size)
     content = "\n".join((_VERSION, images.digest(), judge.digest, judge.resize))

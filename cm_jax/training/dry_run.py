@@ -22,6 +22,8 @@ def report(run: Prepared) -> Iterator[str]:
     way = type(run.across).__name__
     yield f"batch       {chosen.batch_size} images over {len(devices)} x {devices[0].device_kind} ({way})"
     yield f"length      {chosen.batches:,} batches, {chosen.batches * chosen.batch_size:,} images"
+    if run.evaluator is not None:
+        yield f"evaluation  {run.evaluator.description}"
     parts = {name: _bytes(getattr(state, name)) for name in ("params", "optimizer", "target", "teacher", "averages")}
     parts["constants"] = _bytes(constants)
     yield "memory      " + ", ".join(f"{name} {_shown(size)}" for name, size in parts.items() if size)

@@ -1,4 +1,5 @@
-"""What a run measured: RUN/metrics.csv, RUN/samples/ and, for those who have it, TensorBoard's events.
+"""What a run measured: RUN/metrics.csv, RUN/evaluations.csv, RUN/samples/ and, for those who have it, TensorBoard's
+events.
 
 All of it is cut back to the checkpoint that a run goes on from, so that an interrupted run leaves what an unbroken one
 would.
@@ -26,8 +27,9 @@ from cm_jax.files import written_beside
 from cm_jax.images import save_grid
 
 METRICS = "metrics.csv"
+EVALUATIONS = "evaluations.csv"
 BATCHES = "batches"
-"""The first column: the number of batches that the run had seen."""
+"""The first column of both: the number of batches that the run had seen."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,16 +42,12 @@ class Log:
     """
 
     def __init__(self, run: Path, batches: int = 0, *, tensorboard: bool = True) -> None:
-        self._run, self._file = run, run / METRICS
+        self._run = run
         self._silent = jax.process_index() != 0
-        self._columns: list[str] = []
         self._events: Any = None
         if self._silent:
             return
-        if self._file.exists():
-            columns, rows = read_metrics(self._file)
-            kept = [row for row in rows if int(row[0]) <= batches]
-            self._rewrite(columns if kept else [], kept)
+        self._metrics, self._evaluations = (_Table(run / name, batches) for name in (METRICS, EVALUATIONS))
         for sheet in (run / "samples").glob("*.png"):
             if sheet.stem.isdecimal() and int(sheet.stem) > batches:
                 sheet.unlink()
@@ -66,24 +64,15 @@ class Log:
         """The values after so many batches. Columns are those of the first row; a new one is added at the end."""
         if self._silent:
             return
-        shown = {BATCHES: str(batches)} | {name: _shown(value) for name, value in values.items()}
-        added = [name for name in shown if name not in self._columns]
-        if added and self._columns:
-            columns, rows = read_metrics(self._file)
-            self._rewrite(columns + added, [row + [""] * len(added) for row in rows])
-        lines = [] if self._columns else [added]
-        self._columns = self._columns or added
-        lines.append([shown.get(name, "") for name in self._columns])
-        try:
-            with self._file.open("ab") as file:
-                file.write(_encoded(lines))
-        except OSError as error:
-            raise InputError(f"Cannot write {self._file}: {error.strerror}. Is there room on the disk?") from error
-        if self._events is not None:
-            for name, value in values.items():
-                if math.isfinite(value):  # tensorboardX complains of others, and no curve can show them
-                    self._events.add_scalar(name, float(value), batches)
-            self._events.flush()
+        self._metrics.add(batches, values)
+        self._curves(batches, values)
+
+    def evaluation(self, batches: int, values: Mapping[str, Any]) -> None:
+        """The same for what an evaluation found, in a file of its own."""
+        if self._silent:
+            return
+        self._evaluations.add(batches, values)
+        self._curves(batches, {f"evaluation/{name}": value for name, value in values.items()})
 
     def samples(self, batches: int, sheet: Image.Image) -> Path:
         """Keep a grid of samples as RUN/samples/00001000.png, and say where."""
@@ -100,6 +89,40 @@ class Log:
             self._events.close()
             self._events = None
 
+    def _curves(self, batches: int, values: Mapping[str, Any]) -> None:
+        if self._events is not None:
+            for name, value in values.items():
+                if math.isfinite(value):  # tensorboardX complains of others, and no curve can show them
+                    self._events.add_scalar(name, float(value), batches)
+            self._events.flush()
+
+
+class _Table:
+    """A CSV file of numbers, a row for a number of batches, without those of later ones than `batches`."""
+
+    def __init__(self, file: Path, batches: int) -> None:
+        self._file = file
+        self._columns: list[str] = []
+        if file.exists():
+            columns, rows = read_metrics(file)
+            kept = [row for row in rows if int(row[0]) <= batches]
+            self._rewrite(columns if kept else [], kept)
+
+    def add(self, batches: int, values: Mapping[str, Any]) -> None:
+        shown = {BATCHES: str(batches)} | {name: _shown(value) for name, value in values.items()}
+        added = [name for name in shown if name not in self._columns]
+        if added and self._columns:
+            columns, rows = read_metrics(self._file)
+            self._rewrite(columns + added, [row + [""] * len(added) for row in rows])
+        lines = [] if self._columns else [added]
+        self._columns = self._columns or added
+        lines.append([shown.get(name, "") for name in self._columns])
+        try:
+            with self._file.open("ab") as file:
+                file.write(_encoded(lines))
+        except OSError as error:
+            raise InputError(f"Cannot write {self._file}: {error.strerror}. Is there room on the disk?") from error
+
     def _rewrite(self, columns: list[str], rows: list[list[str]]) -> None:
         with written_beside(self._file) as beside:
             beside.write_bytes(_encoded([columns, *rows]) if columns else b"")
@@ -107,7 +130,10 @@ class Log:
 
 
 def read_metrics(file: Path) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of a metrics.csv, without a last line that is not whole. Raises InputError for another file."""
+    """(columns, rows) of a metrics.csv or evaluations.csv, without a last line that is not whole.
+
+    Raises InputError for another file.
+    """
     try:
         text = file.read_bytes().decode()
         lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
@@ -117,7 +143,7 @@ def read_metrics(file: Path) -> tuple[list[str], list[list[str]]]:
         for value in itertools.chain.from_iterable(rows):
             float(value or "nan")
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{file} is not the {METRICS} of a run ({error}): move it away, or repair it.") from error
+        raise InputError(f"{file} is not the {file.name} of a run ({error}): move it away, or repair it.") from error
     return columns, rows
 
 

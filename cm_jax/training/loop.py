@@ -1,4 +1,7 @@
-"""The training loop: step -> maybe log -> maybe samples -> maybe checkpoint. It knows no method and no formula."""
+"""The training loop: step -> maybe log -> maybe checkpoint -> maybe samples -> maybe evaluate.
+
+It knows no method and no formula.
+"""
 
 import dataclasses
 import math
@@ -15,6 +18,8 @@ from cm_jax.errors import InputError, listed
 from cm_jax.files import written_beside
 from cm_jax.training import feeding
 from cm_jax.training.checkpointing import on_host
+from cm_jax.training.evaluating import PARAMETERS
+from cm_jax.training.evaluations import Evaluations
 from cm_jax.training.log import Log
 from cm_jax.training.plots import plot
 from cm_jax.training.preparation import Prepared, prepare
@@ -23,7 +28,7 @@ from cm_jax.training.record import record_start
 from cm_jax.training.run_folder import Retention, RunFolder
 from cm_jax.training.samples import sheet
 from cm_jax.training.state import TrainState
-from cm_jax.training.step import Curves, TrainingStep
+from cm_jax.training.step import Curves
 from cm_jax.training.stopping import Stop
 from cm_jax.training.training import Training, without_extras
 
@@ -47,16 +52,17 @@ def train(chosen: Training, folder: str | Path, say: Say = print, progress: Any 
         found = opened.resume(run.abstract_state())
         state = found[1] if found else run.across.place_state(run.fresh_state())
         done = found[0] if found else 0
+        evaluations = Evaluations(chosen, run.evaluator, opened, done)
         for line in _described(run, done):
             say(line)
-        if done >= chosen.batches:
+        if done >= chosen.batches and not evaluations.due(done):
             say(f"{opened.path} is finished: {done} batches. Raise --images to go on.")
             return
         record_start(opened.path, done)
-        _loop(run, opened, state, done, say)
+        _loop(run, opened, evaluations, state, done, say)
 
 
-def _loop(run: Prepared, folder: RunFolder, state: TrainState, done: int, say: Say) -> None:
+def _loop(run: Prepared, folder: RunFolder, evaluations: Evaluations, state: TrainState, done: int, say: Say) -> None:
     chosen, total = run.settings, run.settings.batches
     constants, key = run.constants(), jax.random.key(chosen.seed)
     program = run.compiled(constants)
@@ -64,6 +70,13 @@ def _loop(run: Prepared, folder: RunFolder, state: TrainState, done: int, say: S
     log, progress = Log(folder.path, done), Progress(done, total, chosen.batch_size)
     with Stop() as stop, log, progress, feeding.ahead(run.dispatches(done, total)) as feed:
         window = _Window(chosen, log, progress, done)
+
+        def evaluate(done: int, averaged: Params) -> None:
+            with progress.aside("evaluating"):
+                say(evaluations.make(done, averaged, log))
+
+        if evaluations.due(done):  # the run was stopped before it was made
+            evaluate(done, _drawn_from(run, state))
         for dispatches, batches in enumerate(feed, start=1):
             steps = len(jax.tree.leaves(batches)[0])
             state, metrics = program(state, constants, run.across.place_batches(batches), key)
@@ -75,16 +88,20 @@ def _loop(run: Prepared, folder: RunFolder, state: TrainState, done: int, say: S
             def due(every: int, done: int = done, before: int = done - steps) -> bool:
                 return done // every > before // every
 
-            saving = last or due(chosen.checkpoint_every)
+            evaluating = evaluations.due(done) and not stopping
+            saving = last or evaluating or due(chosen.checkpoint_every)
             sampling = due(chosen.sample_every) or (last and not stopping)
             if saving or sampling:
                 window.flush(write=last)
-                averaged = on_host(without_extras(_averaged(run.step, state), run.step.objective))
+                averaged = _drawn_from(run, state)
                 if saving:
                     folder.save(done, config, averaged, state)
-                    plot(folder.path)
                 if sampling:
                     log.samples(done, sheet(config, averaged))
+                if evaluating:
+                    evaluate(done, averaged)
+                if saving:
+                    plot(folder.path)
             if stopping:
                 folder.wait()
                 who = stop.signal or "another process"
@@ -93,7 +110,9 @@ def _loop(run: Prepared, folder: RunFolder, state: TrainState, done: int, say: S
         folder.wait()
         window.flush(write=True)
     plot(folder.path)
-    say(f"Finished: {done} batches. Draw from it: python sample.py {folder.path}")
+    best = folder.best()
+    marked = "" if best is None else f" Its best, after {best} batches: {folder.path}/best"
+    say(f"Finished: {done} batches. Draw from it: python sample.py {folder.path}{marked}")
 
 
 class _Window:
@@ -156,9 +175,11 @@ def _mean(values: list[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def _averaged(step: TrainingStep, state: TrainState) -> Params:
-    """The parameters that one samples from."""
-    return state.averages[step.averages[0].name] if step.averages else state.params
+def _drawn_from(run: Prepared, state: TrainState) -> Params:
+    """The parameters that one samples from, on the host."""
+    name = run.settings.drawn_from
+    params = state.params if name == PARAMETERS else state.averages[name]
+    return on_host(without_extras(params, run.step.objective))
 
 
 def _agreed(requested: bool, dispatches: int) -> bool:
@@ -198,5 +219,7 @@ def _described(run: Prepared, done: int) -> Iterator[str]:
     )
     if run.teacher is not None:
         yield f"Teacher: {run.teacher.path}."
+    if run.evaluator is not None:
+        yield f"Evaluation: {run.evaluator.description}."
     went = f"Going on after batch {done:,}" if done else "Starting"
     yield f"{went}: {chosen.batches:,} batches of {chosen.batch_size} images."

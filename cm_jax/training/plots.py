@@ -1,8 +1,9 @@
-"""RUN/loss.png, drawn from RUN/metrics.csv."""
+"""RUN/loss.png and RUN/evaluations.png, drawn from RUN/metrics.csv and RUN/evaluations.csv."""
 
 import importlib.util
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,26 @@ import numpy as np
 from jaxtyping import Float
 
 from cm_jax.files import written_beside
-from cm_jax.training.log import BATCHES, METRICS, read_metrics
+from cm_jax.training.log import BATCHES, EVALUATIONS, METRICS, read_metrics
 
 _LABELS = {
     "loss": "loss",
     "learning_rate": "learning rate",
     "gradient_norm": "gradient norm",
     "images_per_second": "images/s",
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "inception_score": "Inception score",
 }
-"""Columns that have a panel, and its name."""
+"""Names of panels; others are called as their columns."""
 _BELOW = ("learning_rate", "gradient_norm", "images_per_second")
-_LOGARITHMIC = ("loss", "gradient_norm")
+_LOGARITHMIC = ("loss", "gradient_norm", "fid", "sfid", "kid")
 _COLORS = {"loss": "C0", "learning_rate": "C2", "gradient_norm": "C1", "images_per_second": "C4"}
 _LEVEL = re.compile(r"loss_sigma_[0-9]{1,4}")
 """Columns of the panel of the loss by noise level, the lowest first."""
+_EVALUATED = re.compile(r"(.+)_([0-9]{1,7})_steps?")
+"""Columns of evaluations.csv: a metric, and the steps that the images were drawn in."""
 _SMOOTHED_OVER = 50
 """Parts of a curve that a smoothed value averages one of."""
 _WIDTH, _HEIGHT, _DPI = 10.0, 3.0, 150
@@ -33,7 +40,8 @@ _log = logging.getLogger(__name__)
 
 
 def plot(run: Path) -> None:
-    """Draw the loss, the loss by noise level, the learning rate, the gradient norm and images/s: those that there are.
+    """Draw the loss, the loss by noise level, the learning rate, the gradient norm and images/s: those that there are;
+    and what evaluations found, where there were any.
 
     Without matplotlib one line says so. Process 0 draws; the others do nothing.
     """
@@ -42,12 +50,19 @@ def plot(run: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         _log.warning("No loss.png is drawn (pip install matplotlib); metrics.csv has all numbers.")
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    _plot_metrics(run, _curves(run / METRICS))
+    if (run / EVALUATIONS).exists():
+        _plot_evaluations(run, _curves(run / EVALUATIONS))
 
-    columns, rows = read_metrics(run / METRICS)
+
+def _curves(file: Path) -> dict[str, np.ndarray]:
+    """The columns that have a finite number."""
+    columns, rows = read_metrics(file)
     table = np.array([[float(value or "nan") for value in row] for row in rows]).reshape(len(rows), len(columns))
-    curves = {name: table[:, place] for place, name in enumerate(columns) if np.isfinite(table[:, place]).any()}
+    return {name: table[:, place] for place, name in enumerate(columns) if np.isfinite(table[:, place]).any()}
+
+
+def _plot_metrics(run: Path, curves: dict[str, np.ndarray]) -> None:
     levels = sorted(filter(_LEVEL.fullmatch, curves), key=_level)
     above = [name for name in ("loss", *levels[:1]) if name in curves]
     below = [name for name in _BELOW if name in curves]
@@ -56,11 +71,8 @@ def plot(run: Path) -> None:
     if not rows_of_panels:
         return
     batches = curves[BATCHES]
-    figure = Figure(figsize=(_WIDTH, 0.4 + _HEIGHT * len(rows_of_panels)), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(f"{run.resolve().name}: {int(batches[-1]):,} batches", fontsize=12)
-    strips = figure.subfigures(len(rows_of_panels), 1, squeeze=False)
-    for strip, panels in zip(strips[:, 0], rows_of_panels, strict=True):
+    figure, strips = _figure(run, batches, len(rows_of_panels))
+    for strip, panels in zip(strips, rows_of_panels, strict=True):
         for place, name in enumerate(panels):
             axes = strip.add_subplot(1, len(panels), place + 1)
             shown = [curves[name]]
@@ -79,6 +91,38 @@ def plot(run: Path) -> None:
             )
     with written_beside(run / "loss.png") as beside:
         figure.savefig(beside, format="png")
+
+
+def _plot_evaluations(run: Path, curves: dict[str, np.ndarray]) -> None:
+    """A panel for each metric, three a row; in it a curve for each number of steps."""
+    found = [match for match in map(_EVALUATED.fullmatch, curves) if match and not match[1].endswith("_deviation")]
+    metrics = list(dict.fromkeys(match[1] for match in found))
+    if not metrics:
+        return
+    batches = curves[BATCHES]
+    figure, strips = _figure(run, batches, -(-len(metrics) // 3))
+    for place, metric in enumerate(metrics):
+        axes = strips[place // 3].add_subplot(1, min(3, len(metrics)), place % 3 + 1)
+        shown = [match for match in found if match[1] == metric]
+        for match in shown:
+            label = f"{match[2]} step{'s' if match[2] != '1' else ''}"
+            axes.plot(batches, curves[match[0]], marker="o", markersize=3, linewidth=1.6, label=label)
+        axes.legend(fontsize=8, framealpha=0.7)
+        values = [curves[match[0]] for match in shown]
+        _finish(axes, values, _LABELS.get(metric, metric), logarithmic=metric in _LOGARITHMIC)
+    with written_beside(run / "evaluations.png") as beside:
+        figure.savefig(beside, format="png")
+
+
+def _figure(run: Path, batches: np.ndarray, rows: int) -> tuple[Any, Sequence[Any]]:
+    """A figure, and its strips for rows of panels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, 0.4 + _HEIGHT * rows), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{run.resolve().name}: {int(batches[-1]):,} batches", fontsize=12)
+    return figure, list(figure.subfigures(rows, 1, squeeze=False)[:, 0])
 
 
 def _level(name: str) -> int:

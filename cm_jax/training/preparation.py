@@ -18,6 +18,7 @@ from cm_jax.errors import InputError, listed
 from cm_jax.model import find
 from cm_jax.objectives import Objective
 from cm_jax.training import feeding
+from cm_jax.training.evaluating import Evaluator, make_ready
 from cm_jax.training.parallelism import Parallelism
 from cm_jax.training.state import Constants, RawBatch, TrainState
 from cm_jax.training.step import Curves, TrainingStep
@@ -35,6 +36,7 @@ class Prepared:
     teacher: Source | None
     perceptual: Params | None
     """Weights of a distance that has some (LPIPS)."""
+    evaluator: Evaluator | None = None
 
     @property
     def resident(self) -> bool:
@@ -117,7 +119,8 @@ def prepare(chosen: Training, progress: Callable[[int, int], None] | None = None
         _check_start(chosen, teacher)
     dataset = chosen.data.open(chosen.network.image_size, progress)
     chosen.check_data(dataset)
-    return Prepared(chosen, dataset, across, step, teacher, _weights(chosen.objective))
+    evaluator = chosen.evaluation and make_ready(chosen.evaluation, chosen.model_config(dataset), dataset)
+    return Prepared(chosen, dataset, across, step, teacher, _weights(chosen.objective), evaluator)
 
 
 def _read(name: str, flag: str) -> Source:
@@ -125,8 +128,9 @@ def _read(name: str, flag: str) -> Source:
     try:
         return conversion.read(find(name))
     except InputError as error:
-        run = name.removeprefix("runs/")
-        advice = f" Train it first: python train.py {run}." if run != name and not Path(name).exists() else ""
+        folder = name.removesuffix("/best")
+        run = folder.removeprefix("runs/")
+        advice = f" Train it first: python train.py {run}." if run != folder and not Path(folder).exists() else ""
         if Path(name).is_file():
             advice = (
                 " What a file does not tell, `python -m convert` asks for: give --" + flag + " the folder it writes."

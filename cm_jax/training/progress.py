@@ -1,7 +1,9 @@
 """How a run goes, for whoever looks: a bar on a terminal, a line now and then elsewhere."""
 
+import contextlib
 import datetime
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +58,14 @@ class Progress:
         elif self._last_line and not self._quiet:
             print(self._last_line, flush=True)
         self._bar, self._last_line = None, ""
+
+    @contextlib.contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Around work that is no training: it is named on the bar, and its time is not counted in images/s."""
+        if self._bar is not None:
+            self._bar.update(self._task, rest=what)
+        yield
+        self._time = None
 
     def update(self, done: int, loss: float | None = None) -> None:
         """So many batches are done, with this loss of the last one that is known."""

@@ -19,6 +19,7 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +28,6 @@ import jax
 
 from cm_jax import checkpoints
 from cm_jax.arrays import Params
-from cm_jax.checked import read_json
 from cm_jax.config import ModelConfig
 from cm_jax.errors import InputError, bounded
 from cm_jax.files import UNFINISHED, remove, settle, settle_one, writing, written_beside
@@ -145,15 +145,18 @@ class RunFolder:
         finally:
             self._unlock()
 
-    def mark_best(self, batches: int, score: float) -> None:
-        """Note that a checkpoint is the best so far: it is never removed. The next one marked takes its place."""
+    def mark_best(self, batches: int, score: float, told: Mapping[str, Any] = {}) -> None:
+        """Note that a checkpoint is the best so far, by this score, and what else is `told` of it.
+
+        It is never removed. The next one marked takes its place.
+        """
         self.wait()
         with together():
             if jax.process_index() == 0:
                 if batches not in self.steps():
                     raise InputError(f"{self.path} has no checkpoint after {batches} batches to be called the best.")
                 with written_beside(self.path / "best.json") as beside:
-                    beside.write_text(json.dumps({"batches": batches, "score": float(score)}) + "\n", "utf-8")
+                    beside.write_text(json.dumps({"batches": batches, "score": float(score), **told}) + "\n", "utf-8")
 
     # reading
 
@@ -167,8 +170,7 @@ class RunFolder:
 
     def best(self) -> int | None:
         """The number of batches of the checkpoint marked as the best, if one is."""
-        file = self.path / "best.json"
-        return bounded(f"{file}: batches", read_json(file).get("batches"), 0, 10**18) if file.exists() else None
+        return checkpoints.best_of_run(self.path)
 
     def restore(self, batches: int, template: Any) -> Any:
         """The state after so many batches, in the structure of `template`; every leaf is placed on the devices as the

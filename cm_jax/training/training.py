@@ -11,12 +11,13 @@ from cm_jax.config import ModelConfig
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import AdaptiveRate, TargetRate
 from cm_jax.data import Data, Dataset, EmojiData
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, nearest
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.objectives import Denoising, Functions, Objective
 from cm_jax.preconditioning import EDMScaling, Scaling
 from cm_jax.training.averages import Average, averages_named
+from cm_jax.training.evaluating import PARAMETERS, Evaluating
 from cm_jax.training.optimizers import Adam, Optimizer
 from cm_jax.training.parallelism import OneDevice, Parallelism, Pmap, Sharded, check_batch_size
 from cm_jax.training.step import TrainingStep
@@ -70,6 +71,8 @@ class Training:
     """Keep also every checkpoint at a multiple of so many batches; 0 keeps none of them."""
     keep_hours: float = 0.0
     """Keep also one checkpoint for every so many hours; 0 keeps none of them."""
+    evaluation: Evaluating | None = None
+    """FID and its like of what the run draws, now and then; the best checkpoint is kept."""
 
     FREE: ClassVar[tuple[str, ...]] = (
         "images",
@@ -82,6 +85,7 @@ class Training:
         "keep_last",
         "keep_every",
         "keep_hours",
+        "evaluation",
     )
     """What may change when a run goes on: it decides how far and how, and not which numbers come out."""
 
@@ -93,6 +97,12 @@ class Training:
         if not 0 <= self.seed < 2**32 or self.keep_every < 0:
             raise InputError(
                 f"seed must lie in 0 ... 2^32 - 1 and keep_every not be negative; got {self.seed}, {self.keep_every}."
+            )
+        asked, names = self.evaluation and self.evaluation.average, [each.name for each in self.all_averages]
+        if asked and asked not in (*names, PARAMETERS):
+            raise InputError(
+                f"There is no average {asked!r} to evaluate: the run has {', '.join((*names, PARAMETERS))}."
+                f"{nearest(asked, (*names, PARAMETERS))}"
             )
 
     @property
@@ -107,6 +117,12 @@ class Training:
     @property
     def all_averages(self) -> tuple[Average, ...]:
         return averages_named(self.averages, self.power_averages)
+
+    @property
+    def drawn_from(self) -> str:
+        """The average that one samples from, or PARAMETERS."""
+        asked = self.evaluation.average if self.evaluation else ""
+        return asked or next((each.name for each in self.all_averages), PARAMETERS)
 
     def parallelism(self) -> Parallelism:
         """Raises InputError where the batch cannot be shared out."""

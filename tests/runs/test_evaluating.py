@@ -9,6 +9,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import cm_jax
 from cm_jax.cli import main_train
@@ -16,14 +17,15 @@ from cm_jax.data import EmojiData
 from cm_jax.errors import InputError
 from cm_jax.evaluation import Judge, evaluate, load_inception, of_dataset, of_model
 from cm_jax.model import find
-from cm_jax.training import evaluating
+from cm_jax.training import evaluating, loop
 from cm_jax.training.dry_run import report
-from cm_jax.training.evaluating import Evaluating
+from cm_jax.training.evaluating import Evaluating, Evaluator
 from cm_jax.training.evaluations import Evaluations
 from cm_jax.training.log import Log
 from cm_jax.training.loop import train
 from cm_jax.training.parallelism import OneDevice
-from cm_jax.training.preparation import prepare
+from cm_jax.training.plots import plot
+from cm_jax.training.preparation import Prepared, prepare
 from cm_jax.training.run_folder import Retention, RunFolder
 from tests.laws.test_evaluation import toy_see
 from tests.runs.test_commands import failed
@@ -56,14 +58,22 @@ def toy(weights=""):
 
 @pytest.fixture(scope="module", autouse=True)
 def toys(tmp_path_factory):
-    """The toy, a cache of references, and compiled programs that are kept from run to run."""
-    before = jax.config.jax_compilation_cache_dir
+    """The toy, no pictures, a cache of references, and programs that are compiled once, in haste."""
+    compiled, programs = Prepared.compiled, {}
+
+    def once(run, constants):
+        return programs.setdefault(run.step, compiled(run, constants))
+
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluating, "load_inception", toy)
+        patch.setattr(loop, "sheet", lambda config, params: Image.new("RGB", (8, 8)))
+        patch.setattr(loop, "plot", lambda run: None)
+        patch.setattr(Prepared, "compiled", once)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +106,7 @@ def test_what_an_evaluated_run_leaves(unbroken):
     kept = json.loads((folder / "best.json").read_text())
     assert (kept["batches"], kept["score"]) == (best["batches"], pytest.approx(best["fid_2_steps"], rel=1e-8))
     assert {("evaluation/fid_3_steps", batches) for batches in (3, 6, 9, 12)} <= set(events(folder))
+    plot(folder)
     assert (folder / "evaluations.png").stat().st_size > 1000
     assert any(line.startswith("Evaluation: fid, kid of 16 images in 2 steps and in 3 steps, against") for line in said)
     told = [line for line in said if line.startswith("Evaluated after 6 batches: FID ")]
@@ -106,10 +117,8 @@ def test_what_an_evaluated_run_leaves(unbroken):
 
 def test_the_best_checkpoint_has_the_numbers_that_it_was_kept_for(unbroken):
     folder, _ = unbroken
-    assert (
-        find(folder / "best")
-        == folder / "checkpoints" / f"{json.loads((folder / 'best.json').read_text())['batches']:08d}"
-    )
+    batches = json.loads((folder / "best.json").read_text())["batches"]
+    assert find(folder / "best") == folder / "checkpoints" / f"{batches:08d}"
     model = cm_jax.load(folder / "best")
     reference = of_dataset(EmojiData().open(8), "emoji")
     again, _ = evaluate(toy(), of_model(model, model.plan(steps=2), 16), reference)
@@ -134,23 +143,26 @@ def killed(patch, owner, name, call):
 
 
 MOMENTS = [
-    (evaluating.Evaluator, "measure", 1),  # within the first evaluation
+    (Evaluator, "measure", 1),  # within the first evaluation
     (RunFolder, "mark_best", 1),  # it is made, and not yet told
     (Log, "evaluation", 1),  # the best is marked, and the row not yet written
     (OneDevice, "place_batches", 4),  # after the evaluation of batch 6 and before the next checkpoint
-    (evaluating.Evaluator, "measure", 2),  # in the evaluation at the end, when nothing is left to train
+    (Evaluator, "measure", 2),  # in the evaluation at the end, when nothing is left to train
 ]
 
 
-def test_a_run_that_is_killed_around_evaluations_becomes_the_unbroken_one(unbroken, tmp_path):
+def test_a_run_that_is_stopped_and_killed_around_evaluations_becomes_the_unbroken_one(unbroken, tmp_path):
     run, goes_on = tmp_path / "run", []
+    stop_after(3, lambda: train(EVALUATED, run, goes_on.append))  # SIGTERM: what is due then is left for later
+    assert not (run / "evaluations.csv").exists()
     for owner, name, call in MOMENTS:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        with pytest.MonkeyPatch.context() as patch:
             killed(patch, owner, name, call)
-            train(EVALUATED, run, goes_on.append)
+            with pytest.raises(Killed):
+                train(EVALUATED, run, goes_on.append)
     train(EVALUATED, run, goes_on.append)
     starts = [line.partition(":")[0] for line in goes_on if line.startswith(("Starting", "Going on"))]
-    assert starts == ["Starting"] + [f"Going on after batch {batches}" for batches in (3, 3, 3, 6, 12)]
+    assert starts == ["Starting"] + [f"Going on after batch {batches}" for batches in (3, 3, 3, 3, 6, 12)]
     assert_same_run(run, unbroken[0], 12)
     for name in ("evaluations.csv", "best.json"):
         assert (run / name).read_bytes() == (unbroken[0] / name).read_bytes()
@@ -159,16 +171,6 @@ def test_a_run_that_is_killed_around_evaluations_becomes_the_unbroken_one(unbrok
     ]
     train(EVALUATED, run, goes_on.append)
     assert "is finished" in goes_on[-1]
-
-
-def test_a_run_that_is_stopped_leaves_its_evaluation_for_later(unbroken, tmp_path):
-    run, short = tmp_path / "run", dataclasses.replace(EVALUATED, images=8 * 6)
-    stop_after(3, lambda: train(short, run, quiet))
-    assert not (run / "evaluations.csv").exists()
-    train(short, run, quiet)
-    assert (run / "evaluations.csv").read_bytes() == b"".join(
-        (unbroken[0] / "evaluations.csv").read_bytes().splitlines(keepends=True)[:3]
-    )
 
 
 def test_evaluations_can_begin_later_and_not_change(unbroken, tmp_path):
@@ -185,17 +187,14 @@ def test_evaluations_can_begin_later_and_not_change(unbroken, tmp_path):
         train(dataclasses.replace(short, evaluation=other), run, quiet)
 
 
-class Scripted:
-    """An evaluator that finds what it is told to find."""
+class Scripted(Evaluator):
+    """Finds what it is told to find."""
 
-    def __init__(self, metric, scores):
-        self.settings = Evaluating(every=10, metrics=(metric,))
-        self.leading, self.rising = "score_1_step", metric == "is"
-        self._scores = iter(scores)
+    scores = iter(())
 
     def measure(self, params):
         del params
-        return {"score_1_step": next(self._scores)}, "a score"
+        return {self.leading: next(self.scores)}, "a score"
 
 
 @pytest.mark.parametrize(
@@ -207,9 +206,11 @@ class Scripted:
         ("fid", [math.nan] * 5, None),
     ],
 )
-def test_the_best_is_the_least_or_the_most_and_is_kept(metric, scores, best, tmp_path):
+def test_the_best_is_the_least_or_the_most_and_is_kept(metric, scores, best, tmp_path, monkeypatch):
     chosen = dataclasses.replace(SMALL, batch_size=1, images=50)
-    evaluator = Scripted(metric, scores)
+    chose = Evaluating(every=10, metrics=(metric,))
+    evaluator = Scripted(chose, CONFIG, toy(), of_dataset(EmojiData().open(8), "emoji"), "emoji")
+    monkeypatch.setattr(Scripted, "scores", iter(map(float, scores)))
     with RunFolder(tmp_path, Retention(keep_last=1)) as folder, Log(tmp_path, tensorboard=False) as log:
         evaluations = Evaluations(chosen, evaluator, folder, 0)
         for done in range(1, 51):
@@ -227,6 +228,7 @@ def test_the_best_is_the_least_or_the_most_and_is_kept(metric, scores, best, tmp
 
 def test_the_average_that_is_evaluated_is_the_one_that_one_draws_from(tmp_path):
     short = dataclasses.replace(EVALUATED, images=8 * 3)
+    assert short.drawn_from == "exponential_0.9"
     for name, branch in (("power_0.1", "averages/power_0.1"), ("parameters", "params")):
         chosen = dataclasses.replace(EVALUATED.evaluation, average=name, steps=(2,), metrics=("fid",))
         train(dataclasses.replace(short, evaluation=chosen), tmp_path / name, quiet)

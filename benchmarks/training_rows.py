@@ -199,7 +199,7 @@ def _serve(row: Row, connection: Connection) -> None:
     """Answer every request with seconds, loss and the process's peak of memory; or with what went wrong."""
     torch.set_num_threads(os.cpu_count() or 1)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    before, step = _resident("VmRSS"), None
+    before, step = resident("VmRSS"), None
     try:
         while True:
             drawn = connection.recv()
@@ -217,12 +217,12 @@ def _serve(row: Row, connection: Connection) -> None:
 def _peak(row: Row, before: float) -> float:
     """Bytes: on a GPU by its own count, on a CPU what came on top of `before`."""
     if jax.default_backend() != "gpu":
-        return _resident("VmHWM") - before
+        return resident("VmHWM") - before
     found = jax.devices()[0].memory_stats() if row.step == OURS else None
     return found["peak_bytes_in_use"] if found else torch.cuda.max_memory_allocated()
 
 
-def _resident(what: str) -> float:
+def resident(what: str) -> float:
     """Bytes of this process by Linux's count; NaN elsewhere."""
     status = Path("/proc/self/status")
     found = re.search(rf"{what}:\s*(\d+) kB", status.read_text()) if status.exists() else None

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -67,7 +68,8 @@ def pytorch(params: Params, layout: torch.memory_format) -> See:
     graph, device = Graph(), "cuda" if torch.cuda.is_available() else "cpu"
     tensors = to_theirs(inception_rules("nvidia", classifier="logits" in params), params)
     graph.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}, strict=False)
-    layers = graph.layers.eval().to(device).to(memory_format=layout)
+    layers: Any = graph.layers.eval()
+    layers = layers.to(device, memory_format=layout)
 
     def see(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

@@ -1,7 +1,6 @@
 """What a run measures of its own images while it trains: the settings, and all that is needed for it, checked."""
 
 import dataclasses
-import functools
 from typing import ClassVar, Literal
 
 from cm_jax.arrays import Params
@@ -99,9 +98,8 @@ class Evaluator:
             f"{chosen.every:,} images; the best is kept by {self.leading}"
         )
 
-    @functools.cached_property
-    def known(self) -> Summary:
-        """The reference, as the metrics need it: looked at once."""
+    def look(self) -> Summary:
+        """The reference, as the metrics need it."""
         if isinstance(self.reference, Summary):
             return self.reference
         needs = Protocol(self.settings.metrics).reference_needs
@@ -113,13 +111,16 @@ class Evaluator:
         model = Model(dataclasses.replace(self.config, network=network), network.prepare(params))
         return of_model(model, model.plan(steps=steps), self.settings.count, seed=self.settings.seed, name="the run")
 
-    def measure(self, params: Params) -> tuple[dict[str, float], str]:
-        """{"fid_1_step": 12.3, ...}, and the same in words. Raises InputError for a network that diverged."""
+    def measure(self, params: Params, known: Summary) -> tuple[dict[str, float], str]:
+        """{"fid_1_step": 12.3, ...}, and the same in words, of what is drawn with `params`; `known` is the reference.
+
+        Raises InputError for a network that diverged.
+        """
         found: dict[str, float] = {}
         words = []
         for steps in self.steps:
             samples, protocol = self.samples(params, steps), Protocol(self.settings.metrics)
-            report, _ = evaluate(self.judge, samples, self.known, protocol, reference_name=self.reference_name)
+            report, _ = evaluate(self.judge, samples, known, protocol, reference_name=self.reference_name)
             found |= {_column(name, steps): value for name, value in report.values.items()}
             words.append(f"{in_words(report.values)} {_in_steps(steps)}")
         return found, "; ".join(words)

@@ -7,6 +7,7 @@ from cm_jax import settings
 from cm_jax.arrays import Params
 from cm_jax.checked import read_json
 from cm_jax.errors import InputError, listed
+from cm_jax.evaluation.judge import Summary
 from cm_jax.training.checkpointing import first_process, together
 from cm_jax.training.evaluating import Evaluating, Evaluator
 from cm_jax.training.log import EVALUATIONS, Log, read_metrics
@@ -26,12 +27,19 @@ class Evaluations:
 
     def __init__(self, chosen: Training, evaluator: Evaluator | None, folder: RunFolder, done: int) -> None:
         self._chosen, self._evaluator, self._folder = chosen, evaluator, folder
+        self._known: Summary | None = None
         self._last = 0
         self._best = math.inf
         if evaluator is not None:
             with together():
                 self._read(evaluator, done)
             self._last = first_process(self._last)
+
+    def begin(self) -> None:
+        """Look at the reference: what is wrong with it is to be known before the training."""
+        if self._evaluator is not None:
+            with together():
+                self._known = self._evaluator.look()
 
     def due(self, done: int) -> bool:
         """Whether one is to follow batch number `done`."""
@@ -45,10 +53,11 @@ class Evaluations:
 
         The row is written last: it says that all is done.
         """
-        evaluator = self._evaluator
+        evaluator, known = self._evaluator, self._known
         assert evaluator is not None
+        assert known is not None, "begin() comes first"
         with together():
-            values, words = evaluator.measure(params)
+            values, words = evaluator.measure(params, known)
         score = self._score(values[evaluator.leading])
         best = bool(first_process(int(score < self._best)))
         if best:

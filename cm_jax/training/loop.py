@@ -59,6 +59,7 @@ def train(chosen: Training, folder: str | Path, say: Say = print, progress: Any 
             say(f"{opened.path} is finished: {done} batches. Raise --images to go on.")
             return
         record_start(opened.path, done)
+        evaluations.begin()
         _loop(run, opened, evaluations, state, done, say)
 
 

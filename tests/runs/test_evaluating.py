@@ -192,8 +192,8 @@ class Scripted(Evaluator):
 
     scores = iter(())
 
-    def measure(self, params):
-        del params
+    def measure(self, params, known):
+        del params, known
         return {self.leading: next(self.scores)}, "a score"
 
 
@@ -213,6 +213,7 @@ def test_the_best_is_the_least_or_the_most_and_is_kept(metric, scores, best, tmp
     monkeypatch.setattr(Scripted, "scores", iter(map(float, scores)))
     with RunFolder(tmp_path, Retention(keep_last=1)) as folder, Log(tmp_path, tensorboard=False) as log:
         evaluations = Evaluations(chosen, evaluator, folder, 0)
+        evaluations.begin()
         for done in range(1, 51):
             assert evaluations.due(done) == (done % 10 == 0)
             if evaluations.due(done):

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+import typing
 from typing import Literal
 
 import pytest
@@ -78,8 +79,8 @@ class Run:
             raise InputError("A seed is not negative.")
 
 
-NO_SETTINGS = {"Functions", "TrainingStep", "Churn", "Heun", "DPM"}
-"""Frozen and plain, but made of functions, or with an infinite limit by default, which no file holds."""
+NO_SETTINGS = {"Functions", "TrainingStep", "Evaluator", "Churn", "Heun", "DPM"}
+"""Frozen and plain, but made of functions and arrays, or with an infinite limit by default, which no file holds."""
 
 
 def package():
@@ -119,6 +120,8 @@ def values(hint):
         return plain[hint]
     if may_be_none(hint):
         return st.none() | values(next(choice for choice in hint.__args__ if choice is not type(None)))
+    if typing.get_origin(hint) is tuple:
+        return st.lists(values(hint.__args__[0]), max_size=3).map(tuple)
     return st.sampled_from(hint.__args__)
 
 
@@ -204,6 +207,7 @@ BOUND_TO_OTHERS = {
     ("ADMUNet", "heads"),
     ("ModelConfig", "class_names"),
     ("Protocol", "metrics"),
+    ("Evaluating", "metrics"),
 }
 """Fields that cannot change alone, or not to any text: one of the first two is set, names need classes."""
 

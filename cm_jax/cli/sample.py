@@ -29,8 +29,8 @@ class Sample:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = DEFAULT
-    """A cm_jax checkpoint, a run's folder (its newest checkpoint), the original's .pt file, a diffusers folder, or the
-    name of a bundled model."""
+    """A cm_jax checkpoint, a run's folder (its newest checkpoint; RUN/best is its best), the original's .pt file, a
+    diffusers folder, or the name of a bundled model."""
     count: int | None = None
     """Number of images. Default: 16, or 8 for each of the labels."""
     labels: str = ""

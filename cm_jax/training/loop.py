@@ -111,9 +111,9 @@ def _loop(run: Prepared, folder: RunFolder, evaluations: Evaluations, state: Tra
         folder.wait()
         window.flush(write=True)
     plot(folder.path)
-    best = folder.best()
-    marked = "" if best is None else f" Its best, after {best} batches: {folder.path}/best"
-    say(f"Finished: {done} batches. Draw from it: python sample.py {folder.path}{marked}")
+    say(f"Finished: {done} batches. Draw from it: python sample.py {folder.path}")
+    if (best := folder.best()) is not None:
+        say(f"The best was after {best} batches: python sample.py {folder.path}/best")
 
 
 class _Window:

@@ -58,7 +58,7 @@ class Evaluations:
         assert known is not None, "begin() comes first"
         with together():
             values, words = evaluator.measure(params, known)
-        score = self._score(values[evaluator.leading])
+        score = self._score(float(f"{values[evaluator.leading]:.9g}"))  # as the row will have it
         best = bool(first_process(int(score < self._best)))
         if best:
             self._best = score

@@ -201,6 +201,8 @@ def _agree(folder: Path, chosen: Training) -> None:
         before = settings.from_text(file.read_text("utf-8"), Training, FORMAT, str(file), "the config of a run")
         same = dataclasses.replace(chosen, **{name: getattr(before, name) for name in Training.FREE})
         found = settings.differences(settings.encode(before), settings.encode(same))
+        if before.drawn_from != chosen.drawn_from:  # all checkpoints of a run hold the same average to draw from
+            found.append(f"evaluation.average: {before.drawn_from} in the folder, {chosen.drawn_from} now")
         if found:
             raise InputError(
                 f"{folder} was begun with other settings:\n  {listed(found)}\nGive the same ones, or another folder."

@@ -235,6 +235,8 @@ def test_the_average_that_is_evaluated_is_the_one_that_one_draws_from(tmp_path):
         train(dataclasses.replace(short, evaluation=chosen), tmp_path / name, quiet)
         drawn = cm_jax.load(tmp_path / name / "best").params["stem"]["kernel"]
         np.testing.assert_array_equal(drawn, arrays(tmp_path / name, 3)[f"{branch}/stem/kernel"])
+    with pytest.raises(InputError, match=r"evaluation.average: power_0.1 in the folder, exponential_0.9 now"):
+        train(short, tmp_path / "power_0.1", quiet)
     with pytest.raises(InputError, match=r"no average 'power_0.2' .* exponential_0.9, .*parameters"):
         dataclasses.replace(short, evaluation=Evaluating(average="power_0.2"))
 

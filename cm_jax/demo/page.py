@@ -119,7 +119,8 @@ def page(checkpoints: Mapping[str, Path]) -> gr.Blocks:
         quick: Any = {**alone, "show_progress": "hidden"}
         seen_now = [canvas, seen]
         changed = gr.on([blocks.load, name.change], show_model, name, [about, of_images, of_picture], **quick)
-        changed.then(show_picture, [name, picture], seen_now, **quick)
+        changed.success(show_picture, [name, picture], seen_now, **quick)
+        canvas.clear(show_picture, [name, picture], seen_now, **quick)
         upload.upload(take_upload, [name, upload], [picture, example, *seen_now], **quick)
         example.input(take_example, [name, example], [picture, of_picture, *seen_now], **quick)
         begin.click(draw, [name, of_images, seed, steps, count], [one, many, levels], show_progress_on=many, **alone)

@@ -1,6 +1,9 @@
 """`demo`: a page in the browser, to draw and to edit with."""
 
 import dataclasses
+import os
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -33,6 +36,12 @@ def demo(arguments: Demo) -> None:
     bounded("--port", arguments.port, 1, 2**16 - 1)
     names = arguments.checkpoints or [name for name, entry in published().items() if entry.bundled]
     checkpoints = {name: find(name) for name in names}
+    with tempfile.TemporaryDirectory(prefix="cm_jax-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and pictures go there, and go with the page
+        _serve(checkpoints, arguments)
+
+
+def _serve(checkpoints: dict[str, Path], arguments: Demo) -> None:
     try:
         from cm_jax.demo.page import page, serve
     except ImportError as error:

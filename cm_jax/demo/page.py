@@ -2,6 +2,7 @@
 
 import functools
 import html
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 from gradio.themes import Default
+from PIL import Image
 
 from cm_jax.demo import drawing
 from cm_jax.demo.drawing import EXAMPLES, KINDS, MOST_IMAGES, MOST_STEPS, Picture
@@ -20,6 +22,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _ANY = -1
+_numbers = itertools.count()
 _MOST_UPLOAD = 2**25
 _SESSIONS = 64
 _CSS = """
@@ -46,29 +49,32 @@ def page(checkpoints: Mapping[str, Path]) -> gr.Blocks:
 
     @_in_words
     def show_picture(name: str, picture: Picture) -> tuple[Any, str]:
-        return drawing.as_seen(model(name), picture)
+        pixels, told = drawing.as_seen(model(name), picture)
+        return _apart(Image.fromarray(pixels)), told
 
     @_in_words
     def draw(name: str, label: int, seed: int, steps: int, count: int) -> tuple[Any, Any, str]:
-        return drawing.one_beside_many(model(name), seed, None if label == _ANY else label, steps, count)
+        one, many, told = drawing.one_beside_many(model(name), seed, None if label == _ANY else label, steps, count)
+        return _apart(one), _apart(many), told
 
     @_in_words
     def take_upload(name: str, path: str) -> tuple[Any, ...]:
         picture = drawing.read(Path(path).read_bytes(), Path(path).name)
-        return (picture, None, *drawing.as_seen(model(name), picture))
+        return (picture, None, *show_picture(name, picture))
 
     @_in_words
     def take_example(name: str, example: str) -> tuple[Any, ...]:
         picture, class_name = drawing.example(example)
         number = dict(drawing.class_choices(model(name))).get(class_name)
-        return (picture, gr.skip() if number is None else number, *drawing.as_seen(model(name), picture))
+        return (picture, gr.skip() if number is None else number, *show_picture(name, picture))
 
     @_in_words
     def edit(
         name: str, kind: str, picture: Picture, canvas: dict[str, Any], label: int, seed: int, steps: int, count: int
     ) -> tuple[Any, Any]:
         chosen = None if label == _ANY else label
-        return drawing.edits(model(name), kind, picture, canvas["layers"], seed, chosen, steps, count)
+        known, edited = drawing.edits(model(name), kind, picture, canvas["layers"], seed, chosen, steps, count)
+        return _apart(known), _apart(edited)
 
     first, _ = drawing.example(next(iter(EXAMPLES)))
     with gr.Blocks(analytics_enabled=False, title="cm_jax", delete_cache=(600, 3600)) as blocks:
@@ -173,6 +179,12 @@ def _in_words(function: Callable[P, T]) -> Callable[P, T]:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
 
     return answered
+
+
+def _apart(picture: Image.Image) -> Image.Image:
+    """In a file of its own: Gradio names them by content, and writes over one that a browser may be reading."""
+    picture.info["number"] = str(next(_numbers))
+    return picture
 
 
 def _no_class() -> gr.Dropdown:

@@ -57,22 +57,19 @@ def address(checkpoints, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
+    log, kept = tmp_path_factory.mktemp("server") / "log", tmp_path_factory.mktemp("kept")
+    own = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "TMPDIR": str(kept)}
+    command = [sys.executable, "-m", "cm_jax.demo", *checkpoints, "--port", str(port)]
     with log.open("wb") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "cm_jax.demo", *checkpoints, "--port", str(port)],
-            cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"}, stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        server = subprocess.Popen(command, cwd=ROOT, env=own, stdout=file, stderr=subprocess.STDOUT)
     try:
-        until = time.monotonic() + PATIENCE
-        while b"The page is at" not in log.read_bytes():
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
+        until(lambda: b"The page is at" in log.read_bytes() or server.poll() is not None)
+        assert server.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}/"
         server.send_signal(signal.SIGINT)
         assert server.wait(PATIENCE) == 0
         assert "Traceback" not in log.read_text()
+        assert not list(kept.iterdir())
     finally:
         server.kill()
 
@@ -136,6 +133,13 @@ def seen(page, text):
     page.get_by_text(text, exact=True).wait_for()
 
 
+def until(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
 def test_it_draws_in_one_step_and_in_several(page, screenshot):
     choose(page, "Class", "Flags")
     page.get_by_label("Seed").locator("visible=true").fill("7")
@@ -165,12 +169,23 @@ def paint(page):
     page.mouse.up()
 
 
+def shares(page):
+    """Whether the canvas shows the yellow cat, and whether it shows paint."""
+    file = io.BytesIO(page.locator("canvas").first.screenshot())
+    red, green, blue = np.moveaxis(np.asarray(Image.open(file).convert("RGB")), -1, 0)
+    yellow = (red > 200) & (green > 150) & (blue < 80)
+    pink = (red > 200) & (green < 40) & (blue > 80)
+    return bool(yellow.mean() > 0.1), bool(pink.mean() > 0.01)
+
+
 def test_it_inpaints_what_is_painted_over(page, screenshot):
     page.get_by_role("tab", name="Edit").click()
     seen(page, "cat, 32 x 32 pixels, seen at 16 x 16")
+    until(lambda: shares(page) == (True, False))
     paint(page)
-    with page.expect_response(lambda response: "/queue/data" in response.url):  # clearing brings the picture back
-        press(page, "Clear canvas")
+    until(lambda: shares(page) == (True, True))
+    press(page, "Clear canvas")
+    until(lambda: shares(page) == (True, False))
     press(page, "Edit")
     assert "Nothing is painted yet" in complaint(page)
     paint(page)
@@ -192,6 +207,7 @@ def test_it_says_that_an_upload_is_broken_and_takes_the_next(page, screenshot, t
     (tmp_path / "<b>broken.png").write_bytes(b"no picture")
     page.get_by_test_id("Upload a picture-upload-button").set_input_files(tmp_path / "<b>broken.png")
     page.locator(".toast-body").wait_for()
+    page.wait_for_timeout(500)  # it fades in
     screenshot("broken_upload")
     text = complaint(page)
     assert "broken.png cannot be read as a picture: it is not of the formats" in text

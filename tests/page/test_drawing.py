@@ -150,6 +150,7 @@ def test_complaints(model):
 def test_the_command_refuses_what_it_cannot_serve(capsys, monkeypatch):
     assert "There is no checkpoint emoji17" in failed(capsys, main_demo, "emoji17")
     assert "--port must be" in failed(capsys, main_demo, "--port", 0)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # so that it is put back, which the command need not
     monkeypatch.delitem(sys.modules, "cm_jax.demo.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'cm_jax[demo]'" in failed(capsys, main_demo)

@@ -149,6 +149,7 @@ def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None])
             prevent_thread_lock=True,
             share=False,
             quiet=True,
+            show_error=True,
             ssr_mode=False,
             pwa=False,
             mcp_server=False,

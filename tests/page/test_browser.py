@@ -38,6 +38,7 @@ FLAGS = [
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 PATIENCE = 60
+"""Seconds for a thing that takes a few where two cores are all."""
 
 
 @pytest.fixture(scope="module")

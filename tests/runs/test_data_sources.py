@@ -195,11 +195,22 @@ def test_unreadable_files_are_named_and_left_out(damaged, caplog):
 
 
 def test_more_unreadable_files_than_allowed_are_an_error(damaged):
-    with pytest.raises(InputError, match=r"(?s)3 images cannot be read, and 2 may be.*\n  a/6.png:.*\n  b/1.png:"):
+    with pytest.raises(
+        InputError, match=r"(?s)3 images cannot be read, and at most 2 may be left out.*\n  a/6.png:.*\n  b/1.png:"
+    ):
         ImageFolder(str(damaged), most_corrupt=2).open(8)
     batches = ImageFolder(str(damaged), most_corrupt=2, in_memory_gib=0).open(8).batches(10)
-    with pytest.raises(InputError, match="3 images cannot be read, and 2 may be"):
+    with pytest.raises(InputError, match="3 images cannot be read, and at most 2 may be left out"):
         next(batches)
+
+
+def test_a_folder_without_one_readable_image(tmp_path):
+    (tmp_path / "a.png").write_text("an image")
+    for gib in (4, 0):
+        with pytest.raises(InputError, match=r"(?s)not one of its images can be read.*\n  a.png: it is not of the"):
+            next(ImageFolder(str(tmp_path), in_memory_gib=gib).open(8).batches(1))
+    with pytest.raises(InputError, match="1 image cannot be read, and at most 0 may be left out"):
+        ImageFolder(str(tmp_path), most_corrupt=0).open(8)
 
 
 def test_the_order_does_not_depend_on_the_threads(tmp_path, monkeypatch):

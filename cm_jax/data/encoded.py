@@ -65,7 +65,9 @@ def load(encoded: Encoded, index: int, image_size: int) -> tuple[UInt8[np.ndarra
 def too_many(place: str, complaints: list[str], most: int) -> InputError:
     """What is raised where more than `most` images cannot be read, or none can."""
     if len(complaints) <= most:
-        return InputError(f"{place}: not one of its images can be read; give others:\n  {listed(complaints)}")
+        return InputError(
+            f"{place}: not one of its images can be read; repair the files, or name others:\n  {listed(complaints)}"
+        )
     number = "1 image" if len(complaints) == 1 else f"{len(complaints)} images"
     return InputError(
         f"{place}: {number} cannot be read, and at most {most} may be left out (most_corrupt); "

@@ -19,7 +19,7 @@ from cm_jax.model import Model, load
 
 MOST_IMAGES, MOST_STEPS = 16, 40
 EXAMPLES = {"cat": "1F63D", "smirk": "1F60F", "mango": "1F96D", "globe": "1F30E", "flag": "1F1EC-1F1E7"}
-"""Emoji that were held out from the data of training, by code point."""
+"""Emoji of the held-out split, by code point."""
 
 PAINTED, _SHOWN = 384, 128
 """Sides to which images are enlarged, by a whole number and without smoothing: to be painted on, and in a grid."""

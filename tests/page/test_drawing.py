@@ -108,7 +108,7 @@ def test_large_pictures_are_kept_smaller_and_fitted_as_the_whole_is():
         np.testing.assert_array_equal(fitting.fitted(kept, side), fitting.fitted(Image.fromarray(pixels), side))
 
 
-def test_examples_were_not_trained_on(model):
+def test_examples_are_held_out():
     arrays = bundled()
     for name in drawing.EXAMPLES:
         picture, class_name = drawing.example(name)

@@ -46,7 +46,7 @@ format: .venv/.ready-dev
 constraints: .venv/.ready-dev
 	$(BIN)/pip install --quiet uv
 	echo "torch==2.13.0; python_version < '0'" > .venv/without-torch.txt
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra train --extra eval --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra train --extra eval --extra demo --universal --python-version 3.11 \
 		--no-header --no-annotate --override .venv/without-torch.txt --quiet -o constraints.txt
 	sed -i '/^-e /d; /^torch==/d' constraints.txt
 	echo "torch==2.13.0" >> constraints.txt

@@ -1,4 +1,4 @@
-"""The command line: `cm-jax sample`, `edit`, `convert`, `train`, `evaluate`, `tune`; most also as scripts."""
+"""The command line: `cm-jax sample`, `edit`, `convert`, `train`, `evaluate`, `tune`, `demo`; most also as scripts."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +44,11 @@ def main_evaluate(arguments: Sequence[str] | None = None) -> NoReturn:
     run(lambda: _evaluate("python -m cm_jax.evaluation", arguments))
 
 
+def main_demo(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`python -m cm_jax.demo ...`."""
+    run(lambda: _demo("python -m cm_jax.demo", arguments))
+
+
 def _sample(prog: str, arguments: Sequence[str] | None) -> None:
     """Draw images from a consistency model, or from an EDM teacher."""
     from cm_jax.cli.sample import Sample, sample
@@ -86,6 +91,13 @@ def _tune(prog: str, arguments: Sequence[str] | None) -> None:
     tune_command(parsed(Tune, prog, arguments))
 
 
+def _demo(prog: str, arguments: Sequence[str] | None) -> None:
+    """Draw and edit on a page in the browser."""
+    from cm_jax.cli.demo import Demo, demo
+
+    demo(parsed(Demo, prog, arguments))
+
+
 _COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {
     "sample": _sample,
     "edit": _edit,
@@ -93,4 +105,5 @@ _COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "tune": _tune,
+    "demo": _demo,
 }

@@ -286,11 +286,7 @@ def _check_output(output: Path, folder: Path | None) -> None:
 def _model(arguments: _Edit) -> Model:
     use_compilation_cache(arguments.compilation_cache)
     model = load(find(arguments.checkpoint), precision=arguments.precision)
-    height, width, channels = model.config.network.image_shape
-    if height != width or channels != 3:
-        raise InputError(
-            f"Pictures are fitted to squares of three channels, and this model's are {[height, width, channels]}."
-        )
+    fitting.square_side(model.config.network.image_shape)
     return model
 
 

@@ -63,10 +63,15 @@ def load(encoded: Encoded, index: int, image_size: int) -> tuple[UInt8[np.ndarra
 
 
 def too_many(place: str, complaints: list[str], most: int) -> InputError:
-    """What is raised where more than `most` images, or all of them, cannot be read."""
+    """What is raised where more than `most` images cannot be read, or none can."""
+    if len(complaints) <= most:
+        return InputError(
+            f"{place}: not one of its images can be read; repair the files, or name others:\n  {listed(complaints)}"
+        )
+    number = "1 image" if len(complaints) == 1 else f"{len(complaints)} images"
     return InputError(
-        f"{place}: {len(complaints)} images cannot be read, and {most} may be (most_corrupt); "
-        f"replace or remove them:\n  {listed(complaints)}"
+        f"{place}: {number} cannot be read, and at most {most} may be left out (most_corrupt); "
+        f"replace or remove them, or raise it:\n  {listed(complaints)}"
     )
 
 

@@ -17,21 +17,37 @@ _MOST_BYTES = 2**28
 
 
 def read(path: Path) -> Image.Image:
-    """The picture in a file, as `cm_jax.data.picture` reads it. Raises InputError for one that cannot be read."""
+    """The picture in a file. Raises InputError for one that cannot be read."""
+    name = str(path)[:200]
     try:
         path = path.expanduser()
         if not path.is_file():
-            raise InputError(f"There is no picture {str(path)[:200]}.")
+            raise InputError(f"There is no picture {name}.")
         if path.stat().st_size > _MOST_BYTES:
-            raise InputError(f"{path} cannot be read as a picture: it is larger than {_MOST_BYTES >> 20} MiB.")
+            raise InputError(f"{name} cannot be read as a picture: it is larger than {_MOST_BYTES >> 20} MiB.")
+        content = path.read_bytes()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be read as a picture: {error}.") from error
+    return decoded(content, name)
+
+
+def decoded(content: bytes, name: str) -> Image.Image:
+    """The picture in a file's bytes, as `cm_jax.data.picture` reads it. Raises InputError, with the file's name."""
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `picture` refuses smaller ones already
-            return picture(path.read_bytes())
-    except InputError:
-        raise
+            return picture(content)
     except Exception as error:  # every image format has its own kinds for a damaged file
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        raise InputError(f"{str(path)[:200]} cannot be read as a picture: {reason[:200]}.") from error
+        raise InputError(f"{name} cannot be read as a picture: {reason[:200]}.") from error
+
+
+def square_side(shape: tuple[int, int, int]) -> int:
+    """The side of a model's images. Raises InputError unless they are squares in red, green and blue."""
+    height, width, channels = shape
+    if height != width or channels != 3:
+        raise InputError(f"Pictures are fitted to squares of three channels, and this model's are {list(shape)}.")
+    return height
 
 
 def middle(width: int, height: int) -> Box:

@@ -37,6 +37,7 @@ ORDER = [
     "evaluation",
     "training",
     "presets",
+    "demo",
     "cli",
 ]
 """Every module of the package; each may import those before it. docs/architecture.md draws the same order."""
@@ -87,12 +88,13 @@ def test_flax_and_orbax_stay_in_their_places():
         assert "flax" not in names or place(path) == "networks"
         assert "orbax" not in names or place(path) == "checkpoints"
         assert "tyro" not in names or place(path) == "cli"
+        assert "gradio" not in names or (place(path), path.name) == ("demo", "page.py")
 
 
 def test_sampling_needs_neither_torch_nor_tensorflow_nor_a_command_line():
     script = """
 import sys
-for name in ("torch", "tensorflow", "diffusers", "tyro", "tensorflow_datasets", "grain"):
+for name in ("torch", "tensorflow", "diffusers", "tyro", "tensorflow_datasets", "grain", "gradio"):
     sys.modules[name] = None
 import cm_jax
 images = cm_jax.load().sample(0, 2, steps=2)

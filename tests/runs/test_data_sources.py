@@ -195,10 +195,12 @@ def test_unreadable_files_are_named_and_left_out(damaged, caplog):
 
 
 def test_more_unreadable_files_than_allowed_are_an_error(damaged):
-    with pytest.raises(InputError, match=r"(?s)3 images cannot be read, and 2 may be.*\n  a/6.png:.*\n  b/1.png:"):
+    with pytest.raises(
+        InputError, match=r"(?s)3 images cannot be read, and at most 2 may be left out.*\n  a/6.png:.*\n  b/1.png:"
+    ):
         ImageFolder(str(damaged), most_corrupt=2).open(8)
     batches = ImageFolder(str(damaged), most_corrupt=2, in_memory_gib=0).open(8).batches(10)
-    with pytest.raises(InputError, match="3 images cannot be read, and 2 may be"):
+    with pytest.raises(InputError, match="3 images cannot be read, and at most 2 may be left out"):
         next(batches)
 
 
@@ -250,7 +252,8 @@ def strays(path):
         (an_empty_folder, {}, "no files at all"),
         (a_file, {}, "is a file; wanted: a folder"),
         (no_images, {}, "2 other files, such as a.csv"),
-        (all_corrupt, {}, r"(?s)2 images cannot be read.*a.png.*b.png"),
+        (all_corrupt, {}, r"(?s)not one of its images can be read.*a.png.*b.png"),
+        (all_corrupt, {"most_corrupt": 1}, "2 images cannot be read, and at most 1 may be left out"),
         (one_class, {"labels": "folder"}, "all images are of one class, a;.*labels: none"),
         (one_class, {"labels": "prefix"}, "all images are of one class, x;"),
         (strays, {"labels": "folder"}, r"(?s)1 images have no class.*sub-folder for each.*\n  2.png"),
@@ -480,7 +483,7 @@ def test_damaged_data_sets(copied):
         TFDSData(data_dir=str(copied)).open(8)
     (copied / "features.json").write_text(features)
     (copied / "tiny-train.array_record-00000-of-00001").unlink()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="not one of its images can be read"):
         TFDSData(data_dir=str(copied)).open(8)
 
 

@@ -1,0 +1,236 @@
+"""The page in a browser without a window: it loads, samples, inpaints, and says what it cannot use."""
+
+import dataclasses
+import importlib.util
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import cm_jax
+from cm_jax.config import ModelConfig
+from cm_jax.demo import drawing
+from cm_jax.model import Model
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import BoundaryScaling
+from tests.page.test_drawing import SMALL
+from tests.support import ROOT, run
+
+CHROMIUM = shutil.which("chromium")
+MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (pip install '.[test]')"),
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (on Debian: apt-get install chromium)"),
+]
+
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PATIENCE = 240
+"""Seconds for what takes a few: on a machine that does other things too."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The bundled model, a small one without classes, and a damaged one."""
+    folder = tmp_path_factory.mktemp("models")
+    network = dataclasses.replace(SMALL, classes=None)
+    config = ModelConfig(network, BoundaryScaling(), KarrasGrid(18))
+    Model(config, network.prepare(network.initialise(jax.random.key(0)))).save(folder / "small")
+    (folder / "damaged.pt").write_bytes(b"no checkpoint")
+    return ["emoji16_cd", str(folder / "small"), str(folder / "damaged.pt")]
+
+
+@pytest.fixture(scope="module")
+def address(checkpoints, tmp_path_factory):
+    """Of the page, served by a process of its own, which must end well when it is interrupted."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log, kept = tmp_path_factory.mktemp("server") / "log", tmp_path_factory.mktemp("kept")
+    own = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "TMPDIR": str(kept)}
+    command = [sys.executable, "-m", "cm_jax.demo", *checkpoints, "--port", str(port)]
+    with log.open("wb") as file:
+        server = subprocess.Popen(command, cwd=ROOT, env=own, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        until(lambda: b"The page is at" in log.read_bytes() or server.poll() is not None)
+        assert server.poll() is None, log.read_text()
+        yield f"http://127.0.0.1:{port}/"
+        server.send_signal(signal.SIGINT)
+        assert server.wait(PATIENCE) == 0
+        assert "Traceback" not in log.read_text()
+        assert not list(kept.iterdir())
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    """The page, open; it must have asked no other machine for anything, and none of its scripts may have failed."""
+    from playwright.sync_api import sync_playwright
+
+    asked, failures = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        opened = browser.new_page(viewport={"width": 1280, "height": 920})
+        opened.set_default_timeout(PATIENCE * 1000)
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.on("pageerror", lambda error: failures.append(str(error)))
+        opened.goto(address)
+        opened.get_by_text("consistency model, 16 x 16 pixels, 9 classes").wait_for()
+        yield opened
+        browser.close()
+    assert failures == []
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+@pytest.fixture
+def screenshot(page, tmp_path):
+    folder = Path(os.environ.get("CM_JAX_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda name: page.screenshot(path=folder / f"{name}.png")
+
+
+def press(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def choose(page, label, option):
+    """Of the visible one of the lists with this label."""
+    page.get_by_label(label, exact=True).locator("visible=true").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def shown(page, label):
+    """The picture that stands below a label, once there is one."""
+    image = page.locator(".block", has=page.get_by_text(label, exact=True)).locator("img")
+    image.wait_for()
+    answer = page.request.get(image.get_attribute("src"))
+    return np.asarray(Image.open(io.BytesIO(answer.body()))).astype(int)
+
+
+def complaint(page):
+    """The one message on the page, which is closed then."""
+    toast = page.locator(".toast-body")
+    toast.wait_for()
+    text = toast.inner_text()
+    toast.get_by_test_id("toast-close").click()
+    toast.wait_for(state="detached")
+    return text
+
+
+def seen(page, text):
+    page.get_by_text(text, exact=True).wait_for()
+
+
+def until(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_it_draws_in_one_step_and_in_several(page, screenshot):
+    choose(page, "Class", "Flags")
+    page.get_by_label("Seed").locator("visible=true").fill("7")
+    press(page, "Draw")
+    pictures = [shown(page, label) for label in ("In one step", "In several steps, from the same noise")]
+    *expected, levels = drawing.one_beside_many(cm_jax.load(), 7, 8, 2, 16)
+    seen(page, levels)
+    for picture, sheet in zip(pictures, expected, strict=True):
+        np.testing.assert_allclose(picture, np.asarray(sheet), atol=1)
+    screenshot("draw")
+
+
+def test_it_says_what_cannot_be_drawn(page):
+    page.get_by_label("Seed").locator("visible=true").fill("-1")
+    press(page, "Draw")
+    assert "A seed must be a whole number" in complaint(page)
+    page.get_by_label("Seed").locator("visible=true").fill("0")
+
+
+def paint(page):
+    """A stroke over the cat's mouth, with the mouse."""
+    box = page.locator("canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.65
+    page.mouse.move(x - 70, y)
+    page.mouse.down()
+    page.mouse.move(x + 70, y, steps=8)
+    page.mouse.up()
+
+
+def shares(page):
+    """Whether the canvas shows the yellow cat, and whether it shows paint."""
+    file = io.BytesIO(page.locator("canvas").first.screenshot())
+    red, green, blue = np.moveaxis(np.asarray(Image.open(file).convert("RGB")), -1, 0)
+    yellow = (red > 200) & (green > 150) & (blue < 80)
+    pink = (red > 200) & (green < 40) & (blue > 80)
+    return bool(yellow.mean() > 0.1), bool(pink.mean() > 0.01)
+
+
+def test_it_inpaints_what_is_painted_over(page, screenshot):
+    page.get_by_role("tab", name="Edit").click()
+    seen(page, "cat, 32 x 32 pixels, seen at 16 x 16")
+    until(lambda: shares(page) == (True, False))
+    paint(page)
+    until(lambda: shares(page) == (True, True))
+    press(page, "Clear canvas")
+    until(lambda: shares(page) == (True, False))
+    press(page, "Edit")
+    assert "Nothing is painted yet" in complaint(page)
+    paint(page)
+    press(page, "Edit")
+    edits = shown(page, "Edits")
+    given, known = shown(page, "Given, and known")[2:].reshape(2, 130, 132, 3)[:, :128, 2:130]
+    hole = (given != known).any(-1)
+    assert 0.05 < hole.mean() < 0.25
+    changed = []
+    for top, left in np.ndindex(2, 4):
+        edit = edits[2 + 130 * top :, 2 + 130 * left :][:128, :128]
+        np.testing.assert_array_equal(edit[~hole], given[~hole])
+        changed.append((edit != given).any(-1)[hole].mean())
+    assert min(changed) > 0.5
+    screenshot("inpaint")
+
+
+def test_it_says_that_an_upload_is_broken_and_takes_the_next(page, screenshot, tmp_path):
+    (tmp_path / "<b>broken.png").write_bytes(b"no picture")
+    page.get_by_test_id("Upload a picture-upload-button").set_input_files(tmp_path / "<b>broken.png")
+    page.locator(".toast-body").wait_for()
+    page.wait_for_timeout(500)  # it fades in
+    screenshot("broken_upload")
+    text = complaint(page)
+    assert "broken.png cannot be read as a picture: it is not of the formats" in text
+    assert "Traceback" not in text
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    page.get_by_test_id("Upload a picture-upload-button").set_input_files(tmp_path / "red.png")
+    seen(page, "the middle of red.png, 40 x 30 pixels, seen at 16 x 16")
+
+
+def test_another_model(page, checkpoints):
+    _, small, damaged = checkpoints
+    choose(page, "Model", damaged)
+    assert "damaged.pt" in complaint(page)
+    choose(page, "Model", small)
+    page.get_by_text("consistency model, 8 x 8 pixels, no classes").wait_for()
+    seen(page, "the middle of red.png, 40 x 30 pixels, seen at 8 x 8")
+    assert page.get_by_label("Class").locator("visible=true").count() == 0
+
+
+def test_a_port_that_is_taken(address):
+    port = address.rstrip("/").rpartition(":")[2]
+    done = run("-m", "cm_jax.demo", "--port", port)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert f"Nothing can listen on 127.0.0.1:{port}" in done.stderr

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cm_jax.arrays import Keys
+from cm_jax.networks import winograd
 from cm_jax.networks.attention import Implementation, attend
 from cm_jax.networks.convolution import convolve_3x3
 from cm_jax.networks.fir import Filter, fir_downsample, fir_upsample, smoothed
@@ -27,6 +28,9 @@ Resample = Literal["down", "up"]
 Modulation = Literal["scale_shift", "additive", "normalised"]
 """How the embedding enters a residual block. scale_shift: (1 + s) norm(h) + b, in place of its second norm. additive:
 before that norm. normalised: pnorm(s) norm(h) + pnorm(b), which keeps derivatives in time small (sCM, section 4.1)."""
+
+TRANSFORMED = "transformed"
+"""The name of a kernel's Winograd transform, beside the kernel."""
 
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-5
@@ -111,7 +115,10 @@ class Dense(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution with bias; `down` halves the image by stride, `up` doubles it beforehand."""
+    """A 3x3 convolution with bias; `down` halves the image by stride, `up` doubles it beforehand.
+
+    Where its parameters hold the kernel's Winograd transform too (`UNet.accelerated`), that is used.
+    """
 
     features: int
     resample: Resample | None = None
@@ -122,8 +129,11 @@ class Convolution(nn.Module):
         kernel = self.param("kernel", nn.initializers.zeros, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x = upsample(x) if self.resample == "up" else x
+        x = x.astype(self.dtype)
+        if self.has_variable("params", TRANSFORMED):
+            return winograd.convolve(x, self.get_variable("params", TRANSFORMED)) + bias
         stride = 2 if self.resample == "down" else 1
-        return convolve_3x3(x.astype(self.dtype), kernel, stride=stride) + bias.astype(self.dtype)
+        return convolve_3x3(x, kernel, stride=stride) + bias.astype(self.dtype)
 
 
 class SmoothedConvolution(nn.Module):

@@ -1,4 +1,4 @@
-"""Forward time of the ImageNet-64 network, ours beside PyTorch's, in one run: python -m benchmarks.sampling_time
+"""Forward time of a published network, ours beside PyTorch's, in one run: python -m benchmarks.sampling_time
 
 On a CPU: float32, PyTorch in eager mode (diffusers' UNet2DModel) in both memory layouts. On a GPU: bfloat16, PyTorch in
 eager mode and compiled (the network in torch_adm.py, because diffusers need not be installed there). The weights are
@@ -25,7 +25,20 @@ import torch
 from benchmarks.random_params import random_params
 from benchmarks.torch_adm import TorchADM
 from cm_jax.arrays import Params
-from cm_jax.networks import ADMUNet
+from cm_jax.networks import ADMUNet, accelerated
+
+NETWORKS = {
+    "imagenet64": ADMUNet(),
+    "lsun256": ADMUNet(
+        image_size=256,
+        width=256,
+        multipliers=(1, 1, 2, 2, 4, 4),
+        blocks_per_level=2,
+        attention_factors=(8, 16, 32),
+        classes=None,
+        modulation="additive",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Batch:
 
     x: np.ndarray
     times: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
 
     @classmethod
     def random(cls, network: ADMUNet, size: int) -> "Batch":
@@ -42,7 +55,7 @@ class Batch:
         return cls(
             x=rng.standard_normal((size, *network.image_shape), np.float32),
             times=rng.uniform(-1500, 1100, size).astype(np.float32),
-            labels=rng.integers(0, network.classes or 1, size).astype(np.int32),
+            labels=rng.integers(0, network.classes, size).astype(np.int32) if network.classes else None,
         )
 
 
@@ -53,10 +66,11 @@ Contender = Callable[[Batch], Forward]
 """Makes ready for a batch: places it, and compiles what is compiled beforehand."""
 
 
-def ours(network: ADMUNet, params: Params) -> Contender:
+def ours(network: ADMUNet, params: Params, *, winograd: bool = True) -> Contender:
     """Our network, compiled for each batch."""
     predict = jax.jit(network.predict)
     placed = network.prepare(params)
+    placed = accelerated(network, placed) if winograd else placed
 
     def ready(batch: Batch) -> Forward:
         inputs = jax.device_put((batch.x, batch.times, batch.labels))
@@ -78,7 +92,7 @@ def pytorch(
     def ready(batch: Batch) -> Forward:
         x = torch.from_numpy(batch.x.transpose(0, 3, 1, 2).copy()).to(device, dtype, memory_format=layout)
         times = torch.from_numpy(batch.times).to(device)
-        labels = torch.from_numpy(batch.labels).long().to(device)
+        labels = None if batch.labels is None else torch.from_numpy(batch.labels).long().to(device)
 
         def forward() -> torch.Tensor:
             with torch.no_grad():
@@ -93,7 +107,7 @@ def pytorch(
 
 
 def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
-    """Float32: ours, and diffusers' network in both memory layouts."""
+    """Float32: ours as `Model` draws, by Winograd's convolutions, and direct; diffusers' in both memory layouts."""
     from cm_jax.conversion.formats import DIFFUSERS
     from cm_jax.conversion.parity import reference_network
     from cm_jax.conversion.rules import to_theirs
@@ -102,6 +116,7 @@ def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
     interleaved = copy.deepcopy(planar).to(memory_format=torch.channels_last)
     return {
         "ours": ours(network, params),
+        "ours, direct": ours(network, params, winograd=False),
         "PyTorch, NCHW": pytorch(lambda x, t, c: planar(x, t, class_labels=c).sample, torch.contiguous_format),
         "PyTorch, channels last": pytorch(
             lambda x, t, c: interleaved(x, t, class_labels=c).sample, torch.channels_last
@@ -167,7 +182,7 @@ def _nhwc(output: Any) -> np.ndarray:
 
 def rows(size: int, measured: dict[str, Measured]) -> list[str]:
     """The table's lines for one batch size; ratios are to the best of PyTorch, differences to its first."""
-    theirs = [entry for name, entry in measured.items() if name != "ours" and not entry.failure]
+    theirs = [entry for name, entry in measured.items() if name.startswith("PyTorch") and not entry.failure]
     best_median = min((statistics.median(entry.seconds) for entry in theirs), default=math.nan)
     best = min((min(entry.seconds) for entry in theirs), default=math.nan)
     lines = []
@@ -199,6 +214,7 @@ def _busy_elsewhere() -> float:
 def main() -> None:
     gpu = jax.default_backend() == "gpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="imagenet64")
     parser.add_argument("--batches", default="64,128,256,512" if gpu else "1,4", help="sizes with commas between")
     parser.add_argument("--repeats", type=int, default=20 if gpu else 9, help="passes of each network after its first")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on a CPU; JAX takes all cores")
@@ -207,7 +223,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     before = os.getloadavg()[0]
-    network = ADMUNet()
+    network = NETWORKS[arguments.network]
     contenders = (on_gpu if gpu else on_cpu)(network, random_params(network))
     device = jax.devices()[0].device_kind if gpu else f"{os.cpu_count()} cores, {arguments.threads} threads for PyTorch"
     print(f"On {device}; jax {jax.__version__}, torch {torch.__version__}; {arguments.repeats} repeats.", flush=True)

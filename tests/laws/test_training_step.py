@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.hlo import collectives
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.curricula import AdaptiveRate, Constant, FixedRate, Halving, Progressive
 from cm_jax.distances import PseudoHuber
@@ -275,16 +275,7 @@ def traffic(across, size, network=TOY, **changes):
     constants = across.place_constants(Constants(teacher=params))
     batches = across.place_batches(raw_batches(network, 1, size))
     program = across.compile(functools.partial(step.many, across), state, constants)
-    text = program.lower(state, constants, batches, KEY).compile().as_text()
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-    found = []
-    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        words = [
-            (int(bits), np.prod([int(n) for n in dims.split(",") if n]))
-            for bits, dims in re.findall(r"[fsu](\d+)\[([\d,]*)\]", shapes)
-        ]
-        found.append((kind, int(sum(bits // 8 * count for bits, count in words))))
-    return found
+    return collectives(program.lower(state, constants, batches, KEY).compile().as_text())
 
 
 def bytes_of(network):

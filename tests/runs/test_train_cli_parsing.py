@@ -391,7 +391,7 @@ assert not xla_bridge.backends_are_initialized()
         (main_convert, "a", "DESTINATION must be given: it has no default."),
         (main_convert, "a --too 3", "DESTINATION must be given: it has no default."),
         (main_convert, "a b --head-with 3", "There is no option --head-with. Did you mean --head-width?"),
-        (main, "", "Name a command first: cm-jax COMMAND .... Choose one of sample, "),
+        (main, "", "Name a command first: cm-jax COMMAND [options]. Choose one of sample, "),
         (main, "smaple", "There is no command 'smaple'. Did you mean 'sample'?"),
         (main, "sample --labls 3", "There is no option --labls. Did you mean --labels?"),
     ],

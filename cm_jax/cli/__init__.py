@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import jax
 
-from cm_jax import __version__
+import cm_jax
 from cm_jax.cli.parsing import chosen, parsed
 from cm_jax.cli.running import run, say
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     def dispatch() -> None:
         words = sys.argv[1:] if arguments is None else arguments
         if words and words[0] == "--version":
-            say(f"cm_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}")
+            say(f"cm_jax {cm_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}")
             return
         name, command, rest = chosen(_COMMANDS, "command", "cm-jax COMMAND [options]", words, _EXAMPLES)
         command(f"cm-jax {name}", rest)

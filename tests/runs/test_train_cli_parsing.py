@@ -10,6 +10,7 @@ import jax
 import pytest
 import tyro
 
+import cm_jax
 from cm_jax.cli import main, main_convert, main_sample
 from cm_jax.cli import train as command
 from cm_jax.cli.overrides import parse
@@ -402,7 +403,9 @@ def test_the_other_commands_speak_alike(capsys, door, line, message):
 
 def test_commands_are_listed(capsys):
     assert "sample Draw images from a consistency model" in shown(capsys, main, "--help")
+    assert "For example: cm-jax sample" in shown(capsys, main, "--help")
     assert "--steps {None}|INT Number of steps." in shown(capsys, main, "sample", "--help")
+    assert f"cm_jax {cm_jax.__version__}, jax {jax.__version__}, Python" in shown(capsys, main, "--version")
 
 
 def test_a_tyro_without_the_hook_still_refuses(monkeypatch, capsys):

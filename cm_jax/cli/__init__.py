@@ -1,19 +1,26 @@
 """The command line: `cm-jax sample`, `edit`, `convert`, `train`, `evaluate`, `tune`, `demo`; most also as scripts."""
 
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
+
+import cm_jax
 from cm_jax.cli.parsing import chosen, parsed
-from cm_jax.cli.running import run
+from cm_jax.cli.running import run, say
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """`cm-jax COMMAND ...`: any of the above."""
+    """`cm-jax COMMAND [options]`: any of the above."""
 
     def dispatch() -> None:
         words = sys.argv[1:] if arguments is None else arguments
-        name, command, rest = chosen(_COMMANDS, "command", "cm-jax COMMAND ...", words)
+        if words and words[0] == "--version":
+            say(f"cm_jax {cm_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}")
+            return
+        name, command, rest = chosen(_COMMANDS, "command", "cm-jax COMMAND [options]", words, _EXAMPLES)
         command(f"cm-jax {name}", rest)
 
     run(dispatch)
@@ -107,3 +114,11 @@ _COMMANDS: dict[str, Callable[[str, Sequence[str] | None], None]] = {
     "tune": _tune,
     "demo": _demo,
 }
+
+_EXAMPLES = (
+    "cm-jax sample --labels all --steps 2",
+    "cm-jax edit colourise photo.png --labels 0",
+    "cm-jax convert cd_imagenet64_lpips.pt cd_imagenet64_lpips --check",
+    "cm-jax train emoji32-edm",
+    "cm-jax evaluate runs/emoji32-cd emoji:held_out --metrics fid,kid --count 431",
+)

@@ -98,7 +98,7 @@ def convert(arguments: Convert) -> None:
         say("It holds the network alone: ConsistencyModelPipeline would take a denoiser for a consistency function.")
     if kind == "ours":
         say(
-            f"Draw from it: python sample.py {shlex.quote(str(arguments.destination))}"
+            f"Draw from it: cm-jax sample {shlex.quote(str(arguments.destination))}"
             + (" --labels 0" if network.classes else "")
         )
 

@@ -144,7 +144,7 @@ class Interpolate(_Edit):
 
 def edit(prog: str, words: Sequence[str]) -> None:
     """`prog KIND PICTURE... [options]`."""
-    name, kind, rest = chosen(_KINDS, "kind of edit", f"{prog} KIND PICTURE ...", words)
+    name, kind, rest = chosen(_KINDS, "kind of edit", f"{prog} KIND PICTURE [options]", words)
     _EDITS[kind](parsed(kind, f"{prog} {name}", rest))
 
 

@@ -26,14 +26,16 @@ def parsed(
         return tyro.cli(kind, prog=prog, args=arguments, description=description or None)
 
 
-def chosen(choices: Mapping[str, T], what: str, usage: str, arguments: Sequence[str]) -> tuple[str, T, Sequence[str]]:
+def chosen(
+    choices: Mapping[str, T], what: str, usage: str, arguments: Sequence[str], examples: Sequence[str] = ()
+) -> tuple[str, T, Sequence[str]]:
     """The choice that the first argument names, with its name and the arguments after it.
 
     Prints the list of choices, with the first paragraph of each one's docstring, and exits where help is wanted. Raises
     InputError for a name that is not there.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        show_choices(choices, what, usage)
+        show_choices(choices, what, usage, examples)
     advice = f" --help lists the {what}s." if len(choices) > 12 else f" Choose one of {', '.join(choices)}."
     if not arguments or arguments[0].startswith("-"):
         raise InputError(f"Name a {what} first: {usage}.{advice}")
@@ -42,7 +44,7 @@ def chosen(choices: Mapping[str, T], what: str, usage: str, arguments: Sequence[
     return arguments[0], choices[arguments[0]], arguments[1:]
 
 
-def show_choices(choices: Mapping[str, Any], what: str, usage: str) -> NoReturn:
+def show_choices(choices: Mapping[str, Any], what: str, usage: str, examples: Sequence[str] = ()) -> NoReturn:
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
@@ -55,6 +57,8 @@ def show_choices(choices: Mapping[str, Any], what: str, usage: str) -> NoReturn:
     console.print(Text(f"usage: {usage}\n"))
     console.print(Panel(table, title=f"{what}s", title_align="left"))
     console.print(Text(f"After a {what}, --help shows its options."))
+    if examples:
+        console.print(Text("\n  ".join(("\nFor example:", *examples))), soft_wrap=True)
     raise SystemExit(0)
 
 

@@ -50,7 +50,7 @@ def tune_command(arguments: Tune) -> None:
     if not checkpoints.is_checkpoint(path):
         raise InputError(
             f"{arguments.checkpoint} has no place for tuned levels: make one of our checkpoints of it first, with "
-            "python -m convert."
+            "cm-jax convert."
         )
     model = load(path)
     reference = of_dataset(open_images(arguments.reference, model.config.network.image_shape), arguments.reference)

@@ -189,7 +189,7 @@ def _unanswered(path: Path, questions: list[str]) -> str:
     listing = "\n  ".join(questions)
     return (
         f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
-        f"Convert it with python -m convert, and say also:\n  {listing}"
+        f"Convert it with cm-jax convert, and say also:\n  {listing}"
     )
 
 

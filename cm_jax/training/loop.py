@@ -111,9 +111,9 @@ def _loop(run: Prepared, folder: RunFolder, evaluations: Evaluations, state: Tra
         folder.wait()
         window.flush(write=True)
     plot(folder.path)
-    say(f"Finished: {done} batches. Draw from it: python sample.py {folder.path}")
+    say(f"Finished: {done} batches. Draw from it: cm-jax sample {folder.path}")
     if (best := folder.best()) is not None:
-        say(f"The best was after {best} batches: python sample.py {folder.path}/best")
+        say(f"The best was after {best} batches: cm-jax sample {folder.path}/best")
 
 
 class _Window:

@@ -1,5 +1,6 @@
 """RUN/loss.png and RUN/evaluations.png, drawn from RUN/metrics.csv and RUN/evaluations.csv."""
 
+import functools
 import importlib.util
 import logging
 import re
@@ -48,11 +49,18 @@ def plot(run: Path) -> None:
     if jax.process_index() != 0:
         return
     if importlib.util.find_spec("matplotlib") is None:
-        _log.warning("No loss.png is drawn (pip install matplotlib); metrics.csv has all numbers.")
+        _say_that_none_is_drawn(run)
         return
     _plot_metrics(run, _curves(run / METRICS))
     if (run / EVALUATIONS).exists():
         _plot_evaluations(run, _curves(run / EVALUATIONS))
+
+
+@functools.cache
+def _say_that_none_is_drawn(run: Path) -> None:
+    """Once for a run."""
+    del run
+    _log.warning("No loss.png is drawn (pip install matplotlib); metrics.csv has all numbers.")
 
 
 def _curves(file: Path) -> dict[str, np.ndarray]:

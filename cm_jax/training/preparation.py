@@ -132,11 +132,9 @@ def _read(name: str, flag: str) -> Source:
     except InputError as error:
         folder = name.removesuffix("/best")
         run = folder.removeprefix("runs/")
-        advice = f" Train it first: python train.py {run}." if run != folder and not Path(folder).exists() else ""
+        advice = f" Train it first: cm-jax train {run}." if run != folder and not Path(folder).exists() else ""
         if Path(name).is_file():
-            advice = (
-                " What a file does not tell, `python -m convert` asks for: give --" + flag + " the folder it writes."
-            )
+            advice = " What a file does not tell, `cm-jax convert` asks for: give --" + flag + " the folder it writes."
         raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
 

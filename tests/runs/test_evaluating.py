@@ -112,7 +112,7 @@ def test_what_an_evaluated_run_leaves(unbroken):
     told = [line for line in said if line.startswith("Evaluated after 6 batches: FID ")]
     assert len(told) == 1
     assert " in 2 steps; FID " in told[0]
-    assert said[-1] == f"The best was after {kept['batches']} batches: python sample.py {folder}/best"
+    assert said[-1] == f"The best was after {kept['batches']} batches: cm-jax sample {folder}/best"
 
 
 def test_the_best_checkpoint_has_the_numbers_that_it_was_kept_for(unbroken):

@@ -10,6 +10,7 @@ import jax
 import pytest
 import tyro
 
+import cm_jax
 from cm_jax.cli import main, main_convert, main_sample
 from cm_jax.cli import train as command
 from cm_jax.cli.overrides import parse
@@ -391,7 +392,7 @@ assert not xla_bridge.backends_are_initialized()
         (main_convert, "a", "DESTINATION must be given: it has no default."),
         (main_convert, "a --too 3", "DESTINATION must be given: it has no default."),
         (main_convert, "a b --head-with 3", "There is no option --head-with. Did you mean --head-width?"),
-        (main, "", "Name a command first: cm-jax COMMAND .... Choose one of sample, "),
+        (main, "", "Name a command first: cm-jax COMMAND [options]. Choose one of sample, "),
         (main, "smaple", "There is no command 'smaple'. Did you mean 'sample'?"),
         (main, "sample --labls 3", "There is no option --labls. Did you mean --labels?"),
     ],
@@ -402,7 +403,9 @@ def test_the_other_commands_speak_alike(capsys, door, line, message):
 
 def test_commands_are_listed(capsys):
     assert "sample Draw images from a consistency model" in shown(capsys, main, "--help")
+    assert "For example: cm-jax sample" in shown(capsys, main, "--help")
     assert "--steps {None}|INT Number of steps." in shown(capsys, main, "sample", "--help")
+    assert f"cm_jax {cm_jax.__version__}, jax {jax.__version__}, Python" in shown(capsys, main, "--version")
 
 
 def test_a_tyro_without_the_hook_still_refuses(monkeypatch, capsys):

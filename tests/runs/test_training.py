@@ -103,7 +103,7 @@ def test_a_run_leaves_all_that_it_promises(teacher):
     assert json.loads((folder / "run.json").read_text())["starts"][0]["batches"] == 0
     assert "3,334 images" in said[0]
     assert "parameters" in said[1]
-    assert said[-1] == f"Finished: 12 batches. Draw from it: python sample.py {folder}"
+    assert said[-1] == f"Finished: 12 batches. Draw from it: cm-jax sample {folder}"
 
 
 def test_the_averaged_weights_are_a_model(teacher):
@@ -381,7 +381,7 @@ def test_the_original_s_checkpoint_is_a_teacher(tmp_path):
     from tests.support import DATA
 
     file = DATA / "openai" / "adm_unconditional.pt"
-    with pytest.raises(InputError, match=r"(?s)--teacher .*python -m convert"):
+    with pytest.raises(InputError, match=r"(?s)--teacher .*cm-jax convert"):
         prepare(dataclasses.replace(STUDENT, teacher=str(file)))
     described = json.loads((DATA / "openai" / "adm_unconditional.json").read_text())
     source = read(file, Untold(described.get("num_head_channels"), described.get("num_heads"), "edm", 40, 16))

@@ -1,0 +1,126 @@
+"""The run: every target in turn, input after input, until the time is over."""
+
+import contextlib
+import dataclasses
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tools.fuzz import commands, readers, seeds
+from tools.fuzz.watching import Found, inside, watched
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the inputs of one target."""
+
+    outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
+    slowest: float = 0.0
+
+    def add(self, found: Found) -> None:
+        self.outcomes[found.outcome] += 1
+        self.slowest = max(self.slowest, found.seconds)
+
+
+def names() -> list[str]:
+    """All targets: the readers, then the commands."""
+    return [target.name for target in readers.READERS] + [f"cm-jax {command.name}" for command in commands.COMMANDS]
+
+
+class Workplace:
+    """A folder with the good files, and a working folder in which inputs are tried."""
+
+    def __init__(self, top: Path) -> None:
+        self.good, self.work, self.pristine, self.cache = (top / name for name in ("good", "work", "pristine", "cache"))
+        seeds.write(self.good)
+        self.pristine.mkdir()
+        for name in commands.FILES:
+            copy = shutil.copytree if (self.good / name).is_dir() else shutil.copyfile
+            copy(self.good / name, self.pristine / name)
+        commands.arrange(self.pristine)
+        self.cache.mkdir()
+        self._fresh = False
+
+    def attempt(self, name: str, seed: int, number: int) -> tuple[Found, str]:
+        """Try input `number` of a target; (what became of it, the input in words)."""
+        dice = random.Random(f"{seed} {name} {number}")
+        command = next((each for each in commands.COMMANDS if name == f"cm-jax {each.name}"), None)
+        if command is not None:
+            return self.obeyed(command.line(dice))
+        target = next(target for target in readers.READERS if target.name == name)
+        self._empty()
+        target.prepare(self.good, self.work, dice)
+        with inside(self.work):
+            return watched(lambda: target.use(self.work, dice), self.work, target.may_write), name
+
+    def obeyed(self, words: Sequence[str]) -> tuple[Found, str]:
+        """Try a command line."""
+        if not self._fresh:
+            self._empty()
+            shutil.copytree(self.pristine, self.work, symlinks=True, dirs_exist_ok=True)
+        said = any(word.endswith(".pt") for word in words)
+        with inside(self.work), commands.without_work(self.cache):
+            found = watched(lambda: commands.obey(words), self.work, lambda name: name.startswith("new") or said)
+        self._fresh = found.outcome == "refused"
+        return found, "cm-jax " + " ".join(map(repr, words))[:2000]
+
+    def _empty(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        self._fresh = False
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Workplace]:
+    with tempfile.TemporaryDirectory(prefix="cm_jax-fuzz-") as folder:
+        yield Workplace(Path(folder).resolve())
+
+
+def run(
+    place: Workplace,
+    targets: Sequence[str],
+    seed: int,
+    *,
+    seconds: float = float("inf"),
+    each: int | None = None,
+    first: int = 0,
+    told: Callable[[str], None] = print,
+) -> dict[str, Tally]:
+    """Try inputs `first`, `first` + 1, ... of every target, until `seconds` are over or each had `each` of them.
+
+    The time is shared out evenly: the target that had least is next.
+    """
+    end = time.monotonic() + seconds
+    tallies = {name: Tally() for name in targets}
+    spent, number = dict.fromkeys(targets, 0.0), dict.fromkeys(targets, first)
+    while time.monotonic() < end:
+        waiting = [name for name in targets if each is None or number[name] < first + each]
+        if not waiting:
+            break
+        name = min(waiting, key=lambda name: spent[name])
+        began = time.perf_counter()
+        found, words = place.attempt(name, seed, number[name])
+        spent[name] += time.perf_counter() - began
+        if found.outcome == "fault":
+            told(f"FAULT: --seed {seed} --targets {name!r} --number {number[name]}: {words}\n{found.why}\n")
+        tallies[name].add(found)
+        number[name] += 1
+    return tallies
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    """The counts, a row for each target, as Markdown."""
+    rows = [("target", "inputs", "used", "refused", "faults", "slowest"), ("---", *("---:",) * 5)]
+    total: Counter[str] = Counter()
+    for name, tally in tallies.items():
+        counts = tally.outcomes
+        total += counts
+        shown = (f"{counts[key]:,}" for key in ("used", "refused", "fault"))
+        rows.append((name, f"{counts.total():,}", *shown, f"{tally.slowest:.1f} s"))
+    shown = (f"{total[key]:,}" for key in ("used", "refused", "fault"))
+    rows.append(("all", f"{total.total():,}", *shown, f"{max(tally.slowest for tally in tallies.values()):.1f} s"))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -8,7 +8,12 @@ RUN/checkpoints/00001000/ the checkpoint after 1000 batches
 RUN/best.json             which of them an evaluation liked best
 """
 
+import asyncio
+import contextlib
+import logging
 import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,7 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
         # Orbax would hold the whole tree twice more while it writes; so it holds a gigabyte and files of 64 MB.
         alone = _this_process()
         handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, multiprocessing_options=alone)
-        with writing(directory), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with writing(directory), _silent(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(
                 beside / "params", args=ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
             )
@@ -86,7 +91,7 @@ def restore(
     try:
         alone = _this_process()
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with _silent(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             saved = checkpointer.metadata(directory / "params").item_metadata
             wanted = {name: leaf.shape for name, leaf in leaves(config.network.shapes())}
             complaints = shape_complaints(wanted, {name: leaf.shape for name, leaf in leaves(saved.tree)})
@@ -108,6 +113,40 @@ def restore(
         raise InputError(
             f"The parameters in {directory / 'params'} are damaged or incomplete ({reason}). Copy them again."
         ) from error
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Drops what comes after it was closed: the store's threads go on for a while when one of them has failed."""
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        with contextlib.suppress(RuntimeError):
+            return super().call_soon_threadsafe(callback, *args, context=context)
+
+
+class _Loops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _Loop()
+
+
+_one_at_a_time = threading.Lock()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """While Orbax works: its warnings are not printed, nor a traceback for every thread that a closed loop turns away.
+
+    What failed is raised all the same.
+    """
+    with _one_at_a_time:
+        policy, log = asyncio.get_event_loop_policy(), logging.getLogger("absl")
+        level = log.level
+        asyncio.set_event_loop_policy(_Loops())
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            asyncio.set_event_loop_policy(policy)
+            log.setLevel(level)
 
 
 def _this_process() -> Any:

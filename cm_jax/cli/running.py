@@ -22,7 +22,7 @@ def run(command: Callable[[], None]) -> NoReturn:
     try:
         command()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; nothing is half-written.", file=sys.stderr)
@@ -31,7 +31,12 @@ def run(command: Callable[[], None]) -> NoReturn:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    print(_visible(line), flush=True)
+
+
+def _visible(text: str) -> str:
+    """The text without characters that would command a terminal: names in others' files and of files may have some."""
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 
 
 def devices() -> str:

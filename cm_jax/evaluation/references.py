@@ -3,8 +3,6 @@
 import hashlib
 import logging
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,12 @@ from cm_jax.evaluation.judge import Judge, Summary, summarise
 from cm_jax.evaluation.moments import Gaussian
 from cm_jax.files import writing, written_beside
 from cm_jax.networks.inception_v3 import CHANNELS
+from cm_jax.npz_files import read_npz
 
 log = logging.getLogger("cm_jax.evaluation")
 
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """What the original evaluator calls mean and covariance."""
-_DAMAGED = (OSError, ValueError, EOFError, MemoryError, KeyError, zipfile.BadZipFile, zlib.error)
 _VERSION = "1"
 """Of what is in the cache."""
 
@@ -55,18 +53,16 @@ def read_statistics(path: Path) -> Summary | None:
 
     Raises InputError for a file that is none, or whose statistics do not belong together.
     """
+    names: list[str] = []
+
+    def wanted(there: list[str]) -> list[str]:
+        names.extend(there)
+        return [key for keys in _KEYS.values() for key in keys if key in there]
+
     try:
-        with path.open("rb") as stream:
-            if not zipfile.is_zipfile(stream):
-                raise ValueError("it is no .npz file, or not a complete one")
-            stream.seek(0)
-            with np.load(stream, allow_pickle=False) as file:
-                names = set(file.files)
-                found = {key: file[key] for keys in _KEYS.values() for key in keys if key in names}
-    except _DAMAGED as error:
-        raise InputError(
-            f"{path} cannot be used as a reference: {getattr(error, 'strerror', None) or error}."
-        ) from error
+        found = read_npz(path, wanted)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be used as a reference: {error}.") from error
     gaussians = {}
     for use, (mean, covariance) in _KEYS.items():
         if (mean in found) != (covariance in found):
@@ -135,11 +131,9 @@ def summarised(
 def _cached(place: Path) -> Gaussian | np.ndarray | None:
     """What lies in the cache; None where there is nothing, or nothing whole."""
     try:
-        with np.load(place, allow_pickle=False) as file:
-            if "features" in file.files:
-                return file["features"]
-            return Gaussian(file["mean"], file["covariance"])
-    except _DAMAGED:
+        file = read_npz(place, lambda names: names)
+        return file["features"] if "features" in file else Gaussian(file["mean"], file["covariance"])
+    except (ValueError, KeyError):
         return None
 
 

@@ -28,27 +28,137 @@ from cm_jax.evaluation import Judge
 from cm_jax.presets import PRESETS
 from tools.fuzz.watching import Reached
 
-FILES = ("ours", "diffusers", "openai.pt", "run", "picture.png", "mask.png", "images.npz", "statistics.npz", "folder", "jcm")
+FILES = (
+    "ours",
+    "diffusers",
+    "openai.pt",
+    "run",
+    "picture.png",
+    "mask.png",
+    "images.npz",
+    "statistics.npz",
+    "folder",
+    "jcm",
+)
 """Of seeds.write, in the working folder."""
 _PATHS = (
     *("nothing.pt", "picture.png/below", "ours", "folder", "run", "run/best", "openai.pt", "picture.png", "images.npz"),
     *("", ".", "..", "/", "//", "/dev/null", "/dev/full", "/proc/self/mem", "/proc/self/nothing.png", "~", "~nobody/x"),
-    *("~/nothing", "x" * 300, "a/" * 2000 + "b", "emoji16_cd", "cd_imagenet64_l2", "new/deep/x.png", "empty", "a\nb.png"),
+    *(
+        "~/nothing",
+        "x" * 300,
+        "a/" * 2000 + "b",
+        "emoji16_cd",
+        "cd_imagenet64_l2",
+        "new/deep/x.png",
+        "empty",
+        "a\nb.png",
+    ),
     *("\udcff\udcfe.png", "\x1b[2J.png", "näh.png", "-", "--", "-x", "*.png", "$(touch CANARY)", "`touch CANARY`"),
     *("fifo", "loop", "dangling", "%s%n", "emoji:held_out", "emoji:x", "tfds:nothing", "tfds:", "lpips.safetensors"),
 )
 _NUMBERS = (
-    *("0", "1", "2", "3", "-1", "8", "17", "18", "1e3", "1.5", "nan", "inf", "-inf", "1e39", "1e400", "0x10", "1_000", " 1"),
-    *("٣", "²", "9" * 30, "9" * 5000, "4294967296", "1000000000", "2147483648", "-2147483649", "True", "None", "1,2", ""),
+    *(
+        "0",
+        "1",
+        "2",
+        "3",
+        "-1",
+        "8",
+        "17",
+        "18",
+        "1e3",
+        "1.5",
+        "nan",
+        "inf",
+        "-inf",
+        "1e39",
+        "1e400",
+        "0x10",
+        "1_000",
+        " 1",
+    ),
+    *(
+        "٣",
+        "²",
+        "9" * 30,
+        "9" * 5000,
+        "4294967296",
+        "1000000000",
+        "2147483648",
+        "-2147483649",
+        "True",
+        "None",
+        "1,2",
+        "",
+    ),
 )
 _LISTS = (
-    *("8,0", "0,8,17", "80,1.38", "0,1,2", "1,,2", ",", "8;0", "1.5,0", "nan,1", "80,nan", "inf,80", "-1,0", "1" + ",1" * 20_000),
-    *("king penguin", "a", "all", "ALL", "a,b", "zz", "\u202e", "3", "fid", "fid,kid", "bpd", "fid,,", "pr,prdc,is", "3,8"),
+    *(
+        "8,0",
+        "0,8,17",
+        "80,1.38",
+        "0,1,2",
+        "1,,2",
+        ",",
+        "8;0",
+        "1.5,0",
+        "nan,1",
+        "80,nan",
+        "inf,80",
+        "-1,0",
+        "1" + ",1" * 20_000,
+    ),
+    *(
+        "king penguin",
+        "a",
+        "all",
+        "ALL",
+        "a,b",
+        "zz",
+        "\u202e",
+        "3",
+        "fid",
+        "fid,kid",
+        "bpd",
+        "fid,,",
+        "pr,prdc,is",
+        "3,8",
+    ),
     *("0,0,8,8", "8,8,0,0", "-1,0,4,4", "0,0,999999999999,4", "1e3,0,0,0", "9" * 400 + ",0"),
 )
 _WORDS = (
-    *("--help", "-h", "--", "-", "---", "--=", "=", "--x=1", "--seed", "--seed=", "--no-check", "--labels", "--count=4"),
-    *("sample", "inpaint", "emoji32-edm", "@file", "\\", "'", '"', ";", "|", "\x00"[:0], "\x1b]0;x\x07", "😀", "--ſeed", "--Seed"),
+    *(
+        "--help",
+        "-h",
+        "--",
+        "-",
+        "---",
+        "--=",
+        "=",
+        "--x=1",
+        "--seed",
+        "--seed=",
+        "--no-check",
+        "--labels",
+        "--count=4",
+    ),
+    *(
+        "sample",
+        "inpaint",
+        "emoji32-edm",
+        "@file",
+        "\\",
+        "'",
+        '"',
+        ";",
+        "|",
+        "\x00"[:0],
+        "\x1b]0;x\x07",
+        "😀",
+        "--ſeed",
+        "--Seed",
+    ),
     *("--network.width", "--network.nothing", "--objective", "--network", "--..", "--.", "--settings", "--options.run"),
 )
 
@@ -107,7 +217,9 @@ def _mistyped(words: Words, options: Sequence[str], dice: random.Random) -> Word
     place = dice.randrange(len(words))
     word = words[place]
     cut = dice.randrange(len(word) + 1)
-    other = dice.choice([word[:cut] + word[cut + 1 :], word[:cut], word[:cut] + dice.choice("x-=.,é0 ") + word[cut:], word.upper()])
+    other = dice.choice(
+        [word[:cut] + word[cut + 1 :], word[:cut], word[:cut] + dice.choice("x-=.,é0 ") + word[cut:], word.upper()]
+    )
     return [*words[:place], other, *words[place + 1 :]]
 
 
@@ -147,40 +259,70 @@ def _of(*kinds: type) -> Callable[[str], Sequence[str]]:
 COMMANDS: tuple[Command, ...] = (
     Command(
         "sample",
-        ("ours", "ours --count 6 --labels 0,1 --output new.npz", "openai.pt --steps 2", "run/best --labels a --seed 3",
-         "diffusers --timesteps 8,0 --output new", "emoji16_cd --count 4 --sigmas 80,1 --sampler consistency"),
+        (
+            "ours",
+            "ours --count 6 --labels 0,1 --output new.npz",
+            "openai.pt --steps 2",
+            "run/best --labels a --seed 3",
+            "diffusers --timesteps 8,0 --output new",
+            "emoji16_cd --count 4 --sigmas 80,1 --sampler consistency",
+        ),
         _of(Sample),
     ),
     Command(
         "edit",
-        ("inpaint picture.png --checkpoint ours --labels 0 --mask mask.png", "inpaint picture.png --checkpoint ours --labels a --box 2,2,9,9",
-         "colourise picture.png --checkpoint ours --labels 0 --sigmas 80", "superres picture.png --checkpoint ours --labels b --patch 2",
-         "repaint picture.png mask.png --checkpoint run --labels 0,1 --folder new", "denoise picture.png --sigma 0.5 --add --checkpoint ours --labels 0",
-         "interpolate picture.png mask.png --checkpoint ours --labels 0", "interpolate --seeds 3,8 --frames 4 --checkpoint ours --labels 0"),
+        (
+            "inpaint picture.png --checkpoint ours --labels 0 --mask mask.png",
+            "inpaint picture.png --checkpoint ours --labels a --box 2,2,9,9",
+            "colourise picture.png --checkpoint ours --labels 0 --sigmas 80",
+            "superres picture.png --checkpoint ours --labels b --patch 2",
+            "repaint picture.png mask.png --checkpoint run --labels 0,1 --folder new",
+            "denoise picture.png --sigma 0.5 --add --checkpoint ours --labels 0",
+            "interpolate picture.png mask.png --checkpoint ours --labels 0",
+            "interpolate --seeds 3,8 --frames 4 --checkpoint ours --labels 0",
+        ),
         _of(*editing._KINDS.values()),
     ),
     Command(
         "convert",
-        ("ours new.pt", "openai.pt new --image-size 8 --head-width 16 --scalings consistency --levels 18", "ours new --to diffusers",
-         "jcm new --image-size 8 --scalings consistency --levels 18", "diffusers new --levels 9", "run/best new --check"),
+        (
+            "ours new.pt",
+            "openai.pt new --image-size 8 --head-width 16 --scalings consistency --levels 18",
+            "ours new --to diffusers",
+            "jcm new --image-size 8 --scalings consistency --levels 18",
+            "diffusers new --levels 9",
+            "run/best new --check",
+        ),
         _of(Convert),
     ),
     Command(
         "train",
-        ("emoji32-edm --dry-run", "emoji32-sct --dry-run --batch-size 8 --network.width 32", "emoji32-ict --dry-run --network.multipliers 1 2",
-         "cifar10-edm --dry-run --data ImageFolder --data.path folder", "emoji32-cd --dry-run --teacher ours",
-         "emoji32-edm --dry-run --data NpzData --data.path images.npz --objective ConsistencyTraining"),
+        (
+            "emoji32-edm --dry-run",
+            "emoji32-sct --dry-run --batch-size 8 --network.width 32",
+            "emoji32-ict --dry-run --network.multipliers 1 2",
+            "cifar10-edm --dry-run --data ImageFolder --data.path folder",
+            "emoji32-cd --dry-run --teacher ours",
+            "emoji32-edm --dry-run --data NpzData --data.path images.npz --objective ConsistencyTraining",
+        ),
         _training_options,
     ),
     Command(
         "evaluate",
-        ("images.npz images.npz", "folder folder --metrics fid,kid --output new.json", "ours images.npz --count 4 --steps 2",
-         "ours images.npz --metrics bpd", "images.npz statistics.npz --save-reference new.npz"),
+        (
+            "images.npz images.npz",
+            "folder folder --metrics fid,kid --output new.json",
+            "ours images.npz --count 4 --steps 2",
+            "ours images.npz --metrics bpd",
+            "images.npz statistics.npz --save-reference new.npz",
+        ),
         _of(Evaluate),
     ),
     Command("tune", ("ours images.npz --count 4", "run folder --steps 3 --count 3"), _of(Tune)),
     Command("demo", ("ours", "ours openai.pt --port 8000", "--host 127.0.0.1"), _of(Demo)),
-    Command("", ("sample ours", "edit inpaint picture.png", "--help", "train --help", "sampel"), lambda line: ("--help",)),
+    Command(
+        "", ("sample ours", "edit inpaint picture.png", "--help", "train --help", "sampel"), lambda line: ("--help",)
+    ),
 )
 
 

@@ -36,7 +36,10 @@ def damaged(content: bytes, dice: random.Random) -> bytes:
 def _place(content: bytearray, dice: random.Random) -> int:
     """Headers are at the beginning of most formats, and at the end of zip archives."""
     size = len(content)
-    return min(max(0, size - 1), dice.choice([dice.randrange(size + 1), dice.randrange(200), size - dice.randrange(200)]) % (size + 1))
+    return min(
+        max(0, size - 1),
+        dice.choice([dice.randrange(size + 1), dice.randrange(200), size - dice.randrange(200)]) % (size + 1),
+    )
 
 
 def _scattered(content: bytearray, dice: random.Random) -> bytes:
@@ -221,7 +224,9 @@ def npy_damaged(content: bytes, dice: random.Random) -> bytes:
     """A .npy file whose header names another type, order or shape: an array of petabytes, of objects, of nothing."""
     if dice.random() < 0.5 or not content.startswith(b"\x93NUMPY"):
         return damaged(content, dice)
-    shape = dice.choice(["(%d,)" % 2**50, "(0,)", "(-1,)", "()", "(2,)", "'x'", "(1e9,)", f"({2**40}, {2**40})", "(7, 5, 5)"])
+    shape = dice.choice(
+        ["(%d,)" % 2**50, "(0,)", "(-1,)", "()", "(2,)", "'x'", "(1e9,)", f"({2**40}, {2**40})", "(7, 5, 5)"]
+    )
     kind = dice.choice(["'<f4'", "'|u1'", "'|O'", "'>i8'", "'<U9'", "'|V2'", "[('a','<f4')]", "'M8'", "None", "'<f2'"])
     text = f"{{'descr': {kind}, 'fortran_order': {dice.choice(['True', 'False', '3'])}, 'shape': {shape}, }}"
     text = dice.choice([text] * 6 + ["{" * 9000, "__import__('os').system('touch CANARY')", "(" * 200 + ")" * 200])

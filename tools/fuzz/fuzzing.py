@@ -62,11 +62,15 @@ class Workplace:
         if not self._fresh:
             self._empty()
             shutil.copytree(self.pristine, self.work, symlinks=True, dirs_exist_ok=True)
-        said = any(word.endswith(".pt") for word in words)
         with inside(self.work), commands.without_work(self.cache):
-            found = watched(lambda: commands.obey(words), self.work, lambda name: name.startswith("new") or said)
+            found = watched(lambda: commands.obey(words), self.work, self._may_write)
         self._fresh = found.outcome == "refused"
         return found, "cm-jax " + " ".join(map(repr, words))[:2000]
+
+    def _may_write(self, name: str, outcome: str) -> bool:
+        """A command that was obeyed writes something new; `convert` also replaces .pt and .safetensors files."""
+        there = (self.pristine / Path(name).parts[0]).exists()
+        return outcome == "used" and (not there or name.endswith((".pt", ".safetensors")))
 
     def _empty(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from cm_jax import checkpoints, perceptual, settings
+from cm_jax import perceptual, settings
 from cm_jax.conversion import Untold, judges, read
 from cm_jax.conversion.pickles import read_arrays, read_torch
 from cm_jax.data import ImageFolder, NpzData
 from cm_jax.editing import fitting
 from cm_jax.evaluation import references
 from cm_jax.evaluation.image_sets import open_images
+from cm_jax.errors import InputError
 from cm_jax.model import find
+from cm_jax.presets import PRESETS
 from cm_jax.training import loop
 from cm_jax.training.log import EVALUATIONS, METRICS, Log, read_metrics
 from cm_jax.training.record import record_start
@@ -44,14 +47,17 @@ class Target:
     files: tuple[str, ...]
     """Files or folders of seeds.write that it is given."""
     injure: Callable[[Path, random.Random], None]
-    may_write: Callable[[str], bool] = lambda name: False
+    may_write: Callable[[str, str], bool] = lambda name, outcome: False
+    """Given the name of a file, and whether the input was used or refused."""
 
     def prepare(self, seed: Path, folder: Path, dice: random.Random) -> None:
         """Copy the good files into an empty folder, and damage them."""
         for name in self.files:
             copy = shutil.copytree if (seed / name).is_dir() else shutil.copyfile
             copy(seed / name, folder / name)
-        self.injure(folder, dice)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zipfile does not like two entries of one name
+            self.injure(folder, dice)
 
 
 def rewritten(name: str, *ways: Callable[[bytes, random.Random], bytes]) -> Callable[[Path, random.Random], None]:
@@ -109,7 +115,9 @@ def _injected(content: bytes, dice: random.Random) -> bytes:
 def _poisoned(content: bytes, dice: random.Random) -> bytes:
     """A zip archive whose pickle would run code."""
     way = dice.choice([_injected, _injected, damaged])
-    return zip_damaged(content, dice, lambda data, dice: way(data, dice) if data[:1] == b"\x80" else damaged(data, dice))
+    return zip_damaged(
+        content, dice, lambda data, dice: way(data, dice) if data[:1] == b"\x80" else damaged(data, dice)
+    )
 
 
 def _legacy(content: bytes, dice: random.Random) -> bytes:
@@ -135,7 +143,12 @@ def _npz(content: bytes, dice: random.Random) -> bytes:
 def _png(content: bytes, dice: random.Random) -> bytes:
     """A PNG whose header claims another size, depth or kind, with a checksum that fits."""
     sizes = [0, 1, 7, 20, 8000, 8192, 2**16, 2**24, 2**31 - 1, 2**32 - 1]
-    told = struct.pack(">IIBBBBB", dice.choice(sizes), dice.choice(sizes), *(dice.choice([0, 1, 2, 3, 4, 8, 16, 255]) for _ in range(5)))
+    told = struct.pack(
+        ">IIBBBBB",
+        dice.choice(sizes),
+        dice.choice(sizes),
+        *(dice.choice([0, 1, 2, 3, 4, 8, 16, 255]) for _ in range(5)),
+    )
     told = told[:8] + dice.choice([bytes([8, 2, 0, 0, 0]), told[8:]])
     return content[:12] + b"IHDR" + told + struct.pack(">I", zlib.crc32(b"IHDR" + told)) + content[33:]
 
@@ -162,7 +175,9 @@ def _told(dice: random.Random, told: Untold) -> Untold:
 
 
 def _converted(folder: Path, dice: random.Random) -> None:
-    read(folder / next(name for name in ("openai.pt", "legacy.pt", "jcm") if (folder / name).exists()), _told(dice, TOLD))
+    read(
+        folder / next(name for name in ("openai.pt", "legacy.pt", "jcm") if (folder / name).exists()), _told(dice, TOLD)
+    )
 
 
 def _jcm(folder: Path, dice: random.Random) -> None:
@@ -178,7 +193,7 @@ def _run(folder: Path, dice: random.Random) -> None:
         lambda: read_metrics(run / METRICS),
         lambda: read_metrics(run / EVALUATIONS),
         lambda: record_start(run, 10, ["train.py"]),
-        lambda: loop._agree(run, dataclasses.replace(loop_settings())),
+        lambda: loop._agree(run, PRESETS["emoji32-edm"]()),
         lambda: _resumed(run),
         lambda: Log(run, 5).close(),
     ]
@@ -186,18 +201,10 @@ def _run(folder: Path, dice: random.Random) -> None:
     for way in ways:
         try:
             way()
-        except checkpoints.InputError as error:
+        except InputError as error:
             failures.append(error)
-    if not [*run.glob("checkpoints/*/params")]:
-        return
     if failures:
         raise failures[0]
-
-
-def loop_settings() -> Training:
-    from cm_jax.presets import PRESETS
-
-    return PRESETS["emoji32-edm"]()
 
 
 def _resumed(run: Path) -> None:
@@ -206,9 +213,16 @@ def _resumed(run: Path) -> None:
         opened.resume(seeds.STATE)
 
 
-def _of_a_run(name: str) -> bool:
+def _of_a_run(name: str, outcome: str) -> bool:
     """What a run that goes on writes: its records, cut back to where it goes on, and the lock. Never a checkpoint."""
-    records = ("run/run.json", "run/config.json", "run/.lock", "run/metrics.csv", "run/evaluations.csv", "run/tensorboard")
+    records = (
+        "run/run.json",
+        "run/config.json",
+        "run/.lock",
+        "run/metrics.csv",
+        "run/evaluations.csv",
+        "run/tensorboard",
+    )
     return name.startswith(records) or name == "run/checkpoints"
 
 
@@ -270,25 +284,66 @@ def _config(folder: Path, dice: random.Random) -> None:
     jax.tree.leaves(read(folder / "ours", TOLD if dice.random() < 0.1 else Untold()).params)
 
 
-PICTURES = ("picture.png", "picture.jpg", "picture.webp", "picture.gif", "picture.bmp", "palette.png", "sixteen.png", "frames.gif", "turned.jpg")
+PICTURES = (
+    "picture.png",
+    "picture.jpg",
+    "picture.webp",
+    "picture.gif",
+    "picture.bmp",
+    "palette.png",
+    "sixteen.png",
+    "frames.gif",
+    "turned.jpg",
+)
 
 READERS: tuple[Target, ...] = (
     Target("openai .pt", _converted, ("openai.pt",), rewritten("openai.pt", _poisoned, _poisoned, zip_damaged, _bombs)),
     Target("openai .pt of before 1.6", _converted, ("legacy.pt",), rewritten("legacy.pt", damaged, _legacy)),
-    Target("safetensors", lambda folder, dice: read(folder / "diffusers", _told(dice, TOLD)), ("diffusers",),
-           rewritten("diffusers/unet/diffusion_pytorch_model.safetensors", safetensors_damaged)),
-    Target("diffusers folder", lambda folder, dice: read(folder / "diffusers"), ("diffusers",),
-           one_of(anywhere("diffusers"), rewritten("diffusers/unet/config.json", json_damaged),
-                  rewritten("diffusers/scheduler/scheduler_config.json", json_damaged))),
+    Target(
+        "safetensors",
+        lambda folder, dice: read(folder / "diffusers", _told(dice, TOLD)),
+        ("diffusers",),
+        rewritten("diffusers/unet/diffusion_pytorch_model.safetensors", safetensors_damaged),
+    ),
+    Target(
+        "diffusers folder",
+        lambda folder, dice: read(folder / "diffusers"),
+        ("diffusers",),
+        one_of(
+            anywhere("diffusers"),
+            rewritten("diffusers/unet/config.json", json_damaged),
+            rewritten("diffusers/scheduler/scheduler_config.json", json_damaged),
+        ),
+    ),
     Target("our checkpoint, config.json", _config, ("ours",), rewritten("ours/config.json", json_damaged)),
     Target("our checkpoint, any file", _config, ("ours",), anywhere("ours")),
     Target("run, any file", _run, ("run",), anywhere("run"), _of_a_run),
-    Target("run, metrics.csv", _run, ("run",), one_of(rewritten("run/metrics.csv", _csv), rewritten("run/evaluations.csv", _csv)), _of_a_run),
-    Target("run, JSON files", _run, ("run",), one_of(*(rewritten(f"run/{name}.json", json_damaged) for name in ("best", "run", "config"))), _of_a_run),
-    Target("run, state.npz", _state, ("run",), rewritten("run/checkpoints/00000010/state/state.npz", _npz, damaged), _of_a_run),
+    Target(
+        "run, metrics.csv",
+        _run,
+        ("run",),
+        one_of(rewritten("run/metrics.csv", _csv), rewritten("run/evaluations.csv", _csv)),
+        _of_a_run,
+    ),
+    Target(
+        "run, JSON files",
+        _run,
+        ("run",),
+        one_of(*(rewritten(f"run/{name}.json", json_damaged) for name in ("best", "run", "config"))),
+        _of_a_run,
+    ),
+    Target(
+        "run, state.npz",
+        _state,
+        ("run",),
+        rewritten("run/checkpoints/00000010/state/state.npz", _npz, damaged),
+        _of_a_run,
+    ),
     Target("settings of a run", _settings, ("training.json",), rewritten("training.json", json_damaged)),
     Target("jcm (MessagePack)", _jcm, ("jcm",), rewritten("jcm", damaged)),
-    Target("weights of a judge", _weights, ("weights.safetensors",), rewritten("weights.safetensors", safetensors_damaged)),
+    Target(
+        "weights of a judge", _weights, ("weights.safetensors",), rewritten("weights.safetensors", safetensors_damaged)
+    ),
     Target("Inception (TorchScript)", _inception, ("inception.pt",), rewritten("inception.pt", _poisoned, zip_damaged)),
     Target("LPIPS (pickle of arrays)", _lpips, ("arrays.ckpt",), rewritten("arrays.ckpt", damaged, _injected)),
     Target("statistics .npz", _statistics, ("statistics.npz",), rewritten("statistics.npz", _npz)),

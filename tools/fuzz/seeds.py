@@ -50,7 +50,9 @@ def write(top: Path) -> None:
     _torch_files(top, tensors)
     _run(top / "run", params)
     _flax_files(top)
-    perceptual.FILE.save(top / "weights.safetensors", jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), WEIGHTS))
+    perceptual.FILE.save(
+        top / "weights.safetensors", jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), WEIGHTS)
+    )
     statistics = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
     np.savez(top / "statistics.npz", **statistics)  # type: ignore[arg-type]
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)

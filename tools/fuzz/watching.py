@@ -56,8 +56,8 @@ def _mark(path: Path) -> Any:
     return None if path.is_dir() else (told.st_size, told.st_mtime_ns, told.st_ino)
 
 
-def watched(use: Callable[[], Any], folder: Path, may_write: Callable[[str], bool] = lambda name: False) -> Found:
-    """Use an input that lies in `folder`, the working folder; a read may change no file there but those it `may_write`.
+def watched(use: Callable[[], Any], folder: Path, may_write: Callable[[str, Outcome], bool]) -> Found:
+    """Use an input that lies in `folder`, the working folder; and no file there may change but those it `may_write`.
 
     `use` raises InputError, or SystemExit as commands do.
     """
@@ -87,7 +87,7 @@ def watched(use: Callable[[], Any], folder: Path, may_write: Callable[[str], boo
         why = f"code of the file ran. {why}"
     after = snapshot(folder)
     changed = sorted(name for name in {**before, **after} if before.get(name, 0) != after.get(name, 0))
-    wrong = [name for name in changed if not may_write(name) or (outcome == "refused" and name not in before)]
+    wrong = [name for name in changed if not may_write(name, outcome)]
     if not why and wrong:
         why = f"{outcome}, and on the disk this was written, changed or removed: {', '.join(wrong)[:500]}"
     if not why and _peak() - memory > GIGABYTES * 2**30:

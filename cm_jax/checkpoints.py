@@ -122,6 +122,9 @@ class _Loop(asyncio.SelectorEventLoop):
         with contextlib.suppress(RuntimeError):
             return super().call_soon_threadsafe(callback, *args, context=context)
 
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Of what nobody waits for any more."""
+
 
 class _Loops(asyncio.DefaultEventLoopPolicy):
     def new_event_loop(self) -> asyncio.AbstractEventLoop:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 import numpy as np
 
 from cm_jax import cli, settings
@@ -156,7 +155,7 @@ _WORDS = (
         "\x00"[:0],
         "\x1b]0;x\x07",
         "😀",
-        "--ſeed",
+        "--séed",
         "--Seed",
     ),
     *("--network.width", "--network.nothing", "--objective", "--network", "--..", "--.", "--settings", "--options.run"),

@@ -201,7 +201,7 @@ def safetensors_damaged(content: bytes, dice: random.Random) -> bytes:
     (size,) = struct.unpack("<Q", content[:8])
     header, rest = json.loads(content[8 : 8 + size]), content[8 + size :]
     for _ in range(dice.choice([1, 1, 2])):
-        tensors = [name for name in header if name != "__metadata__"]
+        tensors = [name for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict)]
         what = dice.randrange(6) if tensors else 5
         entry = header[dice.choice(tensors)] if tensors else {}
         if what == 0:
@@ -225,7 +225,7 @@ def npy_damaged(content: bytes, dice: random.Random) -> bytes:
     if dice.random() < 0.5 or not content.startswith(b"\x93NUMPY"):
         return damaged(content, dice)
     shape = dice.choice(
-        ["(%d,)" % 2**50, "(0,)", "(-1,)", "()", "(2,)", "'x'", "(1e9,)", f"({2**40}, {2**40})", "(7, 5, 5)"]
+        [f"({2**50},)", "(0,)", "(-1,)", "()", "(2,)", "'x'", "(1e9,)", f"({2**40}, {2**40})", "(7, 5, 5)"]
     )
     kind = dice.choice(["'<f4'", "'|u1'", "'|O'", "'>i8'", "'<U9'", "'|V2'", "[('a','<f4')]", "'M8'", "None", "'<f2'"])
     text = f"{{'descr': {kind}, 'fortran_order': {dice.choice(['True', 'False', '3'])}, 'shape': {shape}, }}"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import random
 import shutil
 import struct
@@ -20,9 +19,9 @@ from cm_jax.conversion import Untold, judges, read
 from cm_jax.conversion.pickles import read_arrays, read_torch
 from cm_jax.data import ImageFolder, NpzData
 from cm_jax.editing import fitting
+from cm_jax.errors import InputError
 from cm_jax.evaluation import references
 from cm_jax.evaluation.image_sets import open_images
-from cm_jax.errors import InputError
 from cm_jax.model import find
 from cm_jax.presets import PRESETS
 from cm_jax.training import loop
@@ -223,7 +222,7 @@ def _of_a_run(name: str, outcome: str) -> bool:
         "run/evaluations.csv",
         "run/tensorboard",
     )
-    return name.startswith(records) or name == "run/checkpoints"
+    return name.startswith(records) or name in ("run", "run/checkpoints")
 
 
 def _state(folder: Path, dice: random.Random) -> None:

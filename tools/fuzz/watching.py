@@ -27,7 +27,7 @@ _LONGEST = 20_000
 Outcome = Literal["used", "refused", "fault"]
 
 
-class Reached(BaseException):  # noqa: N818  it is no error: the work that was asked for would begin here
+class Reached(BaseException):
     """In the place of drawing, training and serving: nothing catches it, and the input counts as used."""
 
 
@@ -43,6 +43,8 @@ class Found:
     seconds: float
     why: str = ""
     """Of a fault: what happened, and where."""
+    untouched: bool = True
+    """Whether the folder is as it was."""
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def watched(use: Callable[[], Any], folder: Path, may_write: Callable[[str, Outc
         why = f"{outcome}, and on the disk this was written, changed or removed: {', '.join(wrong)[:500]}"
     if not why and _peak() - memory > GIGABYTES * 2**30:
         why = f"it took {(_peak() - memory) / 2**30:.1f} GiB of memory"
-    return Found("fault" if why else outcome, seconds, why)
+    return Found("fault" if why else outcome, seconds, why, not changed)
 
 
 def _wrong_message(text: str) -> str:

@@ -48,6 +48,8 @@ _BYTES = (pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINBYTES8)
 """What NumPy's arrays take beside these."""
 _LARGEST_DESCRIPTION = 64 * 2**20
 """A description of a thousand tensors takes 0.2 MB; a larger pickle than this is not one."""
+_LARGEST_RATIO = 20
+"""Of an archive's content to its size. torch.save does not compress, and weights that somebody compressed stay near 1."""
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """The magic number of torch.save before PyTorch 1.6, pickled."""
 
@@ -242,6 +244,12 @@ def _read_zip(path: Path) -> Any:
     """What torch.save put into a zip archive."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
+        unpacked, size = sum(entry.file_size for entry in entries.values()), path.stat().st_size
+        if unpacked > _LARGEST_DESCRIPTION + _LARGEST_RATIO * size:
+            raise InputError(
+                f"{path} has {size:,} bytes and says that it unpacks to {unpacked:,}, as no weights do: refused. "
+                "Save it again with torch.save."
+            )
         description = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
         if description is None or entries[description].file_size > _LARGEST_DESCRIPTION:
             raise zipfile.BadZipFile("no description of tensors in it")

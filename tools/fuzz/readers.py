@@ -104,7 +104,7 @@ def _pickles() -> list[bytes]:
 
 @functools.cache
 def _bomb() -> bytes:
-    return payloads.bomb("archive", 2**29)
+    return payloads.bomb("archive", 2**28)
 
 
 def _injected(content: bytes, dice: random.Random) -> bytes:
@@ -126,7 +126,7 @@ def _legacy(content: bytes, dice: random.Random) -> bytes:
 
 
 def _bombs(content: bytes, dice: random.Random) -> bytes:
-    return _bomb() if dice.random() < 0.02 else damaged(content, dice)
+    return _bomb() if dice.random() < 0.05 else damaged(content, dice)
 
 
 def _npz(content: bytes, dice: random.Random) -> bytes:

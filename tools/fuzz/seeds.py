@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def _torch_files(top: Path, tensors: dict[str, np.ndarray]) -> None:
         def forward(self, x: Any) -> Any:
             return self.layers["norm"](self.layers["conv"](x))
 
-    torch.jit.save(torch.jit.trace(Layers().eval(), torch.zeros(1, 3, 8, 8)), top / "inception.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, which files are in all the same
+        torch.jit.save(torch.jit.trace(Layers().eval(), torch.zeros(1, 3, 8, 8)), top / "inception.pt")
 
 
 def _flax_files(top: Path) -> None:
@@ -88,7 +91,7 @@ def _flax_files(top: Path) -> None:
     ours = dict(leaves(JCM_NETWORK.shapes()))
     shapes = {name: rule.their_shape(ours[rule.ours].shape) for rule in jcm.rules(JCM_NETWORK) for name in rule.theirs}
     branch = nested({name: packed(np.full(shape, 0.1, np.float32)) for name, shape in shapes.items()})
-    (top / "jcm").write_bytes(msgpack.packb({"step": 3, "model_state": {}, "params_ema": branch}))
+    (top / "jcm").write_bytes(msgpack.packb({"step": 3, "model_state": {}, "params_ema": branch}) or b"")
     arrays = {"VGG16_0": {"Conv_0": {"kernel": np.ones((3, 3, 3, 4), np.float32), "bias": np.ones(4, np.float32)}}}
     (top / "arrays.ckpt").write_bytes(pickle.dumps(arrays, 2))
 

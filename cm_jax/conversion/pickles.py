@@ -49,7 +49,7 @@ _BYTES = (pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINBYTES8)
 _LARGEST_DESCRIPTION = 64 * 2**20
 """A description of a thousand tensors takes 0.2 MB; a larger pickle than this is not one."""
 _LARGEST_RATIO = 20
-"""Of an archive's content to its size. torch.save does not compress, and weights that somebody compressed stay near 1."""
+"""Of an archive's content to its size. torch.save does not compress; weights that somebody compressed stay near 1."""
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """The magic number of torch.save before PyTorch 1.6, pickled."""
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,6 +11,7 @@ from cm_jax.data.base import Data, Dataset, Progress, checked_image_size
 from cm_jax.data.decoding import centre_crop
 from cm_jax.data.in_memory import InMemory
 from cm_jax.errors import InputError
+from cm_jax.files import named
 from cm_jax.npz_files import read_npz
 
 _IMAGES = ("images", "arr_0")
@@ -54,8 +54,8 @@ class NpzData(Data):
     def _read(self) -> dict[str, np.ndarray]:
         """images, and labels and names where there are any. Nothing in the file can run code."""
         try:
-            found = read_npz(Path(self.path).expanduser(), lambda names: self._wanted(names).values())
-        except (ValueError, RuntimeError) as error:  # RuntimeError: a home folder that is not known
+            found = read_npz(named(self.path), lambda names: self._wanted(names).values())
+        except ValueError as error:
             raise InputError(f"{self.path} cannot be used as an .npz file of images: {error}.") from error
         wanted = self._wanted(list(found))
         arrays = {use: found[name] for use, name in wanted.items()}

@@ -13,7 +13,7 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation.image_sets import ImageSet, Watch, of_dataset, open_images, unwatched
 from cm_jax.evaluation.judge import Judge, Summary, summarise
 from cm_jax.evaluation.moments import Gaussian
-from cm_jax.files import writing, written_beside
+from cm_jax.files import named, writing, written_beside
 from cm_jax.networks.inception_v3 import CHANNELS
 from cm_jax.npz_files import read_npz
 
@@ -34,7 +34,7 @@ def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int])
     """What `name` means as a reference for images of this shape: the statistics in a file where it has all that is
     needed, else images, as `open_images` finds them.
     """
-    path = Path(name).expanduser()
+    path = named(name)
     if path.suffix.lower() == ".npz" and path.is_file():
         known = read_statistics(path)
         if known is not None and all(getattr(known, need) is not None for need in needs):

@@ -160,6 +160,34 @@ def test_a_run_whose_config_is_no_text(tmp_path):
         loop._agree(tmp_path, PRESETS["emoji32-edm"]())
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"train emoji32-cd --dry-run --teacher {LONG}",
+        f"train emoji32-edm --dry-run --data ImageFolder --data.path {LONG}",
+        f"train emoji32-edm --dry-run --data NpzData --data.path {LONG}",
+        f"train emoji32-edm --dry-run --data TFDSData --data.name x --data.data-dir {LONG}",
+        f"evaluate {LONG} emoji",
+        f"evaluate emoji {LONG} --metrics bpd",
+        f"tune {LONG} emoji",
+        f"convert emoji16_cd {LONG}",
+        f"convert {LONG} x.safetensors --to lpips",
+        f"convert {LONG} x.safetensors --to inception",
+        f"sample --output {LONG}.png",
+        f"edit repaint {LONG}",
+        "evaluate ~nobody/x emoji",
+        "train emoji32-edm --dry-run --data ImageFolder --data.path ~nobody/x",
+    ],
+)
+def test_names_that_cannot_be_paths(capsys, tmp_path, line):
+    with inside(tmp_path):
+        failed(capsys, cli.main, *line.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_in_files_do_not_command_the_terminal(good, tmp_path, capsys):
     shutil.copytree(good / "ours", tmp_path / "ours")
     config = json.loads((tmp_path / "ours" / "config.json").read_text())

@@ -2,6 +2,7 @@
 
 CHECKPOINT/config.json    what the model is, with the format's version
 CHECKPOINT/params/        the parameter tree, every leaf in the precision it was given in
+CHECKPOINT/checksums.json CRC-32 of every leaf, because the store that Orbax writes into has none of them
 
 A run of training keeps a row of them, with what it needs to go on beside params/:
 RUN/checkpoints/00001000/ the checkpoint after 1000 batches
@@ -10,9 +11,11 @@ RUN/best.json             which of them an evaluation liked best
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
     with written_beside(directory) as beside:
         beside.mkdir()
         (beside / "config.json").write_text(config.to_json(), "utf-8")
+        checksums = {name: _checksum(leaf) for name, leaf in leaves(params)}
+        (beside / _CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n", "utf-8")
         # Orbax would hold the whole tree twice more while it writes; so it holds a gigabyte and files of 64 MB.
         alone = _this_process()
         handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, multiprocessing_options=alone)
@@ -80,7 +85,8 @@ def restore(
     """Config and parameters of a checkpoint, in the saved precision or another `dtype`.
 
     Parameters come as NumPy arrays on the host, or, with `sharding`, as JAX arrays placed so, whatever the devices were
-    that saved them. Raises InputError for a damaged checkpoint, or one whose config contradicts its arrays.
+    that saved them. As they were saved, they are compared with their checksums where they have some.
+    Raises InputError for a damaged checkpoint, or one whose config contradicts its arrays.
     """
     import orbax.checkpoint as ocp
 
@@ -105,7 +111,10 @@ def restore(
                 else ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype)
             )
             args = jax.tree.map(lambda _: how, saved.tree)
-            return config, checkpointer.restore(directory / "params", restore_args=args)
+            params = checkpointer.restore(directory / "params", restore_args=args)
+        if dtype is None and sharding is None:
+            _check(directory / _CHECKSUMS, params)
+        return config, params
     except InputError:
         raise
     except Exception as error:  # whatever Orbax and its store raise, the files are at fault
@@ -113,6 +122,23 @@ def restore(
         raise InputError(
             f"The parameters in {directory / 'params'} are damaged or incomplete ({reason}). Copy them again."
         ) from error
+
+
+_CHECKSUMS = "checksums.json"
+
+
+def _checksum(leaf: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+
+
+def _check(file: Path, params: Params) -> None:
+    """Raise ValueError where a leaf is not what was saved."""
+    if not file.exists():
+        return
+    saved = read_json(file)
+    wrong = [name for name, leaf in leaves(params) if saved.get(name) != _checksum(leaf)]
+    if wrong:
+        raise ValueError(f"the checksum of {wrong[0]} is not that of what was saved")
 
 
 class _Loop(asyncio.SelectorEventLoop):

@@ -156,7 +156,7 @@ def test_a_flipped_bit_in_our_checkpoint_is_noticed(tmp_path):
         damaged = bytearray(content)
         damaged[dice.randrange(len(damaged))] ^= 1 << dice.randrange(8)
         largest.write_bytes(damaged)
-        with pytest.raises(InputError, match="damaged or incomplete .the checksum of .* is not that"):
+        with pytest.raises(InputError, match=r"damaged or incomplete \(the checksum of .* is not that"):
             checkpoints.restore(tmp_path / "ours")
     largest.write_bytes(content)
     assert checkpoints.restore(tmp_path / "ours")[0] == source.config
@@ -174,6 +174,10 @@ def test_keys_of_another_size_are_damage(good, tmp_path):
 def test_a_run_whose_config_is_no_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(InputError, match="is not the config of a run"):
+        loop._agree(tmp_path, PRESETS["emoji32-edm"]())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
         loop._agree(tmp_path, PRESETS["emoji32-edm"]())
 
 

@@ -85,9 +85,11 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     except (zipfile.BadZipFile, EOFError) as error:
         size = path.stat().st_size
         hint = "It is empty." if size == 0 else "Download it again, or save it again with torch.save."
-        raise InputError(f"{path} ({size:,} bytes) is not a complete file of torch.save: {error}. {hint}") from error
+        raise InputError(
+            f"{path} ({size:,} bytes) is not a complete file of torch.save: {str(error)[:300]}. {hint}"
+        ) from error
     except Exception as error:  # a pickle can fail in any way; whatever it is, the file is at fault
-        raise InputError(f"{path} is damaged: its list of tensors cannot be read ({error}).") from error
+        raise InputError(f"{path} is damaged: its list of tensors cannot be read ({str(error)[:300]}).") from error
     if (
         not isinstance(content, dict)
         or not content
@@ -114,7 +116,7 @@ def read_arrays(path: Path) -> dict[str, LazyTensor]:
         raise
     except Exception as error:  # as above
         raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a complete pickle of NumPy arrays: {error!r}. "
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete pickle of NumPy arrays: {repr(error)[:300]}. "
             "Download it again."
         ) from error
     return flat
@@ -190,8 +192,8 @@ class _TensorUnpickler(_Unpickler):
         def read() -> np.ndarray:
             try:
                 content = self._read(storage)
-            except (zipfile.BadZipFile, EOFError, OSError, KeyError) as error:
-                raise InputError(f"{self._path} is damaged: {error}. Download it again.") from error
+            except Exception as error:  # zip and zlib have many kinds; all of them mean this file
+                raise InputError(f"{self._path} is damaged: {str(error)[:300]}. Download it again.") from error
             numbers = np.frombuffer(content, storage.dtype)
             steps = [stride * storage.dtype.itemsize for stride in strides]
             return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)

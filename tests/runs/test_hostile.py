@@ -125,6 +125,19 @@ def test_npz_files_of_every_damage_are_refused(tmp_path, content, patch, message
         read_statistics(path)
 
 
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [((8, 32), "compressed patched data"), ((8, 1), "encrypted"), ((10, 77), "compression method")],
+)
+def test_storages_that_cannot_be_unpacked_are_refused(good, tmp_path, patch, message):
+    written = bytearray((good / "openai.pt").read_bytes())
+    entry = written.rfind(b"PK\x01\x02", 0, written.rfind(b"/data/"))
+    written[entry + patch[0]] = patch[1]
+    (tmp_path / "model.pt").write_bytes(written)
+    with pytest.raises(InputError, match=f"is damaged: .*{message}"):
+        read(tmp_path / "model.pt", readers.TOLD)
+
+
 def test_a_small_file_does_not_unpack_to_a_large_one(tmp_path):
     (tmp_path / "model.pt").write_bytes(payloads.bomb("archive", 2**25))
     with pytest.raises(InputError, match="says that it unpacks to 134,2"):

@@ -108,6 +108,8 @@ def check_writable(destination: Path, *, folder: bool | None = None) -> None:
     try:
         if not destination.name:
             raise InputError(f"{str(destination)!r} is no name for an output: name a file or a folder.")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            destination.stat()  # a link may lead to itself
         if destination.is_dir() and folder is False:
             raise InputError(f"{destination} is a folder, and a file is to be written: name another.")
         if destination.is_dir() and any(destination.iterdir()):

@@ -222,6 +222,13 @@ def test_names_that_cannot_be_paths(capsys, tmp_path, line):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_to_itself_is_no_destination(capsys, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for line in ("convert emoji16_cd loop", "sample --output loop"):
+        with inside(tmp_path):
+            assert "Too many levels" in failed(capsys, cli.main, *line.split())
+
+
 def test_names_in_files_do_not_command_the_terminal(good, tmp_path, capsys):
     shutil.copytree(good / "ours", tmp_path / "ours")
     config = json.loads((tmp_path / "ours" / "config.json").read_text())

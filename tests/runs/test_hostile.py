@@ -9,6 +9,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -173,6 +174,14 @@ def test_a_flipped_bit_in_our_checkpoint_is_noticed(tmp_path):
             checkpoints.restore(tmp_path / "ours")
     largest.write_bytes(content)
     assert checkpoints.restore(tmp_path / "ours")[0] == source.config
+
+
+def test_a_message_does_not_repeat_a_whole_file(tmp_path):
+    array = msgpack.packb(((100_000,), "float32", bytes(400_000))) + b"more"
+    (tmp_path / "jcm").write_bytes(msgpack.packb({"params_ema": {"a": msgpack.ExtType(1, array)}}))
+    with pytest.raises(InputError, match="not a complete Flax checkpoint") as refused:
+        read(tmp_path / "jcm")
+    assert len(str(refused.value)) < 1000
 
 
 def test_keys_of_another_size_are_damage(good, tmp_path):

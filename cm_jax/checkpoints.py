@@ -2,13 +2,21 @@
 
 CHECKPOINT/config.json    what the model is, with the format's version
 CHECKPOINT/params/        the parameter tree, every leaf in the precision it was given in
+CHECKPOINT/checksums.json CRC-32 of every leaf, because the store that Orbax writes into has none of them
 
 A run of training keeps a row of them, with what it needs to go on beside params/:
 RUN/checkpoints/00001000/ the checkpoint after 1000 batches
 RUN/best.json             which of them an evaluation liked best
 """
 
+import asyncio
+import contextlib
+import json
+import logging
 import re
+import threading
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +41,12 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
     with written_beside(directory) as beside:
         beside.mkdir()
         (beside / "config.json").write_text(config.to_json(), "utf-8")
+        checksums = {name: _checksum(leaf) for name, leaf in leaves(params)}
+        (beside / _CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n", "utf-8")
         # Orbax would hold the whole tree twice more while it writes; so it holds a gigabyte and files of 64 MB.
         alone = _this_process()
         handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, multiprocessing_options=alone)
-        with writing(directory), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with writing(directory), _silent(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(
                 beside / "params", args=ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
             )
@@ -75,7 +85,8 @@ def restore(
     """Config and parameters of a checkpoint, in the saved precision or another `dtype`.
 
     Parameters come as NumPy arrays on the host, or, with `sharding`, as JAX arrays placed so, whatever the devices were
-    that saved them. Raises InputError for a damaged checkpoint, or one whose config contradicts its arrays.
+    that saved them. As they were saved, they are compared with their checksums where they have some.
+    Raises InputError for a damaged checkpoint, or one whose config contradicts its arrays.
     """
     import orbax.checkpoint as ocp
 
@@ -86,7 +97,7 @@ def restore(
     try:
         alone = _this_process()
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with _silent(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             saved = checkpointer.metadata(directory / "params").item_metadata
             wanted = {name: leaf.shape for name, leaf in leaves(config.network.shapes())}
             complaints = shape_complaints(wanted, {name: leaf.shape for name, leaf in leaves(saved.tree)})
@@ -100,7 +111,10 @@ def restore(
                 else ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype)
             )
             args = jax.tree.map(lambda _: how, saved.tree)
-            return config, checkpointer.restore(directory / "params", restore_args=args)
+            params = checkpointer.restore(directory / "params", restore_args=args)
+        if dtype is None and sharding is None:
+            _check(directory / _CHECKSUMS, params)
+        return config, params
     except InputError:
         raise
     except Exception as error:  # whatever Orbax and its store raise, the files are at fault
@@ -108,6 +122,60 @@ def restore(
         raise InputError(
             f"The parameters in {directory / 'params'} are damaged or incomplete ({reason}). Copy them again."
         ) from error
+
+
+_CHECKSUMS = "checksums.json"
+
+
+def _checksum(leaf: Any) -> int:
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+
+
+def _check(file: Path, params: Params) -> None:
+    """Raise ValueError where a leaf is not what was saved."""
+    if not file.exists():
+        return
+    saved = read_json(file)
+    wrong = [name for name, leaf in leaves(params) if saved.get(name) != _checksum(leaf)]
+    if wrong:
+        raise ValueError(f"the checksum of {wrong[0]} is not that of what was saved")
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Drops what comes after it was closed: the store's threads go on for a while when one of them has failed."""
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        with contextlib.suppress(RuntimeError):
+            return super().call_soon_threadsafe(callback, *args, context=context)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Of what nobody waits for any more."""
+
+
+class _Loops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _Loop()
+
+
+_one_at_a_time = threading.Lock()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """While Orbax works: its warnings are not printed, nor a traceback for every thread that a closed loop turns away.
+
+    What failed is raised all the same.
+    """
+    with _one_at_a_time:
+        policy, log = asyncio.get_event_loop_policy(), logging.getLogger("absl")
+        level = log.level
+        asyncio.set_event_loop_policy(_Loops())
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            asyncio.set_event_loop_policy(policy)
+            log.setLevel(level)
 
 
 def _this_process() -> Any:

@@ -14,6 +14,20 @@ UNFINISHED = ".cm_jax-"
 """How the names begin of what is being written, until it is renamed."""
 
 
+def named(name: str | Path) -> Path:
+    """The path that a user names, whether there is something or not, with ~ as the home folder.
+
+    Raises InputError for what the system does not take for a path: a name that is too long, a home that nobody has.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(name)[:80]} cannot be a path: {reason}.") from error
+
+
 @contextlib.contextmanager
 def written_beside(destination: Path) -> Iterator[Path]:
     """A fresh path in the destination's folder; renamed to `destination` if the block ends well, removed if not.
@@ -94,6 +108,8 @@ def check_writable(destination: Path, *, folder: bool | None = None) -> None:
     try:
         if not destination.name:
             raise InputError(f"{str(destination)!r} is no name for an output: name a file or a folder.")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            destination.stat()  # a link may lead to itself
         if destination.is_dir() and folder is False:
             raise InputError(f"{destination} is a folder, and a file is to be written: name another.")
         if destination.is_dir() and any(destination.iterdir()):

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from cm_jax.arrays import Params, leaves, nested
 from cm_jax.errors import InputError, listed, shape_complaints
-from cm_jax.files import writing, written_beside
+from cm_jax.files import named, writing, written_beside
 
 _FORMAT = "1"
 
@@ -35,7 +35,7 @@ class WeightFile:
         name = given or os.environ.get(self.variable, "")
         if not name:
             found = f"no file was named, and {self.variable} is not set"
-        elif not (path := Path(name).expanduser()).is_file():
+        elif not (path := named(name)).is_file():
             found = f"there is no file {path}" + ("" if given else f", which {self.variable} names")
         else:
             return path

@@ -14,7 +14,7 @@ from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import say
 from cm_jax.conversion.sources import ScalingName
 from cm_jax.errors import InputError
-from cm_jax.files import check_writable
+from cm_jax.files import check_writable, named
 from cm_jax.model import find
 from cm_jax.networks.fir import Filter
 
@@ -68,7 +68,7 @@ def convert(arguments: Convert) -> None:
         raise InputError("--lpips-heads belongs to --to lpips: say that too, or leave it out.")
     suffix = arguments.destination.suffix.lower()
     kind = arguments.to or ("openai" if suffix == ".pt" else "ours")
-    if kind != "openai" and arguments.destination.exists():
+    if kind != "openai" and named(arguments.destination).exists():
         raise InputError(f"{arguments.destination} exists already: name another destination, or remove it first.")
     if kind != "openai" and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
         raise InputError(f"{arguments.destination} looks like a file, and --to {kind} writes a folder: name a folder.")
@@ -117,10 +117,10 @@ def _convert_weights(arguments: Convert) -> None:
         raise InputError(f"--to {arguments.to} writes one file: name it {arguments.destination.stem}.safetensors.")
     check_writable(arguments.destination, folder=False)
     if arguments.to == "lpips":
-        params = judges.read_lpips(Path(arguments.source), arguments.lpips_heads)
+        params = judges.read_lpips(named(arguments.source), arguments.lpips_heads and named(arguments.lpips_heads))
         what, file, published = "VGG16 and the heads of LPIPS", perceptual.FILE, judges.LPIPS_DIGEST
     else:
-        params = judges.read_inception(Path(arguments.source))
+        params = judges.read_inception(named(arguments.source))
         classifier = "with" if "logits" in params else "without"
         what, file, published = f"Inception-V3 {classifier} classes", inception.FILE, judges.INCEPTION_DIGEST
     known = "those published" if judges.digest(params) == published else "NOT those published: retrained, or damaged"

@@ -13,6 +13,9 @@ import numpy as np
 
 from cm_jax.errors import InputError
 
+_LONGEST_LINE = 2000
+"""Of a message."""
+
 
 def run(command: Callable[[], None]) -> NoReturn:
     """Exit with 0; or, for bad input, with 2 and one message; or with 130 when interrupted."""
@@ -22,7 +25,7 @@ def run(command: Callable[[], None]) -> NoReturn:
     try:
         command()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_visible(_shortened(str(error)))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; nothing is half-written.", file=sys.stderr)
@@ -31,7 +34,18 @@ def run(command: Callable[[], None]) -> NoReturn:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    print(_visible(line), flush=True)
+
+
+def _shortened(text: str) -> str:
+    """The text without the rest of lines that a whole file or command line was put into."""
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..." for line in lines)
+
+
+def _visible(text: str) -> str:
+    """The text without characters that would command a terminal: names in others' files and of files may have some."""
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 
 
 def devices() -> str:

@@ -55,7 +55,8 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except Exception as error:  # safetensors raises several kinds; all of them mean this file
         raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {error}. Download it again."
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {str(error)[:300]}. "
+            "Download it again."
         ) from error
 
     def read(name: str) -> np.ndarray:
@@ -105,7 +106,8 @@ def read_msgpack(path: Path, branch: str) -> dict[str, LazyTensor]:
         raise
     except Exception as error:  # MessagePack raises several kinds; all of them mean this file
         raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a complete Flax checkpoint: {error!r}. Download it again."
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete Flax checkpoint: {repr(error)[:300]}. "
+            "Download it again."
         ) from error
     others = [name for name, leaf in flat if not isinstance(leaf, LazyTensor)]
     if others:

@@ -48,6 +48,8 @@ _BYTES = (pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINBYTES8)
 """What NumPy's arrays take beside these."""
 _LARGEST_DESCRIPTION = 64 * 2**20
 """A description of a thousand tensors takes 0.2 MB; a larger pickle than this is not one."""
+_LARGEST_RATIO = 20
+"""Of an archive's content to its size. torch.save does not compress; weights that somebody compressed stay near 1."""
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """The magic number of torch.save before PyTorch 1.6, pickled."""
 
@@ -83,9 +85,11 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     except (zipfile.BadZipFile, EOFError) as error:
         size = path.stat().st_size
         hint = "It is empty." if size == 0 else "Download it again, or save it again with torch.save."
-        raise InputError(f"{path} ({size:,} bytes) is not a complete file of torch.save: {error}. {hint}") from error
+        raise InputError(
+            f"{path} ({size:,} bytes) is not a complete file of torch.save: {str(error)[:300]}. {hint}"
+        ) from error
     except Exception as error:  # a pickle can fail in any way; whatever it is, the file is at fault
-        raise InputError(f"{path} is damaged: its list of tensors cannot be read ({error}).") from error
+        raise InputError(f"{path} is damaged: its list of tensors cannot be read ({str(error)[:300]}).") from error
     if (
         not isinstance(content, dict)
         or not content
@@ -112,7 +116,7 @@ def read_arrays(path: Path) -> dict[str, LazyTensor]:
         raise
     except Exception as error:  # as above
         raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a complete pickle of NumPy arrays: {error!r}. "
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete pickle of NumPy arrays: {repr(error)[:300]}. "
             "Download it again."
         ) from error
     return flat
@@ -188,8 +192,8 @@ class _TensorUnpickler(_Unpickler):
         def read() -> np.ndarray:
             try:
                 content = self._read(storage)
-            except (zipfile.BadZipFile, EOFError, OSError, KeyError) as error:
-                raise InputError(f"{self._path} is damaged: {error}. Download it again.") from error
+            except Exception as error:  # zip and zlib have many kinds; all of them mean this file
+                raise InputError(f"{self._path} is damaged: {str(error)[:300]}. Download it again.") from error
             numbers = np.frombuffer(content, storage.dtype)
             steps = [stride * storage.dtype.itemsize for stride in strides]
             return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)
@@ -242,6 +246,12 @@ def _read_zip(path: Path) -> Any:
     """What torch.save put into a zip archive."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
+        unpacked, size = sum(entry.file_size for entry in entries.values()), path.stat().st_size
+        if unpacked > _LARGEST_DESCRIPTION + _LARGEST_RATIO * size:
+            raise InputError(
+                f"{path} has {size:,} bytes and says that it unpacks to {unpacked:,}, as no weights do: refused. "
+                "Save it again with torch.save."
+            )
         description = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
         if description is None or entries[description].file_size > _LARGEST_DESCRIPTION:
             raise zipfile.BadZipFile("no description of tensors in it")

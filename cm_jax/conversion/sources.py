@@ -63,6 +63,13 @@ def read(path: Path, untold: Untold = Untold()) -> Source:
 
     Raises InputError where there is none, where it is damaged or contradicts itself, or where `untold` must say more.
     """
+    try:
+        return _read(path, untold)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read(path: Path, untold: Untold) -> Source:
     if not path.exists():
         raise InputError(f"There is no file or folder {path}.")
     if path.is_file() and path.suffix != ".safetensors" and is_msgpack(path):

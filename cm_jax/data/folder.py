@@ -8,6 +8,7 @@ from typing import Literal
 from cm_jax.data.base import Dataset, Progress, checked_image_size
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError, listed
+from cm_jax.files import named
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 
@@ -31,7 +32,7 @@ class ImageFolder(EncodedData):
 
     def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
         checked_image_size(image_size)
-        files = image_files(Path(self.path).expanduser())
+        files = image_files(named(self.path))
         names = _class_of_each(files, self.labels, self.path)
         return self.open_encoded(_Files(self.path, files, names), image_size, progress)
 

@@ -1,10 +1,7 @@
 """Arrays in a numpy file."""
 
 import dataclasses
-import zipfile
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,6 +11,8 @@ from cm_jax.data.base import Data, Dataset, Progress, checked_image_size
 from cm_jax.data.decoding import centre_crop
 from cm_jax.data.in_memory import InMemory
 from cm_jax.errors import InputError
+from cm_jax.files import named
+from cm_jax.npz_files import read_npz
 
 _IMAGES = ("images", "arr_0")
 _LABELS = ("labels", "arr_1")
@@ -55,16 +54,11 @@ class NpzData(Data):
     def _read(self) -> dict[str, np.ndarray]:
         """images, and labels and names where there are any. Nothing in the file can run code."""
         try:
-            with Path(self.path).expanduser().open("rb") as stream:
-                if not zipfile.is_zipfile(stream):
-                    raise ValueError("it is none, and numpy.savez(path, images=array) writes one")
-                stream.seek(0)
-                with np.load(stream, allow_pickle=False) as file:
-                    wanted = self._wanted(file.files)
-                    arrays = {use: file[name] for use, name in wanted.items() if name is not None}
-        except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{self.path} cannot be used as an .npz file of images: {reason}.") from error
+            found = read_npz(named(self.path), lambda names: self._wanted(names).values())
+        except ValueError as error:
+            raise InputError(f"{self.path} cannot be used as an .npz file of images: {error}.") from error
+        wanted = self._wanted(list(found))
+        arrays = {use: found[name] for use, name in wanted.items()}
         labels, names = arrays.get("labels"), arrays.get("names")
         if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
             raise InputError(
@@ -75,13 +69,14 @@ class NpzData(Data):
             raise InputError(f"{self.path}: {wanted['names']} is {_shown(names)}; wanted: a list of texts.")
         return arrays
 
-    def _wanted(self, names: list[str]) -> dict[str, str | None]:
-        """Which of the arrays in the file is what."""
+    def _wanted(self, names: list[str]) -> dict[str, str]:
+        """Which of the arrays in the file is what. Raises ValueError where there are no images."""
         images = _chosen(names, self.images, _IMAGES)
         if images is None:
             raise ValueError(f"it has no {' or '.join(_IMAGES)}, but {', '.join(names) or 'nothing'}")
         labels = None if self.labels == "none" else _chosen(names, self.labels, _LABELS)
-        return {"images": images, "labels": labels, "names": next((name for name in _NAMES if name in names), None)}
+        found = {"images": images, "labels": labels, "names": next((name for name in _NAMES if name in names), None)}
+        return {use: name for use, name in found.items() if name is not None}
 
 
 def resized(

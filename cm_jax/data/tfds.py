@@ -11,6 +11,7 @@ from cm_jax.checked import read_json
 from cm_jax.data.base import Dataset, Progress, checked_image_size
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError
+from cm_jax.files import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TFDSData(EncodedData):
 
     def _folder(self) -> Path:
         """The prepared folder. Raises InputError that tells how to prepare it, or which name is meant."""
-        top = Path(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+        top = named(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
         if (top / "dataset_info.json").is_file():
             return top
         if not re.fullmatch(r"\w+(/[\w.+-]+)?", self.name):

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from cm_jax import checkpoints
 from cm_jax.data import Data, Dataset, EmojiData, ImageFolder, NpzData, TFDSData
 from cm_jax.data.folder import image_files
 from cm_jax.errors import InputError, bounded, listed, nearest
+from cm_jax.files import named
 from cm_jax.images import quantise
 from cm_jax.model import Model, Plan
 
@@ -99,12 +99,12 @@ def checked(images: Float[np.ndarray, "b h w c"], name: str) -> Float[np.ndarray
 
 def holds_images(name: str) -> bool:
     """Whether a name means images and not a checkpoint."""
-    path = Path(name).expanduser()
+    path = named(name)
     if path.is_dir():
         inside = ("checkpoints", "model_index.json", "unet", "config.json")
         return not checkpoints.is_checkpoint(path) and not any((path / each).exists() for each in inside)
-    named = name.partition(":")[0] in ("emoji", "tfds") and not path.is_file()
-    return named or path.suffix.lower() == ".npz"
+    known = name.partition(":")[0] in ("emoji", "tfds") and not path.is_file()
+    return known or path.suffix.lower() == ".npz"
 
 
 def open_images(name: str, shape: tuple[int, int, int] | None = None) -> Dataset:
@@ -113,7 +113,7 @@ def open_images(name: str, shape: tuple[int, int, int] | None = None) -> Dataset
     At the size that `shape` says, by a centre crop; .npz files have one size and keep it. Without a `shape`, as they
     are: those of a folder must then have one size. Raises InputError for anything else.
     """
-    path = Path(name).expanduser()
+    path = named(name)
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return _unchanged(NpzData(name))
     if shape is not None and shape[0] != shape[1]:
@@ -126,7 +126,7 @@ def _unchanged(data: NpzData) -> Dataset:
         return data.unchanged()
     except InputError as error:
         try:
-            with np.load(Path(data.path).expanduser(), allow_pickle=False) as arrays:
+            with np.load(named(data.path), allow_pickle=False) as arrays:
                 found = [key for key in arrays.files if arrays[key].ndim == 4 and arrays[key].dtype.kind == "f"]
                 broken = [key for key in found if not np.isfinite(arrays[key]).all()]
         except Exception:  # the first message says what is wrong with the file
@@ -138,7 +138,7 @@ def _unchanged(data: NpzData) -> Dataset:
 
 def _data(name: str) -> Data:
     kind, _, rest = name.partition(":")
-    if Path(name).expanduser().exists():
+    if named(name).exists():
         return ImageFolder(name, labels="none")
     if kind == "emoji":
         if rest not in ("", "all", "train", "held_out"):
@@ -155,7 +155,7 @@ def _data(name: str) -> Data:
 
 def _own_size(name: str) -> int:
     """Of samples: the one size that all have. Raises InputError where they differ."""
-    top = Path(name).expanduser()
+    top = named(name)
     if not top.is_dir():
         if name.startswith("tfds:"):
             raise InputError("A data set of TFDS cannot be judged as samples, because it says no size: save an .npz.")

@@ -3,8 +3,6 @@
 import hashlib
 import logging
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,14 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation.image_sets import ImageSet, Watch, of_dataset, open_images, unwatched
 from cm_jax.evaluation.judge import Judge, Summary, summarise
 from cm_jax.evaluation.moments import Gaussian
-from cm_jax.files import writing, written_beside
+from cm_jax.files import named, writing, written_beside
 from cm_jax.networks.inception_v3 import CHANNELS
+from cm_jax.npz_files import read_npz
 
 log = logging.getLogger("cm_jax.evaluation")
 
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """What the original evaluator calls mean and covariance."""
-_DAMAGED = (OSError, ValueError, EOFError, MemoryError, KeyError, zipfile.BadZipFile, zlib.error)
 _VERSION = "1"
 """Of what is in the cache."""
 
@@ -36,7 +34,7 @@ def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int])
     """What `name` means as a reference for images of this shape: the statistics in a file where it has all that is
     needed, else images, as `open_images` finds them.
     """
-    path = Path(name).expanduser()
+    path = named(name)
     if path.suffix.lower() == ".npz" and path.is_file():
         known = read_statistics(path)
         if known is not None and all(getattr(known, need) is not None for need in needs):
@@ -55,18 +53,16 @@ def read_statistics(path: Path) -> Summary | None:
 
     Raises InputError for a file that is none, or whose statistics do not belong together.
     """
+    names: list[str] = []
+
+    def wanted(there: list[str]) -> list[str]:
+        names.extend(there)
+        return [key for keys in _KEYS.values() for key in keys if key in there]
+
     try:
-        with path.open("rb") as stream:
-            if not zipfile.is_zipfile(stream):
-                raise ValueError("it is no .npz file, or not a complete one")
-            stream.seek(0)
-            with np.load(stream, allow_pickle=False) as file:
-                names = set(file.files)
-                found = {key: file[key] for keys in _KEYS.values() for key in keys if key in names}
-    except _DAMAGED as error:
-        raise InputError(
-            f"{path} cannot be used as a reference: {getattr(error, 'strerror', None) or error}."
-        ) from error
+        found = read_npz(path, wanted)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be used as a reference: {error}.") from error
     gaussians = {}
     for use, (mean, covariance) in _KEYS.items():
         if (mean in found) != (covariance in found):
@@ -135,11 +131,9 @@ def summarised(
 def _cached(place: Path) -> Gaussian | np.ndarray | None:
     """What lies in the cache; None where there is nothing, or nothing whole."""
     try:
-        with np.load(place, allow_pickle=False) as file:
-            if "features" in file.files:
-                return file["features"]
-            return Gaussian(file["mean"], file["covariance"])
-    except _DAMAGED:
+        file = read_npz(place, lambda names: names)
+        return file["features"] if "features" in file else Gaussian(file["mean"], file["covariance"])
+    except (ValueError, KeyError):
         return None
 
 

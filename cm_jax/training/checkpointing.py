@@ -105,21 +105,25 @@ def read(file: Path, template: Any) -> Any:
     placed = []
     for name, leaf in wanted.items():
         with _whole(file), zipfile.ZipFile(file) as archive:
-            numbers = _numbers(archive, name, *found[name])
+            numbers = _numbers(archive, name, found[name][0])
+            if numbers.shape != _numbers_shape(leaf):
+                raise ValueError(f"{name} has another shape than is written in {_LEAVES}")
         placed.append(_placed(numbers, leaf))
     return jax.tree.unflatten(jax.tree.structure(template), placed)
 
 
-def _numbers(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def _numbers(archive: zipfile.ZipFile, name: str, dtype: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as entry:
         numbers = np.lib.format.read_array(entry, allow_pickle=False)  # at its end the checksum is compared
     if dtype.startswith("key<"):
-        return numbers
+        dtype = "uint32"
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))  # .npy files have no name for bfloat16: two bytes of anything
-    numbers = numbers if numbers.dtype == kind else numbers.view(kind)
-    if numbers.shape != shape:
-        raise ValueError(f"{name} has another shape than is written in {_LEAVES}")
-    return numbers
+    return numbers if numbers.dtype == kind else numbers.view(kind)
+
+
+def _numbers_shape(leaf: Any) -> tuple[int, ...]:
+    """Of the array that holds a leaf: a random key is two numbers or more."""
+    return jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else np.shape(leaf)
 
 
 def _placed(numbers: np.ndarray, like: Any) -> Any:

@@ -198,7 +198,11 @@ def _agree(folder: Path, chosen: Training) -> None:
     """Write RUN/config.json; or raise InputError where the one that is there says something else."""
     file, text = folder / "config.json", settings.to_text(chosen, FORMAT)
     if file.exists():
-        before = settings.from_text(file.read_text("utf-8"), Training, FORMAT, str(file), "the config of a run")
+        try:
+            there = file.read_text("utf-8", "replace")
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+        before = settings.from_text(there, Training, FORMAT, str(file), "the config of a run")
         same = dataclasses.replace(chosen, **{name: getattr(before, name) for name in Training.FREE})
         found = settings.differences(settings.encode(before), settings.encode(same))
         if before.drawn_from != chosen.drawn_from:  # all checkpoints of a run hold the same average to draw from

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +132,8 @@ def _read(name: str, flag: str) -> Source:
     except InputError as error:
         folder = name.removesuffix("/best")
         run = folder.removeprefix("runs/")
-        advice = f" Train it first: cm-jax train {run}." if run != folder and not Path(folder).exists() else ""
-        if Path(name).is_file():
+        advice = f" Train it first: cm-jax train {run}." if run != folder and not os.path.exists(folder) else ""
+        if os.path.isfile(name):
             advice = " What a file does not tell, `cm-jax convert` asks for: give --" + flag + " the folder it writes."
         raise InputError(f"--{flag} {name}: {error}{advice}") from error
 

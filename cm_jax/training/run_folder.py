@@ -30,7 +30,7 @@ from cm_jax import checkpoints
 from cm_jax.arrays import Params
 from cm_jax.config import ModelConfig
 from cm_jax.errors import InputError, bounded
-from cm_jax.files import UNFINISHED, remove, settle, settle_one, writing, written_beside
+from cm_jax.files import UNFINISHED, named, remove, settle, settle_one, writing, written_beside
 from cm_jax.training import checkpointing
 from cm_jax.training.checkpointing import DamagedError, Leaf, first_process, together
 
@@ -84,7 +84,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, retention: Retention = Retention()) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path = named(path).absolute()
         self.retention = retention
         self._thread: threading.Thread | None = None
         self._failure: InputError | None = None

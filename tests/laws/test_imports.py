@@ -13,6 +13,7 @@ ORDER = [
     "settings",
     "arrays",
     "weight_files",
+    "npz_files",
     "images",
     "data",
     "noise_levels",

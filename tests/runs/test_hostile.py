@@ -1,0 +1,260 @@
+"""Hostile input: a small share of what `python -m tools.fuzz` tries, and one case for every fault that it found."""
+
+import io
+import json
+import pickle
+import random
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+
+import msgpack
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cm_jax import checkpoints, cli
+from cm_jax.conversion import read
+from cm_jax.data import NpzData
+from cm_jax.errors import InputError
+from cm_jax.evaluation.references import read_statistics
+from cm_jax.presets import PRESETS
+from cm_jax.training import checkpointing, loop
+from tests.runs.test_commands import failed
+from tests.support import EMOJI, run
+from tools.fuzz import commands, payloads, readers, seeds
+from tools.fuzz.fuzzing import run as fuzz
+from tools.fuzz.fuzzing import workplace
+from tools.fuzz.watching import inside, watched
+
+SLOW = ("our checkpoint", "run, any", "run, metrics", "run, JSON", "jcm", "Inception")
+
+
+@pytest.fixture(scope="module")
+def place():
+    with workplace() as made:
+        yield made
+
+
+@pytest.fixture
+def good(place):
+    return place.good
+
+
+@pytest.mark.parametrize("name", [target.name for target in readers.READERS])
+def test_damaged_files_are_read_or_refused(place, name):
+    faults: list[str] = []
+    tally = fuzz(place, [name], seed=0, each=2 if name.startswith(SLOW) else 15, told=faults.append)[name]
+    assert not faults
+    assert not tally.outcomes["fault"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(command=st.sampled_from(commands.COMMANDS), dice=st.randoms(use_true_random=False))
+def test_command_lines_are_obeyed_or_refused(place, command, dice):
+    found, words = place.obeyed(command.line(dice))
+    assert found.outcome != "fault", f"{words}\n{found.why}"
+
+
+@pytest.mark.parametrize(
+    ("use", "why"),
+    [
+        (lambda: pickle.loads(payloads.pickles()[0]), "code of the file ran"),
+        (lambda: {}["x"], "KeyError"),
+        (lambda: Path("left").touch(), "on the disk this was written, changed or removed: left"),
+        (lambda: Path("there").write_text("more"), "changed or removed: there"),
+        (lambda: print("Traceback (most recent call last):"), "a traceback was printed"),
+        (lambda: failing(InputError("")), "a message of 0 characters"),
+        (lambda: cli.main(["sample", "--seed", "\x1b[2J"]), ""),
+        (lambda: failing(SystemExit(1)), "exit status 1"),
+    ],
+)
+def test_what_a_fault_is(tmp_path, use, why):
+    """The watcher sees each kind of fault: without it, none found would mean nothing."""
+    (tmp_path / "there").write_text("")
+    with inside(tmp_path):
+        found = watched(use, tmp_path, lambda name, outcome: False)
+    assert (found.outcome == "fault") == bool(why)
+    assert why in found.why
+
+
+def failing(error):
+    raise error
+
+
+def array_file(descr="'|u1'", shape="(2,)", content=b"\0\0"):
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content
+
+
+def npz(path, content, patch=None):
+    """An .npz file with this content of images, its statistics and its names; `patch`: (place, byte) in each entry's
+    description."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in ("images", "class_names", "mu", "sigma"):
+            archive.writestr(f"{name}.npy", content)
+    written = bytearray(stream.getvalue())
+    start = -1
+    while patch and (start := written.find(b"PK\x01\x02", start + 1)) >= 0:
+        written[start + patch[0]] = patch[1]
+    path.write_bytes(written)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "patch", "message"),
+    [
+        (array_file(shape="(((("), None, "damaged|Cannot parse"),
+        (b"no array", None, "is no array"),
+        (array_file("'<U1'", "(1,)", b"\xff\xff\xff\x7f"), None, "is damaged"),
+        (array_file("'|O'", "(1,)", pickle.dumps(payloads._Calls(print))), None, "Object arrays cannot be loaded"),
+        (array_file("'<f4'", f"({2**50},)"), None, "damaged|allocate"),
+        (array_file(), (10, 77), "compression method"),
+        (array_file(), (8, 1), "encrypted"),
+        (array_file(), (8, 32), "compressed patched data"),
+        (array_file(), (6, 219), "zip file version"),
+    ],
+    ids=["header", "bytes", "letters", "objects", "petabytes", "method", "password", "patched", "version"],
+)
+def test_npz_files_of_every_damage_are_refused(tmp_path, content, patch, message):
+    path = npz(tmp_path / "x.npz", content, patch)
+    with pytest.raises(InputError, match=message):
+        NpzData(str(path)).open(8)
+    with pytest.raises(InputError, match=message):
+        read_statistics(path)
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [((8, 32), "compressed patched data"), ((8, 1), "encrypted"), ((10, 77), "compression method")],
+)
+def test_storages_that_cannot_be_unpacked_are_refused(good, tmp_path, patch, message):
+    written = bytearray((good / "openai.pt").read_bytes())
+    entry = written.rfind(b"PK\x01\x02", 0, written.rfind(b"/data/"))
+    written[entry + patch[0]] = patch[1]
+    (tmp_path / "model.pt").write_bytes(written)
+    with pytest.raises(InputError, match=f"is damaged: .*{message}"):
+        read(tmp_path / "model.pt", readers.TOLD)
+
+
+def test_a_small_file_does_not_unpack_to_a_large_one(tmp_path):
+    (tmp_path / "model.pt").write_bytes(payloads.bomb("archive", 2**25))
+    with pytest.raises(InputError, match="says that it unpacks to 134,2"):
+        read(tmp_path / "model.pt")
+
+
+def test_a_file_that_cannot_be_read_is_refused(capsys):
+    assert "cannot be read: Input/output error" in failed(capsys, cli.main_sample, "/proc/self/mem")
+
+
+def test_a_damaged_checkpoint_is_one_line(good, tmp_path):
+    """Threads of Orbax's store go on after the first failure, and used to print a traceback each."""
+    shutil.copytree(good / "ours", tmp_path / "ours")
+    for file in (tmp_path / "ours" / "params").glob("d/*"):
+        file.write_bytes(file.read_bytes()[:-20])
+    done = run("sample.py", str(tmp_path / "ours"), "--output", str(tmp_path / "s.png"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: The parameters in ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_flipped_bit_in_our_checkpoint_is_noticed(tmp_path):
+    """Orbax's store has checksums of its tables alone, and gave 80 of 80 such weights out."""
+    source, dice = read(EMOJI), random.Random(0)
+    checkpoints.save(tmp_path / "ours", source.config, source.params)
+    largest = max((tmp_path / "ours" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    for _ in range(3):
+        damaged = bytearray(content)
+        damaged[dice.randrange(len(damaged))] ^= 1 << dice.randrange(8)
+        largest.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"damaged or incomplete \(the checksum of .* is not that"):
+            checkpoints.restore(tmp_path / "ours")
+    largest.write_bytes(content)
+    assert checkpoints.restore(tmp_path / "ours")[0] == source.config
+
+
+def test_a_message_does_not_repeat_a_whole_file(tmp_path):
+    array = msgpack.packb(((100_000,), "float32", bytes(400_000))) + b"more"
+    (tmp_path / "jcm").write_bytes(msgpack.packb({"params_ema": {"a": msgpack.ExtType(1, array)}}))
+    with pytest.raises(InputError, match="not a complete Flax checkpoint") as refused:
+        read(tmp_path / "jcm")
+    assert len(str(refused.value)) < 1000
+
+
+def test_keys_of_another_size_are_damage(good, tmp_path):
+    content = (good / "run" / "checkpoints" / "00000005" / "state" / "state.npz").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as there, zipfile.ZipFile(tmp_path / "state.npz", "w") as here:
+        for name in there.namelist():
+            here.writestr(name, there.read("params/kernel.npy" if name == "key.npy" else name))
+    with pytest.raises(checkpointing.DamagedError, match="key has another shape"):
+        checkpointing.read(tmp_path / "state.npz", seeds.STATE)
+
+
+def test_a_run_whose_config_is_no_text(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InputError, match="is not the config of a run"):
+        loop._agree(tmp_path, PRESETS["emoji32-edm"]())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        loop._agree(tmp_path, PRESETS["emoji32-edm"]())
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"train emoji32-cd --dry-run --teacher {LONG}",
+        f"train emoji32-edm --dry-run --data ImageFolder --data.path {LONG}",
+        f"train emoji32-edm --dry-run --data NpzData --data.path {LONG}",
+        f"train emoji32-edm --dry-run --data TFDSData --data.name x --data.data-dir {LONG}",
+        f"evaluate {LONG} emoji",
+        f"evaluate emoji {LONG} --metrics bpd",
+        f"tune {LONG} emoji",
+        f"convert emoji16_cd {LONG}",
+        f"convert {LONG} x.safetensors --to lpips",
+        f"convert {LONG} x.safetensors --to inception",
+        f"sample --output {LONG}.png",
+        f"edit repaint {LONG}",
+        "evaluate ~nobody/x emoji",
+        "train emoji32-edm --dry-run --data ImageFolder --data.path ~nobody/x",
+    ],
+)
+def test_names_that_cannot_be_paths(capsys, tmp_path, line):
+    with inside(tmp_path):
+        failed(capsys, cli.main, *line.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_itself_is_no_destination(capsys, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for line in ("convert emoji16_cd loop", "sample --output loop"):
+        with inside(tmp_path):
+            assert "Too many levels" in failed(capsys, cli.main, *line.split())
+
+
+def test_names_in_files_do_not_command_the_terminal(good, tmp_path, capsys):
+    shutil.copytree(good / "ours", tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "\x1b[2J": 1}))
+    said = failed(capsys, cli.main_sample, tmp_path / "ours")
+    assert "\x1b" not in said
+    assert r"\x1b[2J" in said
+
+
+def test_a_message_does_not_repeat_a_whole_command_line(capsys):
+    assert len(failed(capsys, cli.main_sample, "--batch-size", "1" + ",1" * 20_000)) < 3000
+
+
+@pytest.mark.parametrize("content", payloads.pickles()[:12], ids=range(12))
+def test_pickles_by_hand_are_refused(good, tmp_path, content):
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    with inside(tmp_path), pytest.raises(InputError):
+        read(tmp_path / "model.pt")
+    assert not (tmp_path / payloads.CANARY).exists()

@@ -1,0 +1,39 @@
+"""`python -m tools.fuzz`: see tools/fuzz/__init__.py."""
+
+import argparse
+import faulthandler
+import os
+import sys
+import time
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.fuzz")
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", nargs="*", help="those whose names have one of these in them; default: all")
+    parser.add_argument("--number", type=int, help="one input alone")
+    asked = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    faulthandler.enable()
+    from tools.fuzz.fuzzing import names, run, table, workplace
+
+    chosen = [name for name in names() if not asked.targets or any(part in name for part in asked.targets)]
+    began = time.monotonic()
+    with workplace() as place:
+        tallies = run(
+            place,
+            chosen,
+            asked.seed,
+            seconds=asked.seconds,
+            each=None if asked.number is None else 1,
+            first=asked.number or 0,
+            told=lambda line: print(line, flush=True),
+        )
+    print(table(tallies))
+    print(f"{time.monotonic() - began:.0f} seconds, seed {asked.seed}.")
+    return 1 if any(tally.outcomes["fault"] for tally in tallies.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

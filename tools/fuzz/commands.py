@@ -1,0 +1,377 @@
+"""Command lines: good ones of every command, with some of their words made nonsense.
+
+Drawing, measuring, training and serving are replaced by `Reached`, so that a line that would be obeyed costs no minute;
+whatever comes before them, reading the checkpoint and the data among it, is done.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from cm_jax import cli, settings
+from cm_jax.cli import edit as editing
+from cm_jax.cli.convert import Convert
+from cm_jax.cli.demo import Demo
+from cm_jax.cli.evaluate import Evaluate
+from cm_jax.cli.sample import Sample
+from cm_jax.cli.train import Options
+from cm_jax.cli.tune import Tune
+from cm_jax.evaluation import Judge
+from cm_jax.presets import PRESETS
+from tools.fuzz.watching import Reached
+
+FILES = (
+    "ours",
+    "diffusers",
+    "openai.pt",
+    "run",
+    "picture.png",
+    "mask.png",
+    "images.npz",
+    "statistics.npz",
+    "folder",
+    "jcm",
+)
+"""Of seeds.write, in the working folder."""
+_PATHS = (
+    *("nothing.pt", "picture.png/below", "ours", "folder", "run", "run/best", "openai.pt", "picture.png", "images.npz"),
+    *("", ".", "..", "/", "//", "/dev/null", "/dev/full", "/proc/self/mem", "/proc/self/nothing.png", "~", "~nobody/x"),
+    *(
+        "~/nothing",
+        "x" * 300,
+        "a/" * 2000 + "b",
+        "emoji16_cd",
+        "cd_imagenet64_l2",
+        "new/deep/x.png",
+        "empty",
+        "a\nb.png",
+    ),
+    *("\udcff\udcfe.png", "\x1b[2J.png", "näh.png", "-", "--", "-x", "*.png", "$(touch CANARY)", "`touch CANARY`"),
+    *("fifo", "loop", "dangling", "%s%n", "emoji:held_out", "emoji:x", "tfds:nothing", "tfds:", "lpips.safetensors"),
+)
+_NUMBERS = (
+    *(
+        "0",
+        "1",
+        "2",
+        "3",
+        "-1",
+        "8",
+        "17",
+        "18",
+        "1e3",
+        "1.5",
+        "nan",
+        "inf",
+        "-inf",
+        "1e39",
+        "1e400",
+        "0x10",
+        "1_000",
+        " 1",
+    ),
+    *(
+        "٣",
+        "²",
+        "9" * 30,
+        "9" * 5000,
+        "4294967296",
+        "1000000000",
+        "2147483648",
+        "-2147483649",
+        "True",
+        "None",
+        "1,2",
+        "",
+    ),
+)
+_LISTS = (
+    *(
+        "8,0",
+        "0,8,17",
+        "80,1.38",
+        "0,1,2",
+        "1,,2",
+        ",",
+        "8;0",
+        "1.5,0",
+        "nan,1",
+        "80,nan",
+        "inf,80",
+        "-1,0",
+        "1" + ",1" * 20_000,
+    ),
+    *(
+        "king penguin",
+        "a",
+        "all",
+        "ALL",
+        "a,b",
+        "zz",
+        "\u202e",
+        "3",
+        "fid",
+        "fid,kid",
+        "bpd",
+        "fid,,",
+        "pr,prdc,is",
+        "3,8",
+    ),
+    *("0,0,8,8", "8,8,0,0", "-1,0,4,4", "0,0,999999999999,4", "1e3,0,0,0", "9" * 400 + ",0"),
+)
+_WORDS = (
+    *(
+        "--help",
+        "-h",
+        "--",
+        "-",
+        "---",
+        "--=",
+        "=",
+        "--x=1",
+        "--seed",
+        "--seed=",
+        "--no-check",
+        "--labels",
+        "--count=4",
+    ),
+    *(
+        "sample",
+        "inpaint",
+        "emoji32-edm",
+        "@file",
+        "\\",
+        "'",
+        '"',
+        ";",
+        "|",
+        "\x00"[:0],
+        "\x1b]0;x\x07",
+        "😀",
+        "--séed",
+        "--Seed",
+    ),
+    *("--network.width", "--network.nothing", "--objective", "--network", "--..", "--.", "--settings", "--options.run"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command, lines that it would obey, and the options that it knows."""
+
+    name: str
+    lines: tuple[str, ...]
+    options: Callable[[str], Sequence[str]]
+    """Given the line."""
+
+    def line(self, dice: random.Random) -> list[str]:
+        """Words after the name of the program: a good line, and up to four injuries."""
+        good = dice.choice(self.lines)
+        words, options = good.split(), list(self.options(good))
+        for _ in range(dice.choice([0, 1, 1, 1, 2, 2, 3, 4])):
+            words = dice.choice(_INJURIES)(words, options, dice)
+        first = [] if dice.random() < 0.01 else [self.name]
+        return [*first, *(word.replace("\0", "") for word in words)]
+
+
+def hostile(dice: random.Random) -> str:
+    """A value that somebody might give for anything."""
+    return dice.choice(dice.choice([_PATHS, _NUMBERS, _NUMBERS, _LISTS, _WORDS]))
+
+
+Words = list[str]
+
+
+def _given(words: Words, options: Sequence[str], dice: random.Random) -> Words:
+    option = dice.choice(options)
+    value = hostile(dice)
+    return [*words, *dice.choice([[option, value], [option, value], [f"{option}={value}"], [option], [option] * 2])]
+
+
+def _changed(words: Words, options: Sequence[str], dice: random.Random) -> Words:
+    place = dice.randrange(len(words) + 1)
+    return [*words[:place], hostile(dice), *words[place + 1 :]]
+
+
+def _inserted(words: Words, options: Sequence[str], dice: random.Random) -> Words:
+    place = dice.randrange(len(words) + 1)
+    return [*words[:place], dice.choice([hostile(dice), dice.choice(options)]), *words[place:]]
+
+
+def _removed(words: Words, options: Sequence[str], dice: random.Random) -> Words:
+    place = dice.randrange(len(words) + 1)
+    return words[:place] + words[place + 1 :]
+
+
+def _mistyped(words: Words, options: Sequence[str], dice: random.Random) -> Words:
+    if not words:
+        return words
+    place = dice.randrange(len(words))
+    word = words[place]
+    cut = dice.randrange(len(word) + 1)
+    other = dice.choice(
+        [word[:cut] + word[cut + 1 :], word[:cut], word[:cut] + dice.choice("x-=.,é0 ") + word[cut:], word.upper()]
+    )
+    return [*words[:place], other, *words[place + 1 :]]
+
+
+def _shuffled(words: Words, options: Sequence[str], dice: random.Random) -> Words:
+    return dice.sample(words, len(words))
+
+
+_INJURIES = (*(_given,) * 6, _changed, _changed, _inserted, _removed, _mistyped, _mistyped, _shuffled)
+
+
+def _fields(*kinds: type) -> tuple[str, ...]:
+    fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    return tuple("--" + name.replace("_", "-") for name in dict.fromkeys(fields))
+
+
+@functools.cache
+def _training_options(line: str) -> tuple[str, ...]:
+    """Every value in the settings of the line's preset, and every part."""
+
+    def places(part: Any, path: str) -> Iterator[str]:
+        pairs = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+        for name, value in pairs:
+            here = f"{path}.{name}" if path else str(name)
+            if name != "kind":
+                yield "--" + here.replace("_", "-")
+                yield from places(value, here)
+
+    preset = PRESETS.get(line.split()[0])
+    return (*_fields(Options), *(places(settings.encode(preset()), "") if preset else ()))
+
+
+def _of(*kinds: type) -> Callable[[str], Sequence[str]]:
+    options = _fields(*kinds)
+    return lambda line: options
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        "sample",
+        (
+            "ours",
+            "ours --count 6 --labels 0,1 --output new.npz",
+            "openai.pt --steps 2",
+            "run/best --labels a --seed 3",
+            "diffusers --timesteps 8,0 --output new",
+            "emoji16_cd --count 4 --sigmas 80,1 --sampler consistency",
+        ),
+        _of(Sample),
+    ),
+    Command(
+        "edit",
+        (
+            "inpaint picture.png --checkpoint ours --labels 0 --mask mask.png",
+            "inpaint picture.png --checkpoint ours --labels a --box 2,2,9,9",
+            "colourise picture.png --checkpoint ours --labels 0 --sigmas 80",
+            "superres picture.png --checkpoint ours --labels b --patch 2",
+            "repaint picture.png mask.png --checkpoint run --labels 0,1 --folder new",
+            "denoise picture.png --sigma 0.5 --add --checkpoint ours --labels 0",
+            "interpolate picture.png mask.png --checkpoint ours --labels 0",
+            "interpolate --seeds 3,8 --frames 4 --checkpoint ours --labels 0",
+        ),
+        _of(*editing._KINDS.values()),
+    ),
+    Command(
+        "convert",
+        (
+            "ours new.pt",
+            "openai.pt new --image-size 8 --head-width 16 --scalings consistency --levels 18",
+            "ours new --to diffusers",
+            "jcm new --image-size 8 --scalings consistency --levels 18",
+            "diffusers new --levels 9",
+            "run/best new --check",
+        ),
+        _of(Convert),
+    ),
+    Command(
+        "train",
+        (
+            "emoji32-edm --dry-run",
+            "emoji32-sct --dry-run --batch-size 8 --network.width 32",
+            "emoji32-ict --dry-run --network.multipliers 1 2",
+            "cifar10-edm --dry-run --data ImageFolder --data.path folder",
+            "emoji32-cd --dry-run --teacher ours",
+            "emoji32-edm --dry-run --data NpzData --data.path images.npz --objective ConsistencyTraining",
+        ),
+        _training_options,
+    ),
+    Command(
+        "evaluate",
+        (
+            "images.npz images.npz",
+            "folder folder --metrics fid,kid --output new.json",
+            "ours images.npz --count 4 --steps 2",
+            "ours images.npz --metrics bpd",
+            "images.npz statistics.npz --save-reference new.npz",
+        ),
+        _of(Evaluate),
+    ),
+    Command("tune", ("ours images.npz --count 4", "run folder --steps 3 --count 3"), _of(Tune)),
+    Command("demo", ("ours", "ours openai.pt --port 8000", "--host 127.0.0.1"), _of(Demo)),
+    Command(
+        "", ("sample ours", "edit inpaint picture.png", "--help", "train --help", "sampel"), lambda line: ("--help",)
+    ),
+)
+
+
+def arrange(folder: Path) -> None:
+    """What a working folder has beside good files: an empty one, a link in a circle, one to nothing."""
+    (folder / "empty").mkdir()
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nothing")
+
+
+def obey(words: Sequence[str]) -> None:
+    """`cm-jax words`, up to where the work would begin."""
+    cli.main(words)
+
+
+@contextlib.contextmanager
+def without_work(cache: Path) -> Iterator[None]:
+    """With `Reached` in the places where work begins, and with the folders of caches in `cache`."""
+
+    def reached(*_: Any, **__: Any) -> Any:
+        raise Reached
+
+    def judge(weights: str = "") -> Judge:
+        from cm_jax.evaluation.judge import load_inception
+
+        return load_inception(weights) if weights else Judge(reached, {"x": np.zeros(1)}, "a toy", "none")
+
+    def keep(folder: str) -> None:
+        """What use_compilation_cache makes, without leaving it behind in this process."""
+        with mock.patch("jax.config.update"):
+            real(folder if folder in ("", "off") else str(cache / "named"))
+
+    from cm_jax.cli.running import use_compilation_cache as real
+
+    places = {
+        "cm_jax.model": ("generate", "edit_all", "slerp_all"),
+        "cm_jax.conversion.parity": ("compare",),
+        "cm_jax.cli.train": ("report", "run_training"),
+        "cm_jax.cli.evaluate": ("evaluate", "evaluate_bits"),
+        "cm_jax.cli.tune": ("tune",),
+        "cm_jax.cli.demo": ("_serve",),
+        "jax.distributed": ("initialize",),
+    }
+    with contextlib.ExitStack() as stack:
+        for module, names in places.items():
+            for name in names:
+                stack.enter_context(mock.patch(f"{module}.{name}", reached))
+        for command in ("evaluate", "tune"):
+            stack.enter_context(mock.patch(f"cm_jax.cli.{command}.load_inception", judge))
+        for command in ("sample", "edit", "train", "evaluate", "tune", "demo"):
+            stack.enter_context(mock.patch(f"cm_jax.cli.{command}.use_compilation_cache", keep))
+        stack.enter_context(mock.patch.dict("os.environ", {"XDG_CACHE_HOME": str(cache), "HOME": str(cache)}))
+        yield

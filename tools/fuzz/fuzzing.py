@@ -1,0 +1,132 @@
+"""The run: every target in turn, input after input, until the time is over."""
+
+import contextlib
+import dataclasses
+import functools
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+from cm_jax.networks.unet import UNet
+from tools.fuzz import commands, readers, seeds
+from tools.fuzz.watching import Found, inside, watched
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the inputs of one target."""
+
+    outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
+    slowest: float = 0.0
+
+    def add(self, found: Found) -> None:
+        self.outcomes[found.outcome] += 1
+        self.slowest = max(self.slowest, found.seconds)
+
+
+def names() -> list[str]:
+    """All targets: the readers, then the commands."""
+    return [target.name for target in readers.READERS] + [f"cm-jax {command.name}" for command in commands.COMMANDS]
+
+
+class Workplace:
+    """Good files, and two working folders: one that each damaged input gets anew, one in which commands are given."""
+
+    def __init__(self, top: Path) -> None:
+        self.good, self.work, self.pristine, self.desk, self.cache = (
+            top / name for name in ("good", "work", "pristine", "desk", "cache")
+        )
+        seeds.write(self.good)
+        self.pristine.mkdir()
+        for name in commands.FILES:
+            copy = shutil.copytree if (self.good / name).is_dir() else shutil.copyfile
+            copy(self.good / name, self.pristine / name)
+        commands.arrange(self.pristine)
+        self.cache.mkdir()
+        self._tidy = False
+
+    def attempt(self, name: str, seed: int, number: int) -> tuple[Found, str]:
+        """Try input `number` of a target; (what became of it, the input in words)."""
+        dice = random.Random(f"{seed} {name} {number}")
+        command = next((each for each in commands.COMMANDS if name == f"cm-jax {each.name}"), None)
+        if command is not None:
+            return self.obeyed(command.line(dice))
+        target = next(target for target in readers.READERS if target.name == name)
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        target.prepare(self.good, self.work, dice)
+        with inside(self.work):
+            return watched(lambda: target.use(self.work, dice), self.work, target.may_write), name
+
+    def obeyed(self, words: Sequence[str]) -> tuple[Found, str]:
+        """Try a command line."""
+        if not self._tidy:
+            shutil.rmtree(self.desk, ignore_errors=True)
+            shutil.copytree(self.pristine, self.desk, symlinks=True)
+        with inside(self.desk), commands.without_work(self.cache):
+            found = watched(lambda: commands.obey(words), self.desk, self._may_write)
+        self._tidy = found.untouched
+        return found, "cm-jax " + " ".join(map(repr, words))[:2000]
+
+    def _may_write(self, name: str, outcome: str) -> bool:
+        """A command that was obeyed writes something new; `convert` also replaces .pt and .safetensors files."""
+        there = (self.pristine / Path(name).parts[0]).exists()
+        return outcome == "used" and (not there or name.endswith((".pt", ".safetensors")))
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Workplace]:
+    shapes = functools.lru_cache(maxsize=64)(UNet.shapes)  # of the same few networks, again and again
+    with tempfile.TemporaryDirectory(prefix="cm_jax-fuzz-") as folder, mock.patch.object(UNet, "shapes", shapes):
+        yield Workplace(Path(folder).resolve())
+
+
+def run(
+    place: Workplace,
+    targets: Sequence[str],
+    seed: int,
+    *,
+    seconds: float = float("inf"),
+    each: int | None = None,
+    first: int = 0,
+    told: Callable[[str], None] = print,
+) -> dict[str, Tally]:
+    """Try inputs `first`, `first` + 1, ... of every target, until `seconds` are over or each had `each` of them.
+
+    The time is shared out evenly, but that commands, of which there are fewer, get three shares each.
+    """
+    end = time.monotonic() + seconds
+    tallies = {name: Tally() for name in targets}
+    spent, number = dict.fromkeys(targets, 0.0), dict.fromkeys(targets, first)
+    while time.monotonic() < end:
+        waiting = [name for name in targets if each is None or number[name] < first + each]
+        if not waiting:
+            break
+        name = min(waiting, key=lambda name: spent[name] / (3 if name.startswith("cm-jax ") else 1))
+        began = time.perf_counter()
+        found, words = place.attempt(name, seed, number[name])
+        spent[name] += time.perf_counter() - began
+        if found.outcome == "fault":
+            told(f"FAULT: --seed {seed} --targets {name!r} --number {number[name]}: {words}\n{found.why}\n")
+        tallies[name].add(found)
+        number[name] += 1
+    return tallies
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    """The counts, a row for each target, as Markdown."""
+    rows = [("target", "inputs", "used", "refused", "faults", "slowest"), ("---", *("---:",) * 5)]
+    total: Counter[str] = Counter()
+    for name, tally in tallies.items():
+        counts = tally.outcomes
+        total += counts
+        shown = (f"{counts[key]:,}" for key in ("used", "refused", "fault"))
+        rows.append((name, f"{counts.total():,}", *shown, f"{tally.slowest:.1f} s"))
+    shown = (f"{total[key]:,}" for key in ("used", "refused", "fault"))
+    rows.append(("all", f"{total.total():,}", *shown, f"{max(tally.slowest for tally in tallies.values()):.1f} s"))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,0 +1,165 @@
+"""Whether an input was used, refused, or is a fault; and what of it is left on the disk and in memory."""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from cm_jax.errors import InputError
+from tools.fuzz.payloads import CANARY
+
+SECONDS = 60
+"""An input may take no longer, on a machine that has other work too."""
+GIGABYTES = 1.5
+"""By which an input may raise the most memory that the process ever had."""
+_LONGEST = 20_000
+
+Outcome = Literal["used", "refused", "fault"]
+
+
+class Reached(BaseException):
+    """In the place of drawing, training and serving: nothing catches it, and the input counts as used."""
+
+
+class TooLongError(BaseException):
+    """Raised by the alarm; nothing catches it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What became of one input."""
+
+    outcome: Outcome
+    seconds: float
+    why: str = ""
+    """Of a fault: what happened, and where."""
+    untouched: bool = True
+    """Whether the folder is as it was."""
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """Every file and folder below, and what tells whether it was written to."""
+    entries = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): _mark(path) for path in entries}
+
+
+def _mark(path: Path) -> Any:
+    told = path.lstat()
+    return None if path.is_dir() else (told.st_size, told.st_mtime_ns, told.st_ino)
+
+
+def watched(use: Callable[[], Any], folder: Path, may_write: Callable[[str, Outcome], bool]) -> Found:
+    """Use an input that lies in `folder`, the working folder; and no file there may change but those it `may_write`.
+
+    `use` raises InputError, or SystemExit as commands do.
+    """
+    before, memory, began = snapshot(folder), _peak(), time.perf_counter()
+    why = ""
+    outcome: Outcome = "used"
+    with _caught() as (said, complaints), _alarm():
+        try:
+            use()
+        except InputError as error:
+            outcome, why = "refused", _wrong_message(str(error))
+        except SystemExit as stopped:
+            outcome, why = ("used", "") if stopped.code in (0, None) else ("refused", _wrong_exit(stopped, complaints))
+        except Reached:
+            pass
+        except TooLongError:
+            why = f"it took more than {SECONDS} seconds:\n{_where()}"
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            why = f"{type(error).__name__}: {str(error)[:300]}\n{_where()}"
+    seconds = time.perf_counter() - began
+    text = said.getvalue() + complaints.getvalue()
+    if not why and "Traceback" in text:
+        why = f"a traceback was printed:\n{text[-1500:]}"
+    if (folder / CANARY).exists():
+        why = f"code of the file ran. {why}"
+    after = snapshot(folder)
+    changed = sorted(name for name in {**before, **after} if before.get(name, 0) != after.get(name, 0))
+    wrong = [name for name in changed if not may_write(name, outcome)]
+    if not why and wrong:
+        why = f"{outcome}, and on the disk this was written, changed or removed: {', '.join(wrong)[:500]}"
+    if not why and _peak() - memory > GIGABYTES * 2**30:
+        why = f"it took {(_peak() - memory) / 2**30:.1f} GiB of memory"
+    return Found("fault" if why else outcome, seconds, why, not changed)
+
+
+def _wrong_message(text: str) -> str:
+    """What is wrong with a message; empty where nothing is."""
+    if not text.strip() or "Traceback" in text or len(text) > _LONGEST:
+        return f"a message of {len(text)} characters: {text[:200]!r}"
+    return ""
+
+
+def _wrong_exit(stopped: SystemExit, complaints: io.StringIO) -> str:
+    text = complaints.getvalue()
+    if stopped.code != 2 or text.count("error: ") < 1:
+        return f"exit status {stopped.code!r} with {text[-300:]!r}"
+    strange = sorted({character for character in text if character != "\n" and not character.isprintable()})
+    return f"characters that control a terminal in the message: {strange[:9]}" if strange else _wrong_message(text)
+
+
+def _where() -> str:
+    lines = traceback.format_exc().strip().splitlines()
+    return "\n".join(lines[-14:])
+
+
+def _peak() -> int:
+    """The most memory that the process ever had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def _caught() -> Iterator[tuple[io.StringIO, io.StringIO]]:
+    """Standard output and error as text; warnings are silent, and the log's messages join the errors."""
+    said, complaints = io.StringIO(), io.StringIO()
+    root, handler = logging.getLogger(), logging.StreamHandler(complaints)
+    old, level = root.handlers[:], root.level
+    root.handlers[:] = [handler]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaints):
+            try:
+                yield said, complaints
+            finally:
+                root.handlers[:] = old
+                root.setLevel(level)
+
+
+@contextlib.contextmanager
+def _alarm() -> Iterator[None]:
+    def ring(number: int, frame: Any) -> None:
+        raise TooLongError
+
+    old = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """With `folder` as the working folder."""
+    old = os.getcwd()
+    os.chdir(folder)
+    sys.stdout.flush()
+    try:
+        yield
+    finally:
+        os.chdir(old)

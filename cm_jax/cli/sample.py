@@ -10,7 +10,7 @@ import tyro
 
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import compilation_time, devices, progress, say, use_compilation_cache
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, bounded
 from cm_jax.files import check_writable
 from cm_jax.images import Quantisation, grid, quantise, save_folder, save_grid, save_npz
 from cm_jax.model import Model, Plan, find, load
@@ -119,9 +119,8 @@ def _check_output(output: Path, count: int | None) -> None:
 def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int, int]:
     """(class of every image, number of images, columns of a grid)."""
     if not arguments.labels:
-        count = 16 if arguments.count is None else arguments.count
-        labels = model.draw_labels(arguments.seed, count) if count > 0 else None
-        return labels, count, max(1, round(abs(count) ** 0.5))
+        count = 16 if arguments.count is None else bounded("count", arguments.count, 1, 10**9)
+        return model.draw_labels(arguments.seed, count), count, max(1, round(count**0.5))
     classes = model.config.network.classes
     every = arguments.labels.strip().lower() == "all" and classes is not None
     wanted = [str(i) for i in range(classes or 0)] if every else arguments.labels.split(",")

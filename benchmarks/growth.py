@@ -108,11 +108,15 @@ def plot(found: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
             panel.set_ylim(bottom=0)
             panel.legend()
         else:
-            panel.plot(values, [entry["ms"] for entry in points.values()], marker="o")
+            times = [entry["ms"] for entry in points.values()]
+            panel.plot(values, times, marker="o")
             panel.set_ylabel("ms a step")
-            panel.set_ylim(bottom=0)
-            if axis != "levels":
+            if axis == "levels":
+                panel.set_ylim(bottom=0)
+            else:
                 panel.set_yscale("log", base=2)
+                panel.set_yticks(times, [f"{value:.0f}" for value in times])
+                panel.minorticks_off()
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 

@@ -381,7 +381,6 @@ def test_diffusers_folders_that_contradict_themselves(folder, tmp_path, capsys, 
         (("cd_imagenet64_lpips",), "download https://"),
         (("emoji16",), "Did you mean 'emoji16_cd'?"),
         (("--count", 0), "count must be"),
-        (("--count", 10**12), "count must be"),
         (("--count", 10, "--labels", "1,2,3"), "try --count 9"),
         (("--labels", "9"), "from 0 to 8"),
         (("--labels", "Flagz"), "did you mean 'Flags'?"),
@@ -404,6 +403,12 @@ def test_diffusers_folders_that_contradict_themselves(folder, tmp_path, capsys, 
 )
 def test_requests_that_make_no_sense(tmp_path, capsys, arguments, message):
     assert message in failed(capsys, main_sample, *arguments, "--output", tmp_path / "s.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_images_than_can_be_counted(tmp_path, capsys):
+    assert "count must be" in failed(capsys, main_sample, "--count", 10**12, "--output", tmp_path / "folder")
+    assert "too large to look at" in failed(capsys, main_sample, "--count", 10**12, "--output", tmp_path / "s.png")
     assert not list(tmp_path.iterdir())
 
 

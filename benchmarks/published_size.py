@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 import cm_jax
+from benchmarks.published_networks import IMAGENET64, LSUN256
 from cm_jax.conversion.diffusers_configs import unet_config
 from cm_jax.networks import ADMUNet
 
@@ -48,20 +49,8 @@ class Case:
 
 
 CASES = {
-    "imagenet64": Case("cd_imagenet64_lpips", ADMUNet(), 145),
-    "lsun256": Case(
-        "cd_bedroom256_lpips",
-        ADMUNet(
-            image_size=256,
-            width=256,
-            multipliers=(1, 1, 2, 2, 4, 4),
-            blocks_per_level=2,
-            attention_factors=(8, 16, 32),
-            classes=None,
-            modulation="additive",
-        ),
-        None,
-    ),
+    "imagenet64": Case("cd_imagenet64_lpips", IMAGENET64, 145),
+    "lsun256": Case("cd_bedroom256_lpips", LSUN256, None),
 }
 
 ENDS = {

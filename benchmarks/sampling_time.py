@@ -22,23 +22,13 @@ import jax
 import numpy as np
 import torch
 
+from benchmarks.published_networks import IMAGENET64, LSUN256
 from benchmarks.random_params import random_params
 from benchmarks.torch_adm import TorchADM
 from cm_jax.arrays import Params
 from cm_jax.networks import ADMUNet, accelerated
 
-NETWORKS = {
-    "imagenet64": ADMUNet(),
-    "lsun256": ADMUNet(
-        image_size=256,
-        width=256,
-        multipliers=(1, 1, 2, 2, 4, 4),
-        blocks_per_level=2,
-        attention_factors=(8, 16, 32),
-        classes=None,
-        modulation="additive",
-    ),
-}
+NETWORKS = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,17 +25,6 @@ SMALL = ADMUNet(
 )
 """The network of goldens adm_class_cond."""
 
-IMAGENET64 = ADMUNet()
-LSUN256 = ADMUNet(
-    image_size=256,
-    width=256,
-    multipliers=(1, 1, 2, 2, 4, 4),
-    blocks_per_level=2,
-    attention_factors=(8, 16, 32),
-    classes=None,
-    modulation="additive",
-)
-
 
 def nhwc(array: np.ndarray) -> np.ndarray:
     """The last three axes from PyTorch's order to ours."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.published_networks import IMAGENET64, LSUN256
 from cm_jax.arrays import leaves, nested
 from cm_jax.config import ModelConfig
 from cm_jax.conversion import Untold, read, write
@@ -20,7 +21,7 @@ from cm_jax.networks import ADMUNet
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
 from cm_jax.published import imagenet_classes, published, recognise
-from tests.support import DATA, IMAGENET64, LSUN256, ROOT, SMALL, random_params
+from tests.support import DATA, ROOT, SMALL, random_params
 
 PUBLISHED = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
 KEYS = DATA / "keys"

@@ -29,6 +29,8 @@ from cm_jax.networks.blocks import (
     ResidualBlock,
     SmoothedConvolution,
     Style,
+    patched,
+    unpatched,
 )
 from cm_jax.networks.precision import Precision
 
@@ -79,6 +81,8 @@ class UNet(abc.ABC):
     precision: Precision
     attention: Implementation
     rematerialise: bool
+    patch: int = 1
+    """Pixels across the squares that enter and leave the network as one pixel with all their channels."""
 
     @property
     @abc.abstractmethod
@@ -113,7 +117,12 @@ class UNet(abc.ABC):
     @property
     def reduction(self) -> int:
         """The factor by which the image is smaller on the deepest level."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels that the first convolution sees, and the last one puts out."""
+        return self.image_channels * self.patch**2
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -158,7 +167,7 @@ class UNet(abc.ABC):
             raise InputError(f"Images must be [batch, height, width, {self.image_channels}], got shape {list(shape)}.")
         if shape[1] % self.reduction or shape[2] % self.reduction:
             raise InputError(
-                f"Images of {shape[1]}x{shape[2]} cannot be halved {len(self.multipliers) - 1} times: "
+                f"Images of {shape[1]}x{shape[2]} cannot be made smaller by {self.reduction}, as this network does: "
                 f"height and width must be multiples of {self.reduction}."
             )
         if labelled and self.classes is None:
@@ -227,7 +236,7 @@ class UNet(abc.ABC):
 
     def _convolutions(self) -> Iterator[tuple[str, int]]:
         """The 3x3 convolutions with stride 1 inside the blocks: (path, size of the image that they see)."""
-        size = self.image_size
+        size = self.image_size // self.patch
         for block in self.plan().blocks:
             for unit in block.units:
                 if unit.kind not in ("residual", "convolution"):
@@ -270,8 +279,8 @@ class _UNet(nn.Module):
         def apply(block: Block, h: Features, pyramid: Pyramid) -> Outputs:
             return _Block(config, block, next(places), name=block.name)(h, pyramid, embedding, dropout_keys)
 
-        pyramid = x
-        h = Convolution(config.stem_channels, dtype=config.precision, name="stem")(x)
+        pyramid = patched(x, config.patch)
+        h = Convolution(config.stem_channels, dtype=config.precision, name="stem")(pyramid)
         skips = [h]
         for block in plan.encoder:
             h = apply(block, h, pyramid)
@@ -280,7 +289,7 @@ class _UNet(nn.Module):
         h = apply(plan.middle, h, pyramid)
         for block in plan.decoder:
             h = apply(block, jnp.concatenate([h, skips.pop()], axis=-1), pyramid)
-        return _Head(config, name="head")(h.astype(jnp.float32))
+        return unpatched(_Head(config, name="head")(h.astype(jnp.float32)), config.patch)
 
 
 class _Block(nn.Module):
@@ -328,4 +337,4 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, h: Features) -> Outputs:
         norm = GroupNorm(self.config.style, name="norm")
-        return Convolution(self.config.image_channels, name="output")(nn.silu(norm(h)))
+        return Convolution(self.config.patch_channels, name="output")(nn.silu(norm(h)))

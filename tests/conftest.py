@@ -1,4 +1,4 @@
-"""Eight CPU devices, programs compiled in haste and once, and the array shapes of public functions checked at run time."""
+"""Eight CPU devices, programs compiled in haste and once, and array shapes of public functions checked at run time."""
 
 import os
 import tempfile

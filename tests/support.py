@@ -1,5 +1,6 @@
 """Goldens and small models, as the tests use them."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -81,6 +82,14 @@ def random_params(network: Network, seed: int = 0) -> Params:
         return jnp.asarray(1 + 0.1 * noise if name == "scale" else 0.1 * noise, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, network.shapes())
+
+
+@functools.cache
+def compiled(network: Network) -> Network:
+    """The same network with a `predict` that is compiled by itself, once for all that stands around it."""
+    same = dataclasses.replace(network)
+    object.__setattr__(same, "predict", jax.jit(network.predict))
+    return same
 
 
 def gaussian_denoiser(deviation: float = 0.5) -> Denoiser:

@@ -18,3 +18,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 install_import_hook("cm_jax", "tests.typechecker.checked")
+
+LONG = ("test_killed_and_together", "test_browser", "test_training", "test_gaussian_training", "test_hostile")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files begin first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)

@@ -36,10 +36,11 @@ def test_rematerialisation_changes_neither_names_nor_numbers():
     remat = dataclasses.replace(SMALL, rematerialise=True)
     assert jax.tree.structure(remat.shapes()) == jax.tree.structure(SMALL.shapes())
 
-    def loss(params, network):
-        return jnp.mean(network.predict(params, X, TIME, LABELS) ** 2)
+    def loss(some, network):
+        return jnp.mean(network.predict(PARAMS | some, X, TIME, LABELS) ** 2)
 
-    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(PARAMS, net) for net in (SMALL, remat))
+    some = {name: PARAMS[name] for name in ("embedding", "stem")}  # through every block
+    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(some, net) for net in (SMALL, remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
 
 
@@ -51,8 +52,8 @@ def test_dropout_is_off_without_keys_and_belongs_to_the_image():
     dropped = run(PARAMS, X, TIME, LABELS, keys)
     assert not np.allclose(dropped, clean, atol=1e-3)
     np.testing.assert_array_equal(dropped, run(PARAMS, X, TIME, LABELS, keys))
-    turned = run(PARAMS, X[::-1], TIME[::-1], LABELS[::-1], keys[::-1])
-    np.testing.assert_allclose(turned[::-1], dropped, atol=1e-5)
+    beside_another = run(PARAMS, jnp.stack([X[1], -X[0]]), TIME[::-1], LABELS[::-1], keys[::-1])
+    np.testing.assert_allclose(beside_another[0], dropped[1], atol=1e-5)
 
 
 def test_dropout_keeps_the_mean():
@@ -141,7 +142,7 @@ def test_half_precision_stays_near_float32(precision, bound, name):
     network = dataclasses.replace(network, precision=precision)
     labels = jnp.asarray(golden["y"]) if "y" in golden else None
     arguments = (jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["timesteps"]), labels)
-    for given in (params, network.prepare(params)):
+    for given in (network.prepare(params), params)[: 2 if name == "class_cond" else 1]:
         out = jax.jit(network.predict)(given, *arguments)
         assert out.dtype == jnp.float32
         assert bound / 100 < relative(out, nhwc(golden["out"])) < bound

@@ -17,7 +17,7 @@ demo: .venv/.ready-demo
 	@echo "Look at demo/one_step.png and demo/two_steps.png."
 
 test: lint types
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
-"""Eight CPU devices, and the array shapes of public functions checked at run time."""
+"""Eight CPU devices, programs compiled in haste and once, and array shapes of public functions checked at run time."""
 
 import os
+import tempfile
 
 from jaxtyping import install_import_hook
 
@@ -8,4 +9,19 @@ import tests.typechecker  # noqa: F401  so that the hook finds it by name
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+# Most of the tests' time is the compiler's. Workers and commands in processes of their own inherit this.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="cm_jax_compiled_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
 install_import_hook("cm_jax", "tests.typechecker.checked")
+
+LONG = ("test_killed_and_together", "test_browser", "test_training", "test_gaussian_training", "test_hostile")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files begin first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)

@@ -1,5 +1,6 @@
 """Goldens and small models, as the tests use them."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -8,13 +9,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cm_jax.arrays import Denoiser, Params, leaves
 from cm_jax.conversion import Untold, read
 from cm_jax.conversion.formats import Format
 from cm_jax.conversion.rules import LazyTensor, to_ours
-from cm_jax.networks import ADMUNet
+from cm_jax.networks import ADMUNet, Network
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
@@ -65,18 +67,29 @@ def tensor_names(spelling: Format, network: ADMUNet) -> list[str]:
     return [name for rule in spelling.rules(network) for name in rule.theirs]
 
 
-def random_params(network: ADMUNet, seed: int = 0) -> Params:
-    """Random numbers in every leaf, the usually zero ones too, of the size that initialisation gives."""
-    keys = iter(jax.random.split(jax.random.key(seed), 10_000))
+def random_params(network: Network, seed: int = 0) -> Params:
+    """Random numbers in every leaf, the usually zero ones too, of the size that initialisation gives.
+
+    NumPy's, because JAX would compile a program for every shape of a leaf.
+    """
+    dice = np.random.default_rng(seed)
 
     def leaf(path, shape):
-        noise = jax.random.normal(next(keys), shape.shape)
+        noise = dice.standard_normal(shape.shape, np.float32)
         name = path[-1].key
         if name == "kernel":
-            return noise / np.sqrt(np.prod(shape.shape[:-1]))
-        return 1 + 0.1 * noise if name == "scale" else 0.1 * noise
+            return jnp.asarray(noise / np.sqrt(np.prod(shape.shape[:-1]), dtype=np.float32))
+        return jnp.asarray(1 + 0.1 * noise if name == "scale" else 0.1 * noise, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, network.shapes())
+
+
+@functools.cache
+def compiled(network: Network) -> Network:
+    """The same network with a `predict` that is compiled by itself, once for all that stands around it."""
+    same = dataclasses.replace(network)
+    object.__setattr__(same, "predict", jax.jit(network.predict))
+    return same
 
 
 def gaussian_denoiser(deviation: float = 0.5) -> Denoiser:

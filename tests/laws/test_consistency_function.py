@@ -20,14 +20,14 @@ from tests.support import SMALL, random_params
 
 
 def test_the_consistency_function_is_the_identity_at_sigma_min():
-    function = ConsistencyFunction(SMALL, BoundaryScaling())
+    function = jax.jit(ConsistencyFunction(SMALL, BoundaryScaling()))
     x = 3 * jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     clean = function(random_params(SMALL), x, jnp.full(2, 0.002), jnp.array([1, 2]))
     np.testing.assert_array_equal(clean, x)
 
 
 def test_a_denoiser_is_not_held_to_the_boundary():
-    function = ConsistencyFunction(SMALL, EDMScaling())
+    function = jax.jit(ConsistencyFunction(SMALL, EDMScaling()))
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     assert not np.array_equal(function(random_params(SMALL), x, jnp.full(2, 0.002), jnp.array([1, 2])), x)
 

@@ -93,15 +93,16 @@ def test_others_formats_have_no_second_clock(spelling):
 def test_mean_flow_makes_a_consistency_function(network):
     """f(x, sigma) = z - t u(z, t, t), f(x, 0) = x, and where there is hardly any data left, f = e - u(e, 1, 1)."""
     params, function = random_params(network), ConsistencyFunction(network, FlowScaling(time_factor=2.0))
+    predict = jax.jit(network.predict)
     f = jax.jit(lambda x, sigma: function(params, x, sigma, LABELS))
     np.testing.assert_array_equal(f(X, jnp.zeros(2)), X)
     sigma = jnp.array([3.0, 0.25])
     t = jnp.array([0.75, 0.2])
     z = X / per_image(1 + sigma)
-    u = network.predict(params, z, 2 * t, LABELS, None, 2 * t)
+    u = predict(params, z, 2 * t, LABELS, None, 2 * t)
     np.testing.assert_allclose(f(X, sigma), z - per_image(t) * u, atol=1e-5)
     far = f(1e6 * X, jnp.full(2, 1e6))
-    at_once = X - network.predict(params, X, jnp.full(2, 2.0), LABELS, None, jnp.full(2, 2.0))
+    at_once = X - predict(params, X, jnp.full(2, 2.0), LABELS, None, jnp.full(2, 2.0))
     np.testing.assert_allclose(far, at_once, atol=1e-4)
 
 

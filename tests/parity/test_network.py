@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from cm_jax.networks import ADMUNet
 from cm_jax.networks.blocks import sinusoid
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
-from tests.support import DATA, adm_golden, filled, nhwc, relative, tensor_names
+from tests.support import DATA, adm_golden, compiled, filled, nhwc, relative, tensor_names
 
 BOUND = 1e-5
 CONFIGURATIONS = ["class_cond", "conv_resample", "unconditional"]
@@ -27,7 +26,7 @@ CONFIGURATIONS = ["class_cond", "conv_resample", "unconditional"]
 def test_the_original_networks_raw_output(name):
     network, params, golden = adm_golden(name)
     labels = jnp.asarray(golden["y"]) if "y" in golden else None
-    out = jax.jit(network.predict)(params, jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["timesteps"]), labels)
+    out = compiled(network).predict(params, jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["timesteps"]), labels)
     assert relative(out, nhwc(golden["out"])) < BOUND
 
 
@@ -39,9 +38,8 @@ def test_the_original_denoiser_and_consistency_function(name, scaling, key):
     network, params, golden = adm_golden(name)
     labels = jnp.asarray(golden["y"]) if "y" in golden else None
     x, sigmas = jnp.asarray(nhwc(golden["x_sigma"])), jnp.asarray(golden["sigmas"])
-    assert (
-        relative(jax.jit(ConsistencyFunction(network, scaling))(params, x, sigmas, labels), nhwc(golden[key])) < BOUND
-    )
+    ours = ConsistencyFunction(compiled(network), scaling)(params, x, sigmas, labels)
+    assert relative(ours, nhwc(golden[key])) < BOUND
 
 
 # The networks and formula-filled weights of ../spec/openai.md, appendix A.
@@ -101,9 +99,9 @@ def test_formula_filled_networks(name, key, scaling):
     fed = x if scaling is None else per_image(scaling.c_in(sigma)) * x
     truth = float64_output(network, params, fed, time, labels)
     if scaling is None:
-        ours = jax.jit(network.predict)(params, x, time, labels)
+        ours = compiled(network).predict(params, x, time, labels)
     else:
-        ours = jax.jit(ConsistencyFunction(network, scaling))(params, x, sigma, labels)
+        ours = ConsistencyFunction(compiled(network), scaling)(params, x, sigma, labels)
         truth = np.asarray(scaling.blend(x, sigma, jnp.asarray(truth, jnp.float32)))
     assert relative(ours, truth) < max(BOUND, relative(golden, truth))
     assert relative(ours, golden) < BOUND + 2 * relative(golden, truth)
@@ -170,5 +168,6 @@ def flavour_params(flavour):
 def test_diffusers_networks(flavour, key, time):
     network, golden = FLAVOURS[flavour], np.load(DATA / "diffusers" / "diffusers_golden.npz")
     labels = jnp.array([7, 999]) if network.classes else None
-    out = jax.jit(network.predict)(flavour_params(flavour), jnp.asarray(nhwc(golden["X"])), jnp.full(2, time), labels)
+    x, params = jnp.asarray(nhwc(golden["X"])), flavour_params(flavour)
+    out = compiled(network).predict(params, x, jnp.full(2, time), labels)
     assert relative(out, nhwc(golden[f"{flavour}_unet_{key}"])) < BOUND

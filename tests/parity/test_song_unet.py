@@ -18,7 +18,7 @@ from cm_jax.networks.fir import fir_downsample, fir_upsample
 from cm_jax.noise_levels import EDM_TIME, KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
 from tests.parity import jcm_float64
-from tests.support import DATA, random_params, relative
+from tests.support import DATA, compiled, random_params, relative
 
 BOUND = 1e-5
 GOLDEN = DATA / "jcm" / "golden.npz"
@@ -91,13 +91,13 @@ def truth(name, quantity, weights):
 
 def computed(name, quantity):
     """What ours computes, in float32."""
-    golden, network = np.load(GOLDEN), NETWORKS[name]
+    golden, network = np.load(GOLDEN), compiled(NETWORKS[name])
     x, t = jnp.asarray(golden["X"]), jnp.asarray(golden["t"])
     if quantity == "raw":
-        return jax.jit(network.predict)(params(name), x, EDM_TIME * jnp.log(t))
+        return network.predict(params(name), x, EDM_TIME * jnp.log(t))
     f = functools.partial(ConsistencyFunction(network, SCALINGS[quantity.removesuffix("_jvp")]), params(name))
     if quantity != "distiller_jvp":
-        return jax.jit(f)(per_image(t) * x, t)
+        return f(per_image(t) * x, t)
     tangent = (per_image(t) * jnp.asarray(WAVE, jnp.float32), -jnp.ones(3))
     return jax.jit(lambda point, tangent: jax.jvp(f, point, tangent)[1])((per_image(t) * x, t), tangent)
 

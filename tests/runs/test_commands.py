@@ -18,13 +18,16 @@ from PIL import Image
 import cm_jax
 from cm_jax import conversion
 from cm_jax.cli import main, main_convert, main_sample
+from cm_jax.config import ModelConfig
 from cm_jax.conversion import Untold, read
 from cm_jax.conversion.formats import DIFFUSERS
 from cm_jax.conversion.parity import compare
 from cm_jax.conversion.rules import LazyTensor, to_theirs
 from cm_jax.errors import InputError
+from cm_jax.model import Model
+from cm_jax.noise_levels import KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling
-from tests.support import DATA, EMOJI, ROOT, run
+from tests.support import DATA, EMOJI, ROOT, SMALL, random_params, run
 
 GOLDEN = DATA / "openai" / "adm_unconditional.pt"
 TOLD = ("--image-size", "16", "--head-width", "32", "--scalings", "consistency", "--levels", "40")
@@ -80,8 +83,11 @@ def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
 
 
 def test_the_same_image_with_two_devices_and_a_warm_cache(tmp_path):
+    network = dataclasses.replace(SMALL, image_size=8, multipliers=(1,), attention_factors=())
+    Model(ModelConfig(network, BoundaryScaling(), KarrasGrid(18)), random_params(network)).save(tmp_path / "small")
     arguments = (
         "sample.py",
+        str(tmp_path / "small"),
         "--count",
         "3",
         "--steps",
@@ -90,7 +96,7 @@ def test_the_same_image_with_two_devices_and_a_warm_cache(tmp_path):
         str(tmp_path / "cache"),
         "--output",
     )
-    run(*arguments, str(tmp_path / "one.npz"))
+    assert run(*arguments, str(tmp_path / "one.npz")).returncode == 0
     assert any((tmp_path / "cache").iterdir())
     run(*arguments, str(tmp_path / "two.npz"), JAX_NUM_CPU_DEVICES="2")
     one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))

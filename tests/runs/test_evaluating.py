@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -58,14 +57,12 @@ def toy(weights=""):
 
 @pytest.fixture(scope="module", autouse=True)
 def toys(tmp_path_factory):
-    """The toy, no pictures, a cache of references, and programs that are compiled once, in haste."""
+    """The toy, no pictures, a cache of references, and programs that are compiled once."""
     compiled, programs = Prepared.compiled, {}
 
     def once(run, constants):
         return programs.setdefault(run.step, compiled(run, constants))
 
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluating, "load_inception", toy)
         patch.setattr(loop, "sheet", lambda config, params: Image.new("RGB", (8, 8)))
@@ -73,7 +70,6 @@ def toys(tmp_path_factory):
         patch.setattr(Prepared, "compiled", once)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

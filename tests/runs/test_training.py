@@ -57,15 +57,6 @@ SMALL = Training(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Kept from run to run: each of these compiles the same few programs."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """The folder of a finished run, and what it said."""

@@ -1,0 +1,51 @@
+"""docs/recipes.md: its commands are understood, and its settings are those that the presets know."""
+
+import re
+import shlex
+
+import pytest
+
+from cm_jax.cli.overrides import parse
+from cm_jax.cli.train import Options
+from cm_jax.errors import InputError
+from cm_jax.presets import PRESETS
+from tests.support import ROOT
+
+TEXT = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+COMMANDS = re.findall(r"^python train\.py (.+)$", TEXT, re.MULTILINE)
+SETTINGS = sorted(set(re.findall(r"`(--[a-z][^`]*) ?`", TEXT)) - {"--images", "--batch-size", "--network", "--count"})
+OTHERS = {"--sigmas 80,0.8"}
+"""Of sample.py."""
+
+
+def settings_of(words):
+    return parse(PRESETS, Options(), "train.py", words)[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    assert settings_of(shlex.split(command)).batches == 10_000
+
+
+def test_curricula_end_with_the_run():
+    for words in map(shlex.split, COMMANDS):
+        chosen = settings_of(words)
+        objective = chosen.objective
+        curriculum, gap, warm_up = (getattr(objective, name, None) for name in ("curriculum", "gap", "warm_up"))
+        assert getattr(curriculum, "steps", chosen.batches) == chosen.batches
+        assert gap is None or gap.steps_per_stage * gap.stages == chosen.batches
+        assert warm_up is None or warm_up.steps == chosen.batches // 10
+        assert getattr(chosen.target, "curriculum", curriculum) == curriculum
+
+
+@pytest.mark.parametrize("setting", [each for each in SETTINGS if each not in OTHERS])
+def test_settings_are_known(setting):
+    known = 0
+    for preset in PRESETS:
+        if preset.startswith("emoji32"):
+            try:
+                settings_of([preset, *setting.split()])
+                known += 1
+            except InputError:
+                pass
+    assert known

@@ -80,20 +80,6 @@ def upsample(x: Features) -> Outputs:
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
-def patched(x: Features, patch: int) -> Outputs:
-    """Every square of patch x patch pixels becomes one pixel, with the channels of all of them."""
-    b, h, w, c = x.shape
-    squares = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
-    return squares.reshape(b, h // patch, w // patch, patch * patch * c)
-
-
-def unpatched(x: Features, patch: int) -> Outputs:
-    """The inverse of `patched`."""
-    b, h, w, c = x.shape
-    squares = x.reshape(b, h, w, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
-    return squares.reshape(b, h * patch, w * patch, c // patch**2)
-
-
 def resampled(x: Features, resample: Resample | None, by: Filter = "plain") -> Outputs:
     if resample is None:
         return x

@@ -43,12 +43,8 @@ class SongUNet(UNet):
     """Channels of every level over `width`; the image is halved from each level to the next."""
     blocks_per_level: int = 4
     """iCT-deep doubles it."""
-    patch: int = 1
-    """Pixels across the squares that enter and leave the network as one pixel with all their channels: 2 saves three
-    quarters of the work of the same channels, for a little of the detail."""
     attention_factors: tuple[int, ...] = (2,)
-    """Where attention stands, as factors of down-sampling after the patches: at 32 pixels, 2 is attention at resolution
-    16, or at 8 with patches of 2."""
+    """Where attention stands, as factors of down-sampling: at 32 pixels, 2 is attention at resolution 16."""
     classes: int | None = None
     """Number of classes, or None for an unconditional network."""
     interval_clock: bool = False
@@ -84,20 +80,20 @@ class SongUNet(UNet):
     def _problems(self) -> Iterator[str]:
         """Every way in which the fields contradict each other."""
         if (
-            min(self.blocks_per_level, self.image_size, self.image_channels, self.patch) < 1
+            min(self.blocks_per_level, self.image_size, self.image_channels) < 1
             or self.width < 4
             or not self.multipliers
             or min(self.level_channels) < 4
         ):
             yield (
-                "blocks_per_level, image_size, image_channels and patch must be positive, width and the channels of "
-                "every level at least 4"
+                "blocks_per_level, image_size and image_channels must be positive, width and the channels of every "
+                "level at least 4"
             )
             return
         if self.image_size > 2**13 or self.blocks_per_level > 64 or len(self.multipliers) > 12:
             yield "image_size may be 8192 at most, blocks_per_level 64, and the levels 12"
             return
-        if max(*self.level_channels, self.width, self.patch_channels, self.classes or 0) > 2**20:
+        if max(*self.level_channels, self.width, self.image_channels, self.classes or 0) > 2**20:
             yield "channels and classes may be a million at most"
             return
         if self.embedding == "positional" and self.width % 2:
@@ -116,8 +112,8 @@ class SongUNet(UNet):
             yield f"dropout_size must be positive, or None for every feature map (got {self.dropout_size})"
         if self.image_size % self.reduction:
             yield (
-                f"{len(self.multipliers)} levels halve the image {len(self.multipliers) - 1} times after patches of "
-                f"{self.patch}, so its size must be a multiple of {self.reduction} (got {self.image_size})"
+                f"{len(self.multipliers)} levels halve the image {len(self.multipliers) - 1} times, so its size must "
+                f"be a multiple of {self.reduction} (got {self.image_size})"
             )
 
     @staticmethod
@@ -140,7 +136,7 @@ class SongUNet(UNet):
     def plan(self) -> Plan:
         """The blocks in the order they are applied, after the stem and before the head."""
         deepest = len(self.multipliers) - 1
-        channels, inputs = self.width, self.patch_channels
+        channels, inputs = self.width, self.image_channels
         skips = [channels]
         encoder, decoder = [], []
 

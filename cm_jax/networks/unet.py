@@ -29,8 +29,6 @@ from cm_jax.networks.blocks import (
     ResidualBlock,
     SmoothedConvolution,
     Style,
-    patched,
-    unpatched,
 )
 from cm_jax.networks.convolution import Method
 from cm_jax.networks.precision import Precision
@@ -83,8 +81,6 @@ class UNet(abc.ABC):
     attention: Implementation
     convolution: Method
     rematerialise: bool
-    patch: int = 1
-    """Pixels across the squares that enter and leave the network as one pixel with all their channels."""
 
     @property
     @abc.abstractmethod
@@ -119,12 +115,7 @@ class UNet(abc.ABC):
     @property
     def reduction(self) -> int:
         """The factor by which the image is smaller on the deepest level."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def patch_channels(self) -> int:
-        """Channels that the first convolution sees, and the last one puts out."""
-        return self.image_channels * self.patch**2
+        return 2 ** (len(self.multipliers) - 1)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -169,7 +160,7 @@ class UNet(abc.ABC):
             raise InputError(f"Images must be [batch, height, width, {self.image_channels}], got shape {list(shape)}.")
         if shape[1] % self.reduction or shape[2] % self.reduction:
             raise InputError(
-                f"Images of {shape[1]}x{shape[2]} cannot be made smaller by {self.reduction}, as this network does: "
+                f"Images of {shape[1]}x{shape[2]} cannot be halved {len(self.multipliers) - 1} times: "
                 f"height and width must be multiples of {self.reduction}."
             )
         if labelled and self.classes is None:
@@ -183,9 +174,8 @@ class UNet(abc.ABC):
         x = jax.ShapeDtypeStruct((1, size, size, self.image_channels), jnp.float32)
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
         labels = None if self.classes is None else jax.ShapeDtypeStruct((1,), jnp.int32)
-        plain: UNet = dataclasses.replace(  # type: ignore[type-var]
-            self, attention="plain", convolution="direct", rematerialise=False
-        )
+        plain: UNet = dataclasses.replace(self, attention="plain", rematerialise=False)  # type: ignore[type-var]
+        plain = plain.convolving("direct")
         return jax.eval_shape(_UNet(plain).init, jax.random.key(0), x, time, labels)["params"]
 
     def parameter_count(self) -> int:
@@ -241,7 +231,7 @@ class UNet(abc.ABC):
 
     def _convolutions(self) -> Iterator[tuple[str, int]]:
         """The 3x3 convolutions with stride 1 inside the blocks: (path, size of the image that they see)."""
-        size = self.image_size // self.patch
+        size = self.image_size
         for block in self.plan().blocks:
             for unit in block.units:
                 if unit.kind not in ("residual", "convolution"):
@@ -288,8 +278,8 @@ class _UNet(nn.Module):
         def apply(block: Block, h: Features, pyramid: Pyramid) -> Outputs:
             return _Block(config, block, next(places), name=block.name)(h, pyramid, embedding, dropout_keys)
 
-        pyramid = patched(x, config.patch)
-        h = Convolution(config.stem_channels, dtype=config.precision, name="stem")(pyramid)
+        pyramid = x
+        h = Convolution(config.stem_channels, dtype=config.precision, name="stem")(x)
         skips = [h]
         for block in plan.encoder:
             h = apply(block, h, pyramid)
@@ -298,7 +288,7 @@ class _UNet(nn.Module):
         h = apply(plan.middle, h, pyramid)
         for block in plan.decoder:
             h = apply(block, jnp.concatenate([h, skips.pop()], axis=-1), pyramid)
-        return unpatched(_Head(config, name="head")(h.astype(jnp.float32)), config.patch)
+        return _Head(config, name="head")(h.astype(jnp.float32))
 
 
 class _Block(nn.Module):
@@ -347,4 +337,4 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, h: Features) -> Outputs:
         norm = GroupNorm(self.config.style, name="norm")
-        return Convolution(self.config.patch_channels, name="output")(nn.silu(norm(h)))
+        return Convolution(self.config.image_channels, name="output")(nn.silu(norm(h)))

@@ -66,6 +66,11 @@ class Progressive(Curriculum):
     def __post_init__(self) -> None:
         _demand(1 <= self.start <= self.end and self.steps >= 1, self, "1 <= start <= end and steps >= 1")
 
+    @property
+    def lasts(self) -> int:
+        """Steps until nothing changes any more."""
+        return self.steps
+
     def __call__(self, step: Step) -> Count:
         """One more than m, the least whole number with K ((m + 1)^2 - s0^2) >= k ((s1 + 1)^2 - s0^2)."""
         growth = (self.end + 1) ** 2 - self.start**2
@@ -89,6 +94,11 @@ class Doubling(Curriculum):
         """K'."""
         return math.floor(self.steps / (math.log2(self.end // self.start) + 1))
 
+    @property
+    def lasts(self) -> int:
+        """Steps until nothing changes any more."""
+        return self.steps_per_stage * ((self.end - 1) // self.start).bit_length()
+
     def __call__(self, step: Step) -> Count:
         doublings = (self.end // self.start).bit_length()
         stages = [min(self.start * 2**stage, self.end) + 1 for stage in range(doublings + 1)]
@@ -106,6 +116,11 @@ class Halving(Curriculum):
     def __post_init__(self) -> None:
         whole = self.start >= 2 and self.start & (self.start - 1) == 0
         _demand(whole and self.steps_per_stage >= 1, self, "start a power of 2 and steps_per_stage >= 1")
+
+    @property
+    def lasts(self) -> int:
+        """Steps until nothing changes any more."""
+        return self.steps_per_stage * self.start.bit_length()
 
     def __call__(self, step: Step) -> Count:
         halvings = self.start.bit_length() - 1
@@ -176,6 +191,11 @@ class ShrinkingGap:
             "ratio > 1, slope >= 0, steps_per_stage >= 1 and stages >= 1",
         )
 
+    @property
+    def lasts(self) -> int:
+        """Steps until nothing changes any more."""
+        return self.steps_per_stage * (self.stages - 1)
+
     def __call__(self, t: Sigmas, step: Step) -> Sigmas:
         scale = _at([self.ratio ** -(stage + 1) for stage in range(self.stages)], step // self.steps_per_stage)
         n = 1 + self.slope / (1 + jnp.exp(self.decay * t))
@@ -191,6 +211,11 @@ class WarmUp:
 
     def __post_init__(self) -> None:
         _demand(self.steps >= 1, self, "steps >= 1")
+
+    @property
+    def lasts(self) -> int:
+        """Steps until nothing changes any more."""
+        return self.steps
 
     def __call__(self, step: Step) -> Rate:
         return jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / self.steps)

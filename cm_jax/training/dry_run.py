@@ -22,6 +22,7 @@ def report(run: Prepared) -> Iterator[str]:
     way = type(run.across).__name__
     yield f"batch       {chosen.batch_size} images over {len(devices)} x {devices[0].device_kind} ({way})"
     yield f"length      {chosen.batches:,} batches, {chosen.batches * chosen.batch_size:,} images"
+    yield from (f"            {line}" for line in chosen.unfinished())
     if run.evaluator is not None:
         yield f"evaluation  {run.evaluator.description}"
     parts = {name: _bytes(getattr(state, name)) for name in ("params", "optimizer", "target", "teacher", "averages")}

@@ -52,6 +52,11 @@ class LinearDecay(LearningRate):
         super().__post_init__()
         _demand_steps(self, self.steps)
 
+    @property
+    def lasts(self) -> int:
+        """Steps until the rate is zero."""
+        return self.warm_up + self.steps
+
     def after_warm_up(self) -> optax.Schedule:
         return optax.linear_schedule(self.peak, 0.0, self.steps)
 
@@ -65,6 +70,11 @@ class CosineDecay(LearningRate):
     def __post_init__(self) -> None:
         super().__post_init__()
         _demand_steps(self, self.steps)
+
+    @property
+    def lasts(self) -> int:
+        """Steps until the rate is zero."""
+        return self.warm_up + self.steps
 
     def after_warm_up(self) -> optax.Schedule:
         return optax.cosine_decay_schedule(self.peak, self.steps)

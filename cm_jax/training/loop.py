@@ -228,5 +228,6 @@ def _described(run: Prepared, done: int) -> Iterator[str]:
         yield f"Teacher: {run.teacher.path}."
     if run.evaluator is not None:
         yield f"Evaluation: {run.evaluator.description}."
+    yield from map("Note: {}".format, chosen.unfinished())
     went = f"Going on after batch {done:,}" if done else "Starting"
     yield f"{went}: {chosen.batches:,} batches of {chosen.batch_size} images."

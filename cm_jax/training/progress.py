@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import math
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 
 _SMOOTHING = 0.9
-"""Of images/s, from one update to the next."""
+"""Of images and of seconds, whose quotient is images/s, from one update to the next."""
 
 
 class Progress:
@@ -29,6 +30,7 @@ class Progress:
         self.images_per_second: float | None = None
         """Smoothed; without what came before the first update, which is the compiler's time. None until the second."""
         self._done, self._total, self._batch_size, self._every = done, total, batch_size, every
+        self._images = self._seconds = 0.0
         self._time: float | None = None
         self._said: float | None = None
         self._last_line = ""
@@ -71,15 +73,15 @@ class Progress:
         """So many batches are done, with this loss of the last one that is known."""
         now = time.monotonic()
         if self._time is not None and now > self._time and done > self._done:
-            speed = (done - self._done) * self._batch_size / (now - self._time)
-            before = self.images_per_second
-            self.images_per_second = speed if before is None else _SMOOTHING * before + (1 - _SMOOTHING) * speed
+            self._images = _SMOOTHING * self._images + (done - self._done) * self._batch_size
+            self._seconds = _SMOOTHING * self._seconds + now - self._time
+            self.images_per_second = self._images / self._seconds
         self._time, self._done = now, done
         if self._quiet:
             return
         parts = [f"loss {loss:.4g}"] if loss is not None else []
         if self.images_per_second:
-            left = round((self._total - done) * self._batch_size / self.images_per_second)
+            left = math.ceil((self._total - done) * self._batch_size / self.images_per_second)
             parts += [f"{self.images_per_second:,.0f} images/s", f"{datetime.timedelta(seconds=left)} left"]
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rest=", ".join(parts))

@@ -1,6 +1,7 @@
 """What a training run is: the settings that decide it, and what is checked before it starts."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import jax
@@ -124,6 +125,17 @@ class Training:
         asked = self.evaluation.average if self.evaluation else ""
         return asked or next((each.name for each in self.all_averages), PARAMETERS)
 
+    def unfinished(self) -> Iterator[str]:
+        """A line for every curriculum and every falling learning rate that the run ends before."""
+        for path, part in _parts(self):
+            lasts = getattr(part, "lasts", 0)
+            if lasts > self.batches:
+                field = "steps-per-stage" if hasattr(part, "stages") else "steps"
+                yield (
+                    f"--{path} is laid out for {lasts:,} steps, and the run takes {self.batches:,}: it will not see its "
+                    f"end. Give --{path}.{field}, or more --images."
+                )
+
     def parallelism(self) -> Parallelism:
         """Raises InputError where the batch cannot be shared out."""
         several = len(jax.devices()) > 1
@@ -178,3 +190,12 @@ def without_extras(params: Params, objective: Objective) -> Params:
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[0]}x{shape[1]} with {shape[2]} channels"
+
+
+def _parts(part: object, above: str = "") -> Iterator[tuple[str, object]]:
+    """(path, part) of the settings inside, as the command line writes their paths."""
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
+        value, path = getattr(part, field.name), above + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield path, value
+            yield from _parts(value, path + ".")

@@ -44,6 +44,29 @@ def test_progressive_levels_as_the_cifar_program_recorded_them():
     assert [round(float(rate(step)), 5) for step in (0, 1, 1_000, 400_000)] == [0.81, 0.9, 0.95873, 0.99801]
 
 
+@pytest.mark.parametrize(
+    "curriculum",
+    [
+        Doubling(10, 1280, 4_000),
+        Doubling(10, 100, 4_000),
+        Doubling(7, 7, 10),
+        Halving(64, 100),
+        Halving(2, 7),
+        WarmUp(50),
+    ],
+)
+def test_a_curriculum_changes_until_its_last_step_and_then_no_more(curriculum):
+    values = np.asarray(jax.vmap(curriculum)(jnp.arange(8_000)))
+    assert curriculum.lasts == np.argmax(values == values[-1])
+
+
+def test_levels_and_gaps_are_at_their_end_when_they_say_so():
+    progressive, gap = Progressive(2, 150, 1_000), ShrinkingGap(steps_per_stage=10, stages=3)
+    assert progressive(progressive.lasts) == progressive(10**6) == 151 > progressive(progressive.lasts // 2)
+    t = jnp.full(1, 40.0)
+    assert gap(t, gap.lasts) == gap(t, 10**6) > gap(t, gap.lasts - 1)
+
+
 def test_doubling_has_eight_equal_stages():
     curriculum = Doubling()
     assert curriculum.steps_per_stage == 50_000

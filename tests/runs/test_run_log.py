@@ -225,3 +225,13 @@ def test_in_another_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [(False, before)]
+
+
+def test_two_updates_at_once_do_not_shake_the_speed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress(0, 100, batch_size=8) as shown:
+        for done in range(1, 101):
+            shown.update(done)
+            now[0] += 1e-4 if done % 50 == 49 else 2 - 1e-4 if done % 50 == 0 else 1.0
+            assert shown.images_per_second is None or 7 < shown.images_per_second < 9

@@ -335,8 +335,28 @@ def test_presets_are_what_they_say(name):
     curriculum = getattr(settings.objective, "curriculum", None)
     assert getattr(curriculum, "steps", steps) == steps
     assert settings.batches * settings.batch_size >= settings.images
+    assert list(settings.unfinished()) == []
     if isinstance(curriculum, Constant | Progressive) or hasattr(curriculum, "end"):
         assert int(curriculum(steps)) <= settings.grid.levels
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("emoji32-edm", []),
+        ("emoji32-cd", []),
+        ("emoji32-ct", ["--objective.curriculum.steps", "--target.curriculum.steps"]),
+        ("emoji32-ect", ["--objective.gap.steps-per-stage"]),
+        ("emoji32-sct", ["--objective.warm-up.steps"]),
+    ],
+)
+def test_a_run_that_ends_before_its_curriculum_says_so(name, flags):
+    short = dataclasses.replace(PRESETS[name](), images=100_000)
+    lines = list(short.unfinished())
+    assert len(lines) == len(flags)
+    for line, flag in zip(lines, flags, strict=True):
+        assert f"Give {flag}, or more --images." in line
+        assert "takes 782" in line
 
 
 def test_every_objective_has_an_emoji_preset():

@@ -132,8 +132,8 @@ class Training:
             if lasts > self.batches:
                 field = "steps-per-stage" if hasattr(part, "stages") else "steps"
                 yield (
-                    f"--{path} is laid out for {lasts:,} steps, and the run takes {self.batches:,}: it will not see its "
-                    f"end. Give --{path}.{field}, or more --images."
+                    f"--{path} is laid out for {lasts:,} steps, and the run takes {self.batches:,}: it will not see "
+                    f"its end. Give --{path}.{field}, or more --images."
                 )
 
     def parallelism(self) -> Parallelism:

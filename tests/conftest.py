@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+import pytest
 from jaxtyping import install_import_hook
 
 import tests.typechecker  # noqa: F401  so that the hook finds it by name
@@ -18,6 +19,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 install_import_hook("cm_jax", "tests.typechecker.checked")
+
+
+@pytest.fixture
+def optimised():
+    """Programs compiled as users compile them, with all optimizations."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
 
 LONG = ("test_killed_and_together", "test_browser", "test_training", "test_gaussian_training", "test_hostile")
 

@@ -1,11 +1,8 @@
-"""Numbers are compared as users compute them: by programs compiled with all optimizations."""
+"""Numbers are compared as users compute them."""
 
-import jax
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="package")
-def optimised():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True)
+def _as_users_do(optimised):
+    """See tests/conftest.py."""

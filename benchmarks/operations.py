@@ -54,7 +54,6 @@ class Counted(NamedTuple):
 def count(network: ADMUNet) -> Counted:
     """Operations of the lowered programs for a batch of one."""
     network = dataclasses.replace(network, precision="float32", rematerialise=False, dropout=0.0, attention="plain")
-    network = dataclasses.replace(network, convolution="direct")
     params = network.shapes()
     x = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
     time, labels = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -57,10 +57,13 @@ class Model:
 
     config: ModelConfig
     params: Params = dataclasses.field(repr=False)
+    winograd: bool = True
+    """On CPUs, in float32, large convolutions with fewer multiplications, from kernels transformed at the first call:
+    faster, and about two and a half times the memory of the parameters more. See networks/winograd.py."""
 
     @functools.cached_property
     def _fast(self) -> Params:
-        return accelerated(self.config.network, self.params)
+        return accelerated(self.config.network, self.params) if self.winograd else self.params
 
     def denoise(
         self,
@@ -355,17 +358,14 @@ def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32"
     The folder of a run of training means its newest checkpoint, and RUN/best the best of those that were evaluated.
 
     precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster
-    on accelerators and take half the memory). winograd: on CPUs, in float32, convolutions with fewer multiplications,
-    large ones from kernels transformed at the first call: faster, and two and a half times the memory of the parameters
-    more (networks/winograd.py). Raises InputError where there is no such checkpoint, or it is damaged.
+    on accelerators and take half the memory). winograd: as in `Model`. Raises InputError where there is no such
+    checkpoint, or it is damaged.
     """
     if precision not in typing.get_args(Precision):
         raise InputError(f"precision must be one of {', '.join(typing.get_args(Precision))}, got {precision!r}.")
     source = conversion.read(find(path_or_name))
-    network = source.config.network.at_precision(precision)
-    network = network if winograd else network.convolving("direct")
-    config = dataclasses.replace(source.config, network=network)
-    return Model(config, network.prepare(source.params))
+    config = dataclasses.replace(source.config, network=source.config.network.at_precision(precision))
+    return Model(config, config.network.prepare(source.params), winograd)
 
 
 def find(path_or_name: str | Path) -> Path:

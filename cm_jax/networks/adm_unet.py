@@ -18,7 +18,6 @@ from cm_jax.arrays import Labels
 from cm_jax.errors import InputError
 from cm_jax.networks.attention import Implementation
 from cm_jax.networks.blocks import NORM_GROUPS, Dense, Embedding, Modulation, Resample, Style, sinusoid
-from cm_jax.networks.convolution import Method
 from cm_jax.networks.precision import Precision
 from cm_jax.networks.unet import Block, Plan, UNet, Unit
 
@@ -57,8 +56,6 @@ class ADMUNet(UNet):
     precision: Precision = "float32"
     """Of the products inside the blocks; norms, softmax, embeddings and the output head are float32 always."""
     attention: Implementation = "auto"
-    convolution: Method = "auto"
-    """Direct, or on CPUs in float32 with fewer multiplications where that is faster; outputs differ by some 2e-6."""
     rematerialise: bool = False
     """Recompute every block in the backward pass instead of keeping its activations."""
 

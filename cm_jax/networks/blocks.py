@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from cm_jax.arrays import Keys
 from cm_jax.networks import winograd
 from cm_jax.networks.attention import Implementation, attend
-from cm_jax.networks.convolution import Method, convolve_3x3
+from cm_jax.networks.convolution import convolve_3x3
 from cm_jax.networks.fir import Filter, fir_downsample, fir_upsample, smoothed
 from cm_jax.networks.precision import product_precision
 
@@ -123,7 +123,6 @@ class Convolution(nn.Module):
     features: int
     resample: Resample | None = None
     dtype: DTypeLike = jnp.float32
-    method: Method = "direct"
 
     @nn.compact
     def __call__(self, x: Features) -> Outputs:
@@ -134,7 +133,7 @@ class Convolution(nn.Module):
         if self.has_variable("params", TRANSFORMED):
             return winograd.convolve(x, self.get_variable("params", TRANSFORMED)) + bias
         stride = 2 if self.resample == "down" else 1
-        return convolve_3x3(x, kernel, stride=stride, method=self.method) + bias.astype(self.dtype)
+        return convolve_3x3(x, kernel, stride=stride) + bias.astype(self.dtype)
 
 
 class SmoothedConvolution(nn.Module):
@@ -199,7 +198,6 @@ class ResidualBlock(nn.Module):
     dropout: float = 0.0
     dropout_size: int | None = None
     dtype: DTypeLike = jnp.float32
-    method: Method = "direct"
     style: Style = ADM
 
     @nn.compact
@@ -207,7 +205,7 @@ class ResidualBlock(nn.Module):
         style = self.style
         h = resampled(nn.silu(GroupNorm(style, name="norm_1")(x)), self.resample, style.resampling)
         x = resampled(x, self.resample, style.resampling)
-        h = Convolution(self.features, dtype=self.dtype, method=self.method, name="conv_1")(h)
+        h = Convolution(self.features, dtype=self.dtype, name="conv_1")(h)
 
         width = self.features if self.modulation == "additive" else 2 * self.features
         modulation = Dense(width, name="embedding")(nn.silu(embedding))
@@ -221,7 +219,7 @@ class ResidualBlock(nn.Module):
         h = nn.silu(h)
         if self.dropout_size is None or max(h.shape[1:3]) <= self.dropout_size:
             h = dropped_out(h, self.dropout, dropout_keys, self.place)
-        h = Convolution(self.features, dtype=self.dtype, method=self.method, name="conv_2")(h)
+        h = Convolution(self.features, dtype=self.dtype, name="conv_2")(h)
 
         if x.shape[-1] != self.features or (self.resample and style.resampled_skip):
             x = Dense(self.features, dtype=self.dtype, name="skip")(x)

@@ -30,7 +30,6 @@ from cm_jax.networks.blocks import (
     SmoothedConvolution,
     Style,
 )
-from cm_jax.networks.convolution import Method
 from cm_jax.networks.precision import Precision
 
 Pyramid = Float[Array, "b h3 w3 c3"]
@@ -79,7 +78,6 @@ class UNet(abc.ABC):
     dropout_size: int | None
     precision: Precision
     attention: Implementation
-    convolution: Method
     rematerialise: bool
 
     @property
@@ -175,7 +173,6 @@ class UNet(abc.ABC):
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
         labels = None if self.classes is None else jax.ShapeDtypeStruct((1,), jnp.int32)
         plain: UNet = dataclasses.replace(self, attention="plain", rematerialise=False)  # type: ignore[type-var]
-        plain = plain.convolving("direct")
         return jax.eval_shape(_UNet(plain).init, jax.random.key(0), x, time, labels)["params"]
 
     def parameter_count(self) -> int:
@@ -217,10 +214,9 @@ class UNet(abc.ABC):
         """Parameters for many predictions on a CPU: beside the kernels of 3x3 convolutions, their Winograd transforms.
 
         For forward passes in float32 that is what `predict` is fastest with (networks/winograd.py); it holds some two
-        and a half times as much. Elsewhere, in half precision, and with convolution="direct", these are the parameters
-        as they are.
+        and a half times as much. Elsewhere, and in half precision, these are the parameters as they are.
         """
-        if self.convolution == "direct" or self.precision != "float32" or jax.default_backend() != "cpu":
+        if self.precision != "float32" or jax.default_backend() != "cpu":
             return params
         flat = dict(leaves(params))
         forms = {path: winograd.form(size, *flat[f"{path}/kernel"].shape[2:]) for path, size in self._convolutions()}
@@ -248,10 +244,6 @@ class UNet(abc.ABC):
     def at_precision(self, precision: Precision) -> "UNet":
         """The same network with its products in another precision."""
         return dataclasses.replace(self, precision=precision)  # type: ignore[type-var]
-
-    def convolving(self, method: Method) -> "UNet":
-        """The same network with its convolutions computed in another way."""
-        return dataclasses.replace(self, convolution=method)  # type: ignore[type-var]
 
 
 class _UNet(nn.Module):
@@ -314,7 +306,6 @@ class _Block(nn.Module):
                         dropout=config.dropout,
                         dropout_size=config.dropout_size,
                         dtype=dtype,
-                        method=config.convolution,
                         style=style,
                         name=unit.name,
                     )(h, embedding, dropout_keys)
@@ -322,7 +313,7 @@ class _Block(nn.Module):
                     heads = config.heads_for(unit.channels_out)
                     h = recomputed(AttentionBlock)(heads, config.attention, dtype, style, name=unit.name)(h)
                 case "convolution":
-                    h = Convolution(unit.channels_out, unit.resample, dtype, config.convolution, name=unit.name)(h)
+                    h = Convolution(unit.channels_out, unit.resample, dtype, name=unit.name)(h)
                 case "pyramid":
                     smaller = SmoothedConvolution(unit.channels_out, style.resampling, dtype, name=unit.name)(pyramid)
                     h = (smaller + h) * style.residual_scale

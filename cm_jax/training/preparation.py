@@ -138,7 +138,7 @@ def _read(name: str, flag: str) -> Source:
         raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
 
-_RUNTIME = ("dropout", "precision", "attention", "convolution", "rematerialise")
+_RUNTIME = ("dropout", "precision", "attention", "rematerialise")
 """Fields of a network that do not change what its parameters mean."""
 
 

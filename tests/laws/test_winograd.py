@@ -70,88 +70,6 @@ def test_derivatives_are_those_of_the_direct_convolution(monkeypatch):
     assert relative(reverse, direct) < 5e-6
 
 
-@pytest.mark.parametrize("form", [(4, 4), (6, 4), (6, 6)])
-@pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 2)])
-def test_a_kernels_gradient_is_that_of_the_direct_convolution(form, size):
-    x, kernel, seen = normal(0, 2, *size, 5), normal(1, 3, 3, 5, 4), normal(3, 2, *size, 4)
-    (direct,) = jax.vjp(lambda kernel: convolve_3x3(x, kernel), kernel)[1](seen)
-    assert relative(winograd.kernel_gradient(x, seen, *form), direct) < 1e-5
-
-
-def test_a_kernels_gradient_in_parts_is_that_of_the_batch(monkeypatch):
-    x, seen = normal(0, 6, 8, 8, 5), normal(3, 6, 8, 8, 4)
-    whole = winograd.kernel_gradient(x, seen, 6, 4)
-    monkeypatch.setattr(winograd, "_CACHED", 8 * 8 * 5)
-    assert "scan" in str(jax.make_jaxpr(lambda *both: winograd.kernel_gradient(*both, 6, 4))(x, seen))
-    assert relative(winograd.kernel_gradient(x, seen, 6, 4), whole) < 1e-5
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """Winograd's forms where a kernel is trained, for few channels too, and counts of their use."""
-    count = {"outputs": 0, "gradients": 0}
-    convolve, gradient = winograd.convolve, winograd.kernel_gradient
-
-    def counted(name, function):
-        return lambda *arguments: count.update({name: count[name] + 1}) or function(*arguments)
-
-    monkeypatch.setattr(winograd, "training_form", lambda *shape: (6, 3))
-    monkeypatch.setattr(winograd, "gradient_form", lambda *shape: (6, 4))
-    monkeypatch.setattr(winograd, "convolve", counted("outputs", convolve))
-    monkeypatch.setattr(winograd, "kernel_gradient", counted("gradients", gradient))
-    return count
-
-
-def quick(x, kernel):
-    return convolve_3x3(x, kernel, method="auto")
-
-
-def test_all_derivatives_of_a_trained_convolution_are_the_direct_ones(trained):
-    x, kernel = normal(0, 3, 6, 8, 5), normal(1, 3, 3, 5, 4)
-    moved_x, moved_kernel, seen = normal(2, *x.shape), normal(4, *kernel.shape), normal(3, 3, 6, 8, 4)
-
-    def derivatives(convolve):
-        y, both = jax.jvp(convolve, (x, kernel), (moved_x, moved_kernel))
-        _, by_x = jax.jvp(lambda x: convolve(x, kernel), (x,), (moved_x,))
-        reverse = jax.vjp(convolve, x, kernel)[1](seen)
-        energy = lambda x, kernel: jnp.sum(convolve(x, kernel) ** 2 * seen)  # noqa: E731
-        _, second = jax.jvp(jax.grad(energy, (0, 1)), (x, kernel), (moved_x, moved_kernel))
-        again = jax.grad(jax.checkpoint(energy), (0, 1))(x, kernel)
-        each = jax.vmap(jax.grad(lambda x, kernel: convolve(x[None], kernel).sum() ** 2, 1), (0, None))(x, kernel)
-        return y, both, by_x, reverse, second, again, each
-
-    direct = derivatives(convolve_3x3)
-    assert trained == {"outputs": 0, "gradients": 0}
-    for ours, theirs in zip(jax.tree.leaves(derivatives(quick)), jax.tree.leaves(direct), strict=True):
-        assert relative(ours, theirs) < 1e-5
-    assert min(trained.values()) > 0
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype"), [({"method": "direct"}, jnp.float32), ({}, jnp.bfloat16), ({"stride": 2}, jnp.float32)]
-)
-def test_what_is_not_quick_is_direct(case, dtype, trained):
-    x, kernel = normal(0, 1, 4, 4, 3).astype(dtype), normal(1, 3, 3, 3, 4)
-    convolve_3x3(x, kernel, **({"method": "auto"} | case))
-    assert trained["outputs"] == 0
-
-
-@pytest.mark.parametrize("network", [SMALL, dataclasses.replace(SMALL, resampling="convolution")])
-def test_a_networks_gradient_is_the_same_directly(network, trained):
-    params = random_params(network)
-    x, time, labels = normal(0, 2, 16, 16, 3), jnp.array([100.0, -300.0]), jnp.array([3, 8])
-
-    def loss(params, network):
-        return jnp.mean((network.predict(params, x, time, labels) - x) ** 2)
-
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    direct = gradient(params, network.convolving("direct"))
-    assert trained == {"outputs": 0, "gradients": 0}
-    for ours, theirs in zip(jax.tree.leaves(gradient(params, network)), jax.tree.leaves(direct), strict=True):
-        assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max() + 1e-7
-    assert min(trained.values()) >= 10
-
-
 SONG = SongUNet(image_size=16, width=32, multipliers=(1, 2), blocks_per_level=1, classes=None)
 
 
@@ -188,8 +106,7 @@ def test_networks_of_few_channels_are_left_as_they_are():
 def test_a_model_draws_the_same_with_and_without_and_saves_what_it_was_given(eager, tmp_path):
     params = random_params(SMALL)
     config = ModelConfig(SMALL, BoundaryScaling(), KarrasGrid())
-    direct_config = dataclasses.replace(config, network=config.network.convolving("direct"))
-    fast, direct = Model(config, params), Model(direct_config, params)
+    fast, direct = (Model(config, params, winograd=on) for on in (True, False))
     np.testing.assert_allclose(fast.sample(0, 2, labels=3), direct.sample(0, 2, labels=3), atol=2e-5)
     fast.save(tmp_path / "saved")
     _, saved = restore(tmp_path / "saved")

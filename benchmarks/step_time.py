@@ -86,6 +86,11 @@ def lines(measured: dict[Row, Measured]) -> Iterator[str]:
         yield "".join(parts)
 
 
+def one_by_one(rows: list[Row], repeats: int, limit: float) -> dict[Row, Measured]:
+    """Each row's steps before the next row begins: only one is in memory."""
+    return {row: entry for row in rows for entry in measure([row], repeats, limit).values()}
+
+
 def cpu_rows(name: str, batch: int, layouts: tuple[str, ...]) -> Iterator[list[Row]]:
     """Groups of rows that are compared."""
     network = {"small": SMALL, "imagenet64": ADMUNet()}[name]
@@ -111,6 +116,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="on a GPU: with commas between")
     parser.add_argument("--precisions", default="bfloat16,float32", help="on a GPU: with commas between")
     parser.add_argument("--one-layout", action="store_true", help="on a CPU: PyTorch's channels last alone, for memory")
+    parser.add_argument("--one-by-one", action="store_true", help="on a CPU: rows one after the other, for memory")
     parser.add_argument("--batch", type=int, default=0, help="images in a step; 0 is what suits the network")
     parser.add_argument("--repeats", type=int, default=20 if gpu else 9, help="timed steps of each row")
     parser.add_argument("--limit", type=float, default=300 if gpu else 3600, help="seconds that a row may take")
@@ -124,15 +130,13 @@ def main() -> None:
         families = str(arguments.network or "imagenet64,cifar10").split(",")
         methods, precisions = arguments.methods.split(","), arguments.precisions.split(",")
         for rows in gpu_rows(families, methods, precisions, arguments.batch):
-            measured = {}
-            for row in rows:
-                measured |= measure([row], arguments.repeats, arguments.limit)
-            print(*lines(measured), sep="\n", flush=True)
+            print(*lines(one_by_one(rows, arguments.repeats, arguments.limit)), sep="\n", flush=True)
     else:
         name = arguments.network or "small"
         layouts = (CHANNELS_LAST,) if arguments.one_layout else (NCHW, CHANNELS_LAST)
         for rows in cpu_rows(name, arguments.batch or {"small": 16, "imagenet64": 2}[name], layouts):
-            print(*lines(measure(rows, arguments.repeats, arguments.limit)), sep="\n", flush=True)
+            taken = one_by_one if arguments.one_by_one else measure
+            print(*lines(taken(rows, arguments.repeats, arguments.limit)), sep="\n", flush=True)
     print(f"Load average {before:.1f} before and {os.getloadavg()[0]:.1f} after; this program's own work counts in it.")
 
 

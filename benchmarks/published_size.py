@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 import cm_jax
-from benchmarks.published_networks import IMAGENET64, LSUN256
 from cm_jax.conversion.diffusers_configs import unet_config
 from cm_jax.networks import ADMUNet
+from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MEMORY_BOUND = 3.0

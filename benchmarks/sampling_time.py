@@ -22,11 +22,11 @@ import jax
 import numpy as np
 import torch
 
-from benchmarks.published_networks import IMAGENET64, LSUN256
 from benchmarks.random_params import random_params
 from benchmarks.torch_adm import TorchADM
 from cm_jax.arrays import Params
 from cm_jax.networks import ADMUNet, accelerated
+from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 
 NETWORKS = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from cm_jax.curricula import AdaptiveRate, Constant, Doubling, FixedRate, Progressive, ShrinkingGap, WarmUp
 from cm_jax.data import EmojiData, ImageFolder, TFDSData
 from cm_jax.distances import PseudoHuber
-from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.networks import SongUNet
+from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 from cm_jax.networks.song_unet import DDPMPP, NCSNPP
 from cm_jax.noise_laws import CappedInterval, LogNormal
 from cm_jax.noise_levels import EDM_TIME, KarrasGrid
@@ -295,7 +296,7 @@ def cifar10_meanflow() -> Training:
 # ImageNet at 64 pixels with its 1000 classes, and LSUN at 256 pixels, with the original's networks.
 
 _SLOW = half_life(50_000_000, 4096)
-_IMAGENET_NETWORK = ADMUNet(precision="bfloat16")
+_IMAGENET_NETWORK = replace(IMAGENET64, precision="bfloat16")
 _IMAGENET_EDM = Training(
     data=TFDSData("imagenet_resized/64x64"),
     network=replace(_IMAGENET_NETWORK, dropout=0.1),
@@ -318,16 +319,7 @@ _IMAGENET_STUDENT = replace(
 )
 _IMAGENET_TEACHER = "edm_imagenet64_ema.pt"
 _IMAGENET_CURRICULUM = Progressive(start=2, end=200, steps=800_000)
-_LSUN_NETWORK = ADMUNet(
-    image_size=256,
-    width=256,
-    multipliers=(1, 1, 2, 2, 4, 4),
-    blocks_per_level=2,
-    attention_factors=(8, 16, 32),
-    classes=None,
-    modulation="additive",
-    precision="bfloat16",
-)
+_LSUN_NETWORK = replace(LSUN256, precision="bfloat16")
 _LSUN_EDM = replace(
     _IMAGENET_EDM,
     data=ImageFolder("lsun_bedroom", labels="none"),

@@ -197,3 +197,17 @@ class _Embedding(nn.Module):
             table = self.param("table", nn.initializers.zeros, (self.config.classes, width))
             embedding = embedding + jnp.take(table, labels, axis=0).astype(embedding.dtype)
         return embedding
+
+
+IMAGENET64 = ADMUNet()
+"""The network of the published ImageNet-64 checkpoints."""
+LSUN256 = ADMUNet(
+    image_size=256,
+    width=256,
+    multipliers=(1, 1, 2, 2, 4, 4),
+    blocks_per_level=2,
+    attention_factors=(8, 16, 32),
+    classes=None,
+    modulation="additive",
+)
+"""The network of the published LSUN-256 checkpoints."""

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.published_networks import IMAGENET64, LSUN256
 from cm_jax.arrays import leaves, nested
 from cm_jax.config import ModelConfig
 from cm_jax.conversion import Untold, read, write
@@ -18,6 +17,7 @@ from cm_jax.conversion.formats import DIFFUSERS, OPENAI
 from cm_jax.conversion.rules import LazyTensor, to_ours, to_theirs
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
+from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
 from cm_jax.published import imagenet_classes, published, recognise

@@ -22,7 +22,7 @@ from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, Cont
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling, FlowScaling
 from cm_jax.presets import PRESETS
 from cm_jax.training.dry_run import report
-from cm_jax.training.learning_rates import ConstantRate
+from cm_jax.training.learning_rates import ConstantRate, LinearDecay
 from cm_jax.training.loop import train
 from cm_jax.training.optimizers import Adam
 from cm_jax.training.preparation import prepare
@@ -308,6 +308,15 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):
     assert "12 batches, 96 images" in lines
     assert "FLOP a step" in lines
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_tells_of_a_rate_that_will_not_have_fallen():
+    falling = dataclasses.replace(SMALL, optimizer=Adam(LinearDecay(1e-3, warm_up=3, steps=10)))
+    lines = [line for line, _ in zip(report(prepare(falling)), range(7), strict=False)]
+    told = "--optimizer.learning-rate is laid out for 13 steps, and the run takes 12"
+    assert any(told in line for line in lines)
+    longer = dataclasses.replace(falling, images=8 * 13)
+    assert not list(longer.unfinished())
 
 
 COUNTS = {

@@ -12,6 +12,7 @@ import tyro
 from cm_jax import conversion
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import say
+from cm_jax.conversion.single_file import halved
 from cm_jax.conversion.sources import ScalingName
 from cm_jax.errors import InputError
 from cm_jax.files import check_writable, named
@@ -33,9 +34,10 @@ class Convert:
     """A .pt file, a diffusers folder, a CIFAR-10 original's file, a cm_jax checkpoint, a run's folder (its newest
     checkpoint), or a bundled model's name."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
-    """What to write. It must not exist yet, unless it is a .pt file."""
+    """What to write. It must not exist yet, unless it is a .pt or .safetensors file."""
     to: Literal["", "ours", "openai", "diffusers", "lpips", "inception"] = ""
-    """Default: openai for a destination that ends in .pt, else ours. lpips, inception: a .safetensors file with the
+    """Default: openai for a destination that ends in .pt, else ours: a folder, or one file where the destination ends
+    in .safetensors. lpips, inception: a .safetensors file with the
     weights of the distance or of the metrics; docs/conversion.md tells where SOURCE comes from."""
     head_width: int | None = None
     """Channels of an attention head (64 in the published networks)."""
@@ -53,6 +55,8 @@ class Convert:
     """Of a CIFAR-10 original: the filter before halving and after doubling."""
     lpips_heads: Path | None = None
     """Of LPIPS: the heads (lpips/weights/v0.1/vgg.pth in the package lpips), where SOURCE is torchvision's VGG16."""
+    half: bool = False
+    """Round parameters to float16: half the size, three digits. Models that are read from it compute in float32."""
     check: bool = False
     """Run PyTorch's network and ours on the same inputs first; write only if they agree."""
 
@@ -68,11 +72,12 @@ def convert(arguments: Convert) -> None:
         raise InputError("--lpips-heads belongs to --to lpips: say that too, or leave it out.")
     suffix = arguments.destination.suffix.lower()
     kind = arguments.to or ("openai" if suffix == ".pt" else "ours")
-    if kind != "openai" and named(arguments.destination).exists():
+    file = kind == "openai" or (kind == "ours" and suffix == ".safetensors")
+    if not file and named(arguments.destination).exists():
         raise InputError(f"{arguments.destination} exists already: name another destination, or remove it first.")
-    if kind != "openai" and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
+    if not file and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
         raise InputError(f"{arguments.destination} looks like a file, and --to {kind} writes a folder: name a folder.")
-    check_writable(arguments.destination, folder=kind != "openai")
+    check_writable(arguments.destination, folder=not file)
     untold = conversion.Untold(
         arguments.head_width,
         arguments.heads,
@@ -92,7 +97,8 @@ def convert(arguments: Convert) -> None:
         say(parity.report())
         if not parity.passed:
             raise InputError(f"The two networks disagree, so {arguments.destination} was not written.")
-    conversion.write(arguments.destination, kind, source.config, source.params)
+    params = halved(source.params, arguments.source) if arguments.half else source.params
+    conversion.write(arguments.destination, kind, source.config, params)
     say(f"Wrote {arguments.destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
     if kind == "diffusers" and not source.config.distilled:
         say("It holds the network alone: ConsistencyModelPipeline would take a denoiser for a consistency function.")

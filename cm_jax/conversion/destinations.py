@@ -10,6 +10,7 @@ import safetensors.numpy
 from cm_jax import checkpoints
 from cm_jax.arrays import Params
 from cm_jax.config import ModelConfig
+from cm_jax.conversion import single_file
 from cm_jax.conversion.diffusers_configs import model_index, scheduler_config, unet_config
 from cm_jax.conversion.files import write_torch
 from cm_jax.conversion.formats import DIFFUSERS, OPENAI
@@ -23,14 +24,15 @@ Kind = Literal["ours", "openai", "diffusers"]
 
 
 def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
-    """Write a model as `kind` at `path`: a folder for ours and diffusers, a file for openai.
+    """Write a model as `kind` at `path`: a folder for ours and diffusers, a file for openai, and for ours too where
+    `path` ends in .safetensors.
 
     Every tensor keeps its numbers and precision. A denoiser with EDM scalings becomes a diffusers folder with the
     network alone, because ConsistencyModelPipeline would take it for a consistency function. Raises InputError where
     the format has no room for this network, or the destination cannot be written.
     """
     if kind == "ours":
-        checkpoints.save(path, config, params)
+        (single_file.write if path.suffix.lower() == ".safetensors" else checkpoints.save)(path, config, params)
         return
     network = config.adm
     _check_room(kind, config)

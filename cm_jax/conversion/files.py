@@ -4,7 +4,9 @@ A Flax checkpoint of before Orbax is MessagePack, which holds numbers, texts, ma
 """
 
 import collections
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +51,9 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         "F16": np.float16,
         "BF16": ml_dtypes.bfloat16,
     }
-    try:
-        with safetensors.safe_open(path, framework="np") as archive:
-            parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  it is no dictionary
-            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-    except Exception as error:  # safetensors raises several kinds; all of them mean this file
-        raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {str(error)[:300]}. "
-            "Download it again."
-        ) from error
+    with _opened(path) as archive:
+        parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  it is no dictionary
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
     def read(name: str) -> np.ndarray:
         """Opened again for every tensor, because an open file holds on to all that was read of it."""
@@ -68,6 +64,25 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         name: LazyTensor(shape, np.dtype(dtypes.get(dtype, np.int64)), functools.partial(read, name))
         for name, (shape, dtype) in found.items()
     }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself. Raises InputError for a damaged file."""
+    with _opened(path) as archive:
+        return archive.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, whose errors become InputError."""
+    try:
+        with safetensors.safe_open(path, framework="np") as archive:
+            yield archive
+    except Exception as error:  # safetensors raises several kinds; all of them mean this file
+        raise InputError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {str(error)[:300]}. "
+            "Download it again."
+        ) from error
 
 
 _FLAX_ARRAY = 1

@@ -8,7 +8,7 @@ from cm_jax import checkpoints
 from cm_jax.arrays import Params
 from cm_jax.checked import read_json
 from cm_jax.config import ModelConfig
-from cm_jax.conversion import jcm
+from cm_jax.conversion import jcm, single_file
 from cm_jax.conversion.diffusers_configs import Told, check_agreement, told_by
 from cm_jax.conversion.files import is_msgpack, read_msgpack, read_safetensors
 from cm_jax.conversion.formats import DIFFUSERS, OPENAI, Format
@@ -72,13 +72,17 @@ def read(path: Path, untold: Untold = Untold()) -> Source:
 def _read(path: Path, untold: Untold) -> Source:
     if not path.exists():
         raise InputError(f"There is no file or folder {path}.")
-    if path.is_file() and path.suffix != ".safetensors" and is_msgpack(path):
+    archive = path.is_file() and path.suffix.lower() == ".safetensors"
+    if path.is_file() and not archive and is_msgpack(path):
         return _read_jcm(path, untold)
     if untold.attention_factors is not None or untold.resampling is not None:
         raise InputError(
             f"{path} tells itself where attention stands and how images are halved: leave out --attention-factors and "
             "--resampling, which are for checkpoints of openai/consistency_models_cifar10."
         )
+    if archive and single_file.is_single_file(path):
+        config, params = single_file.read(path)
+        return Source(path, _overridden(config, untold), params)
     if path.is_file():
         return _read_tensors(path, path, Told(), untold)
     if checkpoints.is_checkpoint(path):
@@ -99,7 +103,7 @@ def _read(path: Path, untold: Untold) -> Source:
 
 def _read_tensors(path: Path, file: Path, told: Told, untold: Untold) -> Source:
     """Tensors of one file, with what a diffusers config, a published name and the user say of them."""
-    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    tensors = read_safetensors(file) if file.suffix.lower() == ".safetensors" else read_torch(file)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     spelling = DIFFUSERS if any(name.startswith(("conv_in.", "down_blocks.")) for name in shapes) else OPENAI
     known = recognise(path)

@@ -54,7 +54,18 @@ _PATHS = (
         "a\nb.png",
     ),
     *("\udcff\udcfe.png", "\x1b[2J.png", "näh.png", "-", "--", "-x", "*.png", "$(touch CANARY)", "`touch CANARY`"),
-    *("fifo", "loop", "dangling", "%s%n", "emoji:held_out", "emoji:x", "tfds:nothing", "tfds:", "lpips.safetensors"),
+    *(
+        "fifo",
+        "loop",
+        "dangling",
+        "%s%n",
+        "emoji:held_out",
+        "emoji:x",
+        "tfds:nothing",
+        "tfds:",
+        "lpips.safetensors",
+        "ours.safetensors",
+    ),
 )
 _NUMBERS = (
     *(

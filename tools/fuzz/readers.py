@@ -316,6 +316,12 @@ READERS: tuple[Target, ...] = (
     ),
     Target("our checkpoint, config.json", _config, ("ours",), rewritten("ours/config.json", json_damaged)),
     Target("our checkpoint, any file", _config, ("ours",), anywhere("ours")),
+    Target(
+        "our checkpoint, one file",
+        lambda folder, dice: read(folder / "ours.safetensors"),
+        ("ours.safetensors",),
+        rewritten("ours.safetensors", safetensors_damaged),
+    ),
     Target("run, any file", _run, ("run",), anywhere("run"), _of_a_run),
     Target(
         "run, metrics.csv",

@@ -45,6 +45,7 @@ def write(top: Path) -> None:
     flat = iter(np.random.default_rng(0).normal(size=(1000, 1)).astype(np.float32))
     params = jax.tree.map(lambda leaf: np.broadcast_to(next(flat), leaf.shape).astype(np.float32), NETWORK.shapes())
     checkpoints.save(top / "ours", CONFIG, params)
+    conversion.write(top / "ours.safetensors", "ours", CONFIG, params)
     conversion.write(top / "diffusers", "diffusers", CONFIG, params)
     tensors = to_theirs(OPENAI.rules(NETWORK), params)
     write_torch(top / "openai.pt", tensors)

@@ -1,0 +1,117 @@
+"""A model in one safetensors file: nothing is lost there and back, and nothing damaged is read."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from cm_jax import conversion
+from cm_jax.arrays import leaves
+from cm_jax.cli import main_convert
+from cm_jax.config import ModelConfig
+from cm_jax.errors import InputError
+from cm_jax.model import load
+from cm_jax.networks import SongUNet
+from cm_jax.noise_levels import KarrasGrid
+from cm_jax.preconditioning import EDMScaling
+from tests.runs.test_commands import failed, succeeded
+from tests.support import EMOJI, random_params
+
+NETWORK = SongUNet(image_size=8, width=8, multipliers=(1, 2), blocks_per_level=1, attention_factors=(), classes=3)
+CONFIG = ModelConfig(
+    NETWORK, EDMScaling(time_factor=0.25), KarrasGrid(levels=9), ("a", "b", "c"), ((4, 0),), consistency=True
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    conversion.write(path, "ours", CONFIG, random_params(NETWORK))
+    return path
+
+
+def parts(path):
+    """Tensors and metadata of a file."""
+    with safetensors.safe_open(path, framework="np") as archive:
+        return safetensors.numpy.load_file(path), archive.metadata()
+
+
+def test_there_and_back_bit_for_bit(file):
+    source = conversion.read(file)
+    assert source.config == CONFIG
+    before, after = dict(leaves(random_params(NETWORK))), dict(leaves(source.params))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) and after[name].dtype == np.float32 for name in before)
+    assert set(parts(file)[0]) == set(before), "others find the leaves by their paths"
+
+
+def test_half_precision_is_rounded_once_and_drawn_from_in_float32(tmp_path, capsys):
+    said = succeeded(capsys, main_convert, EMOJI, tmp_path / "folder")
+    said = succeeded(capsys, main_convert, tmp_path / "folder", tmp_path / "half.safetensors", "--half")
+    assert "cm-jax sample" in said
+    half, whole = load(tmp_path / "half.safetensors"), load(EMOJI)
+    assert half.config == whole.config, "levels and class names came along"
+    for (name, ours), (_, theirs) in zip(sorted(leaves(half.params)), sorted(leaves(whole.params)), strict=True):
+        assert ours.dtype == np.float32, name
+        np.testing.assert_array_equal(ours, np.float32(np.float16(theirs)))
+
+
+def test_what_float16_cannot_hold_is_refused(file, tmp_path, capsys):
+    params = random_params(NETWORK)
+    params["stem"]["bias"] = np.full_like(params["stem"]["bias"], 1e5)
+    conversion.write(file, "ours", CONFIG, params)
+    message = failed(capsys, main_convert, file, tmp_path / "half.safetensors", "--half")
+    assert "does not fit into float16, which ends at 65504: stem/bias" in message
+    assert not (tmp_path / "half.safetensors").exists()
+
+
+def test_every_flipped_byte_and_every_cut_is_noticed(file):
+    """Places all over the file: header, metadata, numbers."""
+    whole = file.read_bytes()
+    dice = np.random.default_rng(0)
+    for place in dice.integers(len(whole), size=30):
+        mutated = bytearray(whole)
+        mutated[place] ^= 1 << int(dice.integers(8))
+        file.write_bytes(mutated)
+        try:
+            source = conversion.read(file)
+        except InputError:
+            continue
+        assert source.config == CONFIG, "the header has spaces and escapes that may change without another meaning"
+        assert all(
+            np.array_equal(*pair) for pair in zip(*map(_numbers, (source.params, random_params(NETWORK))), strict=True)
+        )
+    for length in dice.integers(len(whole), size=6):
+        file.write_bytes(whole[:length])
+        with pytest.raises(InputError):
+            conversion.read(file)
+
+
+def _numbers(params):
+    return [np.asarray(leaf) for _, leaf in sorted(leaves(params))]
+
+
+def test_a_config_that_contradicts_the_tensors_is_refused(file):
+    tensors, metadata = parts(file)
+    other = dataclasses.replace(CONFIG, network=dataclasses.replace(NETWORK, width=16))
+    safetensors.numpy.save_file(tensors, file, metadata | {"cm_jax": other.to_json()})
+    with pytest.raises(InputError, match="wrong shape: down_0_0/residual/conv_1/bias is \\[8\\]"):
+        conversion.read(file)
+    safetensors.numpy.save_file(tensors, file, metadata | {"cm_jax": json.dumps({"format": 99})})
+    with pytest.raises(InputError, match="format 99"):
+        conversion.read(file)
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(InputError, match=r"\.safetensors"):
+        conversion.read(file)
+
+
+def test_a_file_in_the_way_is_replaced_a_folder_is_not(file, tmp_path, capsys):
+    succeeded(capsys, main_convert, EMOJI, file)
+    assert load(file).config == load(EMOJI).config
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "folder.safetensors" / "kept").touch()
+    failed(capsys, main_convert, EMOJI, tmp_path / "folder.safetensors")
+    assert (tmp_path / "folder.safetensors" / "kept").exists()

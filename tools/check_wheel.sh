@@ -85,7 +85,7 @@ for python in "${pythons[@]}"; do
 	done
 	refused "torch is not installed" "$bin/cm-jax" convert emoji16_cd other --check
 	refused "CM_JAX_INCEPTION is not set" "$bin/cm-jax" evaluate emoji16_cd emoji --count 10
-	refused "pip install 'cm_jax[demo]'" "$bin/cm-jax" demo
+	refused "pip install gradio" "$bin/cm-jax" demo
 	refused "There is no command" "$bin/cm-jax" smaple
 	for command in sample edit convert train evaluate tune demo; do
 		"$bin/cm-jax" "$command" --help >/dev/null || fail "$command --help"

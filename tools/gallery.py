@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/gallery.md: python -m tools.gallery [--model emoji32] [--teacher runs/emoji32-edm]
+"""Draw the pictures of docs/gallery.md: python -m tools.gallery [--model runs/emoji32-cd] [--teacher runs/emoji32-edm]
 
 Everything is drawn from seed 0 or from the seeds that stand below, and nothing is left out because of how it looks. The
 pictures that are edited are held-out emoji (Noto, by code point) and the two drawings in docs/images/emoji.

@@ -45,8 +45,6 @@ def _serve(checkpoints: dict[str, Path], arguments: Demo) -> None:
     try:
         from cm_jax.demo.page import page, serve
     except ImportError as error:
-        raise InputError(
-            f"The page needs Gradio, and {error.name} is not installed: pip install 'cm_jax[demo]'."
-        ) from error
+        raise InputError(f"The page needs Gradio, and {error.name} is not installed: pip install gradio.") from error
     use_compilation_cache(arguments.compilation_cache)
     serve(page(checkpoints), arguments.host, arguments.port, lambda address: say(f"The page is at {address}"))

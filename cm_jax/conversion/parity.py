@@ -82,7 +82,7 @@ def reference_network(network: ADMUNet, tensors: dict[str, np.ndarray]) -> Any:
         from diffusers.models.unets.unet_2d import UNet2DModel
     except ImportError as error:
         raise InputError(
-            f"The check runs PyTorch's network, and {error.name} is not installed: pip install 'cm_jax[convert]', or "
+            f"The check runs PyTorch's network, and {error.name} is not installed: pip install torch diffusers, or "
             "convert without --check."
         ) from error
     # UNet2DModel has one head width for all levels; where ours has one number of heads, set it block by block.

@@ -32,7 +32,7 @@ class Streamed(Dataset):
         except ImportError as error:
             raise InputError(
                 f"{encoded.place} does not fit in the memory that is allowed, and streaming needs grain: "
-                "pip install 'cm_jax[train]', or raise in_memory_gib."
+                "pip install grain, or raise in_memory_gib."
             ) from error
         self.encoded = encoded
         self.most_corrupt = most_corrupt

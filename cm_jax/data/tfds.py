@@ -111,9 +111,7 @@ def _tfds() -> Any:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise InputError(
-            "Data sets of TFDS need the package tensorflow-datasets: pip install 'cm_jax[train]'."
-        ) from error
+        raise InputError("Data sets of TFDS need tensorflow-datasets: pip install tensorflow-datasets.") from error
     return tensorflow_datasets
 
 

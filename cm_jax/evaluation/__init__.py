@@ -1,6 +1,6 @@
 """What a model makes, as numbers: FID and its kin, precision and recall, bits per dimension. See docs/evaluation.md."""
 
-from cm_jax.evaluation.evaluating import Protocol, evaluate
+from cm_jax.evaluation.evaluating import Protocol, compare, evaluate
 from cm_jax.evaluation.image_sets import ImageSet, of_dataset, of_model, open_images
 from cm_jax.evaluation.judge import Judge, Summary, load_inception, summarise
 from cm_jax.evaluation.level_search import search_levels, tune
@@ -22,6 +22,7 @@ __all__ = [
     "Report",
     "Summary",
     "bits_per_dimension",
+    "compare",
     "evaluate",
     "evaluate_bits",
     "frechet_distance",

@@ -92,9 +92,7 @@ def evaluate(
     else:
         known = reference
     seen = summarise(judge, watch(samples.batches(), samples.count), protocol.needs, batch_size=batch_size)
-    values: dict[str, float] = {}
-    for metric in protocol.metrics:
-        values |= _measured(metric, seen, known, protocol)
+    values = compare(seen, known, protocol)
     told: dict[str, Any] = {
         "count": seen.count,
         "samples": samples.name,
@@ -113,6 +111,17 @@ def evaluate(
         told["splits"] = protocol.splits
     told |= {f"{metric}_neighbours": k for metric, k in _NEIGHBOURS.items() if metric in protocol.metrics}
     return Report(values, told, _line(values, told)), known
+
+
+def compare(samples: Summary, reference: Summary, protocol: Protocol) -> dict[str, float]:
+    """The metrics of images that were seen already, by name, with "_deviation" behind it for the spread of an estimate.
+
+    Both must be summed up for what the metrics need (`Protocol.needs`).
+    """
+    values: dict[str, float] = {}
+    for metric in protocol.metrics:
+        values |= _measured(metric, samples, reference, protocol)
+    return values
 
 
 def _measured(metric: str, seen: Summary, known: Summary, protocol: Protocol) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """The 3x3 convolution, where nearly all of the work is: one function, so that it can be replaced in one place."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from cm_jax.networks.precision import product_precision
@@ -13,6 +15,8 @@ def convolve_3x3(
 
     The padding is PyTorch's: with stride 2 on even sizes it differs from XLA's "SAME", which pads (0, 1).
     """
+    if max(x.shape[1:3]) <= 2 and stride == padding == 1:
+        return _among_all_pixels(x, kernel.astype(x.dtype))
     return jax.lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
@@ -21,3 +25,14 @@ def convolve_3x3(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=product_precision(x.dtype),
     )
+
+
+def _among_all_pixels(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
+    """The same for images of at most 2x2 pixels: every pixel sees every other, so that it is one matrix product.
+
+    On CPUs XLA has only its slowest convolution for images that are smaller than the kernel: 240 ms in place of 8 in
+    the last stage of LPIPS at 32 pixels.
+    """
+    rows, columns = (np.arange(size) - np.arange(size)[:, None] + 1 for size in x.shape[1:3])
+    between = kernel[rows[:, None, :, None], columns[None, :, None, :]]
+    return jnp.einsum("bhwi,yxhwio->byxo", x, between, precision=product_precision(x.dtype))

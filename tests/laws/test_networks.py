@@ -11,6 +11,7 @@ from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.attention import attend
 from cm_jax.networks.blocks import GroupNorm, downsample, upsample
+from cm_jax.networks.convolution import convolve_3x3
 from tests.support import SMALL, adm_golden, nhwc, random_params, relative
 
 X = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
@@ -194,3 +195,22 @@ def test_attention_also_stands_in_the_middle_of_a_network_without_any_elsewhere(
     )
     kinds = [unit.kind for block in network.plan().blocks for unit in block.units]
     assert kinds.count("attention") == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 2), (2, 1)])
+def test_the_convolution_of_images_smaller_than_its_kernel(size):
+    """Value and both gradients are those of XLA's, in float32 and under vmap."""
+    x = jax.random.normal(jax.random.key(0), (3, *size, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 7))
+    pull = jax.random.normal(jax.random.key(2), (3, *size, 7))
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    expected, back = jax.vjp(plain, x, kernel)
+    ours, ours_back = jax.vjp(convolve_3x3, x, kernel)
+    for found, wanted in zip((ours, *ours_back(pull)), (expected, *back(pull)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(convolve_3x3, (0, None))(jnp.stack([x, -x]), kernel)[1], -expected, rtol=1e-5, atol=1e-5
+    )

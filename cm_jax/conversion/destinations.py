@@ -5,14 +5,12 @@ import json
 from pathlib import Path
 from typing import Literal
 
-import safetensors.numpy
-
 from cm_jax import checkpoints
 from cm_jax.arrays import Params
 from cm_jax.config import ModelConfig
 from cm_jax.conversion import single_file
 from cm_jax.conversion.diffusers_configs import model_index, scheduler_config, unet_config
-from cm_jax.conversion.files import write_torch
+from cm_jax.conversion.files import write_safetensors, write_torch
 from cm_jax.conversion.formats import DIFFUSERS, OPENAI
 from cm_jax.conversion.rules import to_theirs
 from cm_jax.errors import InputError
@@ -48,7 +46,7 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             (beside / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         weights = beside / "unet" / "diffusion_pytorch_model.safetensors"
-        safetensors.numpy.save_file(to_theirs(rules, params), weights, metadata={"format": "pt"})
+        write_safetensors(weights, to_theirs(rules, params), {"format": "pt"})
 
 
 def _check_room(kind: Kind, config: ModelConfig) -> None:

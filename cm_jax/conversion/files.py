@@ -14,6 +14,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 from cm_jax.arrays import leaves
 from cm_jax.conversion.pickles import STORAGES
@@ -64,6 +65,14 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         name: LazyTensor(shape, np.dtype(dtypes.get(dtype, np.int64)), functools.partial(read, name))
         for name, (shape, dtype) in found.items()
     }
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """A new safetensors file, which others may read as they may read any new file: the library makes it private."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.numpy.save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -8,11 +8,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
 from cm_jax.arrays import Params, leaves, nested
 from cm_jax.config import ModelConfig
-from cm_jax.conversion.files import read_metadata, read_safetensors
+from cm_jax.conversion.files import read_metadata, read_safetensors, write_safetensors
 from cm_jax.conversion.rules import Layout, Rule, to_ours
 from cm_jax.errors import InputError
 from cm_jax.files import writing, written_beside
@@ -32,7 +31,7 @@ def write(path: Path, config: ModelConfig, params: Params) -> None:
     text = config.to_json()
     metadata = {_CONFIG: text, _CHECKSUM: _checksum(text, params)}
     with written_beside(path) as beside, writing(path):
-        safetensors.numpy.save_file(tensors, beside, metadata=metadata)
+        write_safetensors(beside, tensors, metadata)
 
 
 def read(path: Path) -> tuple[ModelConfig, Params]:

@@ -48,6 +48,11 @@ def test_there_and_back_bit_for_bit(file):
     assert set(parts(file)[0]) == set(before), "others find the leaves by their paths"
 
 
+def test_others_may_read_it_as_any_new_file(file, tmp_path):
+    (tmp_path / "any").touch()
+    assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_half_precision_is_rounded_once_and_drawn_from_in_float32(tmp_path, capsys):
     said = succeeded(capsys, main_convert, EMOJI, tmp_path / "folder")
     said = succeeded(capsys, main_convert, tmp_path / "folder", tmp_path / "half.safetensors", "--half")

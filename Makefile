@@ -1,4 +1,4 @@
-# make demo   draw images with the bundled model, converted and checked on the way
+# make demo   draw images with the bundled models; one is a checkpoint of the original, converted and checked on the way
 # make test   lint, types, tests
 # make wheel-check   build the package, and try the wheel in an empty environment
 # Both set up .venv by themselves; PYTHON names another interpreter (3.11 or newer).
@@ -12,9 +12,10 @@ BIN := .venv/bin
 demo: .venv/.ready-demo
 	rm -rf demo
 	$(BIN)/python -m convert cm_jax/bundled/emoji16_cd.pt demo/emoji16_cd --check
-	$(BIN)/python sample.py demo/emoji16_cd --labels all --steps 1 --output demo/one_step.png
-	$(BIN)/python sample.py demo/emoji16_cd --labels all --steps 2 --output demo/two_steps.png
-	@echo "Look at demo/one_step.png and demo/two_steps.png."
+	$(BIN)/python sample.py demo/emoji16_cd --labels all --steps 2 --output demo/converted.png
+	$(BIN)/python sample.py --labels all --steps 1 --output demo/one_step.png
+	$(BIN)/python sample.py --labels all --steps 2 --output demo/two_steps.png
+	@echo "Look at demo/one_step.png, demo/two_steps.png and demo/converted.png."
 
 test: lint types
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -33,7 +33,7 @@ from cm_jax.errors import InputError, bounded
 from cm_jax.generation import default_batch_size, draw_labels, generate, replay
 from cm_jax.networks import accelerated
 from cm_jax.networks.precision import Precision
-from cm_jax.published import DEFAULT, bundled_path, published, published_cifar10
+from cm_jax.published import BUNDLED, DEFAULT, bundled_path, published, published_cifar10
 from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
 
 Label = int | str
@@ -374,7 +374,6 @@ def find(path_or_name: str | Path) -> Path:
     Raises InputError, with advice, where there is none.
     """
     path, name = Path(path_or_name), str(path_or_name)
-    known = published()
     try:
         path = path.expanduser()
         if (path / "checkpoints").is_dir() and not checkpoints.is_checkpoint(path):
@@ -385,20 +384,19 @@ def find(path_or_name: str | Path) -> Path:
             return path
     except (OSError, RuntimeError) as error:
         raise InputError(f"{name[:80]} cannot be a path: {error}.") from error
-    if name in known and known[name].bundled:
+    if name in BUNDLED:
         return bundled_path(name)
-    elsewhere = {name: entry for name, entry in known.items() if not entry.bundled} | published_cifar10()
+    elsewhere = {name: entry for name, entry in published().items() if name not in BUNDLED} | published_cifar10()
     if name.removesuffix(".pt") in elsewhere:
         raise InputError(
             f"{name} is a published checkpoint, not part of this package: download "
             f"{elsewhere[name.removesuffix('.pt')].url} and give the file's path."
         )
-    close = difflib.get_close_matches(name, known | elsewhere, n=1)
+    close = difflib.get_close_matches(name, BUNDLED | elsewhere, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    bundled = ", ".join(entry.name for entry in known.values() if entry.bundled)
     raise InputError(
         f"There is no checkpoint {name}: wanted a .pt file, a diffusers folder, a jcm file, a cm_jax checkpoint, or "
-        f"the name of a bundled one ({bundled}).{hint}"
+        f"the name of a bundled one ({', '.join(BUNDLED)}).{hint}"
     )
 
 

@@ -33,7 +33,6 @@ class Published:
     timesteps: tuple[int, ...] = ()
     """Tuned levels for two steps, as diffusers writes them; empty where none were published."""
     class_names: tuple[str, ...] = ()
-    bundled: bool = False
 
     @property
     def scalings(self) -> str:
@@ -53,7 +52,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 @functools.cache
 def published() -> dict[str, Published]:
-    """Every checkpoint that is known by name: the twelve of OpenAI, and the one that lies in this package."""
+    """Every checkpoint that is known by name: the twelve of OpenAI, and the bundled one of the same code."""
     imagenet = {"image_size": 64, "class_names": imagenet_classes()}
     known = [
         Published("edm_imagenet64_ema", levels=40, **imagenet),
@@ -68,7 +67,7 @@ def published() -> dict[str, Published]:
         Published("cd_cat256_l2", 256, levels=40),
         Published("cd_cat256_lpips", 256, levels=40),
         Published("ct_cat256", 256, levels=151, timesteps=(62, 0)),
-        Published("emoji16_cd", 16, 18, head_width=32, timesteps=(8, 0), class_names=_EMOJI_CLASSES, bundled=True),
+        Published("emoji16_cd", 16, 18, head_width=32, timesteps=(8, 0), class_names=_EMOJI_CLASSES),
     ]
     return {entry.name: entry for entry in known}
 
@@ -128,10 +127,12 @@ def recognise_cifar10(path: Path) -> PublishedCIFAR10 | None:
     return next((entry for name, entry in published_cifar10().items() if name in parts or name == path.stem), None)
 
 
-DEFAULT = "emoji16_cd"
+BUNDLED = {"emoji32": "emoji32.safetensors", "emoji16_cd": "emoji16_cd.pt"}
+"""The files of the checkpoints in this package: one that was trained by it, and one by the original's code."""
+DEFAULT = "emoji32"
 """The bundled checkpoint that is used where none is named."""
 
 
 def bundled_path(name: str) -> Path:
     """Where a bundled checkpoint lies on disk."""
-    return Path(str(importlib.resources.files("cm_jax.bundled").joinpath(f"{name}.pt")))
+    return Path(str(importlib.resources.files("cm_jax.bundled").joinpath(BUNDLED[name])))

@@ -11,7 +11,7 @@ import tyro
 from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError, bounded
 from cm_jax.model import find
-from cm_jax.published import published
+from cm_jax.published import BUNDLED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Demo:
 def demo(arguments: Demo) -> None:
     """Serve the page until interrupted."""
     bounded("--port", arguments.port, 1, 2**16 - 1)
-    names = arguments.checkpoints or [name for name, entry in published().items() if entry.bundled]
+    names = arguments.checkpoints or tuple(BUNDLED)
     checkpoints = {name: find(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="cm_jax-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and pictures go there, and go with the page

@@ -20,7 +20,7 @@ from cm_jax.networks import ADMUNet
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
-from cm_jax.published import imagenet_classes, published, recognise
+from cm_jax.published import BUNDLED, imagenet_classes, published, recognise
 from tests.support import DATA, ROOT, SMALL, random_params
 
 PUBLISHED = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
@@ -189,7 +189,7 @@ def test_networks_that_diffusers_cannot_express_are_refused():
 
 
 def test_published_checkpoints_are_recognised_by_name(tmp_path):
-    assert sum(not entry.bundled for entry in published().values()) == 12
+    assert len(set(published()) - set(BUNDLED)) == 12
     for name, entry in published().items():
         for spelling in (f"{name}.pt", f"diffusers-{name}", name):
             assert recognise(tmp_path / spelling) is entry

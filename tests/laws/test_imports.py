@@ -99,7 +99,7 @@ for name in ("torch", "tensorflow", "diffusers", "tyro", "tensorflow_datasets", 
     sys.modules[name] = None
 import cm_jax
 images = cm_jax.load().sample(0, 2, steps=2)
-assert images.shape == (2, 16, 16, 3)
+assert images.shape == (2, 32, 32, 3)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

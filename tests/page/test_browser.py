@@ -146,7 +146,7 @@ def test_it_draws_in_one_step_and_in_several(page, screenshot):
     page.get_by_label("Seed").locator("visible=true").fill("7")
     press(page, "Draw")
     pictures = [shown(page, label) for label in ("In one step", "In several steps, from the same noise")]
-    *expected, levels = drawing.one_beside_many(cm_jax.load(), 7, 8, 2, 16)
+    *expected, levels = drawing.one_beside_many(cm_jax.load("emoji16_cd"), 7, 8, 2, 16)
     seen(page, levels)
     for picture, sheet in zip(pictures, expected, strict=True):
         np.testing.assert_allclose(picture, np.asarray(sheet), atol=1)

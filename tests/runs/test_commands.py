@@ -105,7 +105,7 @@ def test_the_same_image_with_two_devices_and_a_warm_cache(tmp_path):
 
 
 def test_npz_is_what_the_evaluator_reads(tmp_path, capsys):
-    succeeded(capsys, main_sample, "--count", 5, "--labels", "Flags", "--output", tmp_path / "s.npz")
+    succeeded(capsys, main_sample, "emoji16_cd", "--count", 5, "--labels", "Flags", "--output", tmp_path / "s.npz")
     with np.load(tmp_path / "s.npz") as archive:
         assert archive["arr_0"].shape == (5, 16, 16, 3)
         assert archive["arr_0"].dtype == np.uint8
@@ -115,7 +115,8 @@ def test_npz_is_what_the_evaluator_reads(tmp_path, capsys):
 
 def test_a_folder_of_images_and_truncation(tmp_path, capsys):
     for how in ("round", "truncate"):
-        succeeded(capsys, main_sample, "--count", 2, "--labels", "3", "--quantisation", how, "--output", tmp_path / how)
+        asked = ("--count", 2, "--labels", "3", "--quantisation", how, "--output", tmp_path / how)
+        succeeded(capsys, main_sample, "emoji16_cd", *asked)
     names = sorted(path.name for path in (tmp_path / "round").iterdir())
     assert names == ["000000_class3.png", "000001_class3.png"]
     rounded, truncated = (
@@ -128,16 +129,16 @@ def test_a_folder_of_images_and_truncation(tmp_path, capsys):
     "how", [("--steps", "2"), ("--timesteps", "8,0"), ("--indices", "0,8,17"), ("--sigmas", "80,3.256821519765537")]
 )
 def test_the_ways_to_name_levels_draw_the_same(tmp_path, capsys, how):
-    said = succeeded(capsys, main_sample, "--count", 2, *how, "--output", tmp_path / "s.npz")
+    said = succeeded(capsys, main_sample, "emoji16_cd", "--count", 2, *how, "--output", tmp_path / "s.npz")
     assert "consistency sampler in 2 steps (sigma 80, 3.257)" in said
-    expected = cm_jax.load().sample(0, 2, timesteps=(8, 0))
+    expected = cm_jax.load("emoji16_cd").sample(0, 2, timesteps=(8, 0))
     drawn = np.load(tmp_path / "s.npz")["arr_0"]
     assert np.abs(drawn - np.clip((expected + 1) * 127.5, 0, 255)).max() < 0.51
 
 
 def test_sampling_straight_from_a_diffusers_folder(folder, tmp_path, capsys):
     succeeded(capsys, main, "sample", folder, "--count", 2, "--output", tmp_path / "theirs.npz")
-    succeeded(capsys, main, "sample", "--count", 2, "--output", tmp_path / "ours.npz")
+    succeeded(capsys, main, "sample", "emoji16_cd", "--count", 2, "--output", tmp_path / "ours.npz")
     theirs, ours = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("theirs", "ours"))
     np.testing.assert_array_equal(theirs, ours)
 

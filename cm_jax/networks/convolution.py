@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from cm_jax.networks.precision import product_precision
@@ -33,6 +32,7 @@ def _among_all_pixels(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"
     On CPUs XLA has only its slowest convolution for images that are smaller than the kernel: 240 ms in place of 8 in
     the last stage of LPIPS at 32 pixels.
     """
-    rows, columns = (np.arange(size) - np.arange(size)[:, None] + 1 for size in x.shape[1:3])
-    between = kernel[rows[:, None, :, None], columns[None, :, None, :]]
+    height, width = x.shape[1:3]
+    rows = jnp.stack([kernel[1 - above : 1 - above + height] for above in range(height)])
+    between = jnp.stack([rows[:, :, 1 - left : 1 - left + width] for left in range(width)], axis=1)
     return jnp.einsum("bhwi,yxhwio->byxo", x, between, precision=product_precision(x.dtype))

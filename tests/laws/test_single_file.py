@@ -54,7 +54,7 @@ def test_others_may_read_it_as_any_new_file(file, tmp_path):
 
 
 def test_half_precision_is_rounded_once_and_drawn_from_in_float32(tmp_path, capsys):
-    said = succeeded(capsys, main_convert, EMOJI, tmp_path / "folder")
+    succeeded(capsys, main_convert, EMOJI, tmp_path / "folder")
     said = succeeded(capsys, main_convert, tmp_path / "folder", tmp_path / "half.safetensors", "--half")
     assert "cm-jax sample" in said
     half, whole = load(tmp_path / "half.safetensors"), load(EMOJI)

@@ -1,13 +1,15 @@
 """Every method under the same budget, on the bundled emoji, with small networks:
 
     python -m benchmarks.methods train --images 200000          # the teacher must be there: --teacher runs/emoji32-edm
-    python -m benchmarks.methods measure --count 1000 --picture docs/images/methods.png
+    python -m benchmarks.methods measure --count 1000 --picture methods.png --curves methods_curves.png
 
-Students that distil begin with the teacher's weights; the others begin with nothing. The settings are the presets' but
-for the network, which is the teacher's, the batch, and the curricula, which are laid out for the run's own steps. Runs
-go on where they were stopped, and what is finished is not done again. Measured are FID, KID, precision and recall in
-one step and in two against the images that all learned from, and against those that none saw. LPIPS looks at 32 pixels:
-at 224, as in the papers, there are 49 times as many.
+Students that distil begin with the teacher's weights, as do ECT and sCT; the others begin with nothing. The settings
+are the presets' but for the network (the teacher's, with no more dropout than it had), the batch, the averages (of a
+tenth of the run), curricula and warm-ups (laid out for the run's own steps), and --rate, by which all learning rates
+are multiplied. Runs go on where they were stopped, and what is finished is not done again. Measured are FID, KID,
+precision and recall in one step and in two, against the images that all learned from and against those that none saw;
+with --evaluations also one-step FID and KID in training. LPIPS looks at the images' own size: at 224 pixels, as in the
+papers, there are 49 times as many as at 32. Students of runs/NAME-edm are NAME-METHOD.
 """
 
 import argparse
@@ -42,6 +44,8 @@ from cm_jax.images import grid, quantise
 from cm_jax.model import Model, load
 from cm_jax.perceptual import LPIPS
 from cm_jax.presets import PRESETS
+from cm_jax.training.evaluating import Evaluating
+from cm_jax.training.log import EVALUATIONS, read_metrics
 from cm_jax.training.loop import train
 from cm_jax.training.training import Training
 
@@ -55,26 +59,50 @@ PROTOCOL = Protocol(("fid", "kid", "pr"))
 REFERENCES = ("train", "held_out")
 
 
-def settings(method: str, teacher: Path, images: int, batch_size: int, network: Any) -> Training:
-    """The preset of a method, with the teacher's network and its curricula laid out for so many images."""
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every student is given."""
+
+    images: int
+    batch_size: int
+    rate: float
+    """Times the preset's learning rate."""
+    evaluations: int
+    """Points of a curve; 0 for none."""
+    evaluated: int
+    """Images drawn for a point."""
+
+    @property
+    def batches(self) -> int:
+        return -(-self.images // self.batch_size)
+
+
+def settings(method: str, teacher: Path, budget: Budget, network: Any) -> Training:
+    """The preset of a method, with the teacher's network, and all that counts steps laid out for the budget's."""
     name, _, distance = method.partition("-")
     preset = PRESETS[f"emoji32-{name}"]()
-    own = ("dropout", "attention", "interval_clock")
-    chosen = laid_out(preset, -(-images // batch_size) / preset.batches)
+    own = {field: getattr(preset.network, field) for field in ("attention", "interval_clock")}
+    chosen = laid_out(preset, budget.batches / preset.batches)
+    rate = chosen.optimizer.learning_rate
     if distance:
         objective: Any = chosen.objective
         chosen = replace(
             chosen, objective=replace(objective, distance={"lpips": LPIPS(size=0), "huber": PseudoHuber()}[distance])
         )
+    evaluation = Evaluating(
+        every=budget.images // max(1, budget.evaluations), count=budget.evaluated, steps=(1,), metrics=("fid", "kid")
+    )
     return replace(
         chosen,
-        network=replace(network, **{field: getattr(preset.network, field) for field in own}),
+        network=replace(network, **own, dropout=min(network.dropout, preset.network.dropout)),
+        optimizer=replace(chosen.optimizer, learning_rate=replace(rate, peak=budget.rate * rate.peak)),
         teacher=str(teacher) if preset.teacher else "",
         start=str(teacher) if preset.start else "",
-        batch_size=batch_size,
-        images=images,
-        averages=(0.999,),
+        batch_size=budget.batch_size,
+        images=budget.images,
+        averages=(round(1 - 10 / max(20, budget.batches), 4),),
         power_averages=(),
+        evaluation=evaluation if budget.evaluations else None,
     )
 
 
@@ -85,8 +113,8 @@ def laid_out(part: Any, factor: float) -> Any:
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):
             changes[field.name] = laid_out(value, factor)
-        elif hasattr(part, "lasts") and field.name in ("steps", "steps_per_stage"):
-            changes[field.name] = max(1, int(value * factor))
+        elif field.name == "warm_up" or (hasattr(part, "lasts") and field.name in ("steps", "steps_per_stage")):
+            changes[field.name] = max(min(1, value), int(value * factor))
     return replace(part, **changes)
 
 
@@ -118,7 +146,7 @@ def _known(judge: Judge, split: Any, size: int) -> Summary:
 def measured(judge: Judge, folder: Path, count: int) -> dict[str, Any]:
     """Scores of a run in every way, kept beside it until it goes on."""
     model, kept = load(folder), folder / "scores.json"
-    seen, minutes = budget(folder)
+    seen, minutes = spent(folder)
     known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
     ways = known["ways"] if (known.get("images"), known.get("count")) == (seen, count) else {}
     result = {"images": seen, "minutes": minutes, "count": count, "ways": {}}
@@ -130,7 +158,7 @@ def measured(judge: Judge, folder: Path, count: int) -> dict[str, Any]:
     return result
 
 
-def budget(folder: Path) -> tuple[int, float]:
+def spent(folder: Path) -> tuple[int, float]:
     """(images seen, minutes that they took, without compilation, samples and stops)."""
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
@@ -190,28 +218,62 @@ def picture(models: dict[str, Model]) -> Image.Image:
     return grid(np.concatenate(rows), len(rows[0]), names)
 
 
+def curves(folders: dict[str, Path], teacher: dict[str, float], file: Path) -> None:
+    """One-step FID and KID against images seen, a line for every run that was evaluated; the teacher's are level."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for axes, metric in zip(panels, ("fid", "kid"), strict=True):
+        for number, (name, folder) in enumerate(folders.items()):
+            if (folder / EVALUATIONS).exists():
+                columns, rows = read_metrics(folder / EVALUATIONS)
+                images, values = (
+                    [float(row[columns.index(column)]) for row in rows] for column in ("images", f"{metric}_1_step")
+                )
+                axes.plot(images, values, marker="osD^v<>Px"[number % 9], markersize=5, label=name)
+        axes.axhline(teacher[metric], color="black", linestyle="--", linewidth=1, label="teacher")
+        axes.set(title=f"{metric.upper()} in one step", xlabel="images seen", yscale="log")
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "measure"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the students' runs")
+    parser.add_argument("--rate", type=float, default=1.0, help="times the presets' learning rates")
+    parser.add_argument(
+        "--evaluations", type=int, default=0, help="in training, of one step; they need CM_JAX_INCEPTION"
+    )
+    parser.add_argument("--evaluated", type=int, default=250, help="images drawn for an evaluation")
     parser.add_argument("--teacher", type=Path, default=Path("runs/emoji32-edm"))
     parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
     parser.add_argument("--images", type=int, default=200_000, help="that every student sees")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--count", type=int, default=1000, help="images drawn for a measurement")
     parser.add_argument("--picture", type=Path, help="PNG of all runs from the same noise")
+    parser.add_argument("--curves", type=Path, help="PNG of the evaluations in training")
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         raise SystemExit(f"There is no method {', '.join(unknown)}: {', '.join(METHODS)}.")
-    folders = {method: arguments.runs / f"emoji32-{method}" for method in methods}
+    family = arguments.teacher.resolve().name.removesuffix("-edm")
+    folders = {method: arguments.runs / f"{family}-{method}" for method in methods}
 
     try:
         if arguments.what == "train":
             network = load(arguments.teacher).config.network
+            budget = Budget(
+                arguments.images, arguments.batch_size, arguments.rate, arguments.evaluations, arguments.evaluated
+            )
             for method, folder in folders.items():
                 print(f"\n{method}", flush=True)
-                train(settings(method, arguments.teacher, arguments.images, arguments.batch_size, network), folder)
+                train(settings(method, arguments.teacher, budget, network), folder)
             return
         judge = load_inception()
         found = {"teacher": arguments.teacher} | {name: path for name, path in folders.items() if path.exists()}
@@ -220,10 +282,15 @@ def main() -> None:
         print(f"{arguments.count} images of each, seed 0.")
         print(HEADER, flush=True)
         print(*bounds(judge, config.network.image_shape, arguments.count), sep="\n", flush=True)
+        results = {}
         for name, path in found.items():
-            print(*lines(name, measured(judge, path, arguments.count)), sep="\n", flush=True)
+            results[name] = measured(judge, path, arguments.count)
+            print(*lines(name, results[name]), sep="\n", flush=True)
     except InputError as error:
         raise SystemExit(f"error: {error}") from error
+    if arguments.curves:
+        (way,) = results["teacher"]["ways"].values()
+        curves(found, way["train"], arguments.curves)
     if arguments.picture:
         picture(models).save(arguments.picture)
 

@@ -1,7 +1,7 @@
 """Forward time of a published network, ours beside PyTorch's, in one run: python -m benchmarks.sampling_time
 
 On a CPU: float32, PyTorch in eager mode (diffusers' UNet2DModel) in both memory layouts. On a GPU: bfloat16, PyTorch in
-eager mode and compiled (the network in torch_adm.py, because diffusers need not be installed there). The weights are
+eager mode and compiled (the network in torch_unet.py, because diffusers need not be installed there). The weights are
 random and the same in all. Passes are interleaved, so that other work on the machine strikes all alike.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.random_params import random_params
-from benchmarks.torch_adm import TorchADM
+from benchmarks.torch_unet import TorchUNet
 from cm_jax.arrays import Params
 from cm_jax.networks import ADMUNet, accelerated
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
@@ -115,9 +115,9 @@ def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
 
 
 def on_gpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
-    """Bfloat16: ours, and the network in torch_adm.py, eager and compiled."""
+    """Bfloat16: ours, and the network in torch_unet.py, eager and compiled."""
     half = dataclasses.replace(network, precision="bfloat16")
-    model: Any = TorchADM(network, params).to("cuda", torch.bfloat16)
+    model: Any = TorchUNet(network, params).to("cuda", torch.bfloat16)
     model = model.to(memory_format=torch.channels_last)
     compiled: Any = torch.compile(model, mode="max-autotune", dynamic=False)
     how: dict[str, Any] = {"layout": torch.channels_last, "device": "cuda", "dtype": torch.bfloat16}

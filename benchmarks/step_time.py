@@ -1,12 +1,12 @@
 """Time of a training step, ours beside PyTorch's, in one run: python -m benchmarks.step_time
 
-On a CPU: EDM's denoising and consistency distillation in float32, PyTorch in eager mode (diffusers' UNet2DModel) in
-both memory layouts, steps interleaved. On a GPU: EDM, CD, ECT and sCM on the ImageNet-64 and CIFAR-10 networks of the
-presets in bfloat16 and float32, and for EDM PyTorch in eager mode and compiled (the network in torch_adm.py), one after
-the other. All begin with the same random weights. The first steps get the same noise, and on a CPU nothing is timed
-unless their losses agree. Ours is the program that train.py runs, which also checks that gradients are finite and takes
-their norm. Every row has a process of its own, whose peak of memory is what it adds on a CPU, what lies on
-a GPU. Compilation is by how much the first step is longer than the median one.
+On a CPU: EDM's denoising and consistency distillation in float32, PyTorch in eager mode (diffusers' UNet2DModel; for
+emoji32 the network in torch_unet.py) in both memory layouts, steps interleaved. On a GPU: EDM, CD, ECT and sCM on the
+ImageNet-64 and CIFAR-10 networks of the presets in bfloat16 and float32, and for EDM PyTorch in eager mode and compiled
+(the network in torch_unet.py), one after the other. All begin with the same random weights. The first steps get the
+same noise, and on a CPU nothing is timed unless their losses agree. Ours is the program that train.py runs, which also
+checks that gradients are finite and takes their norm. Every row has a process of its own, whose peak of memory is what
+it adds on a CPU, what lies on a GPU. Compilation is by how much the first step is longer than the median one.
 """
 
 import argparse
@@ -38,6 +38,8 @@ from cm_jax.training.optimizers import RAdam
 from cm_jax.training.training import Training
 
 SMALL = ADMUNet(image_size=32, width=64, multipliers=(1, 2, 2), blocks_per_level=1, attention_factors=(2,), classes=10)
+EMOJI = dataclasses.replace(PRESETS["emoji32-edm"]().network, width=32, multipliers=(1, 2, 4), blocks_per_level=1)
+"""That of the bundled model."""
 METHODS = {"EDM": "edm", "CD": "cd", "ECT": "ect", "sCM": "sct"}
 """Ends of the presets' names."""
 
@@ -93,9 +95,10 @@ def one_by_one(rows: list[Row], repeats: int, limit: float) -> dict[Row, Measure
 
 def cpu_rows(name: str, batch: int, layouts: tuple[str, ...]) -> Iterator[list[Row]]:
     """Groups of rows that are compared."""
-    network = {"small": SMALL, "imagenet64": ADMUNet()}[name]
+    family = "emoji32" if name == "emoji32" else "imagenet64"
+    network = {"small": SMALL, "imagenet64": ADMUNet(), "emoji32": EMOJI}[name]
     for method in ("EDM", "CD"):
-        chosen = setting("imagenet64", method, batch, network)
+        chosen = setting(family, method, batch, network)
         yield [Row(name, method, step, chosen) for step in (OURS, *layouts)]
 
 
@@ -112,7 +115,9 @@ def gpu_rows(families: list[str], methods: list[str], precisions: list[Precision
 def main() -> None:
     gpu = jax.devices()[0].platform == "gpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", help="small (default) or imagenet64 on a CPU; imagenet64,cifar10 on a GPU")
+    parser.add_argument(
+        "--network", help="small (default), emoji32 or imagenet64 on a CPU; imagenet64,cifar10 on a GPU"
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help="on a GPU: with commas between")
     parser.add_argument("--precisions", default="bfloat16,float32", help="on a GPU: with commas between")
     parser.add_argument("--one-layout", action="store_true", help="on a CPU: PyTorch's channels last alone, for memory")
@@ -134,7 +139,7 @@ def main() -> None:
     else:
         name = arguments.network or "small"
         layouts = (CHANNELS_LAST,) if arguments.one_layout else (NCHW, CHANNELS_LAST)
-        for rows in cpu_rows(name, arguments.batch or {"small": 16, "imagenet64": 2}[name], layouts):
+        for rows in cpu_rows(name, arguments.batch or {"small": 16, "imagenet64": 2, "emoji32": 64}[name], layouts):
             taken = one_by_one if arguments.one_by_one else measure
             print(*lines(taken(rows, arguments.repeats, arguments.limit)), sep="\n", flush=True)
     print(f"Load average {before:.1f} before and {os.getloadavg()[0]:.1f} after; this program's own work counts in it.")

@@ -1,7 +1,8 @@
 """A training step in PyTorch: what step_time compares ours with. The same losses, RAdam and averages."""
 
 import copy
-from typing import Any, NamedTuple
+import functools
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cm_jax.arrays import Params
 from cm_jax.networks import ADMUNet
-from cm_jax.noise_levels import ADM_TIME, KarrasGrid
+from cm_jax.noise_levels import KarrasGrid
 from cm_jax.training.averages import ExponentialAverage
 from cm_jax.training.training import Training
 
@@ -26,7 +27,7 @@ class Drawn(NamedTuple):
 
 
 class DiffusersADM(nn.Module):
-    """diffusers' UNet2DModel with these parameters, called as TorchADM is."""
+    """diffusers' UNet2DModel with these parameters, called as TorchUNet is."""
 
     def __init__(self, network: ADMUNet, params: Params) -> None:
         from cm_jax.conversion.formats import DIFFUSERS
@@ -57,7 +58,8 @@ class TorchTraining:
         layout: torch.memory_format = torch.contiguous_format,
         compiled: bool = False,
     ) -> None:
-        objective: Any = chosen.objective
+        objective, scaling = cast(Any, chosen.objective), cast(Any, chosen.scaling)
+        self.scaled = functools.partial(_scaled, scaling.time_factor)
         (average,) = chosen.all_averages
         assert isinstance(average, ExponentialAverage)
         student = copy.deepcopy(model).requires_grad_(True).train()
@@ -106,14 +108,14 @@ class TorchTraining:
         x = clean + _per_image(t) * noise
         if self.teacher is None:
             weight = t**-2 + SIGMA_DATA**-2
-            return (weight * (_scaled(self.forward, x, t, labels) - clean).square().mean((1, 2, 3))).mean()
+            return (weight * (self.scaled(self.forward, x, t, labels) - clean).square().mean((1, 2, 3))).mean()
         with torch.no_grad():
-            first = (x - _scaled(self.teacher, x, t, labels)) / _per_image(t)
+            first = (x - self.scaled(self.teacher, x, t, labels)) / _per_image(t)
             euler = x + _per_image(r - t) * first
-            second = (euler - _scaled(self.teacher, euler, r, labels)) / _per_image(r)
+            second = (euler - self.scaled(self.teacher, euler, r, labels)) / _per_image(r)
             x_r = x + _per_image(r - t) * (first + second) / 2
-            behind = _scaled(self.target, x_r, r, labels, SIGMA_MIN)
-        return (_scaled(self.forward, x, t, labels, SIGMA_MIN) - behind).square().mean()
+            behind = self.scaled(self.target, x_r, r, labels, SIGMA_MIN)
+        return (self.scaled(self.forward, x, t, labels, SIGMA_MIN) - behind).square().mean()
 
     def _draw(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         noise = torch.randn_like(clean)
@@ -143,9 +145,11 @@ def _per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def _scaled(model: Any, x: Tensor, sigma: Tensor, labels: Tensor | None, least: float = 0.0) -> Tensor:
-    """c_skip x + c_out F(c_in x, 250 ln sigma): a denoiser, or with `least` = sigma_min a consistency function."""
+def _scaled(
+    time_factor: float, model: Any, x: Tensor, sigma: Tensor, labels: Tensor | None, least: float = 0.0
+) -> Tensor:
+    """c_skip x + c_out F(c_in x, factor times ln sigma): a denoiser, or with `least` = sigma_min consistent."""
     root = _per_image((sigma**2 + SIGMA_DATA**2).sqrt())
     above = _per_image(sigma - least)
-    raw = model(x / root, ADM_TIME * sigma.log(), labels).float()
+    raw = model(x / root, time_factor * sigma.log(), labels).float()
     return SIGMA_DATA**2 / (above**2 + SIGMA_DATA**2) * x + above * SIGMA_DATA / root * raw

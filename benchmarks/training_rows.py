@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from benchmarks.random_params import random_params
-from benchmarks.torch_adm import TorchADM
 from benchmarks.torch_training import DiffusersADM, Drawn, TorchTraining
+from benchmarks.torch_unet import TorchUNet
 from cm_jax.arrays import normal_per_image
 from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.networks import accelerated
+from cm_jax.networks import ADMUNet, accelerated
 from cm_jax.objectives import ConsistencyDistillation, Denoising
 from cm_jax.objectives.base import draws
 from cm_jax.preconditioning import EDMScaling, VarianceScaling
@@ -64,8 +64,8 @@ def begin(row: Row) -> Step:
     labels = rng.integers(0, network.classes, chosen.batch_size, np.int32) if network.classes else None
     if row.step == OURS:
         return ours(chosen, images, labels)
-    diffusers = row.step in (NCHW, CHANNELS_LAST)
-    model = (DiffusersADM if diffusers else TorchADM)(network, random_params(network))
+    diffusers = row.step in (NCHW, CHANNELS_LAST) and isinstance(network, ADMUNet)
+    model = (DiffusersADM if diffusers else TorchUNet)(network, random_params(network))
     return TorchTraining(
         chosen,
         model,

@@ -1,4 +1,4 @@
-"""The ADM U-Net in PyTorch, from a network's plan and parameter tree: what sampling_time compares with on a GPU."""
+"""The U-Nets in PyTorch, from a network's plan and parameter tree: what our times are compared with."""
 
 import math
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cm_jax.arrays import Params
-from cm_jax.networks import ADMUNet
-from cm_jax.networks.blocks import NORM_EPSILON, NORM_GROUPS, Modulation
+from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.networks.blocks import Style
 from cm_jax.networks.unet import Block, Unit
 
 
@@ -39,8 +39,9 @@ def _dense(leaves: Params) -> nn.Module:
     return _filled(nn.Linear(*kernel.shape, device="meta"), kernel.T, leaves["bias"])
 
 
-def _norm(leaves: Params) -> nn.Module:
-    layer = nn.GroupNorm(NORM_GROUPS, leaves["scale"].shape[0], NORM_EPSILON, device="meta")
+def _norm(leaves: Params, style: Style) -> nn.Module:
+    channels = leaves["scale"].shape[0]
+    layer = nn.GroupNorm(style.groups(channels), channels, style.epsilon, device="meta")
     return _filled(layer, leaves["scale"], leaves["bias"])
 
 
@@ -51,12 +52,13 @@ def _resampled(x: Tensor, resample: str | None) -> Tensor:
 
 
 class _Residual(nn.Module):
-    def __init__(self, unit: Unit, leaves: Params, modulation: Modulation) -> None:
+    def __init__(self, network: ADMUNet | SongUNet, unit: Unit, leaves: Params) -> None:
         super().__init__()
-        self.resample, self.modulation = unit.resample, modulation
-        self.norm_1, self.conv_1 = _norm(leaves["norm_1"]), _convolution(leaves["conv_1"])
+        style = network.style
+        self.resample, self.modulation, self.scale = unit.resample, network.modulation, style.residual_scale
+        self.norm_1, self.conv_1 = _norm(leaves["norm_1"], style), _convolution(leaves["conv_1"])
         self.embedding = _dense(leaves["embedding"])
-        self.norm_2, self.conv_2 = _norm(leaves["norm_2"]), _convolution(leaves["conv_2"])
+        self.norm_2, self.conv_2 = _norm(leaves["norm_2"], style), _convolution(leaves["conv_2"])
         self.skip = _pointwise(leaves["skip"]) if "skip" in leaves else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -67,18 +69,15 @@ class _Residual(nn.Module):
             h = self.norm_2(h) * (1 + scale) + shift
         else:
             h = self.norm_2(h + modulation)
-        return self.skip(_resampled(x, self.resample)) + self.conv_2(functional.silu(h))
+        return self.scale * (self.skip(_resampled(x, self.resample)) + self.conv_2(functional.silu(h)))
 
 
 class _Attention(nn.Module):
-    def __init__(self, heads: int, leaves: Params) -> None:
+    def __init__(self, network: ADMUNet | SongUNet, unit: Unit, leaves: Params) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm, self.qkv, self.projection = (
-            _norm(leaves["norm"]),
-            _dense(leaves["qkv"]),
-            _dense(leaves["projection"]),
-        )
+        self.heads, self.scale = network.heads_for(unit.channels_out), network.style.residual_scale
+        self.norm = _norm(leaves["norm"], network.style)
+        self.qkv, self.projection = _dense(leaves["qkv"]), _dense(leaves["projection"])
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -86,7 +85,7 @@ class _Attention(nn.Module):
         thirds = self.qkv(pixels).view(b, h * w, 3, self.heads, c // self.heads)
         query, key, value = thirds.permute(2, 0, 3, 1, 4).unbind()
         mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(b, h * w, c)
-        return x + self.projection(mixed).transpose(1, 2).view(b, c, h, w)
+        return self.scale * (x + self.projection(mixed).transpose(1, 2).view(b, c, h, w))
 
 
 class _Resampling(nn.Module):
@@ -99,13 +98,20 @@ class _Resampling(nn.Module):
         return self.convolution(_resampled(x, self.resample))
 
 
-class TorchADM(nn.Module):
-    """The network with these parameters, NCHW; `.to(torch.bfloat16)` takes all of it, norms too, to half precision."""
+class TorchUNet(nn.Module):
+    """The network with these parameters, NCHW; `.to(torch.bfloat16)` takes all of it, norms too, to half precision.
 
-    def __init__(self, network: ADMUNet, params: Params) -> None:
+    A SongUNet must be of DDPM++'s kind: a positional embedding, plain resampling, no pyramid, additive modulation.
+    """
+
+    def __init__(self, network: ADMUNet | SongUNet, params: Params) -> None:
         super().__init__()
         plan = network.plan()
         embedding, head = params["embedding"], params["head"]
+        self.song = isinstance(network, SongUNet)
+        if isinstance(network, SongUNet):
+            kind = (network.embedding, network.resampling, network.pyramid, network.modulation)
+            assert kind == ("positional", "plain", False, "additive")
         self.half_width = network.width // 2
         self.dense_1, self.dense_2 = _dense(embedding["dense_1"]), _dense(embedding["dense_2"])
         self.table = None
@@ -118,9 +124,9 @@ class TorchADM(nn.Module):
         def unit(part: Unit, leaves: Params) -> nn.Module:
             match part.kind:
                 case "residual":
-                    return _Residual(part, leaves, network.modulation)
+                    return _Residual(network, part, leaves)
                 case "attention":
-                    return _Attention(network.heads_for(part.channels_out), leaves)
+                    return _Attention(network, part, leaves)
                 case _:
                     return _Resampling(part, leaves)
 
@@ -128,15 +134,18 @@ class TorchADM(nn.Module):
         self.encoder = nn.ModuleList(map(block, plan.encoder))
         self.middle = block(plan.middle)
         self.decoder = nn.ModuleList(map(block, plan.decoder))
-        self.norm, self.output = _norm(head["norm"]), _convolution(head["output"])
+        self.norm, self.output = _norm(head["norm"], network.style), _convolution(head["output"])
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        places = torch.arange(self.half_width, device=x.device)
-        angles = c_noise[:, None].float() * torch.exp(-math.log(10000) * places / self.half_width)
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype)
-        embedding = self.dense_2(functional.silu(self.dense_1(sinusoid)))
-        if self.table is not None:
-            embedding = embedding + self.table(labels)
+        exponents = torch.arange(self.half_width, device=x.device) / (self.half_width - self.song)
+        angles = c_noise[:, None].float() * torch.exp(-math.log(10000) * exponents)
+        waves = (angles.sin(), angles.cos()) if self.song else (angles.cos(), angles.sin())
+        sinusoid = torch.cat(waves, dim=1).to(x.dtype)
+        row = 0 if self.table is None else self.table(labels)
+        if self.song:
+            embedding = self.dense_2(functional.silu(self.dense_1(sinusoid + row)))
+        else:
+            embedding = self.dense_2(functional.silu(self.dense_1(sinusoid))) + row
 
         h = self.stem(x)
         skips = [h]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.random_params import random_params
-from benchmarks.torch_adm import TorchADM
-from cm_jax.networks import ADMUNet
+from benchmarks.torch_unet import TorchUNet
+from cm_jax.networks import ADMUNet, SongUNet
 
 CONDITIONAL = ADMUNet(
     image_size=16, width=32, multipliers=(1, 2, 3), blocks_per_level=2, attention_factors=(2,), head_width=32, classes=5
@@ -24,10 +24,20 @@ UNCONDITIONAL = ADMUNet(
     modulation="additive",
     resampling="convolution",
 )
+SONG = SongUNet(
+    image_size=16,
+    width=32,
+    multipliers=(1, 2, 3),
+    blocks_per_level=1,
+    classes=5,
+    embedding="positional",
+    resampling="plain",
+    pyramid=False,
+)
 
 
-@pytest.mark.parametrize("network", [CONDITIONAL, UNCONDITIONAL], ids=["conditional", "unconditional"])
-def test_torch_network_agrees_with_ours(network: ADMUNet) -> None:
+@pytest.mark.parametrize("network", [CONDITIONAL, UNCONDITIONAL, SONG], ids=["conditional", "unconditional", "song"])
+def test_torch_network_agrees_with_ours(network: ADMUNet | SongUNet) -> None:
     rng = np.random.default_rng(1)
     params = random_params(network)
     x = rng.standard_normal((3, *network.image_shape), np.float32)
@@ -36,7 +46,7 @@ def test_torch_network_agrees_with_ours(network: ADMUNet) -> None:
 
     ours = jax.jit(network.predict)(params, x, times, labels)
     with torch.no_grad():
-        theirs = TorchADM(network, params)(
+        theirs = TorchUNet(network, params)(
             torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
             torch.from_numpy(times),
             None if labels is None else torch.from_numpy(labels),

@@ -201,12 +201,14 @@ class UNet(abc.ABC):
     def prepare(self, params: Params) -> Params:
         """Parameters as repeated prediction wants them: those of the blocks' products in the compute precision.
 
-        The network would cast them at every call. Half precision halves their memory.
+        The network would cast them at every call. Half precision halves their memory. What lies on the host is cast
+        there, because on a device there would be a program to compile for every shape.
         """
         products = ("stem", "conv_1", "conv_2", "skip", "qkv", "projection", "downsample", "upsample", "pyramid")
 
         def cast(path: str, leaf: Any) -> Array:
-            return jnp.asarray(leaf, self.precision if path.split("/")[-2] in products else jnp.float32)
+            dtype = jnp.dtype(self.precision if path.split("/")[-2] in products else jnp.float32)
+            return jnp.asarray(leaf.astype(dtype, copy=False) if isinstance(leaf, np.ndarray) else leaf, dtype)
 
         return nested({path: cast(path, leaf) for path, leaf in leaves(params)})
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm_jax.arrays import leaves
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.attention import attend
@@ -162,6 +163,17 @@ def test_prepared_half_precision_keeps_what_must_be_float32():
         prepared["head"]["output"]["kernel"],
     ):
         assert leaf.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("given", [np.float16, np.float32])
+def test_parameters_are_cast_on_the_host_as_on_a_device(precision, given):
+    network = dataclasses.replace(SMALL, precision=precision)
+    host = jax.tree.map(lambda leaf: np.asarray(leaf, given), PARAMS)
+    placed = jax.tree.map(jnp.asarray, host)
+    for (path, one), (_, other) in zip(leaves(network.prepare(host)), leaves(network.prepare(placed)), strict=True):
+        assert one.dtype == other.dtype, path
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=path)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Why `Parallelism.scan` writes loops out on CPUs.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def milliseconds(function: Callable[..., Any], *inputs: jax.Array) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     x = jax.random.normal(jax.random.key(0), (16, 32, 32, 32))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 32, 32))
     print(

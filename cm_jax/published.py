@@ -29,6 +29,8 @@ class Published:
     name: str
     image_size: int
     levels: int
+    parameters: int
+    """Of its network: what else has its name is another checkpoint."""
     head_width: int = 64
     timesteps: tuple[int, ...] = ()
     """Tuned levels for two steps, as diffusers writes them; empty where none were published."""
@@ -53,21 +55,22 @@ def imagenet_classes() -> tuple[str, ...]:
 @functools.cache
 def published() -> dict[str, Published]:
     """Every checkpoint that is known by name: the twelve of OpenAI, and the bundled one of the same code."""
-    imagenet = {"image_size": 64, "class_names": imagenet_classes()}
+    imagenet = {"image_size": 64, "parameters": 295_899_267, "class_names": imagenet_classes()}
+    lsun = 526_304_771
     known = [
         Published("edm_imagenet64_ema", levels=40, **imagenet),
         Published("cd_imagenet64_l2", levels=40, timesteps=(22, 0), **imagenet),
         Published("cd_imagenet64_lpips", levels=40, timesteps=(22, 0), **imagenet),
         Published("ct_imagenet64", levels=201, timesteps=(106, 0), **imagenet),
-        Published("edm_bedroom256_ema", 256, levels=40),
-        Published("cd_bedroom256_l2", 256, levels=40, timesteps=(18, 0)),
-        Published("cd_bedroom256_lpips", 256, levels=40, timesteps=(17, 0)),
-        Published("ct_bedroom256", 256, levels=151, timesteps=(67, 0)),
-        Published("edm_cat256_ema", 256, levels=40),
-        Published("cd_cat256_l2", 256, levels=40),
-        Published("cd_cat256_lpips", 256, levels=40),
-        Published("ct_cat256", 256, levels=151, timesteps=(62, 0)),
-        Published("emoji16_cd", 16, 18, head_width=32, timesteps=(8, 0), class_names=_EMOJI_CLASSES),
+        Published("edm_bedroom256_ema", 256, levels=40, parameters=lsun),
+        Published("cd_bedroom256_l2", 256, levels=40, parameters=lsun, timesteps=(18, 0)),
+        Published("cd_bedroom256_lpips", 256, levels=40, parameters=lsun, timesteps=(17, 0)),
+        Published("ct_bedroom256", 256, levels=151, parameters=lsun, timesteps=(67, 0)),
+        Published("edm_cat256_ema", 256, levels=40, parameters=lsun),
+        Published("cd_cat256_l2", 256, levels=40, parameters=lsun),
+        Published("cd_cat256_lpips", 256, levels=40, parameters=lsun),
+        Published("ct_cat256", 256, levels=151, parameters=lsun, timesteps=(62, 0)),
+        Published("emoji16_cd", 16, 18, 1_923_907, head_width=32, timesteps=(8, 0), class_names=_EMOJI_CLASSES),
     ]
     return {entry.name: entry for entry in known}
 

@@ -140,18 +140,20 @@ def from_text(text: str, kind: type[T], version: int, source: str, what: str) ->
         raise InputError(f"{source} is not {what}: its parts lie too deep in each other.") from error
 
 
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """What differs between two encoded settings, a line for every value: the old one lies in a folder."""
+def differences(old: Any, new: Any, place: str = "", there: str = "in the folder") -> list[str]:
+    """What differs between two encoded settings, a line for every value; `there` is where the old one lies."""
     if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
         return [
-            line for name in {**old, **new} for line in differences(old.get(name), new.get(name), within(place, name))
+            line
+            for name in {**old, **new}
+            for line in differences(old.get(name), new.get(name), within(place, name), there)
         ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(map(_is_part, old + new)):
         pairs = enumerate(zip(old, new, strict=True))
-        return [line for index, pair in pairs for line in differences(*pair, f"{place}[{index}]")]
+        return [line for index, pair in pairs for line in differences(*pair, f"{place}[{index}]", there)]
     if old == new and isinstance(old, bool) == isinstance(new, bool):
         return []
-    return [f"{place}: {_in_words(old)} in the folder, {_in_words(new)} now"]
+    return [f"{place}: {_in_words(old)} {there}, {_in_words(new)} now"]
 
 
 def within(place: str, name: str) -> str:

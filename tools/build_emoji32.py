@@ -52,7 +52,10 @@ def build(source: Path) -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="EMOJI64.npz")
-    arrays = build(parser.parse_args().source)
+    source = parser.parse_args().source
+    if not source.is_file():
+        parser.error(f"there is no file {source}.")
+    arrays = build(source)
     with written_beside(DESTINATION) as beside, beside.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     held_out = int(arrays["held_out"].sum())

@@ -1,5 +1,6 @@
 """Run docs/tour.ipynb from top to bottom, and keep what it prints and draws: python -m tools.tour"""
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -49,6 +50,7 @@ def pictures(notebook: NotebookNode) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     notebook = executed(read())
     notebook.metadata.pop("language_info", None)  # it would name a version of Python
     with written_beside(TOUR) as beside:

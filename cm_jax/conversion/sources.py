@@ -1,6 +1,7 @@
 """Reading a checkpoint of any kind: ours, the original's .pt, a diffusers folder, or the CIFAR-10 original's file."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from cm_jax.conversion.formats import DIFFUSERS, OPENAI, Format
 from cm_jax.conversion.pickles import read_torch
 from cm_jax.conversion.rules import Tensors, to_ours
 from cm_jax.errors import InputError, bounded
+from cm_jax.networks import ADMUNet
 from cm_jax.networks.fir import Filter
 from cm_jax.noise_levels import EDM_TIME, KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling, EDMScaling
@@ -82,12 +84,12 @@ def _read(path: Path, untold: Untold) -> Source:
         )
     if archive and single_file.is_single_file(path):
         config, params = single_file.read(path)
-        return Source(path, _overridden(config, untold), params)
+        return Source(path, _overridden(path, config, untold), params)
     if path.is_file():
         return _read_tensors(path, path, Told(), untold)
     if checkpoints.is_checkpoint(path):
         config, params = checkpoints.restore(path)
-        return Source(path, _overridden(config, untold), params)
+        return Source(path, _overridden(path, config, untold), params)
     folder = path / "unet" if (path / "unet").is_dir() else path
     candidates = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
     if not candidates:
@@ -106,7 +108,8 @@ def _read_tensors(path: Path, file: Path, told: Told, untold: Untold) -> Source:
     tensors = read_safetensors(file) if file.suffix.lower() == ".safetensors" else read_torch(file)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     spelling = DIFFUSERS if any(name.startswith(("conv_in.", "down_blocks.")) for name in shapes) else OPENAI
-    known = recognise(path)
+    named, total = recognise(path), sum(math.prod(shape) for shape in shapes.values())
+    known = named if named and total == named.parameters else None
 
     head_width, heads = untold.head_width, untold.heads
     if head_width is None and heads is None:
@@ -127,7 +130,7 @@ def _read_tensors(path: Path, file: Path, told: Told, untold: Untold) -> Source:
     missing = [question for question, answer in unanswered.items() if answer is None]
     if missing:
         spelling.infer(shapes, str(file), image_size=2**10, heads=1, head_width=None)
-        raise InputError(_unanswered(path, missing))
+        raise InputError(_unanswered(path, missing, named and f"it has {total:,} parameters, not {named.parameters:,}"))
 
     network = spelling.infer(shapes, str(file), image_size=image_size, head_width=head_width, heads=heads)
     rules = spelling.rules(network)
@@ -196,19 +199,30 @@ def _first(*choices: Any) -> Any:
     return next((choice for choice in choices if choice is not None), None)
 
 
-def _unanswered(path: Path, questions: list[str]) -> str:
+def _unanswered(path: Path, questions: list[str], otherwise: str | None = None) -> str:
+    """`otherwise`: why it is not the published checkpoint that it is named as."""
     listing = "\n  ".join(questions)
+    known = "is not the published checkpoint of this name" if otherwise else "is not the name of a published checkpoint"
     return (
-        f"{path.name} is not the name of a published checkpoint, and its tensors cannot tell everything. "
+        f"{path.name} {known}{f' ({otherwise})' if otherwise else ''}, and its tensors cannot tell everything. "
         f"Convert it with cm-jax convert, and say also:\n  {listing}"
     )
 
 
-def _overridden(config: ModelConfig, untold: Untold) -> ModelConfig:
+def _heads(network: ADMUNet) -> str:
+    return f"heads of width {network.head_width}" if network.heads is None else f"{network.heads} heads"
+
+
+def _overridden(path: Path, config: ModelConfig, untold: Untold) -> ModelConfig:
     """Our config with what the user says instead."""
     network, grid, scaling = config.network, config.grid, config.scaling
     if untold.head_width or untold.heads:
         network = dataclasses.replace(config.adm, head_width=untold.head_width, heads=untold.heads)
+        if network != config.adm:
+            raise InputError(
+                f"{path} says itself that its attention has {_heads(config.adm)}, not {_heads(network)}: leave out "
+                "--head-width and --heads."
+            )
     if untold.image_size:
         network = dataclasses.replace(network, image_size=untold.image_size)  # type: ignore[type-var]
     if untold.levels:

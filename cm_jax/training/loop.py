@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cm_jax import settings
+from cm_jax import checkpoints, settings
 from cm_jax.arrays import Params
 from cm_jax.errors import InputError, listed
 from cm_jax.files import written_beside
@@ -47,10 +47,12 @@ def train(chosen: Training, folder: str | Path, say: Say = print, progress: Any 
     Raises InputError for settings that do not go together, or that differ from those the folder was begun with.
     """
     run = prepare(chosen, progress)
+    fresh = None if checkpoints.of_run(Path(folder)) else run.fresh_state()  # a refused start leaves no folder behind
     with RunFolder(folder, Retention(chosen.keep_last, chosen.keep_every, chosen.keep_hours)) as opened:
         _agree(opened.path, chosen)
         found = opened.resume(run.abstract_state())
-        state = found[1] if found else run.across.place_state(run.fresh_state())
+        state = found[1] if found else run.across.place_state(fresh or run.fresh_state())
+        del fresh
         done = found[0] if found else 0
         evaluations = Evaluations(chosen, run.evaluator, opened, done)
         for line in _described(run, done):

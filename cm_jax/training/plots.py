@@ -51,7 +51,8 @@ def plot(run: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         _say_that_none_is_drawn(run)
         return
-    _plot_metrics(run, _curves(run / METRICS))
+    if (run / METRICS).exists():  # before the first `log_every` batches there is none
+        _plot_metrics(run, _curves(run / METRICS))
     if (run / EVALUATIONS).exists():
         _plot_evaluations(run, _curves(run / EVALUATIONS))
 

@@ -147,7 +147,7 @@ def _check_start(chosen: Training, source: Source) -> None:
     found, wanted = source.config.network, chosen.network
     if type(found) is type(wanted):
         found = dataclasses.replace(found, **{name: getattr(wanted, name) for name in _RUNTIME})  # type: ignore[type-var]
-    complaints = settings.differences(settings.encode(found), settings.encode(wanted))
+    complaints = settings.differences(settings.encode(found), settings.encode(wanted), there="in the checkpoint")
     level = jnp.full(1, 2.0)
     if float(source.config.scaling.c_noise(level)[0]) != float(chosen.scaling.c_noise(level)[0]):
         complaints.append(f"its clock is that of {source.config.scaling}, and the run's that of {chosen.scaling}")

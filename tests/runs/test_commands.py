@@ -202,6 +202,20 @@ def test_what_shapes_cannot_tell_is_asked_for_at_once(tmp_path, capsys):
     succeeded(capsys, main_convert, GOLDEN, tmp_path / "m", *TOLD)
 
 
+def test_a_published_name_on_another_network_tells_nothing(tmp_path, capsys):
+    shutil.copy(EMOJI, tmp_path / "cd_imagenet64_l2_mine.pt")
+    message = failed(capsys, main_convert, tmp_path / "cd_imagenet64_l2_mine.pt", tmp_path / "m")
+    assert "(it has 1,923,907 parameters, not 295,899,267)" in message
+    assert "--head-width" in message
+
+
+def test_our_own_checkpoint_knows_its_heads(tmp_path, capsys):
+    succeeded(capsys, main_convert, EMOJI, tmp_path / "ours")
+    message = failed(capsys, main_convert, tmp_path / "ours", tmp_path / "m", "--head-width", 64)
+    assert "heads of width 32, not heads of width 64" in message
+    succeeded(capsys, main_convert, tmp_path / "ours", tmp_path / "m", "--head-width", 32)
+
+
 def test_the_check_names_the_unit_that_differs():
     source = read(EMOJI)
     parity = compare(source)

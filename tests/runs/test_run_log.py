@@ -116,6 +116,12 @@ def test_without_tensorboardx_and_matplotlib_a_line_says_so(tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv"]
 
 
+def test_before_the_first_row_there_is_nothing_to_plot(tmp_path):
+    """A checkpoint may come before `log_every` batches."""
+    plot(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("names", [("loss",), ("loss", "loss_sigma_0", "loss_sigma_1", "gradient_norm"), ("other",)])
 def test_a_plot_of_what_there_is(tmp_path, names):
     with Log(tmp_path, tensorboard=False) as log:

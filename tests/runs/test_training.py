@@ -414,3 +414,10 @@ def test_the_original_s_checkpoint_is_a_teacher(tmp_path):
     begun = run.fresh_state()
     assert jax.tree.structure(begun.params) == jax.tree.structure(source.params)
     assert all(map(np.array_equal, jax.tree.leaves(begun.params), jax.tree.leaves(source.params)))
+
+
+def test_a_refused_start_leaves_no_folder(tmp_path):
+    chosen = dataclasses.replace(PRESETS["emoji32-edm"](), start="emoji32")
+    with pytest.raises(InputError, match=r"(?s)another network than this run.*in the checkpoint"):
+        train(chosen, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

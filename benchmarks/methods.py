@@ -252,7 +252,9 @@ def main() -> None:
     )
     parser.add_argument("--evaluated", type=int, default=250, help="images drawn for an evaluation")
     parser.add_argument("--teacher", type=Path, default=Path("runs/emoji32-edm"))
-    parser.add_argument("--methods", default=",".join(METHODS), help="with commas between")
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), help="with commas between; for measure, names of other students too"
+    )
     parser.add_argument("--images", type=int, default=200_000, help="that every student sees")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--count", type=int, default=1000, help="images drawn for a measurement")
@@ -260,7 +262,7 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, help="PNG of the evaluations in training")
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
-    if unknown := set(methods) - set(METHODS):
+    if arguments.what == "train" and (unknown := set(methods) - set(METHODS)):
         raise SystemExit(f"There is no method {', '.join(unknown)}: {', '.join(METHODS)}.")
     family = arguments.teacher.resolve().name.removesuffix("-edm")
     folders = {method: arguments.runs / f"{family}-{method}" for method in methods}
@@ -277,6 +279,8 @@ def main() -> None:
             return
         judge = load_inception()
         found = {"teacher": arguments.teacher} | {name: path for name, path in folders.items() if path.exists()}
+        if missing := [name for name in methods if name not in found and name not in METHODS]:
+            raise InputError(f"There is no run {', '.join(str(folders[name]) for name in missing)}.")
         models = {name: load(path) for name, path in found.items()}
         config: ModelConfig = models["teacher"].config
         print(f"{arguments.count} images of each, seed 0.")

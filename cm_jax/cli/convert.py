@@ -14,7 +14,7 @@ from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import say
 from cm_jax.conversion.single_file import halved
 from cm_jax.conversion.sources import ScalingName
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, listed
 from cm_jax.files import check_writable, named
 from cm_jax.model import find
 from cm_jax.networks.fir import Filter
@@ -92,6 +92,8 @@ def convert(arguments: Convert) -> None:
     network = source.config.network
     parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
     say(f"Read {arguments.source}: {_architecture(source)}; {parameters:,} parameters.")
+    if source.overridden:
+        say(f"As you say, and not as it does:\n  {listed(source.overridden)}")
     if arguments.check:
         parity = compare(source)
         say(parity.report())

@@ -86,11 +86,11 @@ def sample(arguments: Sample) -> None:
         f"{named}: {kind}, {network.image_shape[0]} pixels{classes}, {arguments.precision}, on "
         f"{devices()}; read in {time.perf_counter() - began:.1f} s."
     )
-    say(f"Drawing {count} images, {_described(plan)}, seed {arguments.seed}.")
 
     began = time.perf_counter()
     with compilation_time() as compiled:
         batches = model.batches(arguments.seed, count, plan, labels=labels, batch_size=arguments.batch_size)
+        say(f"Drawing {count} images, {_described(plan)}, seed {arguments.seed}.")
         images = np.concatenate([quantise(batch, arguments.quantisation) for batch in progress(batches, count)])
     elapsed = time.perf_counter() - began
 

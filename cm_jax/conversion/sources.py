@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from cm_jax import checkpoints
+from cm_jax import checkpoints, settings
 from cm_jax.arrays import Params
 from cm_jax.checked import read_json
 from cm_jax.config import ModelConfig
@@ -62,6 +62,8 @@ class Source:
     """The PyTorch spelling of its tensors; None for others."""
     tensors: Tensors = dataclasses.field(default_factory=dict)
     """Its tensors under their own names; empty where they are not PyTorch's."""
+    overridden: tuple[str, ...] = ()
+    """What the user says and it says otherwise, a line for every value."""
 
 
 def read(path: Path, untold: Untold = Untold()) -> Source:
@@ -88,12 +90,12 @@ def _read(path: Path, untold: Untold) -> Source:
         )
     if archive and single_file.is_single_file(path):
         config, params = single_file.read(path)
-        return Source(path, _overridden(path, config, untold), params)
+        return _overridden(Source(path, config, params), untold)
     if path.is_file():
         return _read_tensors(path, path, Told(), untold)
     if checkpoints.is_checkpoint(path):
         config, params = checkpoints.restore(path)
-        return Source(path, _overridden(path, config, untold), params)
+        return _overridden(Source(path, config, params), untold)
     folder = path / "unet" if (path / "unet").is_dir() else path
     candidates = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
     if not candidates:
@@ -217,8 +219,9 @@ def _heads(network: ADMUNet) -> str:
     return f"heads of width {network.head_width}" if network.heads is None else f"{network.heads} heads"
 
 
-def _overridden(path: Path, config: ModelConfig, untold: Untold) -> ModelConfig:
-    """Our config with what the user says instead."""
+def _overridden(source: Source, untold: Untold) -> Source:
+    """Our checkpoint with what the user says instead."""
+    path, config = source.path, source.config
     network, grid, scaling = config.network, config.grid, config.scaling
     if untold.head_width or untold.heads:
         network = dataclasses.replace(config.adm, head_width=untold.head_width, heads=untold.heads)
@@ -238,4 +241,6 @@ def _overridden(path: Path, config: ModelConfig, untold: Untold) -> ModelConfig:
     same = grid == config.grid and scaling == config.scaling
     tuned = config.tuned_timesteps if same else ()
     consistency = None if untold.scalings else config.consistency
-    return ModelConfig(network, scaling, grid, config.class_names, tuned, consistency)
+    new = ModelConfig(network, scaling, grid, config.class_names, tuned, consistency)
+    changes = settings.differences(settings.encode(config), settings.encode(new), there="in the checkpoint")
+    return dataclasses.replace(source, config=new, overridden=tuple(changes))

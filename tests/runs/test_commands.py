@@ -41,6 +41,7 @@ def failed(capsys, command, *arguments):
     assert stopped.value.code == 2, output
     assert "Traceback" not in output.err
     assert output.err.count("error: ") == 1
+    assert "Drawing" not in output.out
     return output.err
 
 
@@ -207,6 +208,16 @@ def test_a_published_name_on_another_network_tells_nothing(tmp_path, capsys):
     message = failed(capsys, main_convert, tmp_path / "cd_imagenet64_l2_mine.pt", tmp_path / "m")
     assert "(it has 1,923,907 parameters, not 295,899,267)" in message
     assert "--head-width" in message
+
+
+def test_what_is_said_against_a_checkpoint_is_said_again(tmp_path, capsys):
+    ours = tmp_path / "ours"
+    succeeded(capsys, main_convert, EMOJI, ours)
+    said = succeeded(capsys, main_convert, ours, tmp_path / "m.safetensors", "--scalings", "edm", "--levels", 40)
+    for change in ("grid.levels: 18 in the checkpoint, 40 now", "scaling: BoundaryScaling in the checkpoint"):
+        assert change in said
+    again = tmp_path / "again.safetensors"
+    assert "As you say" not in succeeded(capsys, main_convert, tmp_path / "m.safetensors", again, "--scalings", "edm")
 
 
 def test_our_own_checkpoint_knows_its_heads(tmp_path, capsys):
@@ -406,10 +417,10 @@ def test_diffusers_folders_that_contradict_themselves(folder, tmp_path, capsys, 
         (("--labels", "9"), "from 0 to 8"),
         (("--labels", "Flagz"), "did you mean 'Flags'?"),
         (("--timesteps", "0,8"), "must fall"),
-        (("--timesteps", "18,0"), "0 to 17"),
+        (("--timesteps", "40,0"), "0 to 39"),
         (("--timesteps", "8;0"), "whole numbers with commas"),
         (("--timesteps", "8,0", "--steps", 2), "steps and timesteps"),
-        (("--indices", "0,8"), "end with 17"),
+        (("--indices", "0,8"), "end with 39"),
         (("--sigmas", "80,-1"), "greater than 0.002"),
         (("--steps", 0), "from 1 to 10000"),
         (("--seed", -1), "A seed must be"),

@@ -4,6 +4,7 @@ import functools
 import html
 import itertools
 import os
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -143,6 +144,8 @@ def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None])
     own = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "", "127.0.0.1", "localhost"]
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, own))  # Gradio calls its own page once
     try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port), family=family).close()  # uvicorn would log the reason for itself
         _, address, _ = blocks.launch(
             server_name=host,
             server_port=port,

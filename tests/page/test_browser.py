@@ -234,3 +234,11 @@ def test_a_port_that_is_taken(address):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert f"Nothing can listen on 127.0.0.1:{port}" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_an_address_of_another_machine(host):
+    done = run("-m", "cm_jax.demo", "--host", host)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Nothing can listen on ")
+    assert len(done.stderr.splitlines()) == 1

@@ -108,7 +108,8 @@ def _convolve(x: Float[Array, "b h w i"], kernel: Transformed) -> Float[Array, "
     b, height, width, _ = x.shape
     vertical, across = _BY_LENGTH[rows], 1 if columns == 3 else columns - 2
     down = rows - 2
-    x = jnp.pad(x, ((0, 0), (1, 1 + -height % down), (1, 1 + -width % across), (0, 0)))
+    margin = (0, 0) if columns == 3 else (1, 1 + -width % across)
+    x = jnp.pad(x, ((0, 0), (1, 1 + -height % down), margin, (0, 0)))
     tall = -(-height // down)
     strips = _transformed(x, vertical, axis=1, tiles=tall)
     if columns == 3:
@@ -124,9 +125,10 @@ def _convolve(x: Float[Array, "b h w i"], kernel: Transformed) -> Float[Array, "
     return result[:, :height, :width]
 
 
-def _along_rows(x: Float[Array, "b h w i"], taps: Float[Array, "3 i o"]) -> Float[Array, "b h w-2 o"]:
+def _along_rows(x: Float[Array, "b h w i"], taps: Float[Array, "3 i o"]) -> Float[Array, "b h w o"]:
+    """With a zero on either side, which XLA's convolution adds: without them it is slower on CPUs (NOTES.md)."""
     return jax.lax.conv_general_dilated(
-        x, taps[None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=jax.lax.Precision.HIGHEST
+        x, taps[None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=jax.lax.Precision.HIGHEST
     )
 
 

@@ -3,11 +3,13 @@
 The names are the graph's. Its layers are convolution, normalisation by stored statistics without a scale, ReLU.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from cm_jax.arrays import Params
@@ -71,28 +73,54 @@ class _Layer(nn.Module):
         mean = self.param("mean", nn.initializers.zeros, (self.channels,))
         variance = self.param("variance", nn.initializers.ones, (self.channels,))
         shift = self.param("shift", nn.initializers.zeros, (self.channels,))
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        y = _convolved(x, kernel, self.stride, self.padding)
         return jax.nn.relu((y - mean) * jax.lax.rsqrt(variance + 0.001) + shift)
+
+
+def _convolved(x: Maps, kernel: Float[Array, "kh kw c c2"], stride: int, padding: str) -> Outputs:
+    """The convolution in the form that is fastest on CPUs: half the time of XLA's own (benchmarks/NOTES.md)."""
+    highest = jax.lax.Precision.HIGHEST
+    if stride == 2:  # 3x3 without padding
+        x = jnp.concatenate([column for row in _thirds(x, 1, 2) for column in _thirds(row, 2, 2)], -1)
+        kernel = kernel.reshape(1, 1, -1, kernel.shape[-1])
+    if kernel.shape[:2] == (1, 1):
+        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0], precision=highest)
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=highest
+    )
+    return y[:, 1:-1, 1:-1] if padding == "VALID" else y
+
+
+def _thirds(x: Maps, axis: int, stride: int = 1) -> list[Outputs]:
+    """What a window of three along an axis sees first, second and third, wherever it stands."""
+    reach = (x.shape[axis] - 3) // stride * stride + 1
+    return [jax.lax.slice_in_dim(x, at, at + reach, stride, axis) for at in range(3)]
 
 
 def _mean_of_neighbours(x: Maps) -> Maps:
     """Over 3 x 3 pixels; at the border over those that there are."""
-    return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
+    for axis in (1, 2):
+        there = np.full(x.shape[axis], 3, np.float32)
+        there[[0, -1]] = 2
+        total = functools.reduce(jnp.add, _thirds(_margin(x, axis, 0), axis))
+        x = total / jnp.asarray(there.reshape([-1 if i == axis else 1 for i in range(4)]))
+    return x
 
 
 def _maximum_of_neighbours(x: Maps) -> Maps:
-    return nn.max_pool(x, (3, 3), padding="SAME")
+    for axis in (1, 2):
+        x = functools.reduce(jnp.maximum, _thirds(_margin(x, axis, -jnp.inf), axis))
+    return x
+
+
+def _margin(x: Maps, axis: int, value: float) -> Outputs:
+    return jnp.pad(x, [(int(i == axis),) * 2 for i in range(4)], constant_values=value)
 
 
 def _halved(x: Maps) -> Outputs:
-    return nn.max_pool(x, (3, 3), (2, 2))
+    for axis in (1, 2):
+        x = functools.reduce(jnp.maximum, _thirds(x, axis, 2))
+    return x
 
 
 def _tower(x: Maps, name: str, *layers: tuple) -> Outputs:

@@ -293,7 +293,7 @@ def _read_legacy(path: Path) -> Any:
         content = unpickler.load()
         for key in _Unpickler(path, file).load():
             storage = unpickler.storages[key]
-            if int.from_bytes(file.read(8), "little") != storage.numbers:
+            if file.read(8) != storage.numbers.to_bytes(8, "little"):
                 raise ValueError(f"storage {key} is not {storage.numbers} numbers")
             places[key] = file.tell()
             file.seek(storage.numbers * storage.dtype.itemsize, io.SEEK_CUR)

@@ -239,6 +239,10 @@ def test_pytorchs_format_before_1_6_is_read_and_damaged_files_are_refused(tmp_pa
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"is damaged|not a complete file|was refused"):
             read_torch(path)
+    torch.save({"none": torch.zeros(0)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-1])  # of a count that is zero
+    with pytest.raises(InputError, match=r"is damaged"):
+        read_torch(path)
     torch.save({"x": Payload()}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(InputError, match=r"posix\.system while it is read"):
         read_torch(path)

@@ -138,7 +138,17 @@ class UNet(abc.ABC):
         self.check_input(x.shape, labels is not None)
         if length is not None and not self.interval_clock:
             raise InputError("This network has one clock, and was told an interval's length: set interval_clock=True.")
-        return _UNet(self).apply({"params": params}, x, c_noise, labels, dropout_keys, length)  # type: ignore[return-value]
+
+        def forward(inputs: tuple[Any, ...]) -> Images:
+            return _UNet(self).apply({"params": params}, *inputs)  # type: ignore[return-value]
+
+        inputs = (x, c_noise, labels, dropout_keys, length)
+        batch = x.shape[0]
+        part = self._images_at_once(params, x.shape)
+        if part == batch:
+            return forward(inputs)
+        parts = jax.lax.map(forward, jax.tree.map(lambda a: a.reshape(-1, part, *a.shape[1:]), inputs))
+        return parts.reshape(x.shape)
 
     def inner_outputs(
         self, params: Params, x: Images, c_noise: Float[Array, " b"], labels: Labels | None = None
@@ -216,7 +226,8 @@ class UNet(abc.ABC):
         """Parameters for many predictions on a CPU: beside the kernels of 3x3 convolutions, their Winograd transforms.
 
         For forward passes in float32 that is what `predict` is fastest with (networks/winograd.py); it holds some two
-        and a half times as much. Elsewhere, and in half precision, these are the parameters as they are.
+        and a half times as much, and takes a large batch in parts. Elsewhere, and in half precision, these are the
+        parameters as they are.
         """
         if self.precision != "float32" or jax.default_backend() != "cpu":
             return params
@@ -226,6 +237,13 @@ class UNet(abc.ABC):
         kernels = [flat[f"{path}/kernel"] for path in chosen]
         transformed = winograd.transform_all(kernels, tuple(chosen.values()))
         return nested(flat | {f"{path}/{TRANSFORMED}": leaf for path, leaf in zip(chosen, transformed, strict=True)})
+
+    def _images_at_once(self, params: Params, shape: tuple[int, ...]) -> int:
+        """How many images of a batch the network sees at once: all of them, but on a CPU what stays in the cache."""
+        batch, height, width, _ = shape
+        if not any(path.endswith(TRANSFORMED) for path, _ in leaves(params)):
+            return batch
+        return winograd.images_at_once(batch, height * width * int(self.width * self.multipliers[0]))
 
     def _convolutions(self) -> Iterator[tuple[str, int]]:
         """The 3x3 convolutions with stride 1 inside the blocks: (path, size of the image that they see)."""

@@ -54,8 +54,8 @@ _FOUR = Filtering(
 )
 _BY_LENGTH = {len(filtering.kernel): filtering for filtering in (_TWO, _FOUR)}
 
-_CACHED = 800_000
-"""Values of the input up to which all that is made of them fits into a cache of 32 MB."""
+_CACHED = 1_500_000
+"""Values of a network's first layer in all images that it sees at once, up to which 32 MB of cache suffice."""
 
 Transformed = Float[Array, "rows columns i o"]
 """A transformed kernel; its shape tells how: 6 or 4 rows, by F(4, 3) or F(2, 3); 4 columns, or 3 that are not."""
@@ -89,21 +89,16 @@ def transform_all(kernels: list[Array], forms: tuple[tuple[int, int], ...]) -> l
     return [transform(kernel, *form) for kernel, form in zip(kernels, forms, strict=True)]
 
 
+def images_at_once(batch: int, values: int) -> int:
+    """The most images that divide a batch and stay in the cache; `values` is what the first layer makes of one."""
+    return max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * values <= _CACHED))
+
+
 def convolve(x: Float[Array, "b h w i"], kernel: Transformed) -> Float[Array, "b h w o"]:
     """3x3 convolution with one row of zeros on every side, stride 1, in float32; the kernel is from `transform`.
 
-    Sizes that are no multiple of what is computed at once get more zeros, and the result is cut. Large batches are
-    convolved in parts, one after the other, of which what is between the steps stays in the cache.
+    Sizes that are no multiple of what is computed at once get more zeros, and the result is cut.
     """
-    batch, values = x.shape[0], x[0].size
-    part = max(size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * values <= _CACHED))
-    if part == batch:
-        return _convolve(x, kernel)
-    parts = jax.lax.map(lambda images: _convolve(images, kernel), x.reshape(-1, part, *x.shape[1:]))
-    return parts.reshape(batch, *parts.shape[2:])
-
-
-def _convolve(x: Float[Array, "b h w i"], kernel: Transformed) -> Float[Array, "b h w o"]:
     rows, columns, _, features = kernel.shape
     b, height, width, _ = x.shape
     vertical, across = _BY_LENGTH[rows], 1 if columns == 3 else columns - 2

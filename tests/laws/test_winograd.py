@@ -48,18 +48,7 @@ def test_every_form_is_the_direct_convolution_on_any_size(form, size):
     assert relative(out, exact(x, kernel)) < 5e-6
 
 
-@pytest.mark.parametrize("batch", [1, 6, 7])
-def test_a_batch_in_parts_is_the_batch(batch, monkeypatch):
-    x, kernel = normal(0, batch, 8, 8, 5), winograd.transform(normal(1, 3, 3, 5, 4), 6, 4)
-    whole = winograd.convolve(x, kernel)
-    monkeypatch.setattr(winograd, "_CACHED", 3 * 8 * 8 * 5)
-    mapped = jax.make_jaxpr(winograd.convolve)(x, kernel)
-    assert ("scan" in str(mapped)) == (batch > 3)
-    np.testing.assert_allclose(winograd.convolve(x, kernel), whole, atol=1e-6)
-
-
-def test_derivatives_are_those_of_the_direct_convolution(monkeypatch):
-    monkeypatch.setattr(winograd, "_CACHED", 8 * 8 * 5)
+def test_derivatives_are_those_of_the_direct_convolution():
     x, direction, kernel = normal(0, 3, 8, 8, 5), normal(2, 3, 8, 8, 5), normal(1, 3, 3, 5, 4)
     transformed = winograd.transform(kernel, 6, 4)
     _, forward = jax.jvp(lambda x: winograd.convolve(x, transformed), (x,), (direction,))
@@ -68,6 +57,26 @@ def test_derivatives_are_those_of_the_direct_convolution(monkeypatch):
     (reverse,) = jax.vjp(lambda x: winograd.convolve(x, transformed), x)[1](seen)
     (direct,) = jax.vjp(lambda x: convolve_3x3(x, kernel), x)[1](seen)
     assert relative(reverse, direct) < 5e-6
+
+
+@pytest.mark.parametrize(("batch", "at_once"), [(1, 1), (6, 3), (7, 1), (2, 2)])
+def test_a_large_network_sees_a_batch_in_parts(batch, at_once, eager, monkeypatch):
+    params = random_params(SMALL)
+    fast = accelerated(SMALL, params)
+    x, times, labels = normal(0, batch, 16, 16, 3), 100.0 * jnp.arange(batch), jnp.arange(batch) % 10
+    seen = []
+    convolve = winograd.convolve
+    monkeypatch.setattr(winograd, "convolve", lambda x, kernel: seen.append(len(x)) or convolve(x, kernel))
+    monkeypatch.setattr(winograd, "_CACHED", 3 * 16 * 16 * 32)
+    out = jax.jit(SMALL.predict)(fast, x, times, labels)
+    assert set(seen) == {at_once}
+    assert relative(out, jax.jit(SMALL.predict)(params, x, times, labels)) < 1e-5
+
+
+def test_training_sees_its_batch_at_once(monkeypatch):
+    monkeypatch.setattr(winograd, "_CACHED", 1)
+    inputs = (random_params(SMALL), normal(0, 4, 16, 16, 3), jnp.arange(4.0), jnp.arange(4))
+    assert "scan" not in str(jax.make_jaxpr(SMALL.predict)(*inputs))
 
 
 SONG = SongUNet(image_size=16, width=32, multipliers=(1, 2), blocks_per_level=1, classes=None)

@@ -3,6 +3,7 @@
 Image number i has its own key, fold_in(key, i), and from it come its label and all of its noise.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,18 +22,23 @@ _LABEL, _NOISE = 0, 1
 """What is drawn from an image's key."""
 
 
-def image_keys(key: Key[Array, ""], numbers: Int[np.ndarray, " b"]) -> Keys:
+@jax.jit
+def image_keys(key: Key[Array, ""], numbers: Int[Array | np.ndarray, " b"]) -> Keys:
     """The keys of the images with these numbers."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
 def draw_labels(key: Key[Array, ""], count: int, classes: int) -> Int[np.ndarray, " b"]:
     """A uniform class for each of the first `count` images."""
+    return np.asarray(_labels(key, np.arange(count), classes))
 
+
+@functools.partial(jax.jit, static_argnums=2)
+def _labels(key: Key[Array, ""], numbers: Int[Array | np.ndarray, " b"], classes: int) -> Int[Array, " b"]:
     def draw(image_key: Key[Array, ""]) -> Int[Array, ""]:
         return jax.random.randint(jax.random.fold_in(image_key, _LABEL), (), 0, classes)
 
-    return np.asarray(jax.vmap(draw)(image_keys(key, np.arange(count))))
+    return jax.vmap(draw)(image_keys(key, numbers))
 
 
 def noise_from(keys: Keys, shape: tuple[int, int, int]) -> Draw:
@@ -106,7 +112,7 @@ def generate(
     """
 
     def rows(numbers: Int[np.ndarray, " b"]) -> tuple[Keys, Labels | None]:
-        chosen = None if labels is None else jnp.asarray(labels[np.minimum(numbers, count - 1)], jnp.int32)
+        chosen = None if labels is None else jnp.asarray(labels[np.minimum(numbers, count - 1)].astype(np.int32))
         return image_keys(key, numbers), chosen
 
     return in_batches(
@@ -132,7 +138,7 @@ def in_batches(
     """
     devices = list(devices or jax.local_devices())
     batch_size = -(-min(batch_size, count) // len(devices)) * len(devices)
-    walked = jnp.asarray(levels, jnp.float32)
+    walked = jnp.asarray(np.asarray(levels, np.float32))
     if len(devices) > 1:
         params = jax.device_put(params, NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec()))
 

@@ -96,4 +96,4 @@ def use_compilation_cache(folder: str) -> None:
             raise InputError(f"Cannot keep compiled programs in {path}: {error.strerror}.") from error
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

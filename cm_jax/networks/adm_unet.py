@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from cm_jax.arrays import Labels
 from cm_jax.errors import InputError
 from cm_jax.networks.attention import Implementation
-from cm_jax.networks.blocks import NORM_GROUPS, Dense, Embedding, Modulation, Resample, Style, sinusoid
+from cm_jax.networks.blocks import NORM_GROUPS, Dense, Embedding, Modulation, Resample, Style, parameter, sinusoid
 from cm_jax.networks.precision import Precision
 from cm_jax.networks.unet import Block, Plan, UNet, Unit
 
@@ -194,7 +194,7 @@ class _Embedding(nn.Module):
         hidden = Dense(width, name="dense_1")(sinusoid(c_noise, self.config.width))
         embedding = Dense(width, name="dense_2")(nn.silu(hidden))
         if labels is not None:
-            table = self.param("table", nn.initializers.zeros, (self.config.classes, width))
+            table = parameter(self, "table", (self.config.classes or 0, width))
             embedding = embedding + jnp.take(table, labels, axis=0).astype(embedding.dtype)
         return embedding
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cm_jax.arrays import Keys
+from cm_jax.errors import InputError
 from cm_jax.networks import winograd
 from cm_jax.networks.attention import Implementation, attend
 from cm_jax.networks.convolution import convolve_3x3
@@ -54,6 +55,21 @@ class Style:
 
 
 ADM = Style()
+
+
+def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Array:
+    """A module's parameter; zeros where it is being made, for `UNet.shapes`. Raises InputError for another shape.
+
+    Flax's own `param` traces an initialiser, and the splitting of its key, for each of hundreds of parameters whenever
+    the network is traced: a third of that time.
+    """
+    if not module.has_variable("params", name):
+        module.put_variable("params", name, jnp.zeros(shape))
+    found = module.get_variable("params", name)
+    if found.shape != shape:
+        path = "/".join((*module.path, name))
+        raise InputError(f"The parameter {path} has shape {list(found.shape)}, and this network wants {list(shape)}.")
+    return found
 
 
 def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
@@ -108,8 +124,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = parameter(self, "kernel", (x.shape[-1], self.features))
+        bias = parameter(self, "bias", (self.features,))
         product = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), precision=product_precision(self.dtype))
         return product + bias.astype(self.dtype)
 
@@ -126,8 +142,8 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> Outputs:
-        kernel = self.param("kernel", nn.initializers.zeros, (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = parameter(self, "kernel", (3, 3, x.shape[-1], self.features))
+        bias = parameter(self, "bias", (self.features,))
         x = upsample(x) if self.resample == "up" else x
         x = x.astype(self.dtype)
         if self.has_variable("params", TRANSFORMED):
@@ -145,8 +161,8 @@ class SmoothedConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> Outputs:
-        kernel = self.param("kernel", nn.initializers.zeros, (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = parameter(self, "kernel", (3, 3, x.shape[-1], self.features))
+        bias = parameter(self, "bias", (self.features,))
         smooth = smoothed(x.astype(self.dtype), self.by)
         return convolve_3x3(smooth, kernel, stride=2, padding=0) + bias.astype(self.dtype)
 
@@ -166,8 +182,8 @@ class GroupNorm(nn.Module):
     ) -> Features:
         channels = x.shape[-1]
         groups = self.style.groups(channels)
-        gain = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        gain = parameter(self, "scale", (channels,))
+        bias = parameter(self, "bias", (channels,))
         pixels = x.astype(jnp.float32)
         mean = pixels.mean((1, 2))
         variance = jnp.square(pixels - mean[:, None, None]).mean((1, 2))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from cm_jax.arrays import Labels
 from cm_jax.errors import InputError
 from cm_jax.networks.attention import Implementation
-from cm_jax.networks.blocks import Dense, Embedding, Modulation, Style
+from cm_jax.networks.blocks import Dense, Embedding, Modulation, Style, parameter
 from cm_jax.networks.fir import Filter
 from cm_jax.networks.precision import Precision
 from cm_jax.networks.unet import Block, Plan, UNet, Unit
@@ -209,12 +209,12 @@ class _Embedding(nn.Module):
     def __call__(self, c_noise: Float[Array, " b"], labels: Labels | None) -> Embedding:
         config = self.config
         if config.embedding == "fourier":
-            frequencies = self.param("frequencies", nn.initializers.zeros, (config.width,))
+            frequencies = parameter(self, "frequencies", (config.width,))
             waves = fourier(c_noise, frequencies)
         else:
             waves = positional(c_noise, config.width)
         if labels is not None:
-            table = self.param("table", nn.initializers.zeros, (config.classes, waves.shape[1]))
+            table = parameter(self, "table", (config.classes or 0, waves.shape[1]))
             waves = waves + jnp.take(table, labels, axis=0).astype(waves.dtype)
         hidden = Dense(4 * config.width, name="dense_1")(waves)
         return Dense(4 * config.width, name="dense_2")(nn.silu(hidden))

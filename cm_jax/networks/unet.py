@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -183,7 +184,8 @@ class UNet(abc.ABC):
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
         labels = None if self.classes is None else jax.ShapeDtypeStruct((1,), jnp.int32)
         plain: UNet = dataclasses.replace(self, attention="plain", rematerialise=False)  # type: ignore[type-var]
-        return jax.eval_shape(_UNet(plain).init, jax.random.key(0), x, time, labels)["params"]
+        made = functools.partial(_UNet(plain).apply, {}, mutable=["params"])
+        return jax.eval_shape(made, x, time, labels)[1]["params"]  # type: ignore[index]
 
     def parameter_count(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes()))
@@ -234,6 +236,8 @@ class UNet(abc.ABC):
         flat = dict(leaves(params))
         forms = {path: winograd.form(size, *flat[f"{path}/kernel"].shape[2:]) for path, size in self._convolutions()}
         chosen = {path: form for path, form in forms.items() if form}
+        if not chosen:
+            return params
         kernels = [flat[f"{path}/kernel"] for path in chosen]
         transformed = winograd.transform_all(kernels, tuple(chosen.values()))
         return nested(flat | {f"{path}/{TRANSFORMED}": leaf for path, leaf in zip(chosen, transformed, strict=True)})

@@ -6,6 +6,7 @@ random and the same in all. Passes are interleaved, so that other work on the ma
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import math
@@ -24,8 +25,9 @@ import torch
 
 from benchmarks.random_params import random_params
 from benchmarks.torch_unet import TorchUNet
+from cm_jax import native
 from cm_jax.arrays import Params
-from cm_jax.networks import ADMUNet, accelerated
+from cm_jax.networks import ADMUNet
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 
 NETWORKS = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
@@ -56,15 +58,15 @@ Contender = Callable[[Batch], Forward]
 """Makes ready for a batch: places it, and compiles what is compiled beforehand."""
 
 
-def ours(network: ADMUNet, params: Params, *, winograd: bool = True) -> Contender:
-    """Our network, compiled for each batch."""
+def ours(network: ADMUNet, params: Params, *, plain: bool = False) -> Contender:
+    """Our network, compiled for each batch. plain: without the kernels for CPUs."""
     predict = jax.jit(network.predict)
     placed = network.prepare(params)
-    placed = accelerated(network, placed) if winograd else placed
 
     def ready(batch: Batch) -> Forward:
         inputs = jax.device_put((batch.x, batch.times, batch.labels))
-        compiled = predict.lower(placed, *inputs).compile()
+        with native.off() if plain else contextlib.nullcontext():
+            compiled = predict.lower(placed, *inputs).compile()
         return lambda: jax.block_until_ready(compiled(placed, *inputs))
 
     return ready
@@ -97,7 +99,7 @@ def pytorch(
 
 
 def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
-    """Float32: ours as `Model` draws, by Winograd's convolutions, and direct; diffusers' in both memory layouts."""
+    """Float32: ours as `Model` draws, by the kernels for CPUs, and by XLA alone; diffusers' in both memory layouts."""
     from cm_jax.conversion.formats import DIFFUSERS
     from cm_jax.conversion.parity import reference_network
     from cm_jax.conversion.rules import to_theirs
@@ -106,7 +108,7 @@ def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
     interleaved = copy.deepcopy(planar).to(memory_format=torch.channels_last)
     return {
         "ours": ours(network, params),
-        "ours, direct": ours(network, params, winograd=False),
+        "ours, XLA alone": ours(network, params, plain=True),
         "PyTorch, NCHW": pytorch(lambda x, t, c: planar(x, t, class_labels=c).sample, torch.contiguous_format),
         "PyTorch, channels last": pytorch(
             lambda x, t, c: interleaved(x, t, class_labels=c).sample, torch.channels_last

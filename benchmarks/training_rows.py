@@ -21,7 +21,7 @@ from benchmarks.torch_training import DiffusersADM, Drawn, TorchTraining
 from benchmarks.torch_unet import TorchUNet
 from cm_jax.arrays import normal_per_image
 from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.networks import ADMUNet, accelerated
+from cm_jax.networks import ADMUNet
 from cm_jax.objectives import ConsistencyDistillation, Denoising
 from cm_jax.objectives.base import draws
 from cm_jax.preconditioning import EDMScaling, VarianceScaling
@@ -86,7 +86,7 @@ def ours(chosen: Training, images: np.ndarray, labels: np.ndarray | None) -> Ste
         teacher = ConsistencyFunction(chosen.network, EDMScaling(time_factor=chosen.scaling.time_factor))
     training_step = chosen.step(teacher)
     state = across.place_state(training_step.initial(params))
-    prepared = teacher and accelerated(teacher.network, teacher.network.prepare(params))
+    prepared = teacher and teacher.network.prepare(params)
     constants = across.place_constants(Constants(teacher=prepared))
     program = across.compile(functools.partial(training_step.many, across), state, constants)
     batches = RawBatch(images[None], None if labels is None else labels[None])

@@ -31,7 +31,6 @@ from cm_jax.editing import (
 )
 from cm_jax.errors import InputError, bounded
 from cm_jax.generation import default_batch_size, draw_labels, generate, replay
-from cm_jax.networks import accelerated
 from cm_jax.networks.precision import Precision
 from cm_jax.published import BUNDLED, DEFAULT, bundled_path, published, published_cifar10
 from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
@@ -57,13 +56,6 @@ class Model:
 
     config: ModelConfig
     params: Params = dataclasses.field(repr=False)
-    winograd: bool = True
-    """On CPUs, in float32, large convolutions with fewer multiplications, from kernels transformed at the first call:
-    faster, and about two and a half times the memory of the parameters more. See networks/winograd.py."""
-
-    @functools.cached_property
-    def _fast(self) -> Params:
-        return accelerated(self.config.network, self.params) if self.winograd else self.params
 
     def denoise(
         self,
@@ -85,7 +77,7 @@ class Model:
                 f"sigma must be one level or {x.shape[0]}, finite and not negative; got {np.array2string(levels)}."
             )
         chosen = None if labels is None else jnp.asarray(self.labels(labels, x.shape[0]), jnp.int32)
-        return _denoise(self.config.function, self._fast, x, jnp.broadcast_to(levels, x.shape[:1]), chosen)
+        return _denoise(self.config.function, self.params, x, jnp.broadcast_to(levels, x.shape[:1]), chosen)
 
     def sample(
         self,
@@ -197,7 +189,7 @@ class Model:
         parts = slerp_all(
             self.config.function,
             plan.sampler,
-            self._fast,
+            self.params,
             plan.levels,
             _as_key(first),
             _as_key(second),
@@ -222,7 +214,7 @@ class Model:
         return generate(
             self.config.function,
             plan.sampler,
-            self._fast,
+            self.params,
             plan.levels,
             _as_key(key),
             count,
@@ -310,7 +302,7 @@ class Model:
         batch_size: int | None,
     ) -> Float[np.ndarray, "b h w c"]:
         function, size = self.config.function, self._batch_size(batch_size)
-        parts = edit_all(function, operator, self._fast, plan.levels, keys, images, labels, batch_size=size)
+        parts = edit_all(function, operator, self.params, plan.levels, keys, images, labels, batch_size=size)
         return np.concatenate(list(parts))
 
     def _class_number(self, label: Label | float, classes: int) -> int:
@@ -349,23 +341,23 @@ class Model:
         needed = plan.sampler.draws(steps)
         if noise.shape[0] < needed:
             raise InputError(f"This sampler makes {needed} draws of noise in {steps} steps; got {noise.shape[0]}.")
-        return replay(self.config.function, plan.sampler, self._fast, plan.levels, noise, self.labels(labels, count))
+        return replay(self.config.function, plan.sampler, self.params, plan.levels, noise, self.labels(labels, count))
 
 
-def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32", winograd: bool = True) -> Model:
+def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
     """A model from a checkpoint: ours, the originals' `.pt` or jcm file, a diffusers folder, or a bundled name.
 
     The folder of a run of training means its newest checkpoint, and RUN/best the best of those that were evaluated.
 
     precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster
-    on accelerators and take half the memory). winograd: as in `Model`. Raises InputError where there is no such
+    on accelerators and take half the memory). Raises InputError where there is no such
     checkpoint, or it is damaged.
     """
     if precision not in typing.get_args(Precision):
         raise InputError(f"precision must be one of {', '.join(typing.get_args(Precision))}, got {precision!r}.")
     source = conversion.read(find(path_or_name))
     config = dataclasses.replace(source.config, network=source.config.network.at_precision(precision))
-    return Model(config, config.network.prepare(source.params), winograd)
+    return Model(config, config.network.prepare(source.params))
 
 
 def find(path_or_name: str | Path) -> Path:

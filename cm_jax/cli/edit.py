@@ -38,8 +38,6 @@ class _Edit:
     """The same seed gives the same edits, whatever the batch size and the devices."""
     precision: Precision = "float32"
     """Of the products inside the network."""
-    winograd: bool = True
-    """On CPUs, in float32, large convolutions with fewer multiplications: faster, with some three times the memory."""
     batch_size: int | None = None
     """Images edited at once over all devices. Default: 64 a device, fewer above 64 pixels."""
     output: Path = Path("edited.png")
@@ -287,7 +285,7 @@ def _check_output(output: Path, folder: Path | None) -> None:
 
 def _model(arguments: _Edit) -> Model:
     use_compilation_cache(arguments.compilation_cache)
-    model = load(find(arguments.checkpoint), precision=arguments.precision, winograd=arguments.winograd)
+    model = load(find(arguments.checkpoint), precision=arguments.precision)
     fitting.square_side(model.config.network.image_shape)
     return model
 

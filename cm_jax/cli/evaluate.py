@@ -56,8 +56,6 @@ class Evaluate:
     """Of the images drawn."""
     precision: Precision = "float32"
     """Of the products inside the checkpoint's network."""
-    winograd: bool = True
-    """On CPUs, in float32, large convolutions with fewer multiplications: faster, with some three times the memory."""
     batch_size: int | None = None
     """Images seen at once over all devices. Default: 32 a device."""
     likelihood_steps: int = 64
@@ -82,11 +80,7 @@ def evaluate_command(arguments: Evaluate) -> None:
     unknown = [metric for metric in metrics if metric not in (*NEEDS, "bpd")]
     if unknown:
         raise InputError(f"There is no metric {unknown[0]!r}: choose of {', '.join(NEEDS)}, bpd.")
-    model = (
-        None
-        if _are_images(arguments)
-        else load(find(arguments.samples), precision=arguments.precision, winograd=arguments.winograd)
-    )
+    model = None if _are_images(arguments) else load(find(arguments.samples), precision=arguments.precision)
     others = tuple(metric for metric in metrics if metric != "bpd")
     if arguments.save_reference is not None and not {"fid", "sfid"} & set(others):
         raise InputError("--save-reference writes what fid or sfid needs: add one of them to --metrics.")

@@ -50,8 +50,6 @@ class Sample:
     """The same seed gives the same images, whatever the batch size and the devices."""
     precision: Precision = "float32"
     """Of the products inside the network."""
-    winograd: bool = True
-    """On CPUs, in float32, large convolutions with fewer multiplications: faster, with some three times the memory."""
     batch_size: int | None = None
     """Images drawn at once over all devices. Default: 64 a device, fewer above 64 pixels."""
     output: Path = Path("samples.png")
@@ -68,7 +66,7 @@ def sample(arguments: Sample) -> None:
     path = find(arguments.checkpoint)
     _check_output(arguments.output, arguments.count)
     began = time.perf_counter()
-    model = load(path, precision=arguments.precision, winograd=arguments.winograd)
+    model = load(path, precision=arguments.precision)
     network = model.config.network
     plan = model.plan(
         steps=arguments.steps,

@@ -8,9 +8,8 @@ from cm_jax.arrays import Images, Keys, Labels, Params
 from cm_jax.networks.adm_unet import ADMUNet
 from cm_jax.networks.precision import Precision
 from cm_jax.networks.song_unet import SongUNet
-from cm_jax.networks.unet import UNet
 
-__all__ = ["ADMUNet", "Network", "SongUNet", "accelerated"]
+__all__ = ["ADMUNet", "Network", "SongUNet"]
 
 
 @runtime_checkable
@@ -42,8 +41,3 @@ class Network(Protocol):
     def prepare(self, params: Params) -> Params: ...
 
     def at_precision(self, precision: Precision) -> "Network": ...
-
-
-def accelerated(network: Network, params: Params) -> Params:
-    """Parameters that `predict` is fastest with in forward passes: `UNet.accelerated`, or as they are."""
-    return network.accelerated(params) if isinstance(network, UNet) else params

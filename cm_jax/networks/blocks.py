@@ -15,11 +15,11 @@ from jaxtyping import Array, Float
 
 from cm_jax.arrays import Keys
 from cm_jax.errors import InputError
-from cm_jax.networks import winograd
 from cm_jax.networks.attention import Implementation, attend
 from cm_jax.networks.convolution import convolve_3x3
 from cm_jax.networks.fir import Filter, fir_downsample, fir_upsample, smoothed
-from cm_jax.networks.precision import product_precision
+from cm_jax.networks.norm import group_norm
+from cm_jax.networks.products import multiply
 
 Features = Float[Array, "b h w c"]
 Outputs = Float[Array, "b h2 w2 c2"]
@@ -29,9 +29,6 @@ Resample = Literal["down", "up"]
 Modulation = Literal["scale_shift", "additive", "normalised"]
 """How the embedding enters a residual block. scale_shift: (1 + s) norm(h) + b, in place of its second norm. additive:
 before that norm. normalised: pnorm(s) norm(h) + pnorm(b), which keeps derivatives in time small (sCM, section 4.1)."""
-
-TRANSFORMED = "transformed"
-"""The name of a kernel's Winograd transform, beside the kernel."""
 
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-5
@@ -126,30 +123,27 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = parameter(self, "kernel", (x.shape[-1], self.features))
         bias = parameter(self, "bias", (self.features,))
-        product = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), precision=product_precision(self.dtype))
-        return product + bias.astype(self.dtype)
+        return multiply(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution with bias; `down` halves the image by stride, `up` doubles it beforehand.
-
-    Where its parameters hold the kernel's Winograd transform too (`UNet.accelerated`), that is used.
-    """
+    """A 3x3 convolution with bias; `down` halves the image by stride, `up` doubles it beforehand."""
 
     features: int
     resample: Resample | None = None
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
     def __call__(self, x: Features) -> Outputs:
+        result, bias = self.apart(x)
+        return result + bias.astype(self.dtype)
+
+    def apart(self, x: Features) -> tuple[Outputs, Float[Array, " c2"]]:
+        """What has no bias yet, and the bias, for a norm that adds it."""
         kernel = parameter(self, "kernel", (3, 3, x.shape[-1], self.features))
         bias = parameter(self, "bias", (self.features,))
         x = upsample(x) if self.resample == "up" else x
         x = x.astype(self.dtype)
-        if self.has_variable("params", TRANSFORMED):
-            return winograd.convolve(x, self.get_variable("params", TRANSFORMED)) + bias
-        stride = 2 if self.resample == "down" else 1
-        return convolve_3x3(x, kernel, stride=stride) + bias.astype(self.dtype)
+        return convolve_3x3(x, kernel, stride=2 if self.resample == "down" else 1), bias
 
 
 class SmoothedConvolution(nn.Module):
@@ -168,40 +162,28 @@ class SmoothedConvolution(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation, then scale y + shift per channel where those are given.
-
-    Means and squared deviations are taken per channel and then per group. The deviations are those from the channel's
-    mean, because sums of squares would cancel in float32.
-    """
+    """Group normalisation of x + offset, then scale y + shift per channel where those are given, then SiLU if asked."""
 
     style: Style = ADM
 
     @nn.compact
     def __call__(
-        self, x: Features, scale: Float[Array, "b c"] | None = None, shift: Float[Array, "b c"] | None = None
+        self,
+        x: Features,
+        scale: Float[Array, "b c"] | None = None,
+        shift: Float[Array, "b c"] | None = None,
+        *,
+        offset: Float[Array, "b c"] | None = None,
+        silu: bool = False,
     ) -> Features:
-        channels = x.shape[-1]
-        groups = self.style.groups(channels)
+        b, _, _, channels = x.shape
         gain = parameter(self, "scale", (channels,))
         bias = parameter(self, "bias", (channels,))
-        pixels = x.astype(jnp.float32)
-        mean = pixels.mean((1, 2))
-        variance = jnp.square(pixels - mean[:, None, None]).mean((1, 2))
-        group_mean = _group_mean(mean, groups)
-        group_variance = _group_mean(variance + jnp.square(mean - group_mean), groups)
-        factor = gain * jax.lax.rsqrt(group_variance + self.style.epsilon)
         if scale is not None and shift is not None:
-            factor, bias = factor * scale, bias * scale + shift
-        bias = jnp.broadcast_to(bias, factor.shape)
-        normal = (pixels - group_mean[:, None, None]) * factor[:, None, None] + bias[:, None, None]
-        return normal.astype(x.dtype)
-
-
-def _group_mean(values: Float[Array, "b c"], groups: int) -> Float[Array, "b c"]:
-    """Every channel's value replaced by the mean over its group of neighbouring channels."""
-    b, c = values.shape
-    means = values.reshape(b, groups, c // groups).mean(-1)
-    return jnp.repeat(means, c // groups, axis=1)
+            gain, bias = gain * scale, bias * scale + shift
+        whole = (jnp.broadcast_to(each, (b, channels)) for each in (gain, bias))
+        groups, epsilon = self.style.groups(channels), self.style.epsilon
+        return group_norm(x, offset, *whole, groups=groups, epsilon=epsilon, silu=silu)
 
 
 class ResidualBlock(nn.Module):
@@ -219,26 +201,31 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Features, embedding: Embedding, dropout_keys: Keys | None = None) -> Outputs:
         style = self.style
-        h = resampled(nn.silu(GroupNorm(style, name="norm_1")(x)), self.resample, style.resampling)
-        x = resampled(x, self.resample, style.resampling)
-        h = Convolution(self.features, dtype=self.dtype, name="conv_1")(h)
+        h = resampled(GroupNorm(style, name="norm_1")(x, silu=True), self.resample, style.resampling)
+        h, bias = Convolution(self.features, dtype=self.dtype, name="conv_1").apart(h)
+        offset = jnp.broadcast_to(bias, (h.shape[0], self.features))
 
         width = self.features if self.modulation == "additive" else 2 * self.features
         modulation = Dense(width, name="embedding")(nn.silu(embedding))
         norm = GroupNorm(style, name="norm_2")
         if self.modulation == "additive":
-            h = norm(h + modulation[:, None, None].astype(h.dtype))
+            h = norm(h, offset=offset + modulation, silu=True)
         else:
             scale, shift = jnp.split(modulation, 2, axis=1)
             normalised = self.modulation == "normalised"
-            h = norm(h, pixel_norm(scale), pixel_norm(shift)) if normalised else norm(h, 1 + scale, shift)
-        h = nn.silu(h)
+            scale, shift = (pixel_norm(scale), pixel_norm(shift)) if normalised else (1 + scale, shift)
+            h = norm(h, scale, shift, offset=offset, silu=True)
         if self.dropout_size is None or max(h.shape[1:3]) <= self.dropout_size:
             h = dropped_out(h, self.dropout, dropout_keys, self.place)
         h = Convolution(self.features, dtype=self.dtype, name="conv_2")(h)
 
-        if x.shape[-1] != self.features or (self.resample and style.resampled_skip):
-            x = Dense(self.features, dtype=self.dtype, name="skip")(x)
+        skip = Dense(self.features, dtype=self.dtype, name="skip")
+        if x.shape[-1] == self.features and not (self.resample and style.resampled_skip):
+            x = resampled(x, self.resample, style.resampling)
+        elif self.resample == "up" and style.resampling == "plain":
+            x = resampled(skip(x), "up")  # the same, with a quarter of the products
+        else:
+            x = skip(resampled(x, self.resample, style.resampling))
         return (x + h) * style.residual_scale
 
 
@@ -254,6 +241,5 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: Features) -> Features:
         b, h, w, c = x.shape
         thirds = Dense(3 * c, dtype=self.dtype, name="qkv")(GroupNorm(self.style, name="norm")(x).reshape(b, h * w, c))
-        query, key, value = (part.reshape(b, h * w, self.heads, -1) for part in jnp.split(thirds, 3, axis=-1))
-        mixed = attend(query, key, value, self.implementation).reshape(b, h, w, c)
+        mixed = attend(thirds, self.heads, self.implementation).reshape(b, h, w, c)
         return (x + Dense(c, dtype=self.dtype, name="projection")(mixed)) * self.style.residual_scale

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -15,10 +15,8 @@ from jaxtyping import Array, Float, Key
 
 from cm_jax.arrays import Images, Keys, Labels, Params, leaves, nested
 from cm_jax.errors import InputError
-from cm_jax.networks import winograd
 from cm_jax.networks.attention import Implementation
 from cm_jax.networks.blocks import (
-    TRANSFORMED,
     AttentionBlock,
     Convolution,
     Embedding,
@@ -139,17 +137,8 @@ class UNet(abc.ABC):
         self.check_input(x.shape, labels is not None)
         if length is not None and not self.interval_clock:
             raise InputError("This network has one clock, and was told an interval's length: set interval_clock=True.")
-
-        def forward(inputs: tuple[Any, ...]) -> Images:
-            return _UNet(self).apply({"params": params}, *inputs)  # type: ignore[return-value]
-
         inputs = (x, c_noise, labels, dropout_keys, length)
-        batch = x.shape[0]
-        part = self._images_at_once(params, x.shape)
-        if part == batch:
-            return forward(inputs)
-        parts = jax.lax.map(forward, jax.tree.map(lambda a: a.reshape(-1, part, *a.shape[1:]), inputs))
-        return parts.reshape(x.shape)
+        return _UNet(self).apply({"params": params}, *inputs)  # type: ignore[return-value]
 
     def inner_outputs(
         self, params: Params, x: Images, c_noise: Float[Array, " b"], labels: Labels | None = None
@@ -223,47 +212,6 @@ class UNet(abc.ABC):
             return jnp.asarray(leaf.astype(dtype, copy=False) if isinstance(leaf, np.ndarray) else leaf, dtype)
 
         return nested({path: cast(path, leaf) for path, leaf in leaves(params)})
-
-    def accelerated(self, params: Params) -> Params:
-        """Parameters for many predictions on a CPU: beside the kernels of 3x3 convolutions, their Winograd transforms.
-
-        For forward passes in float32 that is what `predict` is fastest with (networks/winograd.py); it holds some two
-        and a half times as much, and takes a large batch in parts. Elsewhere, and in half precision, these are the
-        parameters as they are.
-        """
-        if self.precision != "float32" or jax.default_backend() != "cpu":
-            return params
-        flat = dict(leaves(params))
-        forms = {path: winograd.form(size, *flat[f"{path}/kernel"].shape[2:]) for path, size in self._convolutions()}
-        chosen = {path: form for path, form in forms.items() if form}
-        if not chosen:
-            return params
-        kernels = [flat[f"{path}/kernel"] for path in chosen]
-        transformed = winograd.transform_all(kernels, tuple(chosen.values()))
-        return nested(flat | {f"{path}/{TRANSFORMED}": leaf for path, leaf in zip(chosen, transformed, strict=True)})
-
-    def _images_at_once(self, params: Params, shape: tuple[int, ...]) -> int:
-        """How many images of a batch the network sees at once: all of them, but on a CPU what stays in the cache."""
-        batch, height, width, _ = shape
-        if not any(path.endswith(TRANSFORMED) for path, _ in leaves(params)):
-            return batch
-        return winograd.images_at_once(batch, height * width * int(self.width * self.multipliers[0]))
-
-    def _convolutions(self) -> Iterator[tuple[str, int]]:
-        """The 3x3 convolutions with stride 1 inside the blocks: (path, size of the image that they see)."""
-        size = self.image_size
-        for block in self.plan().blocks:
-            for unit in block.units:
-                if unit.kind not in ("residual", "convolution"):
-                    continue
-                if unit.resample:
-                    size = size // 2 if unit.resample == "down" else 2 * size
-                path = f"{block.name}/{unit.name}"
-                if unit.kind == "residual":
-                    yield f"{path}/conv_1", size
-                    yield f"{path}/conv_2", size
-                elif unit.resample != "down":
-                    yield path, size
 
     def at_precision(self, precision: Precision) -> "UNet":
         """The same network with its products in another precision."""
@@ -352,4 +300,4 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, h: Features) -> Outputs:
         norm = GroupNorm(self.config.style, name="norm")
-        return Convolution(self.config.image_channels, name="output")(nn.silu(norm(h)))
+        return Convolution(self.config.image_channels, name="output")(norm(h, silu=True))

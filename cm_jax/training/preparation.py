@@ -16,7 +16,6 @@ from cm_jax.data import Dataset
 from cm_jax.distances import Distance
 from cm_jax.errors import InputError, listed
 from cm_jax.model import find
-from cm_jax.networks import accelerated
 from cm_jax.objectives import Objective
 from cm_jax.training import feeding
 from cm_jax.training.evaluating import Evaluator, make_ready
@@ -66,8 +65,7 @@ class Prepared:
         teacher = None
         if self.teacher is not None and not self.step.objective.hands_over:
             assert self.step.functions.teacher is not None
-            network = self.step.functions.teacher.network
-            teacher = accelerated(network, network.prepare(self.teacher.params))
+            teacher = self.step.functions.teacher.network.prepare(self.teacher.params)
         images = labels = None
         if self.resident:
             images = self.dataset.images  # type: ignore[attr-defined]  # it is in memory

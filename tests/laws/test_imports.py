@@ -22,6 +22,7 @@ ORDER = [
     "weightings",
     "distances",
     "preconditioning",
+    "native",
     "networks",
     "perceptual",
     "inception",

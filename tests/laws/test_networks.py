@@ -124,7 +124,8 @@ def test_resampling():
 
 def test_attention_is_softmax_of_scaled_products():
     query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 8))
-    ours = attend(query, key, value)
+    thirds = jnp.concatenate([each.reshape(2, 5, 24) for each in (query, key, value)], axis=-1)
+    ours = attend(thirds, heads=3).reshape(2, 5, 3, 8)
     for head in range(3):
         scores = np.einsum("bqd,bkd->bqk", query[:, :, head], key[:, :, head]) / np.sqrt(8)
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
@@ -132,10 +133,10 @@ def test_attention_is_softmax_of_scaled_products():
 
 
 def test_the_fused_kernel_is_asked_for_by_name_and_left_alone_where_it_cannot_run():
-    query = jnp.ones((2, 64, 4, 64), jnp.bfloat16)
+    thirds = jnp.ones((2, 64, 3 * 4 * 64), jnp.bfloat16)
     with pytest.raises(RuntimeError, match="cuDNN"):
-        jax.jit(lambda q: attend(q, q, q, "cudnn")).lower(query)
-    np.testing.assert_array_equal(attend(query, query, query, "auto"), attend(query, query, query, "plain"))
+        jax.jit(lambda x: attend(x, 4, "cudnn")).lower(thirds)
+    np.testing.assert_array_equal(attend(thirds, 4, "auto"), attend(thirds, 4, "plain"))
 
 
 # Rounding to 8 bits (bfloat16) or 11 (float16) in every product; measured 1.9e-2 and 2.0e-3 at most.

@@ -1,0 +1,13 @@
+"""Convolutions for CPUs in C++, compiled on this machine at first use: XLA's own are the slow part of a network there.
+
+`convolve` is the 3x3 convolution in float32 as a JAX primitive: it differentiates in both modes to any order, and maps.
+Where there is no C++ compiler, or the environment says CM_JAX_NATIVE=off, `available()` is False, and networks take
+XLA's convolutions.
+"""
+
+from cm_jax.native.building import available, off, suits
+from cm_jax.native.convolution import convolve
+from cm_jax.native.primitives import differentiable
+from cm_jax.native.product import multiply
+
+__all__ = ["available", "convolve", "differentiable", "multiply", "off", "suits"]

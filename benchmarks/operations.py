@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # on GPUs XLA does not count
     found = count(PRESETS[arguments.preset]().network)  # type: ignore[arg-type]
     one, gradient, step = (operations / 1e9 for operations in (found.forward, found.gradient, found.step))
     print(f"Forward {one:.1f}, gradient {gradient:.1f}, step {step:.1f} GFLOP an image.")

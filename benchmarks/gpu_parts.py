@@ -39,7 +39,7 @@ from cm_jax.config import ModelConfig
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.generation import images_from_noise
 from cm_jax.model import Model
-from cm_jax.networks import ADMUNet, SongUNet, accelerated
+from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.adm_unet import IMAGENET64
 from cm_jax.noise_levels import KarrasGrid
 from cm_jax.preconditioning import BoundaryScaling
@@ -132,7 +132,7 @@ class OurSampler:
 
     def __init__(self, function: ConsistencyFunction, params: Params) -> None:
         self.function = function
-        self.params = accelerated(function.network, function.network.prepare(params))
+        self.params = function.network.prepare(params)
         self.levels = jnp.asarray([SIGMA_MAX, SIGMA_MIN])
         self.made: dict[int, tuple[jax.stages.Compiled, Forward]] = {}
 

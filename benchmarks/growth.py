@@ -36,7 +36,7 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
     from benchmarks.hlo import collectives
     from benchmarks.random_params import random_params
     from benchmarks.step_time import setting
-    from benchmarks.training_rows import ours
+    from benchmarks.training_rows import Ours
     from cm_jax.consistency_function import ConsistencyFunction
     from cm_jax.curricula import Constant
     from cm_jax.networks import ADMUNet
@@ -59,7 +59,7 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
     images = rng.integers(0, 256, (chosen["batch"], *network.image_shape), np.uint8)
     labels = rng.integers(0, 10, chosen["batch"], np.int32)
     if axis != "devices":
-        step = ours(training, images, labels)
+        step = Ours(training, images, labels)
         began = time.perf_counter()
         step(None)
         first, seconds = time.perf_counter() - began, []

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cm_jax import native
 from cm_jax.networks import ADMUNet
 from cm_jax.presets import PRESETS
 
@@ -65,7 +66,8 @@ def count(network: ADMUNet) -> Counted:
     def operations(function: object) -> float:
         return jax.jit(function).lower(params, x, time, labels).cost_analysis()["flops"]  # type: ignore[arg-type]
 
-    return Counted(operations(network.predict), operations(jax.grad(loss)), network.parameter_count())
+    with native.off():  # XLA does not count what is done outside of it
+        return Counted(operations(network.predict), operations(jax.grad(loss)), network.parameter_count())
 
 
 def main() -> None:
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # on GPUs XLA does not count
     found = count(PRESETS[arguments.preset]().network)  # type: ignore[arg-type]
     one, gradient, step = (operations / 1e9 for operations in (found.forward, found.gradient, found.step))
     print(f"Forward {one:.1f}, gradient {gradient:.1f}, step {step:.1f} GFLOP an image.")

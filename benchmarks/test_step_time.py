@@ -12,6 +12,7 @@ from benchmarks.training_rows import (
     BOUND,
     CHANNELS_LAST,
     CHECKED_STEPS,
+    COMPILED,
     EAGER,
     NCHW,
     OURS,
@@ -42,7 +43,7 @@ def row(method: str, step: str) -> Row:
     return Row("tiny", method, step, setting("imagenet64", method, 2, dataclasses.replace(TINY, attention="plain")))
 
 
-@pytest.mark.parametrize(("method", "rivals"), [("EDM", (EAGER, NCHW)), ("CD", (CHANNELS_LAST,))])
+@pytest.mark.parametrize(("method", "rivals"), [("EDM", (EAGER, NCHW)), ("CD", (CHANNELS_LAST, COMPILED))])
 def test_first_losses_agree(method: str, rivals: tuple[str, ...]) -> None:
     drawn = [draws_of_ours(row(method, OURS).chosen, batch) for batch in range(CHECKED_STEPS)]
     ours, *theirs = (begin(row(method, name)) for name in (OURS, *rivals))
@@ -72,7 +73,7 @@ def test_the_table() -> None:
 def test_every_row_of_a_gpu_can_be_made() -> None:
     groups = list(gpu_rows(["imagenet64", "cifar10"], list(METHODS), ["bfloat16", "float32"], 0))
     assert len(groups) == 16
-    assert sum(map(len, groups)) == 20
+    assert sum(map(len, groups)) == 24
 
 
 @pytest.mark.parametrize("method", ["ECT", "sCM"])

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ class DiffusersADM(nn.Module):
 class TorchTraining:
     """EDM's denoising, or consistency distillation by Heun's teacher steps, as `chosen` says; the model is the student.
 
-    Parameters and averages are float32; with bfloat16, autocast chooses what is computed in it.
+    Parameters and averages are float32; with bfloat16, autocast chooses what is computed in it. `compiled`: what
+    torch.compile is told, for the student, the teacher and the target.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class TorchTraining:
         *,
         device: str = "cpu",
         layout: torch.memory_format = torch.contiguous_format,
-        compiled: bool = False,
+        compiled: dict[str, str] | Literal[False] = False,
     ) -> None:
         objective, scaling = cast(Any, chosen.objective), cast(Any, chosen.scaling)
         self.scaled = functools.partial(_scaled, scaling.time_factor)
@@ -67,13 +68,18 @@ class TorchTraining:
             parameter.data = parameter.data.contiguous()  # they were transposed views
         student = student.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.student = student
-        self.forward: Any = torch.compile(student, dynamic=False) if compiled else student
+
+        def ready(module: nn.Module) -> Any:
+            return torch.compile(module, dynamic=False, **cast(Any, compiled)) if compiled else module
+
+        self.forward = ready(student)
         self.average = _fixed(student)
         self.keep = get_ema_multi_avg_fn(average.beta)
         self.teacher = None
         if objective.has_teacher:
             assert chosen.target is not None
             self.teacher, self.target = _fixed(student), _fixed(student)
+            self.teach, self.lag = ready(self.teacher), ready(self.target)
             self.follow = get_ema_multi_avg_fn(float(chosen.target(0)))
             grid = KarrasGrid(levels=int(objective.curriculum(0)))
             self.grid = torch.from_numpy(grid.descending(grid.levels)).to(device)
@@ -110,11 +116,11 @@ class TorchTraining:
             weight = t**-2 + SIGMA_DATA**-2
             return (weight * (self.scaled(self.forward, x, t, labels) - clean).square().mean((1, 2, 3))).mean()
         with torch.no_grad():
-            first = (x - self.scaled(self.teacher, x, t, labels)) / _per_image(t)
+            first = (x - self.scaled(self.teach, x, t, labels)) / _per_image(t)
             euler = x + _per_image(r - t) * first
-            second = (euler - self.scaled(self.teacher, euler, r, labels)) / _per_image(r)
+            second = (euler - self.scaled(self.teach, euler, r, labels)) / _per_image(r)
             x_r = x + _per_image(r - t) * (first + second) / 2
-            behind = self.scaled(self.target, x_r, r, labels, SIGMA_MIN)
+            behind = self.scaled(self.lag, x_r, r, labels, SIGMA_MIN)
         return (self.scaled(self.forward, x, t, labels, SIGMA_MIN) - behind).square().mean()
 
     def _draw(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:

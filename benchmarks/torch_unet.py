@@ -1,13 +1,16 @@
 """The U-Nets in PyTorch, from a network's plan and parameter tree: what our times are compared with."""
 
 import math
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cm_jax.arrays import Params
+from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.blocks import Style
 from cm_jax.networks.unet import Block, Unit
@@ -162,3 +165,29 @@ def _applied(block: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
     for unit in block.children():
         h = unit(h, embedding)
     return h
+
+
+class OneStep(nn.Module):
+    """Images [b, c, h, w] from standard normals: a consistency function at one level of noise, clipped.
+
+    The network may be in half precision; what is around it is float32.
+    """
+
+    def __init__(
+        self, function: ConsistencyFunction, params: Params, sigma: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        network: Any = function.network
+        self.network = TorchUNet(network, params)
+        scaling, level = function.scaling, jnp.float32(sigma)
+        parts = (scaling.c_skip, scaling.c_out, scaling.c_in, scaling.c_noise)
+        self.sigma, self.coefficients = sigma, [float(part(level)) for part in parts]
+        self.dtype = dtype
+        self.network.to(dtype)
+
+    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        c_skip, c_out, c_in, c_noise = self.coefficients
+        x = self.sigma * noise
+        times = torch.full((len(x),), c_noise, device=x.device)
+        raw = self.network((c_in * x).to(self.dtype), times, labels)
+        return (c_skip * x + c_out * raw.float()).clamp(-1, 1)

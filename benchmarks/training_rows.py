@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ OURS, EAGER, COMPILED, NCHW, CHANNELS_LAST = (
     "PyTorch, channels last",
 )
 
+AUTOTUNED = {"mode": "max-autotune-no-cudagraphs"}
+"""How PyTorch compiles for a GPU: it tries everything, but for CUDA graphs, which large batches gain nothing from."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -63,7 +66,7 @@ def begin(row: Row) -> Step:
     images = rng.integers(0, 256, (chosen.batch_size, *network.image_shape), np.uint8)
     labels = rng.integers(0, network.classes, chosen.batch_size, np.int32) if network.classes else None
     if row.step == OURS:
-        return ours(chosen, images, labels)
+        return Ours(chosen, images, labels)
     diffusers = row.step in (NCHW, CHANNELS_LAST) and isinstance(network, ADMUNet)
     model = (DiffusersADM if diffusers else TorchUNet)(network, random_params(network))
     return TorchTraining(
@@ -73,32 +76,38 @@ def begin(row: Row) -> Step:
         labels,
         device="cuda" if torch.cuda.is_available() else "cpu",
         layout=torch.contiguous_format if row.step == NCHW else torch.channels_last,
-        compiled=row.step == COMPILED,
+        compiled=row.step == COMPILED and (AUTOTUNED if torch.cuda.is_available() else {"backend": "eager"}),
     )
 
 
-def ours(chosen: Training, images: np.ndarray, labels: np.ndarray | None) -> Step:
+class Ours:
     """The program that the training loop runs, on the same batch again and again."""
-    params, across = random_params(chosen.network), chosen.parallelism()
-    teacher = None
-    if chosen.objective.has_teacher:
-        assert isinstance(chosen.scaling, VarianceScaling)
-        teacher = ConsistencyFunction(chosen.network, EDMScaling(time_factor=chosen.scaling.time_factor))
-    training_step = chosen.step(teacher)
-    state = across.place_state(training_step.initial(params))
-    prepared = teacher and teacher.network.prepare(params)
-    constants = across.place_constants(Constants(teacher=prepared))
-    program = across.compile(functools.partial(training_step.many, across), state, constants)
-    batches = RawBatch(images[None], None if labels is None else labels[None])
-    key = jax.random.key(chosen.seed)
 
-    def step(drawn: Drawn | None = None) -> float:
+    def __init__(self, chosen: Training, images: np.ndarray, labels: np.ndarray | None) -> None:
+        params, across = random_params(chosen.network), chosen.parallelism()
+        teacher = None
+        if chosen.objective.has_teacher:
+            assert isinstance(chosen.scaling, VarianceScaling)
+            teacher = ConsistencyFunction(chosen.network, EDMScaling(time_factor=chosen.scaling.time_factor))
+        training_step = chosen.step(teacher)
+        self._state = across.place_state(training_step.initial(params))
+        prepared = teacher and teacher.network.prepare(params)
+        self._constants = across.place_constants(Constants(teacher=prepared))
+        self._program: Any = across.compile(functools.partial(training_step.many, across), self._state, self._constants)
+        self._batches = RawBatch(images[None], None if labels is None else labels[None])
+        self._across, self._key = across, jax.random.key(chosen.seed)
+
+    def __call__(self, drawn: Drawn | None = None) -> float:
         del drawn
-        nonlocal state
-        state, metrics = jax.block_until_ready(program(state, constants, across.place_batches(batches), key))
+        self._state, metrics = jax.block_until_ready(self._program(*self._arguments()))
         return float(metrics["loss"][0])
 
-    return step
+    def compiled(self) -> jax.stages.Compiled:
+        """The program again, to be read."""
+        return self._program.lower(*self._arguments()).compile()
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self._state, self._constants, self._across.place_batches(self._batches), self._key
 
 
 def draws_of_ours(chosen: Training, batch: int) -> Drawn:
@@ -162,21 +171,42 @@ class Process:
         if isinstance(answer, str):
             self.measured.failure = answer
             return
-        seconds, loss, self.measured.peak = answer
-        if drawn is None:
-            self.measured.seconds.append(seconds)
-        else:
-            self.measured.first = self.measured.first or seconds
-            self.measured.losses.append(loss)
+        _entered(self.measured, drawn, *answer)
 
     def end(self) -> None:
         self._process.kill()
         self._process.join()
 
 
-def measure(rows: list[Row], repeats: int, limit: float) -> dict[Row, Measured]:
-    """The checked steps, then `repeats` rounds of one step of each row in turn."""
-    processes = [Process(row, limit) for row in rows]
+class Here:
+    """A row in this process, for networks so small that starting another takes longer than their steps."""
+
+    def __init__(self, row: Row) -> None:
+        self.row, self.measured, self._step = row, Measured(), None
+
+    def step(self, drawn: Drawn | None = None) -> None:
+        self._step = self._step or begin(self.row)
+        began = time.perf_counter()
+        loss = self._step(drawn)
+        _entered(self.measured, drawn, time.perf_counter() - began, loss, float("nan"))
+
+    def end(self) -> None:
+        self._step = None
+
+
+def _entered(measured: Measured, drawn: Drawn | None, seconds: float, loss: float, peak: float) -> None:
+    """A step among the checked ones, where there are draws, or the timed ones."""
+    measured.peak = peak
+    if drawn is None:
+        measured.seconds.append(seconds)
+    else:
+        measured.first = measured.first or seconds
+        measured.losses.append(loss)
+
+
+def measure(rows: list[Row], repeats: int, limit: float, *, here: bool = False) -> dict[Row, Measured]:
+    """The checked steps, then `repeats` rounds of one step of each row in turn; `here`: in this process."""
+    processes = [Here(row) if here else Process(row, limit) for row in rows]
     for process in processes:
         for batch in range(CHECKED_STEPS):
             process.step(draws_of_ours(process.row.chosen, batch))
@@ -189,7 +219,7 @@ def measure(rows: list[Row], repeats: int, limit: float) -> dict[Row, Measured]:
     return {process.row: process.measured for process in processes}
 
 
-def _check(processes: list[Process]) -> None:
+def _check(processes: Sequence[Process | Here]) -> None:
     """End the program where the same noise gave other losses: the times would not be of the same work."""
     for process in processes:
         row, found, reference = process.row, process.measured, processes[0].measured
@@ -201,6 +231,7 @@ def _serve(row: Row, connection: Connection) -> None:
     """Answer every request with seconds, loss and the process's peak of memory; or with what went wrong."""
     torch.set_num_threads(os.cpu_count() or 1)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    torch.backends.cudnn.benchmark = True  # it takes its fastest convolutions
     before, step = resident("VmRSS"), None
     try:
         while True:

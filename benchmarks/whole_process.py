@@ -16,34 +16,15 @@ import warnings
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from benchmarks.torch_unet import TorchUNet
+from benchmarks.torch_unet import OneStep
 from cm_jax import load
 from cm_jax.generation import image_keys, noise_from
-from cm_jax.model import Model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SEED = 0
-
-
-class OneStep(nn.Module):
-    """Images [b, c, h, w] from standard normals: the consistency function at the highest level of noise."""
-
-    def __init__(self, model: Model, sigma: float) -> None:
-        super().__init__()
-        self.network = TorchUNet(model.config.network, model.params)
-        scaling, level = model.config.scaling, jnp.float32(sigma)
-        parts = (scaling.c_skip, scaling.c_out, scaling.c_in, scaling.c_noise)
-        self.sigma, self.coefficients = sigma, [float(part(level)) for part in parts]
-
-    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
-        c_skip, c_out, c_in, c_noise = self.coefficients
-        x = self.sigma * noise
-        return c_skip * x + c_out * self.network(c_in * x, torch.full((len(x),), c_noise), labels)
 
 
 def prepare(count: int, folder: Path) -> tuple[Path, Path]:
@@ -51,7 +32,7 @@ def prepare(count: int, folder: Path) -> tuple[Path, Path]:
     model, key = load(), jax.random.key(SEED)
     noise = np.asarray(noise_from(image_keys(key, np.arange(count)), model.config.network.image_shape)(0))
     labels = np.asarray(model.draw_labels(key, count), np.int64)
-    function = OneStep(model, float(model.plan(steps=1).levels[0])).eval()
+    function = OneStep(model.config.function, model.params, float(model.plan(steps=1).levels[0])).eval()
     network, inputs = folder / "network.pt", folder / "inputs.npz"
     np.savez(inputs, noise=noise, labels=labels)
     with torch.inference_mode(), warnings.catch_warnings():

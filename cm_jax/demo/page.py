@@ -1,10 +1,13 @@
 """The page around `drawing`, in Gradio: what can be chosen, and where the pictures stand."""
 
+import contextlib
 import functools
 import html
 import itertools
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -168,8 +171,13 @@ def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None])
         raise InputError(
             f"Nothing can listen on {host}:{port}: give an address of this machine and a free port (--port {port + 1})."
         ) from error
-    ready(address)
-    blocks.block_thread()
+    with contextlib.suppress(KeyboardInterrupt):
+        ready(address)
+        while blocks.is_running:
+            time.sleep(0.1)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest takes some seconds at most
+    blocks.close(verbose=False)  # Gradio's own block_thread leaves its queue and the open pages' heartbeats running
+    signal.signal(signal.SIGINT, before)
 
 
 def _in_words(function: Callable[P, T]) -> Callable[P, T]:

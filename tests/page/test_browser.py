@@ -1,8 +1,10 @@
 """The page in a browser without a window: it loads, samples, inpaints, and says what it cannot use."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
 import os
 import shutil
 import signal
@@ -10,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -52,15 +55,15 @@ def checkpoints(tmp_path_factory):
     return ["emoji16_cd", str(folder / "small"), str(folder / "damaged.pt")]
 
 
-@pytest.fixture(scope="module")
-def address(checkpoints, tmp_path_factory):
-    """Of the page, served by a process of its own, which must end well when it is interrupted."""
+@contextlib.contextmanager
+def served(arguments, log, kept):
+    """The address of the page, served by a process of its own, which must end well when it is interrupted."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log, kept = tmp_path_factory.mktemp("server") / "log", tmp_path_factory.mktemp("kept")
-    own = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "TMPDIR": str(kept)}
-    command = [sys.executable, "-m", "cm_jax.demo", *checkpoints, "--port", str(port)]
+    kept.mkdir()
+    own = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "TMPDIR": str(kept), "PYTHONFAULTHANDLER": "1"}
+    command = [sys.executable, "-m", "cm_jax.demo", *arguments, "--port", str(port)]
     with log.open("wb") as file:
         server = subprocess.Popen(command, cwd=ROOT, env=own, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -68,11 +71,23 @@ def address(checkpoints, tmp_path_factory):
         assert server.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}/"
         server.send_signal(signal.SIGINT)
-        assert server.wait(PATIENCE) == 0
+        try:
+            status = server.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            server.send_signal(signal.SIGABRT)  # the stacks of its threads go to the log
+            status = server.wait()
+        assert status == 0, log.read_text()
         assert "Traceback" not in log.read_text()
         assert not list(kept.iterdir())
     finally:
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def address(checkpoints, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    with served(checkpoints, folder / "log", folder / "kept") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +257,22 @@ def test_an_address_of_another_machine(host):
     assert done.returncode == 2
     assert done.stderr.startswith("error: Nothing can listen on ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_it_can_be_interrupted_while_a_page_is_open_and_draws(tmp_path):
+    with (
+        contextlib.ExitStack() as open_pages,
+        served(["emoji16_cd", "--compilation-cache", "off"], tmp_path / "log", tmp_path / "kept") as address,
+    ):
+
+        def ask(path, body=None):
+            request = urllib.request.Request(address + path, body, {"Content-Type": "application/json"})
+            return open_pages.enter_context(urllib.request.urlopen(request, timeout=PATIENCE))
+
+        (draw,) = (each["id"] for each in json.load(ask("config"))["dependencies"] if each["api_name"] == "draw")
+        ask("gradio_api/heartbeat/one").readline()
+        ask("gradio_api/queue/join", json.dumps(
+            {"session_hash": "one", "fn_index": draw, "data": ["emoji16_cd", -1, 0, 8, 16]}
+        ).encode())  # fmt: skip
+        events = ask("gradio_api/queue/data?session_hash=one")
+        until(lambda: b"process_starts" in events.readline())

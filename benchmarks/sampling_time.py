@@ -214,6 +214,7 @@ def main() -> None:
     sizes = [int(size) for size in arguments.batches.split(",")]
     torch.set_num_threads(arguments.threads)
 
+    native.keep_memory()  # as all commands do; PyTorch has it too here, in the same process
     before = os.getloadavg()[0]
     network = NETWORKS[arguments.network]
     contenders = (on_gpu if gpu else on_cpu)(network, random_params(network))

@@ -19,6 +19,7 @@ import torch
 from benchmarks.random_params import random_params
 from benchmarks.torch_training import DiffusersADM, Drawn, TorchTraining
 from benchmarks.torch_unet import TorchUNet
+from cm_jax import native
 from cm_jax.arrays import normal_per_image
 from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.networks import ADMUNet
@@ -84,6 +85,7 @@ class Ours:
     """The program that the training loop runs, on the same batch again and again."""
 
     def __init__(self, chosen: Training, images: np.ndarray, labels: np.ndarray | None) -> None:
+        native.keep_memory()  # as all commands do
         params, across = random_params(chosen.network), chosen.parallelism()
         teacher = None
         if chosen.objective.has_teacher:

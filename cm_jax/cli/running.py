@@ -1,6 +1,8 @@
 """What the commands share while they run: exits, messages, progress, and compiled programs that are kept."""
 
+import atexit
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -11,6 +13,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
+from cm_jax import native
 from cm_jax.errors import InputError
 
 _LONGEST_LINE = 2000
@@ -22,6 +25,10 @@ def run(command: Callable[[], None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name may have letters that the terminal lacks
+    native.keep_memory()
+    # Python looks for garbage after every 700 new objects, and once more at its end: a fifth of a short command's time.
+    gc.set_threshold(100_000)
+    atexit.register(gc.freeze)
     try:
         command()
     except InputError as error:

@@ -7,7 +7,8 @@ XLA's convolutions.
 
 from cm_jax.native.building import available, off, suits
 from cm_jax.native.convolution import convolve
+from cm_jax.native.memory import keep_memory
 from cm_jax.native.primitives import differentiable
 from cm_jax.native.product import multiply
 
-__all__ = ["available", "convolve", "differentiable", "multiply", "off", "suits"]
+__all__ = ["available", "convolve", "differentiable", "keep_memory", "multiply", "off", "suits"]

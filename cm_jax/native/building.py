@@ -1,7 +1,6 @@
 """The C++ sources compiled for this machine's processor, kept in the user's cache folder, and known to XLA."""
 
 import contextlib
-import contextvars
 import ctypes
 import functools
 import hashlib
@@ -12,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -36,7 +34,7 @@ TARGETS = (
 _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-shared", "-fPIC")
 _PATIENCE = 300
 """Seconds that a compiler may take; it needs three."""
-_switched_off = contextvars.ContextVar("_switched_off", default=False)
+_switched_off = jax.make_user_context(False)
 _log = logging.getLogger(__name__)
 
 
@@ -65,14 +63,9 @@ def lanes() -> int:
     return int(ctypes.CDLL(str(_built())).cm_jax_lanes())
 
 
-@contextlib.contextmanager
-def off() -> Iterator[None]:
-    """Networks that are traced inside have XLA's forms of everything; programs that exist already stay as they are."""
-    token = _switched_off.set(True)
-    try:
-        yield
-    finally:
-        _switched_off.reset(token)
+def off() -> contextlib.AbstractContextManager[None]:
+    """A context in which XLA's forms are taken: what is called there is traced and compiled apart."""
+    return _switched_off(True)
 
 
 def suits(x: Array, channels: int | None = None) -> bool:
@@ -82,7 +75,7 @@ def suits(x: Array, channels: int | None = None) -> bool:
     """
     return (
         x.dtype == jnp.float32
-        and not _switched_off.get()
+        and not _switched_off.value
         and jax.default_backend() == "cpu"
         and available()
         and x.shape[-1] % lanes() == 0

@@ -19,7 +19,7 @@ from cm_jax.native.primitives import one_by_one, primitive
 def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
     """The 3x3 convolution with one row of zeros on every side, stride 1, by fewer multiplications (convolution.cc).
 
-    Largest error of a layer, relative to its largest output: 5e-6; XLA's convolution has 2e-6.
+    Largest error of a layer, relative to its largest output: 4e-6 at 1536 channels, 1e-6 at 64 (XLA: 2e-6).
     """
     return _convolve_p.bind(x, kernel, mirrored=False)
 
@@ -43,8 +43,12 @@ def _plain_gradient(x: Array, dy: Array) -> Array:
     return jax.linear_transpose(functools.partial(_plain_convolve, x, mirrored=False), kernel)(dy)[0]
 
 
-_convolve_p = primitive("cm_jax_convolve", _plain_convolve)
-_gradient_p = primitive("cm_jax_kernel_gradient", _plain_gradient)
+def _shape(x: Any, kernel: Any, *, mirrored: bool) -> tuple[int, ...]:
+    return (*x.shape[:3], kernel.shape[2 if mirrored else 3])
+
+
+_convolve_p = primitive("cm_jax_convolve", _plain_convolve, _shape)
+_gradient_p = primitive("cm_jax_kernel_gradient", _plain_gradient, lambda x, dy: (3, 3, x.shape[3], dy.shape[3]))
 
 
 def _images_gradient(dy: Array, x: Any, kernel: Array, *, mirrored: bool) -> Array:

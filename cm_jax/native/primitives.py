@@ -16,15 +16,20 @@ from cm_jax.native import building
 Function = Callable[..., Any]
 
 
-def primitive(name: str, plain: Function, *, several: bool = False) -> Primitive:
+def primitive(name: str, plain: Function, shapes: Function, *, several: bool = False) -> Primitive:
     """A primitive that is a call into the library on one CPU, and what XLA makes of `plain` elsewhere.
 
-    several: it has a list of results, and not one.
+    shapes: that of the result, from the arguments and settings. several: there is a list of results, and of shapes.
     """
     made = Primitive(name)
     made.multiple_results = several
     made.def_impl(lambda *args, **settings: jax.jit(functools.partial(made.bind, **settings))(*args))
-    made.def_abstract_eval(lambda *args, **settings: _shapes(plain, args, settings, several))
+
+    @made.def_abstract_eval
+    def _(*args: Any, **settings: Any) -> Any:
+        found = shapes(*args, **settings)
+        return [args[0].update(shape=shape) for shape in found] if several else args[0].update(shape=found)
+
     by_xla = mlir.lower_fun(plain, multiple_results=several)
 
     def lower(context: mlir.LoweringRuleContext, *args: Any, **settings: Any) -> Any:
@@ -40,14 +45,8 @@ def primitive(name: str, plain: Function, *, several: bool = False) -> Primitive
     return made
 
 
-def _shapes(plain: Function, args: Any, settings: dict[str, Any], several: bool) -> Any:
-    found = jax.eval_shape(functools.partial(plain, **settings), *args)
-    made = [args[0].update(shape=each.shape, dtype=each.dtype) for each in (found if several else [found])]
-    return made if several else made[0]
-
-
-def differentiable(name: str, plain: Function) -> Function:
-    """`plain(*arrays, **settings)`, an array, by the library's functions `name` and `name`_gradient.
+def differentiable(name: str, plain: Function, shape: Function) -> Function:
+    """`plain(*arrays, **settings)`, an array, by the library's functions `name` and `name`_gradient; `shape`, of it.
 
     The second takes the arrays and the result's gradient, and gives theirs. Of forward mode, and of second derivatives,
     only the first function is the library's; the rest is what XLA makes of `plain`. All arrays are mapped by their
@@ -62,9 +61,15 @@ def differentiable(name: str, plain: Function) -> Function:
         half = len(args) // 2
         return jax.jvp(functools.partial(plain, **settings), args[:half], args[half:])[1]
 
-    function = primitive(name, plain)
-    tangent = primitive(f"{name}_tangent", pushed_forward)
-    gradient = primitive(f"{name}_gradient", pulled_back, several=True)
+    def half_shape(*args: Any, **settings: Any) -> tuple[int, ...]:
+        return shape(*args[: len(args) // 2], **settings)
+
+    def shapes(*args: Any, **_: Any) -> list[tuple[int, ...]]:
+        return [arg.shape for arg in args[:-1]]
+
+    function = primitive(name, plain, shape)
+    tangent = primitive(f"{name}_tangent", pushed_forward, half_shape)
+    gradient = primitive(f"{name}_gradient", pulled_back, shapes, several=True)
 
     def jvp(primals: Any, tangents: Any, **settings: Any) -> Any:
         moved = map(ad.instantiate_zeros, tangents)

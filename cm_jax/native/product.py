@@ -26,8 +26,8 @@ def _plain_gradient(x: Array, dy: Array) -> Array:
     return _plain_multiply(x.T, dy)
 
 
-_multiply_p = primitive("cm_jax_multiply", _plain_multiply)
-_gradient_p = primitive("cm_jax_product_gradient", _plain_gradient)
+_multiply_p = primitive("cm_jax_multiply", _plain_multiply, lambda x, matrix: (x.shape[0], matrix.shape[1]))
+_gradient_p = primitive("cm_jax_product_gradient", _plain_gradient, lambda x, dy: (x.shape[1], dy.shape[1]))
 
 ad.defbilinear(
     _multiply_p,

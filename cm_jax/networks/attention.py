@@ -41,7 +41,7 @@ def _plain(thirds: Array, *, heads: int) -> Array:
     return _joined(jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value, precision=precision))
 
 
-_fused = native.differentiable("cm_jax_attention", _plain)
+_fused = native.differentiable("cm_jax_attention", _plain, lambda x, *, heads: (*x.shape[:2], x.shape[2] // 3))
 
 
 def _split(thirds: Array, heads: int) -> tuple[Heads, Heads, Heads]:

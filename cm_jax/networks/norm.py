@@ -47,7 +47,7 @@ def _plain(
     return jax.nn.silu(normal) if silu else normal
 
 
-_fused = native.differentiable("cm_jax_norm", _plain)
+_fused = native.differentiable("cm_jax_norm", _plain, lambda x, *_, **__: x.shape)
 
 
 def _group_mean(values: PerImage, groups: int) -> PerImage:

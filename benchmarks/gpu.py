@@ -124,7 +124,7 @@ def run_parts(names: list[str], seconds: float, asked: argparse.Namespace, scrat
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),  # the steps of EDM and CD share their student
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.75" if names[0].startswith("sampling") else "0.92",
-        **({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if asked.small else {}),
+        **({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TORCH_COMPILE_DISABLE": "1"} if asked.small else {}),
     }
     process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **own}, start_new_session=True)
     failure = ""

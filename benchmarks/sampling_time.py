@@ -99,13 +99,14 @@ def pytorch(
 
 
 def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
-    """Float32: ours as `Model` draws, by the kernels for CPUs, and by XLA alone; diffusers' in both memory layouts."""
+    """Float32: ours as `Model` draws, by kernels for CPUs, and by XLA alone; diffusers' in both layouts, and compiled."""
     from cm_jax.conversion.formats import DIFFUSERS
     from cm_jax.conversion.parity import reference_network
     from cm_jax.conversion.rules import to_theirs
 
     planar = reference_network(network, to_theirs(DIFFUSERS.rules(network), params))
     interleaved = copy.deepcopy(planar).to(memory_format=torch.channels_last)
+    compiled: Any = torch.compile(copy.deepcopy(interleaved), dynamic=False)
     return {
         "ours": ours(network, params),
         "ours, XLA alone": ours(network, params, plain=True),
@@ -113,6 +114,7 @@ def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
         "PyTorch, channels last": pytorch(
             lambda x, t, c: interleaved(x, t, class_labels=c).sample, torch.channels_last
         ),
+        "PyTorch, compiled": pytorch(lambda x, t, c: compiled(x, t, class_labels=c).sample, torch.channels_last),
     }
 
 

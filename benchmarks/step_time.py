@@ -1,13 +1,13 @@
 """Time of a training step, ours beside PyTorch's, in one run: python -m benchmarks.step_time
 
 On a CPU: EDM's denoising and consistency distillation in float32, PyTorch in eager mode (diffusers' UNet2DModel; for
-emoji32 the network in torch_unet.py) in both memory layouts, steps interleaved. On a GPU: EDM, CD, ECT and sCM on the
-ImageNet-64 and CIFAR-10 networks of the presets in bfloat16 and float32, and for EDM and CD of ImageNet-64 PyTorch in
-eager mode and compiled (the network in torch_unet.py), one after the other. All begin with the same random weights.
-The first steps get the same noise, and on a CPU nothing is timed unless their losses agree. Ours is the program that
-train.py runs, which also checks that gradients are finite and takes their norm. Every row has a process of its own,
-whose peak of memory is what it adds on a CPU, what lies on a GPU. Compilation is by how much the first step is longer
-than the median one.
+emoji32 the network in torch_unet.py) in both memory layouts, and that network compiled, steps interleaved. On a GPU:
+EDM, CD, ECT and sCM on the ImageNet-64 and CIFAR-10 networks of the presets in bfloat16 and float32, and for EDM and CD
+of ImageNet-64 PyTorch in eager mode and compiled (the network in torch_unet.py), one after the other. All begin with
+the same random weights. The first steps get the same noise, and on a CPU nothing is timed unless their losses agree.
+Ours is the program that train.py runs, which also checks that gradients are finite and takes their norm. Every row has
+a process of its own, whose peak of memory is what it adds on a CPU, what lies on a GPU. Compilation is by how much the
+first step is longer than the median one.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def main() -> None:
             print(*lines(one_by_one(rows, arguments.repeats, arguments.limit)), sep="\n", flush=True)
     else:
         name = arguments.network or "small"
-        layouts = (CHANNELS_LAST,) if arguments.one_layout else (NCHW, CHANNELS_LAST)
+        layouts = (CHANNELS_LAST,) if arguments.one_layout else (NCHW, CHANNELS_LAST, COMPILED)
         for rows in cpu_rows(name, arguments.batch or {"small": 16, "imagenet64": 2, "emoji32": 64}[name], layouts):
             taken = one_by_one if arguments.one_by_one else measure
             print(*lines(taken(rows, arguments.repeats, arguments.limit)), sep="\n", flush=True)

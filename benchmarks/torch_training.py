@@ -70,7 +70,7 @@ class TorchTraining:
         self.student = student
 
         def ready(module: nn.Module) -> Any:
-            return torch.compile(module, dynamic=False, **cast(Any, compiled)) if compiled else module
+            return module if compiled is False else torch.compile(module, dynamic=False, **cast(Any, compiled))
 
         self.forward = ready(student)
         self.average = _fixed(student)

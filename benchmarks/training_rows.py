@@ -77,7 +77,7 @@ def begin(row: Row) -> Step:
         labels,
         device="cuda" if torch.cuda.is_available() else "cpu",
         layout=torch.contiguous_format if row.step == NCHW else torch.channels_last,
-        compiled=row.step == COMPILED and (AUTOTUNED if torch.cuda.is_available() else {"backend": "eager"}),
+        compiled=row.step == COMPILED and (AUTOTUNED if torch.cuda.is_available() else {}),
     )
 
 

@@ -99,7 +99,7 @@ def pytorch(
 
 
 def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
-    """Float32: ours as `Model` draws, by kernels for CPUs, and by XLA alone; diffusers' in both layouts, and compiled."""
+    """Float32: ours as `Model` draws, and by XLA alone; diffusers' in both memory layouts, and compiled."""
     from cm_jax.conversion.formats import DIFFUSERS
     from cm_jax.conversion.parity import reference_network
     from cm_jax.conversion.rules import to_theirs

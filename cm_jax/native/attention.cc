@@ -89,7 +89,8 @@ void forward(Head head, float* out, ptrdiff_t out_stride) {
   copy(pixels, width, head.value, head.stride, values);
   for (int64_t first = 0; first < pixels; first += kQueries) {
     int64_t rows = std::min(kQueries, pixels - first);
-    multiply(rows, pixels, width, head.query + first * head.stride, head.stride, 1, keys, pixels, scores, pixels, false);
+    const float* queries = head.query + first * head.stride;
+    multiply(rows, pixels, width, queries, head.stride, 1, keys, pixels, scores, pixels, false);
     softmax(rows, pixels, head.scale(), scores);
     multiply(rows, width, pixels, scores, pixels, 1, values, width, out + first * out_stride, out_stride, false);
   }
@@ -125,7 +126,8 @@ void backward(Head head, const float* seen, ptrdiff_t seen_stride, float* d_quer
       float mean = sum(total);
       for (int64_t i = 0; i < pixels; i += kLanes) store(d + i, head.scale() * load(p + i) * (load(d + i) - mean));
     }
-    multiply(rows, width, pixels, scores_seen, pixels, 1, keys, width, d_query + first * head.stride, head.stride, false);
+    float* to = d_query + first * head.stride;
+    multiply(rows, width, pixels, scores_seen, pixels, 1, keys, width, to, head.stride, false);
     multiply(pixels, width, rows, scores_seen, 1, pixels, queries, width, keys_seen, width, first > 0);
   }
   for (int64_t pixel = 0; pixel < pixels; ++pixel)

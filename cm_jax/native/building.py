@@ -59,7 +59,7 @@ def available() -> bool:
 
 @functools.cache
 def lanes() -> int:
-    """Channels that are computed at once; networks' channels must be multiples of it."""
+    """What numbers of channels must be multiples of."""
     return int(ctypes.CDLL(str(_built())).cm_jax_lanes())
 
 

@@ -7,8 +7,8 @@
 //   kernel's gradient   w = G^T [sum over tiles of (B^T x C) * (A y D^T)] H
 //
 // where * is element by element. Summed over channels (or over tiles) it is 24 matrix products. Everything that a task
-// makes of its tiles stays in the cache of its core: patches are transformed, multiplied and transformed back before the
-// next ones are looked at, and so are kernels, anew in every task, which costs less than reading stored transforms.
+// makes of its tiles stays in the cache of its core: patches are transformed, multiplied and transformed back before
+// the next ones are looked at, and so are kernels, anew in every task, which costs less than reading stored transforms.
 //
 // Sums have an order that depends on shapes alone, so that results do not depend on the number of threads.
 
@@ -24,11 +24,12 @@ constexpr int kDown = 4, kAcross = 2;                     // outputs of a tile
 constexpr int kTall = kDown + 2, kWide = kAcross + 2;     // inputs of its patch
 constexpr int kProducts = kTall * kWide;
 
-// F(4, 3) interpolates at 0, 3/4, -3/4, 3/2, -3/2 and infinity. At the usual 1 and 2 its numbers spread further apart, and
-// its error is twice as large.
+// F(4, 3) interpolates at 0, 3/4, -3/4, 3/2, -3/2 and infinity. At the usual 1 and 2 its numbers spread further apart,
+// and its error is twice as large.
 constexpr float kNear = 0.75f, kFar = 1.5f;
 constexpr float kNear2 = kNear * kNear, kFar2 = kFar * kFar;
-constexpr float kAtZero = kNear2 * kFar2, kAtNear = 2 * kNear2 * (kNear2 - kFar2), kAtFar = 2 * kFar2 * (kFar2 - kNear2);
+constexpr float kAtZero = kNear2 * kFar2;
+constexpr float kAtNear = 2 * kNear2 * (kNear2 - kFar2), kAtFar = 2 * kFar2 * (kFar2 - kNear2);
 
 struct Images {
   int64_t batch, height, width;
@@ -293,7 +294,8 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
 
 template <int vectors>
 void kernel_gradient(Images shape, const float* x, int64_t in, const float* dy, int64_t out, int64_t first_in,
-                     int64_t rows, int64_t first_out, int64_t columns, int64_t first_tile, int64_t last_tile, float* dw) {
+                     int64_t rows, int64_t first_out, int64_t columns, int64_t first_tile, int64_t last_tile,
+                     float* dw) {
   constexpr int64_t width = vectors * kLanes;
   constexpr int64_t s_plane = apart(kRows * width);
   static thread_local Scratch scratch;
@@ -346,7 +348,8 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
   Partial sums(dw->typed_data(), 9 * in * out, parts);
   run(pool, down * across * parts, [&](int64_t task) {
     int64_t part = task / (down * across), row = task / across % down * rows, column = task % across * columns;
-    int64_t first = groups * part / parts * kTiles, last = std::min(groups * (part + 1) / parts * kTiles, shape.tiles());
+    int64_t first = groups * part / parts * kTiles;
+    int64_t last = std::min(groups * (part + 1) / parts * kTiles, shape.tiles());
     auto work = vectors == 3 ? kernel_gradient<3> : vectors == 2 ? kernel_gradient<2> : kernel_gradient<1>;
     work(shape, x.typed_data(), in, dy.typed_data(), out, row, std::min(rows, in - row), column,
          std::min(columns, out - column), first, last, sums.part(part));
@@ -372,4 +375,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cm_jax_kernel_gradient, KernelGradient,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
-extern "C" int cm_jax_lanes() { return kLanes; }
+// What numbers of channels must be multiples of: whole vectors, and whole blocks of rows.
+extern "C" int cm_jax_lanes() { return std::max(kLanes, kRows); }

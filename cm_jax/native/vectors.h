@@ -68,6 +68,12 @@ inline Vector exponential(Vector x) {
 
 // Rows become columns.
 inline void transpose(Vector x[kLanes]) {
+#if defined(__clang__)  // which has no shuffle by a vector of places
+  float rows[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) store(rows[i], x[i]);
+  for (int i = 0; i < kLanes; ++i)
+    for (int lane = 0; lane < kLanes; ++lane) x[i][lane] = rows[lane][i];
+#else
 #pragma GCC unroll 4
   for (int step = 1; step < kLanes; step *= 2) {
     Integers low, high;
@@ -83,6 +89,7 @@ inline void transpose(Vector x[kLanes]) {
       x[i + step] = __builtin_shuffle(a, b, high);
     }
   }
+#endif
 }
 
 // ---- Memory and threads --------------------------------------------------------------------------------------------
@@ -130,7 +137,8 @@ inline void run(ffi::ThreadPool pool, int64_t count, const std::function<void(in
       }
     }
   };
-  for (int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1; helpers > 0; --helpers) pool.Schedule(std::function<void()>(work));
+  for (int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1; helpers > 0; --helpers)
+    pool.Schedule(std::function<void()>(work));
   work();
   for (int spins = 0; spins < 2000 && shared->left.load() > 0; ++spins) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(shared->mutex);

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import subprocess
 import sys
 
@@ -59,6 +60,10 @@ CASES = {
 }
 
 
+EACH = ("convolution", "product", "norm and SiLU", "attention")
+"""A case of each kind."""
+
+
 def exact(function, *args):
     """In double precision, which is XLA's."""
     with jax.enable_x64(True):
@@ -106,7 +111,7 @@ def test_forward_mode(case):
     assert relative(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["convolution", "product", "norm and SiLU", "attention"])
+@pytest.mark.parametrize("case", EACH)
 def test_second_derivatives(case):
     """Of reverse over reverse, and of reverse over forward."""
     function, args = CASES[case]
@@ -120,7 +125,7 @@ def test_second_derivatives(case):
     assert near(jax.jit(gradient)(*args), exact(gradient, *args), 5e-5)
 
 
-@pytest.mark.parametrize("case", ["convolution", "product", "norm and SiLU", "attention"])
+@pytest.mark.parametrize("case", EACH)
 @pytest.mark.parametrize("which", ["first", "all", "last"])
 def test_mapped(case, which):
     function, args = CASES[case]
@@ -220,6 +225,24 @@ def test_a_compiler_that_fails_leaves_xlas_forms_and_one_warning(tmp_path):
         assert done.stderr.count("could not be compiled") == 1
         assert word in done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+EVERYTHING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tests.laws import test_native
+for case in test_native.EACH:
+    test_native.test_gradients(case)
+print(test_native.building.lanes())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="The flags are those of x86-64.")
+@pytest.mark.parametrize(("flag", "lanes"), [("-mno-avx512f", 8), ("-mno-avx", 4)])
+def test_processors_with_narrower_vectors(tmp_path, flag, lanes):
+    own = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": f"c++ {flag}"}
+    done = subprocess.run([sys.executable, "-c", EVERYTHING, str(ROOT)], env=own, capture_output=True, text=True)
+    assert done.stdout == f"{lanes}\n", done.stderr
 
 
 def test_it_can_be_switched_off(tmp_path):

@@ -1,6 +1,7 @@
 """The C++ sources compiled for this machine's processor, kept in the user's cache folder, and known to XLA."""
 
 import contextlib
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -31,16 +32,16 @@ TARGETS = (
 )
 """The functions that XLA calls."""
 
-_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC")
 _PATIENCE = 300
-"""Seconds that a compiler may take; it needs three."""
+"""Seconds that a compiler may take; it needs one to three for each source."""
 _switched_off = jax.make_user_context(False)
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the functions can be called: the first call compiles them (3 s) where that was not done before.
+    """Whether the functions can be called: the first call compiles them (seconds) where that was not done before.
 
     False without a C++ compiler ($CXX, c++, g++ or clang++), where it fails, and with CM_JAX_NATIVE=off.
     """
@@ -118,9 +119,17 @@ def _folder() -> Path:
 def _compile(compiler: str, place: Path) -> None:
     """Beside its place, then renamed: processes that begin together do not see each other's halves."""
     with tempfile.TemporaryDirectory(dir=place.parent) as beside:
+
+        def run(*words: str) -> None:
+            command = [*compiler.split(), *_FLAGS, *words]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)
+
+        objects = {source: str(Path(beside) / f"{source.stem}.o") for source in SOURCES}
+        headers = ("-isystem", jax.ffi.include_dir())
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda source: run("-c", *headers, str(source), "-o", objects[source]), SOURCES))
         made = Path(beside) / place.name
-        command = [*compiler.split(), *_FLAGS, "-isystem", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)
+        run("-shared", *objects.values(), "-o", str(made))
         _checksum(place).write_text(_digest(made.read_bytes()))
         made.replace(place)
 

@@ -1,7 +1,7 @@
 """The C++ sources compiled for this machine's processor, kept in the user's cache folder, and known to XLA."""
 
-import contextlib
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib

@@ -36,6 +36,7 @@ _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC")
 _PATIENCE = 300
 """Seconds that a compiler may take; it needs one to three for each source."""
 _switched_off = jax.make_user_context(False)
+_temporary: list[tempfile.TemporaryDirectory[str]] = []
 _log = logging.getLogger(__name__)
 
 
@@ -48,9 +49,8 @@ def available() -> bool:
     if os.environ.get("CM_JAX_NATIVE", "").lower() in ("off", "0") or sys.platform == "win32":
         return False
     try:
-        library = ctypes.CDLL(str(_built()))
         for target in TARGETS:
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(_library(), target)), platform="cpu")
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         _log.warning("Convolutions are XLA's, which are slower: ours could not be compiled. %s", str(reason)[-500:])
@@ -61,7 +61,7 @@ def available() -> bool:
 @functools.cache
 def lanes() -> int:
     """What numbers of channels must be multiples of."""
-    return int(ctypes.CDLL(str(_built())).cm_jax_lanes())
+    return int(_library().cm_jax_lanes())
 
 
 def off() -> contextlib.AbstractContextManager[None]:
@@ -76,6 +76,7 @@ def suits(x: Array, channels: int | None = None) -> bool:
     """
     return (
         x.dtype == jnp.float32
+        and x.size > 0
         and not _switched_off.value
         and jax.default_backend() == "cpu"
         and available()
@@ -85,7 +86,7 @@ def suits(x: Array, channels: int | None = None) -> bool:
 
 
 @functools.cache
-def _built() -> Path:
+def _library() -> ctypes.CDLL:
     """The compiled library. Raises OSError where there is no compiler, SubprocessError where it fails."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -101,11 +102,11 @@ def _built() -> Path:
     place = _folder() / name
     if not _whole(place):
         _compile(compiler, place)
-    return place
+    return ctypes.CDLL(str(place))
 
 
 def _folder() -> Path:
-    """In the user's cache; where that cannot be written to, a new one that is this user's alone."""
+    """In the user's cache; where that cannot be written to, a new one, until the process ends."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm_jax" / "native"
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,8 @@ def _folder() -> Path:
             return folder
     except (OSError, RuntimeError):
         pass
-    return Path(tempfile.mkdtemp(prefix="cm_jax_native_"))
+    _temporary.append(tempfile.TemporaryDirectory(prefix="cm_jax_native_", ignore_cleanup_errors=True))
+    return Path(_temporary[-1].name)
 
 
 def _compile(compiler: str, place: Path) -> None:

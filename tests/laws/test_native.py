@@ -251,6 +251,17 @@ def test_it_can_be_switched_off(tmp_path):
     assert not list(tmp_path.rglob("*"))
 
 
+def test_a_cache_that_cannot_be_made_is_done_without(tmp_path):
+    (tmp_path / "file").touch()
+    assert tried(tmp_path / "file", TMPDIR=str(tmp_path)).stdout == "True\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_images_are_left_to_xla():
+    function, (x, kernel) = convolution()
+    assert jax.jit(function)(x[:0], kernel).shape == (0, 9, 7, 48)
+
+
 def test_the_library_is_compiled_once_and_a_damaged_one_anew(tmp_path):
     assert tried(tmp_path).stdout == "True\n"
     (made,) = tmp_path.rglob("*.so")

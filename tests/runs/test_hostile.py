@@ -4,12 +4,15 @@ import io
 import json
 import pickle
 import random
+import re
 import shutil
 import struct
 import zipfile
 from pathlib import Path
 
+import jax
 import msgpack
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -160,18 +163,28 @@ def test_a_damaged_checkpoint_is_one_line(good, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_flipped_bit_in_our_checkpoint_is_noticed(tmp_path):
-    """Orbax's store has checksums of its tables alone, and gave 80 of 80 such weights out."""
+def test_a_flipped_bit_in_our_checkpoint_is_noticed_or_changes_no_weight(tmp_path):
+    """Orbax's store has checksums of its tables alone, and gave 80 of 80 such weights out.
+
+    Where its files lie depends on its threads, and now and then a bit is one that no weight depends on.
+    """
     source, dice = read(EMOJI), random.Random(0)
     checkpoints.save(tmp_path / "ours", source.config, source.params)
     largest = max((tmp_path / "ours" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     content = largest.read_bytes()
+    noticed = []
     for _ in range(3):
         damaged = bytearray(content)
         damaged[dice.randrange(len(damaged))] ^= 1 << dice.randrange(8)
         largest.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"damaged or incomplete \(the checksum of .* is not that"):
-            checkpoints.restore(tmp_path / "ours")
+        try:
+            _, params = checkpoints.restore(tmp_path / "ours")
+        except InputError as error:
+            noticed.append(str(error))
+        else:
+            jax.tree.map(np.testing.assert_array_equal, params, source.params)
+    assert noticed
+    assert all(re.search(r"damaged or incomplete \(the checksum of .* is not that", message) for message in noticed)
     largest.write_bytes(content)
     assert checkpoints.restore(tmp_path / "ours")[0] == source.config
 

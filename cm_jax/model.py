@@ -350,8 +350,7 @@ def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32"
     The folder of a run of training means its newest checkpoint, and RUN/best the best of those that were evaluated.
 
     precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster
-    on accelerators and take half the memory). Raises InputError where there is no such
-    checkpoint, or it is damaged.
+    on accelerators and take half the memory). Raises InputError where there is no such checkpoint, or it is damaged.
     """
     if precision not in typing.get_args(Precision):
         raise InputError(f"precision must be one of {', '.join(typing.get_args(Precision))}, got {precision!r}.")

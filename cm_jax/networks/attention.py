@@ -10,7 +10,7 @@ from cm_jax import native
 from cm_jax.networks.precision import product_precision
 
 Implementation = Literal["auto", "plain", "cudnn"]
-"""plain: XLA everywhere, differentiable in forward mode too (continuous-time objectives need that).
+"""plain: XLA's, or on CPUs ours (attention.cc); differentiable in forward mode too, as continuous-time objectives need.
 cudnn: NVIDIA's fused kernel, half precision only, reverse mode only. auto: cudnn where it can run, else plain."""
 
 Heads = Float[Array, "b s n d"]
@@ -25,7 +25,7 @@ def attend(
     On CPUs, in float32, by attention.cc, whose scores stay in the cache.
     """
     pixels, width = thirds.shape[1], thirds.shape[2] // 3 // heads
-    if native.suits(thirds, width) and native.suits(thirds, pixels):
+    if implementation != "cudnn" and native.suits(thirds, width) and native.suits(thirds, pixels):
         return _fused(thirds, heads=heads)
     query, key, value = _split(thirds, heads)
     if implementation == "cudnn" or (implementation == "auto" and _cudnn_runs(query)):

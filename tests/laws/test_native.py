@@ -245,6 +245,33 @@ def test_processors_with_narrower_vectors(tmp_path, flag, lanes):
     assert done.stdout == f"{lanes}\n", done.stderr
 
 
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from cm_jax import native
+kept = sys.argv[1] == "kept" and native.keep_memory()
+step = jax.jit(lambda x: jnp.cumsum(jnp.sin(x)) + 1)
+x = jnp.ones(2**24)
+for _ in range(3):
+    jax.block_until_ready(step(x))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    jax.block_until_ready(step(x))
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="It is glibc's memory that is kept.")
+def test_kept_memory_is_not_cleared_anew_in_every_step():
+    counts = {}
+    for way in ("kept", "given back"):
+        own = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", FAULTS, way], env=own, capture_output=True, text=True, check=True)
+        kept, counts[way] = map(int, done.stdout.split())
+        assert kept == (way == "kept")
+    assert counts["kept"] < counts["given back"] / 10
+
+
 def test_it_can_be_switched_off(tmp_path):
     done = tried(tmp_path, CM_JAX_NATIVE="off")
     assert (done.stdout, done.stderr) == ("False\n", "")

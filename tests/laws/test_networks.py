@@ -133,6 +133,8 @@ def test_attention_is_softmax_of_scaled_products():
 
 
 def test_the_fused_kernel_is_asked_for_by_name_and_left_alone_where_it_cannot_run():
+    with pytest.raises(Exception, match=r"float32|dtype|cuDNN"):
+        jax.jit(lambda x: attend(x, 4, "cudnn")).lower(jnp.ones((2, 64, 3 * 4 * 64)))
     thirds = jnp.ones((2, 64, 3 * 4 * 64), jnp.bfloat16)
     with pytest.raises(RuntimeError, match="cuDNN"):
         jax.jit(lambda x: attend(x, 4, "cudnn")).lower(thirds)

@@ -52,7 +52,8 @@ TERMS = {
     # British spelling
     r"((re)?material|(re)?colou?r|initial|normal|optim|minim|maxim|quant|linear)is(e[drs]?|ing|ations?)": "-ize",
     r"(factor|serial|random|regular|standard|parametr|parallel|vector|local|visual)is(e[ds]?|ing|ations?)": "-ize",
-    r"(discret|synchron|summar|recogn|organ|real|general|special|stabil|final|penal|categor|util)is(e[ds]?|ing|ations?)": "-ize",
+    r"(discret|synchron|summar)is(e[ds]?|ing|ations?)": "-ize",
+    r"(recogn|organ|real|general|special|stabil|final|penal|categor|util)is(e[ds]?|ing|ations?)": "-ize",
     r"learnt|spelt|burnt|spoilt": "learned, spelled, burned, spoiled",
     r"grey\w*|licences?": "gray, license",
 }

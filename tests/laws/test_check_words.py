@@ -39,6 +39,7 @@ RETIRED = [
     "`cm_jax/bundled/emoji32.npz`",
     "convert --to ours",
     "a randomised array",
+    "a summarised page",
     "the recognised format",
     *(
         f"train {flag} 2"

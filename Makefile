@@ -11,7 +11,7 @@ BIN := .venv/bin
 
 demo: .venv/.ready-demo
 	rm -rf demo
-	$(BIN)/python -m convert cm_jax/bundled/emoji16_cd.pt demo/emoji16_cd --check
+	$(BIN)/python -m convert cm_jax/assets/emoji16_cd.pt demo/emoji16_cd --check
 	$(BIN)/python sample.py demo/emoji16_cd --labels all --steps 2 --output demo/converted.png
 	$(BIN)/python sample.py --labels all --steps 1 --output demo/one_step.png
 	$(BIN)/python sample.py --labels all --steps 2 --output demo/two_steps.png

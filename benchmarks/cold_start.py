@@ -10,14 +10,14 @@ from pathlib import Path
 import jax
 
 from cm_jax import load
-from cm_jax.images import grid, quantise, save_grid
+from cm_jax.io.images import grid, quantize, save_grid
 
 
 def main(checkpoint: str, precision: str, image: str, folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model = load(checkpoint, precision=precision)  # type: ignore[arg-type]
-    save_grid(Path(image), grid(quantise(model.sample(0, 1)), 1))
+    save_grid(Path(image), grid(quantize(model.sample(0, 1)), 1))
 
 
 if __name__ == "__main__":

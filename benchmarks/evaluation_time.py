@@ -26,11 +26,10 @@ import numpy as np
 import torch
 
 from benchmarks.training_rows import resident
-from cm_jax import inception
-from cm_jax.arrays import Params
-from cm_jax.conversion.judges import inception_rules
+from cm_jax.conversion.metric_networks import inception_rules
 from cm_jax.conversion.rules import to_theirs
-from cm_jax.networks import inception_v3
+from cm_jax.feature_networks import inception, inception_v3
+from cm_jax.types import Params
 from tests.torch_inception import Graph
 
 OURS, NCHW, CHANNELS_LAST = "ours", "PyTorch, NCHW", "PyTorch, channels last"
@@ -81,7 +80,7 @@ def pytorch(params: Params, layout: torch.memory_format) -> See:
 
 
 def resized(x: torch.Tensor) -> torch.Tensor:
-    """As `cm_jax.inception.resized`."""
+    """As `cm_jax.feature_networks.inception.resized`."""
     for axis in (2, 3):
         size = x.shape[axis]
         places = torch.arange(inception_v3.SIZE, device=x.device, dtype=torch.float32) * (size / inception_v3.SIZE)

@@ -34,25 +34,25 @@ from benchmarks.sampling_time import Batch, Forward
 from benchmarks.step_time import HEADER, lines, setting
 from benchmarks.torch_unet import OneStep
 from benchmarks.training_rows import COMPILED, EAGER, OURS, Measured, Ours, Row, begin
-from cm_jax.arrays import Params
-from cm_jax.config import ModelConfig
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.generation import images_from_noise
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.model import Model
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.adm_unet import IMAGENET64
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
 from cm_jax.presets import PRESETS
 from cm_jax.samplers import Consistency
+from cm_jax.samplers.generation import images_from_noise
+from cm_jax.types import Params
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.002
 TINY = ADMUNet(
-    image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=32, classes=3
+    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
 )
 TINY_SONG = SongUNet(
-    image_size=8, width=16, multipliers=(1,), blocks_per_level=1, embedding="positional", resampling="plain",
+    image_size=8, width=16, channel_mult=(1,), blocks_per_level=1, embedding="positional", resampling="plain",
     pyramid=False,
 )  # fmt: skip
 METHODS = {"edm": "EDM", "cd": "CD", "ect": "ECT", "sct": "sCM"}
@@ -157,7 +157,7 @@ class Sampling:
     def __init__(self, task: Task) -> None:
         self.network: Any = task.network(IMAGENET64)
         params = random_params(self.network)
-        function = ConsistencyFunction(self.network, BoundaryScaling())
+        function = ConsistencyFunction(self.network, ConsistencyPreconditioning())
         self.ours = OurSampler(function, params)
         torch.backends.cudnn.benchmark = True
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -344,9 +344,9 @@ def start(task: Task) -> None:
             return
         network: Any = task.network(IMAGENET64)
         checkpoint = folder / "imagenet64"
-        Model(ModelConfig(network, BoundaryScaling(), KarrasGrid(40)), network.prepare(random_params(network))).save(
-            checkpoint
-        )
+        Model(
+            ModelConfig(network, ConsistencyPreconditioning(), KarrasGrid(40)), network.prepare(random_params(network))
+        ).save(checkpoint)
         _started(task, str(checkpoint), "bfloat16", folder / "large", "ImageNet-64")
 
 

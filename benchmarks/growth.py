@@ -37,18 +37,18 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
     from benchmarks.random_params import random_params
     from benchmarks.step_time import setting
     from benchmarks.training_rows import Ours
-    from cm_jax.consistency_function import ConsistencyFunction
-    from cm_jax.curricula import Constant
+    from cm_jax.diffusion.consistency_function import ConsistencyFunction
+    from cm_jax.diffusion.curricula import Constant
+    from cm_jax.diffusion.noise_schedule import KarrasGrid
+    from cm_jax.diffusion.preconditioning import EDMPreconditioning
     from cm_jax.networks import ADMUNet
-    from cm_jax.noise_levels import KarrasGrid
     from cm_jax.objectives import ConsistencyDistillation
-    from cm_jax.preconditioning import EDMScaling
     from cm_jax.training.parallelism import Pmap, Sharded
     from cm_jax.training.state import Constants, RawBatch
 
     chosen = {"size": SIZE, "batch": BATCH, "levels": LEVELS} | ({axis: value} if axis != "devices" else {"batch": 16})
     network = ADMUNet(
-        image_size=chosen["size"], width=32, multipliers=(1, 2), blocks_per_level=1, attention_factors=(2,), classes=10
+        image_size=chosen["size"], width=32, channel_mult=(1, 2), blocks_per_level=1, attention_factors=(2,), classes=10
     )
     training = dataclasses.replace(
         setting("imagenet64", "CD", chosen["batch"], network),
@@ -71,7 +71,7 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
 
     sent = {}
     for name, across in (("pmap", Pmap(value)), ("sharded", Sharded(value))):
-        training_step = training.step(ConsistencyFunction(network, EDMScaling()))
+        training_step = training.step(ConsistencyFunction(network, EDMPreconditioning()))
         params = random_params(network)
         state = across.place_state(training_step.initial(params))
         constants = across.place_constants(Constants(teacher=params))

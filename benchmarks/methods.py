@@ -24,30 +24,30 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cm_jax.config import ModelConfig
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import EmojiData
-from cm_jax.distances import PseudoHuber
+from cm_jax.diffusion.distances import PseudoHuber
 from cm_jax.errors import InputError
 from cm_jax.evaluation import (
+    EvalConfig,
+    FeatureExtractor,
+    FeatureStatistics,
     ImageSet,
-    Judge,
-    Protocol,
-    Summary,
     compare,
     load_inception,
     of_dataset,
     of_model,
-    summarise,
+    summarize,
 )
 from cm_jax.evaluation.references import default_cache, summarised
-from cm_jax.images import grid, quantise
+from cm_jax.feature_networks.lpips import LPIPS
+from cm_jax.io.images import grid, quantize
 from cm_jax.model import Model, load
-from cm_jax.perceptual import LPIPS
 from cm_jax.presets import PRESETS
-from cm_jax.training.evaluating import Evaluating
-from cm_jax.training.log import EVALUATIONS, read_metrics
+from cm_jax.training.config import TrainConfig
 from cm_jax.training.loop import train
-from cm_jax.training.training import Training
+from cm_jax.training.run.evaluation_hook import PeriodicEvaluation
+from cm_jax.training.run.metrics_log import EVALUATIONS, read_metrics
 
 replace = dataclasses.replace
 
@@ -55,7 +55,7 @@ METHODS = ("cd", "cd-lpips", "cd-huber", "ect", "scd", "sct", "ct", "ict", "mean
 TEACHER_STEPS = 18
 TWO_STEPS = (80.0, 0.8)
 """Levels of two steps where none were tuned (`cm-jax tune`): those of iCT and ECT at 32 pixels."""
-PROTOCOL = Protocol(("fid", "kid", "pr"))
+PROTOCOL = EvalConfig(("fid", "kid", "pr"))
 REFERENCES = ("train", "held_out")
 
 
@@ -77,11 +77,11 @@ class Budget:
         return -(-self.images // self.batch_size)
 
 
-def settings(method: str, teacher: Path, budget: Budget, network: Any) -> Training:
+def settings(method: str, teacher: Path, budget: Budget, network: Any) -> TrainConfig:
     """The preset of a method, with the teacher's network, and all that counts steps laid out for the budget's."""
     name, _, distance = method.partition("-")
     preset = PRESETS[f"emoji32-{name}"]()
-    own = {field: getattr(preset.network, field) for field in ("attention", "interval_clock")}
+    own = {field: getattr(preset.network, field) for field in ("attention", "interval_embedding")}
     chosen = laid_out(preset, budget.batches / preset.batches)
     rate = chosen.optimizer.learning_rate
     if distance:
@@ -89,7 +89,7 @@ def settings(method: str, teacher: Path, budget: Budget, network: Any) -> Traini
         chosen = replace(
             chosen, objective=replace(objective, distance={"lpips": LPIPS(size=0), "huber": PseudoHuber()}[distance])
         )
-    evaluation = Evaluating(
+    evaluation = PeriodicEvaluation(
         every=budget.images // max(1, budget.evaluations), count=budget.evaluated, steps=(1,), metrics=("fid", "kid")
     )
     return replace(
@@ -131,19 +131,19 @@ Scores = dict[str, dict[str, float]]
 """Of a set of images: the metrics by name, against every split of the emoji."""
 
 
-def scores(judge: Judge, samples: ImageSet) -> Scores:
+def scores(extractor: FeatureExtractor, samples: ImageSet) -> Scores:
     """Every image is drawn and seen once."""
-    seen = summarise(judge, samples.batches(), PROTOCOL.needs)
-    return {split: compare(seen, _known(judge, split, samples.shape[0]), PROTOCOL) for split in REFERENCES}
+    seen = summarize(extractor, samples.batches(), PROTOCOL.needs)
+    return {split: compare(seen, _known(extractor, split, samples.shape[0]), PROTOCOL) for split in REFERENCES}
 
 
 @functools.cache
-def _known(judge: Judge, split: Any, size: int) -> Summary:
+def _known(extractor: FeatureExtractor, split: Any, size: int) -> FeatureStatistics:
     real = of_dataset(EmojiData(split).open(size), f"emoji:{split}")
-    return summarised(judge, real, PROTOCOL.reference_needs, cache=default_cache())
+    return summarised(extractor, real, PROTOCOL.reference_needs, cache=default_cache())
 
 
-def measured(judge: Judge, folder: Path, count: int) -> dict[str, Any]:
+def measured(extractor: FeatureExtractor, folder: Path, count: int) -> dict[str, Any]:
     """Scores of a run in every way, kept beside it until it goes on."""
     model, kept = load(folder), folder / "scores.json"
     seen, minutes = spent(folder)
@@ -152,7 +152,7 @@ def measured(judge: Judge, folder: Path, count: int) -> dict[str, Any]:
     result = {"images": seen, "minutes": minutes, "count": count, "ways": {}}
     for way, plan in levels(model).items():
         result["ways"][way] = ways.get(way) or scores(
-            judge, of_model(model, model.plan(**plan), count, seed=0, name=folder.name)
+            extractor, of_model(model, model.plan(**plan), count, seed=0, name=folder.name)
         )
         kept.write_text(json.dumps(result, indent=2), "utf-8")
     return result
@@ -186,13 +186,13 @@ def _two(values: dict[str, float]) -> str:
     return f"{values['fid']:.1f} | {values['kid']:.4f}"
 
 
-def bounds(judge: Judge, shape: tuple[int, int, int], count: int) -> Iterator[str]:
+def bounds(extractor: FeatureExtractor, shape: tuple[int, int, int], count: int) -> Iterator[str]:
     """Between which the models lie: real images that they did not see, against those that they did; and noise."""
     real = of_dataset(EmojiData("held_out").open(shape[0]), "emoji:held_out")
-    seen = summarise(judge, real.batches(), PROTOCOL.needs)
-    floor = compare(seen, _known(judge, "train", shape[0]), PROTOCOL)
+    seen = summarize(extractor, real.batches(), PROTOCOL.needs)
+    floor = compare(seen, _known(extractor, "train", shape[0]), PROTOCOL)
     yield f"| {real.count} held-out images, to the train split | | | | {_four(floor)} | | |"
-    found = scores(judge, noise(shape, count))
+    found = scores(extractor, noise(shape, count))
     yield f"| noise | | | | {_four(found['train'])} | {_two(found['held_out'])} |"
 
 
@@ -202,7 +202,7 @@ def noise(shape: tuple[int, int, int], count: int) -> ImageSet:
     def batches() -> Iterator[np.ndarray]:
         dice = np.random.default_rng(0)
         for start in range(0, count, 64):
-            yield quantise(dice.standard_normal((min(64, count - start), *shape)).astype(np.float32))
+            yield quantize(dice.standard_normal((min(64, count - start), *shape)).astype(np.float32))
 
     return ImageSet("noise", count, shape, batches)
 
@@ -213,7 +213,7 @@ def picture(models: dict[str, Model]) -> Image.Image:
     for name, model in models.items():
         classes = range(model.config.network.classes or 1)
         for way, plan in levels(model).items():
-            rows.append(quantise(model.sample(0, len(classes), labels=classes, **plan)))
+            rows.append(quantize(model.sample(0, len(classes), labels=classes, **plan)))
             names.append(f"{name}, {way}")
     return grid(np.concatenate(rows), len(rows[0]), names)
 
@@ -277,7 +277,7 @@ def main() -> None:
                 print(f"\n{method}", flush=True)
                 train(settings(method, arguments.teacher, budget, network), folder)
             return
-        judge = load_inception()
+        extractor = load_inception()
         found = {"teacher": arguments.teacher} | {name: path for name, path in folders.items() if path.exists()}
         if missing := [name for name in methods if name not in found and name not in METHODS]:
             raise InputError(f"There is no run {', '.join(str(folders[name]) for name in missing)}.")
@@ -285,10 +285,10 @@ def main() -> None:
         config: ModelConfig = models["teacher"].config
         print(f"{arguments.count} images of each, seed 0.")
         print(HEADER, flush=True)
-        print(*bounds(judge, config.network.image_shape, arguments.count), sep="\n", flush=True)
+        print(*bounds(extractor, config.network.image_shape, arguments.count), sep="\n", flush=True)
         results = {}
         for name, path in found.items():
-            results[name] = measured(judge, path, arguments.count)
+            results[name] = measured(extractor, path, arguments.count)
             print(*lines(name, results[name]), sep="\n", flush=True)
     except InputError as error:
         raise SystemExit(f"error: {error}") from error

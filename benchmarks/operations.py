@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cm_jax import native
+from cm_jax import kernels
 from cm_jax.networks import ADMUNet
 from cm_jax.presets import PRESETS
 
@@ -54,7 +54,7 @@ class Counted(NamedTuple):
 
 def count(network: ADMUNet) -> Counted:
     """Operations of the lowered programs for a batch of one."""
-    network = dataclasses.replace(network, precision="float32", rematerialise=False, dropout=0.0, attention="plain")
+    network = dataclasses.replace(network, precision="float32", rematerialize=False, dropout=0.0, attention="plain")
     params = network.shapes()
     x = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
     time, labels = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -66,7 +66,7 @@ def count(network: ADMUNet) -> Counted:
     def operations(function: object) -> float:
         return jax.jit(function).lower(params, x, time, labels).cost_analysis()["flops"]  # type: ignore[arg-type]
 
-    with native.off():  # XLA does not count what is done outside of it
+    with kernels.off():  # XLA does not count what is done outside of it
         return Counted(operations(network.predict), operations(jax.grad(loss)), network.parameter_count())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cm_jax import native
+from cm_jax import kernels
 
 
 def products(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
@@ -18,7 +18,7 @@ def products(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
     XLA's own count of a lowered program is not to be had on GPUs. A kernel of cuDNN is not seen: trace plain attention.
     """
     found: dict[str, float] = collections.defaultdict(float)
-    with native.off():
+    with kernels.off():
         trace = jax.make_jaxpr(function)(*arguments)
     for precision, operations in _walk(trace.jaxpr):
         found[precision] += operations

@@ -98,13 +98,13 @@ class Program:
         if each is None:
             return None
         result = each.shape.split("]")[0] + "]" if _target(each) else each.shape  # what follows is a kernel's scratch
-        moved = _bytes(result) + sum(_bytes(self._by_name[o].shape) for o in each.operands if o in self._by_name)
+        ema_update = _bytes(result) + sum(_bytes(self._by_name[o].shape) for o in each.operands if o in self._by_name)
         operations = self._operations(each)
         kind = _target(each) or each.opcode
         if kind == "fusion":
             kind = "fusion with a product" if operations else "fusion, " + (_called_by(each) or "")
         arrays = _ARRAY.search(each.shape)
-        return Work(f"{kind} -> {arrays[0] if arrays else each.shape[:40]}", moved, operations)
+        return Work(f"{kind} -> {arrays[0] if arrays else each.shape[:40]}", ema_update, operations)
 
     def _operations(self, each: Instruction) -> float | None:
         """Of its products; 0 where it has none."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import cm_jax
-from cm_jax.conversion.diffusers_configs import unet_config
+from cm_jax.conversion.diffusers_config import unet_config
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 
@@ -102,7 +102,7 @@ def _original_module(module: str, network: ADMUNet) -> str:
     layer = LAYERS[found[5]]
     if stage == "mid":
         return f"middle_block.{1 if kind == 'attention' else 2 * index}.{layer}"
-    factor = 2 ** (level if stage == "down" else len(network.multipliers) - 1 - level)
+    factor = 2 ** (level if stage == "down" else len(network.channel_mult) - 1 - level)
     position = {
         "resnet": 0,
         "attention": 1,

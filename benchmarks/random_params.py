@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cm_jax.arrays import Params
 from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.types import Params
 
 
 def random_params(network: ADMUNet | SongUNet, seed: int = 0) -> Params:

@@ -25,10 +25,10 @@ import torch
 
 from benchmarks.random_params import random_params
 from benchmarks.torch_unet import TorchUNet
-from cm_jax import native
-from cm_jax.arrays import Params
+from cm_jax import kernels
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
+from cm_jax.types import Params
 
 NETWORKS = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
 
@@ -65,7 +65,7 @@ def ours(network: ADMUNet, params: Params, *, plain: bool = False) -> Contender:
 
     def ready(batch: Batch) -> Forward:
         inputs = jax.device_put((batch.x, batch.times, batch.labels))
-        with native.off() if plain else contextlib.nullcontext():
+        with kernels.off() if plain else contextlib.nullcontext():
             compiled = predict.lower(placed, *inputs).compile()
         return lambda: jax.block_until_ready(compiled(placed, *inputs))
 
@@ -100,9 +100,9 @@ def pytorch(
 
 def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
     """Float32: ours as `Model` draws, and by XLA alone; diffusers' in both memory layouts, and compiled."""
-    from cm_jax.conversion.formats import DIFFUSERS
     from cm_jax.conversion.parity import reference_network
     from cm_jax.conversion.rules import to_theirs
+    from cm_jax.conversion.unet_formats import DIFFUSERS
 
     planar = reference_network(network, to_theirs(DIFFUSERS.rules(network), params))
     interleaved = copy.deepcopy(planar).to(memory_format=torch.channels_last)
@@ -216,7 +216,7 @@ def main() -> None:
     sizes = [int(size) for size in arguments.batches.split(",")]
     torch.set_num_threads(arguments.threads)
 
-    native.keep_memory()  # as all commands do; PyTorch has it too here, in the same process
+    kernels.keep_memory()  # as all commands do; PyTorch has it too here, in the same process
     before = os.getloadavg()[0]
     network = NETWORKS[arguments.network]
     contenders = (on_gpu if gpu else on_cpu)(network, random_params(network))

@@ -32,20 +32,20 @@ from benchmarks.training_rows import (
     measure,
 )
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.networks.precision import Precision
 from cm_jax.presets import PRESETS
+from cm_jax.training.config import TrainConfig
 from cm_jax.training.learning_rates import ConstantRate
 from cm_jax.training.optimizers import RAdam
-from cm_jax.training.training import Training
+from cm_jax.types import Precision
 
-SMALL = ADMUNet(image_size=32, width=64, multipliers=(1, 2, 2), blocks_per_level=1, attention_factors=(2,), classes=10)
-EMOJI = dataclasses.replace(PRESETS["emoji32-edm"]().network, width=32, multipliers=(1, 2, 4), blocks_per_level=1)
+SMALL = ADMUNet(image_size=32, width=64, channel_mult=(1, 2, 2), blocks_per_level=1, attention_factors=(2,), classes=10)
+EMOJI = dataclasses.replace(PRESETS["emoji32-edm"]().network, width=32, channel_mult=(1, 2, 4), blocks_per_level=1)
 """That of the bundled model."""
 METHODS = {"EDM": "edm", "CD": "cd", "ECT": "ect", "sCM": "sct"}
 """Ends of the presets' names."""
 
 
-def setting(family: str, method: str, batch: int, network: ADMUNet | SongUNet | None = None) -> Training:
+def setting(family: str, method: str, batch: int, network: ADMUNet | SongUNet | None = None) -> TrainConfig:
     """A preset with one optimizer and one average for all, and with nothing random that PyTorch could not repeat."""
     preset = PRESETS[f"{family}-{METHODS[method]}"]()
     return dataclasses.replace(

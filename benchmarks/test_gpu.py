@@ -17,7 +17,7 @@ from benchmarks.gpu import COMPILED, EAGER, SHARES, goals, run_parts
 from benchmarks.gpu_parts import PARTS, TINY
 from benchmarks.products import products
 from benchmarks.profiles import Ceilings, Program, spent, table
-from cm_jax import native
+from cm_jax import kernels
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ABSENT = ("tyro", "grain", "tensorflow_datasets", "diffusers")
@@ -50,7 +50,7 @@ def test_products_of_a_network_are_nearly_all_of_its_operations() -> None:
     shapes = TINY.shapes()
     x, times = jax.ShapeDtypeStruct((2, *TINY.image_shape), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
     arguments = shapes, x, times, jax.ShapeDtypeStruct((2,), jnp.int32)
-    with native.off():  # XLA does not count what is done outside of it
+    with kernels.off():  # XLA does not count what is done outside of it
         counted: Any = jax.jit(TINY.predict).lower(*arguments).cost_analysis()
     assert 0.9 < sum(products(TINY.predict, *arguments).values()) / counted["flops"] < 1
 

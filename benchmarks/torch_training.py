@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cm_jax.arrays import Params
+from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.networks import ADMUNet
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.training.averages import ExponentialAverage
-from cm_jax.training.training import Training
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.ema import ConstantEMA
+from cm_jax.types import Params
 
 SIGMA_DATA, SIGMA_MIN = 0.5, 0.002
 
@@ -30,9 +30,9 @@ class DiffusersADM(nn.Module):
     """diffusers' UNet2DModel with these parameters, called as TorchUNet is."""
 
     def __init__(self, network: ADMUNet, params: Params) -> None:
-        from cm_jax.conversion.formats import DIFFUSERS
         from cm_jax.conversion.parity import reference_network
         from cm_jax.conversion.rules import to_theirs
+        from cm_jax.conversion.unet_formats import DIFFUSERS
 
         super().__init__()
         self.unet = reference_network(network, to_theirs(DIFFUSERS.rules(network), params))
@@ -50,7 +50,7 @@ class TorchTraining:
 
     def __init__(
         self,
-        chosen: Training,
+        chosen: TrainConfig,
         model: nn.Module,
         images: np.ndarray,
         labels: np.ndarray | None,
@@ -59,10 +59,10 @@ class TorchTraining:
         layout: torch.memory_format = torch.contiguous_format,
         compiled: dict[str, str] | Literal[False] = False,
     ) -> None:
-        objective, scaling = cast(Any, chosen.objective), cast(Any, chosen.scaling)
-        self.scaled = functools.partial(_scaled, scaling.time_factor)
+        objective, preconditioning = cast(Any, chosen.objective), cast(Any, chosen.preconditioning)
+        self.scaled = functools.partial(_scaled, preconditioning.time_factor)
         (average,) = chosen.all_averages
-        assert isinstance(average, ExponentialAverage)
+        assert isinstance(average, ConstantEMA)
         student = copy.deepcopy(model).requires_grad_(True).train()
         for parameter in student.parameters():
             parameter.data = parameter.data.contiguous()  # they were transposed views
@@ -84,7 +84,7 @@ class TorchTraining:
             grid = KarrasGrid(levels=int(objective.curriculum(0)))
             self.grid = torch.from_numpy(grid.descending(grid.levels)).to(device)
         else:
-            self.law = objective.law
+            self.noise_distribution = objective.noise_distribution
         optimizer = chosen.optimizer
         self.optimizer = torch.optim.RAdam(
             student.parameters(), optimizer.learning_rate.peak, (optimizer.beta1, optimizer.beta2), optimizer.epsilon
@@ -126,7 +126,9 @@ class TorchTraining:
     def _draw(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         noise = torch.randn_like(clean)
         if self.teacher is None:
-            t = (self.law.mean + self.law.deviation * torch.randn(len(clean), device=self.device)).exp()
+            t = (
+                self.noise_distribution.mean + self.noise_distribution.std * torch.randn(len(clean), device=self.device)
+            ).exp()
             return t, 0 * t, noise
         index = torch.randint(len(self.grid) - 1, (len(clean),), device=self.device)
         return self.grid[index], self.grid[index + 1], noise

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cm_jax.arrays import Params
-from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.blocks import Style
 from cm_jax.networks.unet import Block, Unit
+from cm_jax.types import Params
 
 
 def _filled(layer: nn.Module, weight: np.ndarray, bias: np.ndarray) -> nn.Module:
@@ -179,8 +179,8 @@ class OneStep(nn.Module):
         super().__init__()
         network: Any = function.network
         self.network = TorchUNet(network, params)
-        scaling, level = function.scaling, jnp.float32(sigma)
-        parts = (scaling.c_skip, scaling.c_out, scaling.c_in, scaling.c_noise)
+        preconditioning, level = function.preconditioning, jnp.float32(sigma)
+        parts = (preconditioning.c_skip, preconditioning.c_out, preconditioning.c_in, preconditioning.c_noise)
         self.sigma, self.coefficients = sigma, [float(part(level)) for part in parts]
         self.dtype = dtype
         self.network.to(dtype)

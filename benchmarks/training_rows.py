@@ -19,16 +19,16 @@ import torch
 from benchmarks.random_params import random_params
 from benchmarks.torch_training import DiffusersADM, Drawn, TorchTraining
 from benchmarks.torch_unet import TorchUNet
-from cm_jax import native
-from cm_jax.arrays import normal_per_image
-from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax import kernels
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.preconditioning import EDMPreconditioning, LogSigmaPreconditioning
 from cm_jax.networks import ADMUNet
 from cm_jax.objectives import ConsistencyDistillation, Denoising
-from cm_jax.objectives.base import draws
-from cm_jax.preconditioning import EDMScaling, VarianceScaling
+from cm_jax.objectives.base import split_keys
+from cm_jax.training.config import TrainConfig
 from cm_jax.training.state import Constants, RawBatch
 from cm_jax.training.step import image_keys
-from cm_jax.training.training import Training
+from cm_jax.types import normal_per_image
 
 CHECKED_STEPS = 3
 """Steps in which PyTorch gets our noise, and the losses must agree."""
@@ -53,7 +53,7 @@ class Row:
     network: str
     method: str
     step: str
-    chosen: Training
+    chosen: TrainConfig
 
 
 Step = Callable[[Drawn | None], float]
@@ -84,13 +84,15 @@ def begin(row: Row) -> Step:
 class Ours:
     """The program that the training loop runs, on the same batch again and again."""
 
-    def __init__(self, chosen: Training, images: np.ndarray, labels: np.ndarray | None) -> None:
-        native.keep_memory()  # as all commands do
+    def __init__(self, chosen: TrainConfig, images: np.ndarray, labels: np.ndarray | None) -> None:
+        kernels.keep_memory()  # as all commands do
         params, across = random_params(chosen.network), chosen.parallelism()
         teacher = None
         if chosen.objective.has_teacher:
-            assert isinstance(chosen.scaling, VarianceScaling)
-            teacher = ConsistencyFunction(chosen.network, EDMScaling(time_factor=chosen.scaling.time_factor))
+            assert isinstance(chosen.preconditioning, LogSigmaPreconditioning)
+            teacher = ConsistencyFunction(
+                chosen.network, EDMPreconditioning(time_factor=chosen.preconditioning.time_factor)
+            )
         training_step = chosen.step(teacher)
         self._state = across.place_state(training_step.initial(params))
         prepared = teacher and teacher.network.prepare(params)
@@ -112,18 +114,18 @@ class Ours:
         return self._state, self._constants, self._across.place_batches(self._batches), self._key
 
 
-def draws_of_ours(chosen: Training, batch: int) -> Drawn:
+def draws_of_ours(chosen: TrainConfig, batch: int) -> Drawn:
     """What our step draws for batch number `batch`: by EDM and CD, which PyTorch has too; else nothing much."""
     objective: Any = chosen.objective
     if type(objective) not in (Denoising, ConsistencyDistillation):
         return Drawn(*[np.zeros(0, np.float32)] * 3)
-    keys = draws(image_keys(jax.random.key(chosen.seed), batch, np.arange(chosen.batch_size)))
+    keys = split_keys(image_keys(jax.random.key(chosen.seed), batch, np.arange(chosen.batch_size)))
     noise = np.asarray(normal_per_image(keys.noise, chosen.network.image_shape))
     if not objective.has_teacher:
-        t = np.asarray(objective.law(keys.level))
+        t = np.asarray(objective.noise_distribution(keys.level))
         return Drawn(t, np.zeros_like(t), noise)
     levels = objective.curriculum(batch)
-    index = objective.law(keys.level, objective.curve, levels)
+    index = objective.noise_distribution(keys.level, objective.curve, levels)
     t, r = (np.asarray(objective.curve.sigma(index + more, levels)) for more in (0, 1))
     return Drawn(t, r, noise)
 

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.torch_unet import OneStep
 from cm_jax import load
-from cm_jax.generation import image_keys, noise_from
+from cm_jax.samplers.generation import image_keys, noise_from
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SEED = 0

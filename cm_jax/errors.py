@@ -27,7 +27,7 @@ def shape_complaints(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, 
     ]
 
 
-def bounded(name: str, value: object, least: int, most: int) -> int:
+def check_int(name: str, value: object, least: int, most: int) -> int:
     """`value` as an int. Raises InputError unless it is a whole number from `least` to `most`."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not least <= int(value) <= most:  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def _folded(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def listed(lines: Sequence[str]) -> str:
+def indented_list(lines: Sequence[str]) -> str:
     """Indented lines; of a very long list the beginning and the number of the rest."""
     rest = [f"... and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
     return "\n  ".join([*lines[:_MOST_LINES], *rest])

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from cm_jax import checkpoints, conversion
-from cm_jax.arrays import Keys, Params
-from cm_jax.config import ModelConfig
-from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax import conversion
+from cm_jax.checkpoints import native
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.published import BUNDLED, DEFAULT, bundled_path, published, published_cifar10
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing import (
     EDIT_STEPS,
     Operator,
@@ -29,11 +30,10 @@ from cm_jax.editing import (
     stroke_sigmas,
     variant_keys,
 )
-from cm_jax.errors import InputError, bounded
-from cm_jax.generation import default_batch_size, draw_labels, generate, replay
-from cm_jax.networks.precision import Precision
-from cm_jax.published import BUNDLED, DEFAULT, bundled_path, published, published_cifar10
+from cm_jax.errors import InputError, check_int
 from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
+from cm_jax.samplers.generation import default_batch_size, draw_labels, generate, replay
+from cm_jax.types import Keys, Params, Precision
 
 Label = int | str
 """A class by number or by name."""
@@ -133,7 +133,7 @@ class Model:
         """
         self._refuse_denoisers()
         given = checked_images(images, operator, self.config.network.image_shape)
-        count = bounded("variants", variants, 1, 10**6)
+        count = check_int("variants", variants, 1, 10**6)
         if steps is None and timesteps is None and indices is None and sigmas is None:
             sigmas = operator.default_sigmas(self.config.network.image_shape[0])
             steps = EDIT_STEPS if sigmas is None else None
@@ -158,7 +158,7 @@ class Model:
         how much of the images is hidden. Raises InputError.
         """
         self._refuse_denoisers()
-        frames = bounded("frames", frames, 2, 10**6)
+        frames = check_int("frames", frames, 2, 10**6)
         pair = checked_images(np.stack([first, second]), Strokes(), self.config.network.image_shape)
         plan = self.plan(sigmas=stroke_sigmas(pair.shape[1]) if sigmas is None else sigmas)
         keys = jnp.repeat(variant_keys(_as_key(key), 1, 1), frames)
@@ -185,7 +185,7 @@ class Model:
         `sample`. Raises InputError.
         """
         plan = self.plan(steps=steps, timesteps=timesteps, indices=indices, sigmas=sigmas, sampler=sampler)
-        frames = bounded("frames", frames, 2, 10**6)
+        frames = check_int("frames", frames, 2, 10**6)
         parts = slerp_all(
             self.config.function,
             plan.sampler,
@@ -209,7 +209,7 @@ class Model:
         batch_size: int | None = None,
     ) -> Iterator[Float[np.ndarray, "b h w c"]]:
         """As `sample`, a batch at a time, for more images than memory holds. Bad input raises here, not later."""
-        count = bounded("count", count, 1, 10**9)
+        count = check_int("count", count, 1, 10**9)
         chosen = self.draw_labels(key, count) if labels is None else self.labels(labels, count)
         return generate(
             self.config.function,
@@ -278,12 +278,12 @@ class Model:
 
     def save(self, directory: str | Path) -> None:
         """Write a checkpoint that `load` reads, in the precision that the parameters have here."""
-        checkpoints.save(Path(directory), self.config, self.params)
+        native.save(Path(directory), self.config, self.params)
 
     def _batch_size(self, asked: int | None) -> int:
         if asked is None:
             return default_batch_size(self.config.network.image_shape[0]) * len(jax.local_devices())
-        return bounded("batch_size", asked, 1, 10**6)
+        return check_int("batch_size", asked, 1, 10**6)
 
     def _refuse_denoisers(self) -> None:
         if not self.config.distilled:
@@ -322,7 +322,7 @@ class Model:
             known = f"did you mean {close[0]!r}?" if close else "its classes are " + "; ".join(names[:10])
             hint = known if names else f"its classes have no names; give a number from 0 to {classes - 1}"
             raise InputError(f"This model has no class {label!r}: {hint}.".replace("?.", "?"))
-        return bounded("A label", int(label) if isinstance(label, str) else label, 0, classes - 1)
+        return check_int("A label", int(label) if isinstance(label, str) else label, 0, classes - 1)
 
     def _replayed(
         self,
@@ -367,7 +367,7 @@ def find(path_or_name: str | Path) -> Path:
     path, name = Path(path_or_name), str(path_or_name)
     try:
         path = path.expanduser()
-        if (path / "checkpoints").is_dir() and not checkpoints.is_checkpoint(path):
+        if (path / "checkpoints").is_dir() and not native.is_checkpoint(path):
             return _newest(path)
         if path.name == "best" and (path.parent / "checkpoints").is_dir() and not path.exists():
             return _best(path.parent)
@@ -392,17 +392,17 @@ def find(path_or_name: str | Path) -> Path:
 
 
 def _newest(run: Path) -> Path:
-    found = checkpoints.of_run(run)
+    found = native.of_run(run)
     if not found:
         raise InputError(f"The run in {run} has saved no checkpoint yet: train it on, and sample then.")
     return found[max(found)]
 
 
 def _best(run: Path) -> Path:
-    batches = checkpoints.best_of_run(run)
+    batches = native.best_of_run(run)
     if batches is None:
         raise InputError(f"No checkpoint of {run} is the best: it was not evaluated (--evaluation). Give {run} itself.")
-    found = checkpoints.of_run(run).get(batches)
+    found = native.of_run(run).get(batches)
     if found is None:
         raise InputError(f"The best checkpoint of {run}, after {batches} batches, is gone. Give {run} itself.")
     return found
@@ -416,4 +416,4 @@ def _denoise(function: ConsistencyFunction, params: Params, x: Array, sigma: Arr
 def _as_key(key: int | Key[Array, ""]) -> Key[Array, ""]:
     if isinstance(key, jax.Array):
         return key
-    return jax.random.key(bounded("A seed", key, 0, 2**32 - 1))
+    return jax.random.key(check_int("A seed", key, 0, 2**32 - 1))

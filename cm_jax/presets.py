@@ -8,14 +8,24 @@ papers report for their own runs
 import dataclasses
 from collections.abc import Callable
 
-from cm_jax.curricula import AdaptiveRate, Constant, Doubling, FixedRate, Progressive, ShrinkingGap, WarmUp
 from cm_jax.data import EmojiData, ImageFolder, TFDSData
-from cm_jax.distances import PseudoHuber
+from cm_jax.diffusion.curricula import (
+    AdaptiveTargetEMA,
+    Constant,
+    ConstantTargetEMA,
+    Doubling,
+    Progressive,
+    ShrinkingGap,
+    WarmUp,
+)
+from cm_jax.diffusion.distances import PseudoHuber
+from cm_jax.diffusion.noise_distributions import CappedInterval, LogNormal
+from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, MeanFlowPreconditioning
+from cm_jax.diffusion.weightings import Karras
 from cm_jax.networks import SongUNet
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 from cm_jax.networks.song_unet import DDPMPP, NCSNPP
-from cm_jax.noise_laws import CappedInterval, LogNormal
-from cm_jax.noise_levels import EDM_TIME, KarrasGrid
 from cm_jax.objectives import (
     AdaptiveWeight,
     ConsistencyDistillation,
@@ -27,12 +37,10 @@ from cm_jax.objectives import (
     ImprovedConsistencyTraining,
     MeanFlow,
 )
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, FlowScaling
-from cm_jax.training.averages import half_life
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.ema import half_life
 from cm_jax.training.learning_rates import ConstantRate, InverseRootDecay
 from cm_jax.training.optimizers import Adam, RAdam
-from cm_jax.training.training import Training
-from cm_jax.weightings import Karras
 
 replace = dataclasses.replace
 
@@ -44,7 +52,7 @@ _EMOJI_BATCH = 128
 _EMOJI_STEPS = _EMOJI_IMAGES // _EMOJI_BATCH
 _EMOJI_NETWORK = SongUNet(
     width=64,
-    multipliers=(1, 2, 2),
+    channel_mult=(1, 2, 2),
     blocks_per_level=2,
     classes=9,
     embedding="positional",
@@ -52,14 +60,14 @@ _EMOJI_NETWORK = SongUNet(
     pyramid=False,
     dropout=0.1,
 )
-_EDM = EDMScaling(time_factor=EDM_TIME)
-_BOUNDARY = BoundaryScaling(time_factor=EDM_TIME)
+_EDM = EDMPreconditioning(time_factor=EDM_TIME)
+_BOUNDARY = ConsistencyPreconditioning(time_factor=EDM_TIME)
 _EMOJI_TEACHER = "runs/emoji32-edm"
 
-_EMOJI_EDM = Training(
+_EMOJI_EDM = TrainConfig(
     data=EmojiData(),
     network=_EMOJI_NETWORK,
-    scaling=_EDM,
+    preconditioning=_EDM,
     objective=Denoising(),
     optimizer=Adam(ConstantRate(5e-4, warm_up=500), clip_norm=1.0),
     grid=KarrasGrid(levels=40),
@@ -73,39 +81,39 @@ _EMOJI_EDM = Training(
 _EMOJI_STUDENT = replace(
     _EMOJI_EDM,
     network=replace(_EMOJI_NETWORK, dropout=0.0),
-    scaling=_BOUNDARY,
+    preconditioning=_BOUNDARY,
     optimizer=RAdam(ConstantRate(2e-4), clip_norm=1.0),
 )
 _EMOJI_CURRICULUM = Progressive(start=2, end=150, steps=_EMOJI_STEPS)
 
 
-def emoji32_edm() -> Training:
+def emoji32_edm() -> TrainConfig:
     """A denoiser of the bundled emoji, the teacher of what follows (EDM)."""
     return _EMOJI_EDM
 
 
-def emoji32_cd() -> Training:
+def emoji32_cd() -> TrainConfig:
     """Consistency distillation of runs/emoji32-edm: 18 levels, Heun's teacher steps (CM, algorithm 2)."""
     return replace(
         _EMOJI_STUDENT,
         objective=ConsistencyDistillation(Constant(18)),
-        target=FixedRate(0.95),
+        target=ConstantTargetEMA(0.95),
         grid=KarrasGrid(levels=18),
         teacher=_EMOJI_TEACHER,
     )
 
 
-def emoji32_ct() -> Training:
+def emoji32_ct() -> TrainConfig:
     """Consistency training from scratch with a growing number of levels (CM, algorithm 3)."""
     return replace(
         _EMOJI_STUDENT,
         objective=ConsistencyTraining(_EMOJI_CURRICULUM),
-        target=AdaptiveRate(_EMOJI_CURRICULUM, start=0.9),
+        target=AdaptiveTargetEMA(_EMOJI_CURRICULUM, start=0.9),
         grid=KarrasGrid(levels=151),
     )
 
 
-def emoji32_ict() -> Training:
+def emoji32_ict() -> TrainConfig:
     """Improved consistency training from scratch: pseudo-Huber distance, no lagging target (iCT)."""
     return replace(
         _EMOJI_STUDENT,
@@ -115,47 +123,47 @@ def emoji32_ict() -> Training:
     )
 
 
-def emoji32_ect() -> Training:
+def emoji32_ect() -> TrainConfig:
     """Consistency tuning of runs/emoji32-edm, whose weights it begins with (ECT)."""
     return replace(
         _EMOJI_STUDENT,
         network=replace(_EMOJI_NETWORK, dropout=0.2),
-        scaling=_EDM,
+        preconditioning=_EDM,
         objective=EasyConsistencyTuning(gap=ShrinkingGap(steps_per_stage=_EMOJI_STEPS // 8)),
         start=_EMOJI_TEACHER,
     )
 
 
-def emoji32_sct() -> Training:
+def emoji32_sct() -> TrainConfig:
     """Continuous-time consistency training from the weights of runs/emoji32-edm (sCM, sCT)."""
     return replace(
         _EMOJI_STUDENT,
         network=replace(_EMOJI_NETWORK, dropout=0.2, attention="plain"),
-        scaling=_EDM,
+        preconditioning=_EDM,
         objective=ContinuousTraining(LogNormal(-1.0, 1.8), WarmUp(_EMOJI_STEPS // 10), adaptive=AdaptiveWeight()),
         optimizer=Adam(ConstantRate(1e-4), beta2=0.99, clip_norm=1.0),
         start=_EMOJI_TEACHER,
     )
 
 
-def emoji32_scd() -> Training:
+def emoji32_scd() -> TrainConfig:
     """Continuous-time consistency distillation of runs/emoji32-edm (sCM, sCD)."""
     return replace(
         _EMOJI_STUDENT,
         network=replace(_EMOJI_NETWORK, dropout=0.0, attention="plain"),
-        scaling=_EDM,
+        preconditioning=_EDM,
         objective=ContinuousDistillation(LogNormal(-1.0, 1.4), WarmUp(_EMOJI_STEPS // 10), adaptive=AdaptiveWeight()),
         optimizer=Adam(ConstantRate(1e-4), beta2=0.99, clip_norm=1.0),
         teacher=_EMOJI_TEACHER,
     )
 
 
-def emoji32_meanflow() -> Training:
+def emoji32_meanflow() -> TrainConfig:
     """The mean velocity of the straight path, from scratch (MeanFlow)."""
     return replace(
         _EMOJI_STUDENT,
-        network=replace(_EMOJI_NETWORK, dropout=0.1, attention="plain", interval_clock=True),
-        scaling=FlowScaling(),
+        network=replace(_EMOJI_NETWORK, dropout=0.1, attention="plain", interval_embedding=True),
+        preconditioning=MeanFlowPreconditioning(),
         objective=MeanFlow(),
         optimizer=Adam(ConstantRate(3e-4, warm_up=500), beta2=0.95, clip_norm=1.0),
     )
@@ -163,10 +171,10 @@ def emoji32_meanflow() -> Training:
 
 # CIFAR-10, unconditional, as the papers train it.
 
-_CIFAR_EDM = Training(
+_CIFAR_EDM = TrainConfig(
     data=TFDSData("cifar10"),
     network=replace(NCSNPP, dropout=0.13),
-    scaling=_EDM,
+    preconditioning=_EDM,
     objective=Denoising(),
     optimizer=Adam(ConstantRate(1e-3, warm_up=19_531)),
     grid=KarrasGrid(levels=18),
@@ -181,7 +189,7 @@ _CIFAR_TEACHER = "runs/cifar10-edm"
 _CIFAR_STUDENT = replace(
     _CIFAR_EDM,
     network=NCSNPP,
-    scaling=_BOUNDARY,
+    preconditioning=_BOUNDARY,
     optimizer=RAdam(ConstantRate(4e-4)),
     images=409_600_000,
     averages=(0.9999,),
@@ -193,17 +201,17 @@ _CIFAR_DDPMPP = replace(
 )
 
 
-def cifar10_edm() -> Training:
+def cifar10_edm() -> TrainConfig:
     """A denoiser with NCSN++, the teacher of cifar10-cd (EDM: FID 1.98)."""
     return _CIFAR_EDM
 
 
-def cifar10_edm_ddpmpp() -> Training:
+def cifar10_edm_ddpmpp() -> TrainConfig:
     """A denoiser with DDPM++, from which ECT and sCM begin (EDM: FID 1.97)."""
     return _CIFAR_DDPMPP
 
 
-def cifar10_cd() -> Training:
+def cifar10_cd() -> TrainConfig:
     """Consistency distillation of runs/cifar10-edm (CM: with LPIPS FID 3.55, in two steps 2.93). Squared distance
     unless told otherwise.
     """
@@ -214,17 +222,17 @@ def cifar10_cd() -> Training:
     )
 
 
-def cifar10_ct() -> Training:
+def cifar10_ct() -> TrainConfig:
     """Consistency training (CM: with LPIPS FID 8.70, in two steps 5.83). Squared distance unless told otherwise."""
     return replace(
         _CIFAR_STUDENT,
         objective=ConsistencyTraining(_CIFAR_CURRICULUM),
-        target=AdaptiveRate(_CIFAR_CURRICULUM, start=0.9),
+        target=AdaptiveTargetEMA(_CIFAR_CURRICULUM, start=0.9),
         grid=KarrasGrid(levels=151),
     )
 
 
-def cifar10_ict() -> Training:
+def cifar10_ict() -> TrainConfig:
     """Improved consistency training (iCT: FID 2.83, in two steps 2.46)."""
     return replace(
         _CIFAR_STUDENT,
@@ -237,12 +245,12 @@ def cifar10_ict() -> Training:
     )
 
 
-def cifar10_ect() -> Training:
+def cifar10_ect() -> TrainConfig:
     """Consistency tuning of runs/cifar10-edm-ddpmpp (ECT at these 51 million images: FID 3.60, in two steps 2.11)."""
     return replace(
         _CIFAR_STUDENT,
         network=replace(DDPMPP, dropout=0.2),
-        scaling=_EDM,
+        preconditioning=_EDM,
         objective=EasyConsistencyTuning(gap=ShrinkingGap(steps_per_stage=25_000)),
         optimizer=RAdam(ConstantRate(1e-4)),
         batch_size=128,
@@ -252,12 +260,12 @@ def cifar10_ect() -> Training:
     )
 
 
-def cifar10_sct() -> Training:
+def cifar10_sct() -> TrainConfig:
     """Continuous-time consistency training (sCT: FID 2.85, in two steps 2.06)."""
     return replace(
         _CIFAR_STUDENT,
         network=replace(DDPMPP, dropout=0.2, attention="plain"),
-        scaling=_EDM,
+        preconditioning=_EDM,
         objective=ContinuousTraining(LogNormal(-1.0, 1.8), adaptive=AdaptiveWeight()),
         optimizer=RAdam(ConstantRate(1e-4), beta2=0.99),
         images=204_800_000,
@@ -266,12 +274,12 @@ def cifar10_sct() -> Training:
     )
 
 
-def cifar10_scd() -> Training:
+def cifar10_scd() -> TrainConfig:
     """Continuous-time consistency distillation of runs/cifar10-edm-ddpmpp (sCD: FID 3.66, in two steps 2.52)."""
     return replace(
         _CIFAR_STUDENT,
         network=replace(DDPMPP, attention="plain"),
-        scaling=_EDM,
+        preconditioning=_EDM,
         objective=ContinuousDistillation(LogNormal(-1.0, 1.4), adaptive=AdaptiveWeight()),
         optimizer=RAdam(ConstantRate(1e-4), beta2=0.99),
         images=204_800_000,
@@ -280,12 +288,12 @@ def cifar10_scd() -> Training:
     )
 
 
-def cifar10_meanflow() -> Training:
+def cifar10_meanflow() -> TrainConfig:
     """MeanFlow with its authors' settings for CIFAR-10, without their augmentation (MeanFlow: FID 2.92)."""
     return replace(
         _CIFAR_STUDENT,
-        network=replace(DDPMPP, resampling="fir", dropout=0.2, attention="plain", interval_clock=True),
-        scaling=FlowScaling(),
+        network=replace(DDPMPP, resampling="fir", dropout=0.2, attention="plain", interval_embedding=True),
+        preconditioning=MeanFlowPreconditioning(),
         objective=MeanFlow(CappedInterval(), power=0.75, epsilon=1e-3),
         optimizer=Adam(ConstantRate(6e-4, warm_up=9_766)),
         batch_size=1024,
@@ -297,10 +305,10 @@ def cifar10_meanflow() -> Training:
 
 _SLOW = half_life(50_000_000, 4096)
 _IMAGENET_NETWORK = replace(IMAGENET64, precision="bfloat16")
-_IMAGENET_EDM = Training(
+_IMAGENET_EDM = TrainConfig(
     data=TFDSData("imagenet_resized/64x64"),
     network=replace(_IMAGENET_NETWORK, dropout=0.1),
-    scaling=EDMScaling(),
+    preconditioning=EDMPreconditioning(),
     objective=Denoising(),
     optimizer=RAdam(ConstantRate(1e-4)),
     batch_size=4096,
@@ -313,7 +321,7 @@ _IMAGENET_EDM = Training(
 _IMAGENET_STUDENT = replace(
     _IMAGENET_EDM,
     network=_IMAGENET_NETWORK,
-    scaling=BoundaryScaling(),
+    preconditioning=ConsistencyPreconditioning(),
     batch_size=2048,
     averages=(_SLOW, 0.999, 0.9999),
 )
@@ -327,16 +335,18 @@ _LSUN_EDM = replace(
     batch_size=256,
     images=256_000_000,
 )
-_LSUN_STUDENT = replace(_LSUN_EDM, network=_LSUN_NETWORK, scaling=BoundaryScaling(), averages=(_SLOW, 0.99994, 0.9999))
+_LSUN_STUDENT = replace(
+    _LSUN_EDM, network=_LSUN_NETWORK, preconditioning=ConsistencyPreconditioning(), averages=(_SLOW, 0.99994, 0.9999)
+)
 _LSUN_CURRICULUM = Progressive(start=2, end=150, steps=1_000_000)
 
 
-def imagenet64_edm() -> Training:
+def imagenet64_edm() -> TrainConfig:
     """A denoiser, the original's teacher (EDM: FID 2.44)."""
     return _IMAGENET_EDM
 
 
-def imagenet64_cd() -> Training:
+def imagenet64_cd() -> TrainConfig:
     """Consistency distillation of edm_imagenet64_ema.pt (CM: with LPIPS FID 6.20, in two steps 4.70). Squared distance
     unless told otherwise.
     """
@@ -344,26 +354,26 @@ def imagenet64_cd() -> Training:
         _IMAGENET_STUDENT,
         objective=ConsistencyDistillation(Constant(40)),
         optimizer=RAdam(ConstantRate(8e-6)),
-        target=FixedRate(0.95),
+        target=ConstantTargetEMA(0.95),
         images=600_000 * 2048,
         teacher=_IMAGENET_TEACHER,
     )
 
 
-def imagenet64_ct() -> Training:
+def imagenet64_ct() -> TrainConfig:
     """Consistency training (CM: with LPIPS FID 13.0, in two steps 11.1). Squared distance unless told otherwise; the
     original's commands begin with the teacher's weights (--start), its paper from scratch.
     """
     return replace(
         _IMAGENET_STUDENT,
         objective=ConsistencyTraining(_IMAGENET_CURRICULUM),
-        target=AdaptiveRate(_IMAGENET_CURRICULUM, start=0.95),
+        target=AdaptiveTargetEMA(_IMAGENET_CURRICULUM, start=0.95),
         grid=KarrasGrid(levels=201),
         images=800_000 * 2048,
     )
 
 
-def imagenet64_ict() -> Training:
+def imagenet64_ict() -> TrainConfig:
     """Improved consistency training (iCT: FID 4.02, in two steps 3.20)."""
     return replace(
         _IMAGENET_STUDENT,
@@ -376,14 +386,14 @@ def imagenet64_ict() -> Training:
     )
 
 
-def imagenet64_ect() -> Training:
+def imagenet64_ect() -> TrainConfig:
     """Consistency tuning of edm_imagenet64_ema.pt with ECT's settings for ImageNet (ECT, from an EDM2 network: FID 4.05
     to 2.49 by its size, in two steps 2.79 to 1.67).
     """
     return replace(
         _IMAGENET_STUDENT,
         network=replace(_IMAGENET_NETWORK, dropout=0.4, dropout_size=16),
-        scaling=EDMScaling(),
+        preconditioning=EDMPreconditioning(),
         objective=EasyConsistencyTuning(
             LogNormal(-0.8, 1.6),
             ShrinkingGap(ratio=4.0, steps_per_stage=25_000, stages=4),
@@ -398,14 +408,14 @@ def imagenet64_ect() -> Training:
     )
 
 
-def imagenet64_sct() -> Training:
+def imagenet64_sct() -> TrainConfig:
     """Continuous-time consistency training from edm_imagenet64_ema.pt (sCT, from a TrigFlow network: FID 2.04, in two
     steps 1.48).
     """
     return replace(
         _IMAGENET_STUDENT,
         network=replace(_IMAGENET_NETWORK, dropout=0.45, dropout_size=16, attention="plain"),
-        scaling=EDMScaling(),
+        preconditioning=EDMPreconditioning(),
         objective=ContinuousTraining(LogNormal(-1.0, 1.6), adaptive=AdaptiveWeight()),
         optimizer=Adam(InverseRootDecay(1e-4, steps=35_000), beta2=0.99, epsilon=1e-11),
         images=400_000 * 2048,
@@ -414,14 +424,14 @@ def imagenet64_sct() -> Training:
     )
 
 
-def imagenet64_scd() -> Training:
+def imagenet64_scd() -> TrainConfig:
     """Continuous-time consistency distillation of edm_imagenet64_ema.pt (sCD, from a TrigFlow network: FID 2.44, in two
     steps 1.66).
     """
     return replace(
         _IMAGENET_STUDENT,
         network=replace(_IMAGENET_NETWORK, attention="plain"),
-        scaling=EDMScaling(),
+        preconditioning=EDMPreconditioning(),
         objective=ContinuousDistillation(LogNormal(-1.0, 1.6), adaptive=AdaptiveWeight()),
         optimizer=Adam(InverseRootDecay(1e-4, steps=35_000), beta2=0.99, epsilon=1e-11),
         images=400_000 * 2048,
@@ -430,12 +440,12 @@ def imagenet64_scd() -> Training:
     )
 
 
-def lsun256_edm() -> Training:
+def lsun256_edm() -> TrainConfig:
     """A denoiser of LSUN bedrooms in a folder lsun_bedroom (EDM: FID 3.57)."""
     return _LSUN_EDM
 
 
-def lsun256_cd() -> Training:
+def lsun256_cd() -> TrainConfig:
     """Consistency distillation of edm_bedroom256_ema.pt (CM: with LPIPS FID 7.80, in two steps 5.22). Squared distance
     unless told otherwise.
     """
@@ -443,25 +453,25 @@ def lsun256_cd() -> Training:
         _LSUN_STUDENT,
         objective=ConsistencyDistillation(Constant(40)),
         optimizer=RAdam(ConstantRate(1e-5)),
-        target=FixedRate(0.95),
+        target=ConstantTargetEMA(0.95),
         images=600_000 * 256,
         teacher="edm_bedroom256_ema.pt",
     )
 
 
-def lsun256_ct() -> Training:
+def lsun256_ct() -> TrainConfig:
     """Consistency training (CM: with LPIPS FID 16.0, in two steps 7.85). Squared distance unless told otherwise."""
     return replace(
         _LSUN_STUDENT,
         objective=ConsistencyTraining(_LSUN_CURRICULUM),
         optimizer=RAdam(ConstantRate(5e-5)),
-        target=AdaptiveRate(_LSUN_CURRICULUM, start=0.95),
+        target=AdaptiveTargetEMA(_LSUN_CURRICULUM, start=0.95),
         grid=KarrasGrid(levels=151),
         images=1_000_000 * 256,
     )
 
 
-PRESETS: dict[str, Callable[[], Training]] = {
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "emoji32-edm": emoji32_edm,
     "emoji32-cd": emoji32_cd,
     "emoji32-ct": emoji32_ct,

@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm_jax.arrays import Denoiser, Params, leaves
-from cm_jax.conversion import Untold, read
-from cm_jax.conversion.formats import Format
-from cm_jax.conversion.rules import LazyTensor, to_ours
-from cm_jax.networks import ADMUNet, Network
+from cm_jax.conversion import CheckpointHints, read
+from cm_jax.conversion.rules import to_ours
+from cm_jax.conversion.unet_formats import Format
+from cm_jax.io.safetensors import LazyTensor
+from cm_jax.networks import ADMUNet
+from cm_jax.types import Denoiser, Network, Params, leaves
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
-EMOJI = ROOT / "cm_jax" / "bundled" / "emoji16_cd.pt"
+EMOJI = ROOT / "cm_jax" / "assets" / "emoji16_cd.pt"
 
 SMALL = ADMUNet(
-    image_size=16, width=32, multipliers=(1, 2), blocks_per_level=1, attention_factors=(2,), head_width=16, classes=10
+    image_size=16, width=32, channel_mult=(1, 2), blocks_per_level=1, attention_factors=(2,), head_dim=16, classes=10
 )
 """The network of goldens adm_class_cond."""
 
@@ -42,8 +43,8 @@ def relative(ours, theirs) -> float:
 def adm_golden(name: str) -> tuple[ADMUNet, Params, dict[str, np.ndarray]]:
     """Network, float32 parameters and recorded arrays of goldens adm_{name}, converted as a user's file would be."""
     described = json.loads((DATA / "openai" / f"adm_{name}.json").read_text())
-    untold = Untold(described.get("num_head_channels"), described.get("num_heads"), "consistency", 40, 16)
-    source = read(DATA / "openai" / f"adm_{name}.pt", untold)
+    hints = CheckpointHints(described.get("num_head_channels"), described.get("num_heads"), "consistency", 40, 16)
+    source = read(DATA / "openai" / f"adm_{name}.pt", hints)
     network = source.config.network
     assert isinstance(network, ADMUNet)
     with np.load(DATA / "openai" / f"adm_{name}_forward.npz") as recorded:
@@ -92,9 +93,9 @@ def compiled(network: Network) -> Network:
     return same
 
 
-def gaussian_denoiser(deviation: float = 0.5) -> Denoiser:
+def gaussian_denoiser(std: float = 0.5) -> Denoiser:
     """The exact D(x, sigma) for data from N(0, deviation^2): x deviation^2 / (deviation^2 + sigma^2)."""
-    return lambda x, sigma: x * (deviation**2 / (deviation**2 + sigma[:, None, None, None] ** 2))
+    return lambda x, sigma: x * (std**2 / (std**2 + sigma[:, None, None, None] ** 2))
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,7 @@ class ToyNetwork:
             sizes["table"] = (self.classes, self.width)
         return {"mlp": {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}}
 
-    def initialise(self, key):
+    def initialize(self, key):
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.1), jnp.float32), self.shapes())
 

@@ -1,4 +1,4 @@
-"""Build cm_jax/bundled/emoji32.npz: python -m tools.build_emoji32 EMOJI64.npz
+"""Build cm_jax/assets/emoji32.npz: python -m tools.build_emoji32 EMOJI64.npz
 
 EMOJI64.npz holds the 64-pixel images of the npm packages emoji-datasource-google and emoji-datasource-twitter 16.0.0 on
 white: images, labels, label_names, vendor, unified (code points), is_base (no skin tone). The emoji without skin tones
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from cm_jax.files import written_beside
+from cm_jax.io.atomic import atomic_write
 
-DESTINATION = Path(__file__).resolve().parent.parent / "cm_jax" / "bundled" / "emoji32.npz"
+DESTINATION = Path(__file__).resolve().parent.parent / "cm_jax" / "assets" / "emoji32.npz"
 
 
 def halved(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n half_h half_w c"]:
@@ -56,7 +56,7 @@ def main() -> None:
     if not source.is_file():
         parser.error(f"there is no file {source}.")
     arrays = build(source)
-    with written_beside(DESTINATION) as beside, beside.open("wb") as file:
+    with atomic_write(DESTINATION) as beside, beside.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     held_out = int(arrays["held_out"].sum())
     print(f"{len(arrays['images'])} images, {held_out} held out, {DESTINATION.stat().st_size:,} bytes")

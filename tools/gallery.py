@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 
+from cm_jax.checkpoints.published import DEFAULT
 from cm_jax.data.emoji import bundled
-from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, fitting
+from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError
-from cm_jax.files import written_beside
-from cm_jax.images import grid, quantise
+from cm_jax.io.atomic import atomic_write
+from cm_jax.io.images import grid, quantize
 from cm_jax.model import Model, load
-from cm_jax.published import DEFAULT
 
 Images = Float[np.ndarray, "b h w c"]
 
@@ -96,14 +96,14 @@ def edits(model: Model, operator: Operator, known: str) -> Image.Image:
 def inpainted(model: Model) -> Image.Image:
     """The lower part of every picture painted anew."""
     size = model.config.network.image_size
-    hole = fitting.hole_in((size // 8, size // 2, size - size // 8, size), size, size)
+    hole = photos.hole_in((size // 8, size // 2, size - size // 8, size), size, size)
     return edits(model, Mask(np.repeat(~hole[None, ..., None], len(PICTURES), 0)), "known")
 
 
 def repainted(model: Model) -> Image.Image:
     """Pictures like a drawing of a few strokes."""
     size = model.config.network.image_size
-    drawn = [fitting.fitted(fitting.read(IMAGES / "emoji" / f"{name}.png"), size) for name in DRAWINGS]
+    drawn = [photos.fitted(photos.read(IMAGES / "emoji" / f"{name}.png"), size) for name in DRAWINGS]
     edited = model.edit(0, np.stack(drawn), Strokes(), labels=list(DRAWINGS.values()), variants=VARIANTS + 1)
     columns = [np.stack(drawn), *by_variant(edited, len(drawn))]
     return sheet(across(columns), len(columns), ["a face", "a flag"], ["given", "edits"])
@@ -125,7 +125,7 @@ def emoji(codes: Iterable[str], model: Model) -> tuple[Images, list[int]]:
     """Noto's emoji of these code points at the model's size, and their classes."""
     arrays, size = bundled(), model.config.network.image_size
     found = [np.flatnonzero((arrays["unified"] == code) & (arrays["vendor"] == 0))[0] for code in codes]
-    shown = [fitting.fitted(Image.fromarray(arrays["images"][index]), size) for index in found]
+    shown = [photos.fitted(Image.fromarray(arrays["images"][index]), size) for index in found]
     return np.stack(shown), [int(arrays["labels"][index]) for index in found]
 
 
@@ -142,7 +142,7 @@ def across(columns: Sequence[Images]) -> Images:
 def sheet(images: Images, columns: int, row_names: Sequence[str] = (), headings: Sequence[str] = ()) -> Image.Image:
     """A grid of images enlarged to some 96 pixels, with names at the left and headings above the columns."""
     zoom = _SIDE // images.shape[1]
-    rows = grid(quantise(images).repeat(zoom, 1).repeat(zoom, 2), columns, row_names, _GAP)
+    rows = grid(quantize(images).repeat(zoom, 1).repeat(zoom, 2), columns, row_names, _GAP)
     if not headings:
         return rows
     font, step = ImageFont.load_default(size=16), images.shape[2] * zoom + _GAP
@@ -182,14 +182,14 @@ def main() -> None:
         "noises": lambda: noises(model),
         "pictures": lambda: pictures(model),
         "inpaint": lambda: inpainted(model),
-        "colourise": lambda: edits(model, Luma(), "known"),
+        "colorize": lambda: edits(model, Luma(), "known"),
         "superres": lambda: edits(model, PatchMean(4), "known"),
         "strokes": lambda: repainted(model),
         "denoise": lambda: denoised(model),
     }
     for name, draw in drawn.items():
         path = arguments.folder / f"gallery_{name}.png"
-        with written_beside(path) as beside:
+        with atomic_write(path) as beside:
             draw().save(beside, "PNG", optimize=True)
         size = path.stat().st_size
         print(f"{path.name}: {size:,} bytes{', too large for a page' if size > _LARGEST else ''}", flush=True)

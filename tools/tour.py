@@ -9,7 +9,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from cm_jax.files import written_beside
+from cm_jax.io.atomic import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 TOUR = ROOT / "docs" / "tour.ipynb"
@@ -53,7 +53,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     notebook = executed(read())
     notebook.metadata.pop("language_info", None)  # it would name a version of Python
-    with written_beside(TOUR) as beside:
+    with atomic_write(TOUR) as beside:
         nbformat.write(notebook, beside)
     print(f"{len(pictures(notebook))} pictures, {TOUR.stat().st_size:,} bytes in all")
 

@@ -10,12 +10,12 @@ import jax
 import tyro
 
 from cm_jax import conversion
+from cm_jax.checkpoints.single_file import halved
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import say
-from cm_jax.conversion.single_file import halved
-from cm_jax.conversion.sources import ScalingName
-from cm_jax.errors import InputError, listed
-from cm_jax.files import check_writable, named
+from cm_jax.conversion.read import PreconditioningName
+from cm_jax.errors import InputError, indented_list
+from cm_jax.io.atomic import check_writable, user_path
 from cm_jax.model import find
 from cm_jax.networks.fir import Filter
 
@@ -39,11 +39,11 @@ class Convert:
     """Default: openai for a destination that ends in .pt, else ours: a folder, or one file where the destination ends
     in .safetensors. lpips, inception: a .safetensors file with the
     weights of the distance or of the metrics; docs/conversion.md tells where SOURCE comes from."""
-    head_width: int | None = None
+    head_dim: int | None = None
     """Channels of an attention head (64 in the published networks)."""
     heads: int | None = None
     """Number of attention heads, where that is what all levels share."""
-    scalings: ScalingName | None = None
+    preconditioning: PreconditioningName | None = None
     """consistency: f with f(x, sigma_min) = x; edm: a denoiser, such as a teacher."""
     levels: int | None = None
     """Number of levels of the grid that timesteps and indices count (40 for CD; 201 or 151 for CT)."""
@@ -73,27 +73,27 @@ def convert(arguments: Convert) -> None:
     suffix = arguments.destination.suffix.lower()
     kind = arguments.to or ("openai" if suffix == ".pt" else "ours")
     file = kind == "openai" or (kind == "ours" and suffix == ".safetensors")
-    if not file and named(arguments.destination).exists():
+    if not file and user_path(arguments.destination).exists():
         raise InputError(f"{arguments.destination} exists already: name another destination, or remove it first.")
     if not file and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
         raise InputError(f"{arguments.destination} looks like a file, and --to {kind} writes a folder: name a folder.")
     check_writable(arguments.destination, folder=not file)
-    untold = conversion.Untold(
-        arguments.head_width,
+    hints = conversion.CheckpointHints(
+        arguments.head_dim,
         arguments.heads,
-        arguments.scalings,
+        arguments.preconditioning,
         arguments.levels,
         arguments.image_size,
         numbers("attention-factors", arguments.attention_factors, int),
         arguments.resampling,
     )
     began = time.perf_counter()
-    source = conversion.read(find(arguments.source), untold)
+    source = conversion.read(find(arguments.source), hints)
     network = source.config.network
     parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
     say(f"Read {arguments.source}: {_architecture(source)}; {parameters:,} parameters.")
     if source.overridden:
-        say(f"As you say, and not as it does:\n  {listed(source.overridden)}")
+        say(f"As you say, and not as it does:\n  {indented_list(source.overridden)}")
     if arguments.check:
         parity = compare(source)
         say(parity.report())
@@ -113,8 +113,8 @@ def convert(arguments: Convert) -> None:
 
 def _convert_weights(arguments: Convert) -> None:
     """The weights of LPIPS or of Inception, from others' files to ours."""
-    from cm_jax import inception, perceptual
-    from cm_jax.conversion import judges
+    from cm_jax.conversion import metric_networks
+    from cm_jax.feature_networks import inception, lpips
 
     mine = ("source", "destination", "to") + (("lpips_heads",) if arguments.to == "lpips" else ())
     flags = [field for field in dataclasses.fields(Convert) if field.name not in mine]
@@ -125,13 +125,19 @@ def _convert_weights(arguments: Convert) -> None:
         raise InputError(f"--to {arguments.to} writes one file: name it {arguments.destination.stem}.safetensors.")
     check_writable(arguments.destination, folder=False)
     if arguments.to == "lpips":
-        params = judges.read_lpips(named(arguments.source), arguments.lpips_heads and named(arguments.lpips_heads))
-        what, file, published = "VGG16 and the heads of LPIPS", perceptual.FILE, judges.LPIPS_DIGEST
+        params = metric_networks.read_lpips(
+            user_path(arguments.source), arguments.lpips_heads and user_path(arguments.lpips_heads)
+        )
+        what, file, published = "VGG16 and the heads of LPIPS", lpips.FILE, metric_networks.LPIPS_DIGEST
     else:
-        params = judges.read_inception(named(arguments.source))
+        params = metric_networks.read_inception(user_path(arguments.source))
         classifier = "with" if "logits" in params else "without"
-        what, file, published = f"Inception-V3 {classifier} classes", inception.FILE, judges.INCEPTION_DIGEST
-    known = "those published" if judges.digest(params) == published else "NOT those published: retrained, or damaged"
+        what, file, published = f"Inception-V3 {classifier} classes", inception.FILE, metric_networks.INCEPTION_DIGEST
+    known = (
+        "those published"
+        if metric_networks.digest(params) == published
+        else "NOT those published: retrained, or damaged"
+    )
     say(f"Read {arguments.source}: {what}; its numbers are {known}.")
     file.save(arguments.destination, params)
     say(f"Wrote {arguments.destination}. To use it: export {file.variable}={shlex.quote(str(arguments.destination))}")

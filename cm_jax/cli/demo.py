@@ -9,10 +9,10 @@ from typing import Annotated
 
 import tyro
 
+from cm_jax.checkpoints.published import BUNDLED
 from cm_jax.cli.running import say, use_compilation_cache
-from cm_jax.errors import InputError, bounded
+from cm_jax.errors import InputError, check_int
 from cm_jax.model import find
-from cm_jax.published import BUNDLED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Demo:
 
 def demo(arguments: Demo) -> None:
     """Serve the page until interrupted."""
-    bounded("--port", arguments.port, 1, 2**16 - 1)
+    check_int("--port", arguments.port, 1, 2**16 - 1)
     names = arguments.checkpoints or tuple(BUNDLED)
     checkpoints = {name: find(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="cm_jax-") as folder:

@@ -12,15 +12,15 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from cm_jax.checkpoints.published import DEFAULT
 from cm_jax.cli.parsing import chosen, numbers, parsed
 from cm_jax.cli.running import compilation_time, say, use_compilation_cache
-from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, fitting
-from cm_jax.errors import InputError, bounded
-from cm_jax.files import check_writable, written_beside
-from cm_jax.images import grid, quantise, save_grid
+from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
+from cm_jax.errors import InputError, check_int
+from cm_jax.io.atomic import atomic_write, check_writable
+from cm_jax.io.images import grid, quantize, save_grid
 from cm_jax.model import Model, find, load
-from cm_jax.networks.precision import Precision
-from cm_jax.published import DEFAULT
+from cm_jax.types import Precision
 
 _LARGEST_GRID = 4096
 
@@ -87,7 +87,7 @@ class Inpaint(_Steps):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Colourise(_Steps):
+class Colorize(_Steps):
     """Colour grey pictures. Of pictures in colour the brightness is kept."""
 
 
@@ -152,24 +152,24 @@ def _inpaint(arguments: Inpaint) -> None:
 
     def hole(picture: Image.Image) -> np.ndarray:
         if arguments.mask is not None:
-            return fitting.hole_of(fitting.read(arguments.mask), *picture.size)
+            return photos.hole_of(photos.read(arguments.mask), *picture.size)
         box = numbers("box", arguments.box, int)
         if box is None or len(box) != 4:
             raise InputError(f"--box wants left,top,right,bottom, got {arguments.box!r}.")
-        return fitting.hole_in(box, *picture.size)
+        return photos.hole_in(box, *picture.size)
 
     pictures = _read(arguments)
     holes = [hole(picture) for picture in pictures]
     model = _model(arguments)
     size = model.config.network.image_shape[0]
-    known = ~np.stack([fitting.fitted_hole(each, size) for each in holes])[..., None]
-    _edit(arguments, model, pictures, [fitting.fitted(picture, size) for picture in pictures], Mask(known), holes)
+    known = ~np.stack([photos.fitted_hole(each, size) for each in holes])[..., None]
+    _edit(arguments, model, pictures, [photos.fitted(picture, size) for picture in pictures], Mask(known), holes)
 
 
-def _colourise(arguments: Colourise) -> None:
+def _colourise(arguments: Colorize) -> None:
     pictures, model = _read(arguments), _model(arguments)
     size = model.config.network.image_shape[0]
-    _edit(arguments, model, pictures, [fitting.fitted(picture, size) for picture in pictures], Luma())
+    _edit(arguments, model, pictures, [photos.fitted(picture, size) for picture in pictures], Luma())
 
 
 def _super_resolve(arguments: SuperResolve) -> None:
@@ -180,7 +180,7 @@ def _super_resolve(arguments: SuperResolve) -> None:
 
     def fit(picture: Image.Image) -> np.ndarray:
         tiny = min(picture.size) <= small
-        return fitting.enlarged(picture, size, arguments.patch) if tiny else fitting.fitted(picture, size)
+        return photos.enlarged(picture, size, arguments.patch) if tiny else photos.fitted(picture, size)
 
     _edit(arguments, model, pictures, [fit(picture) for picture in pictures], operator)
 
@@ -188,15 +188,15 @@ def _super_resolve(arguments: SuperResolve) -> None:
 def _repaint(arguments: Repaint) -> None:
     pictures, model = _read(arguments), _model(arguments)
     size = model.config.network.image_shape[0]
-    _edit(arguments, model, pictures, [fitting.fitted(picture, size) for picture in pictures], Strokes())
+    _edit(arguments, model, pictures, [photos.fitted(picture, size) for picture in pictures], Strokes())
 
 
 def _denoise(arguments: Denoise) -> None:
     pictures, model = _read(arguments), _model(arguments)
     size = model.config.network.image_shape[0]
-    images = [fitting.fitted(picture, size) for picture in pictures]
+    images = [photos.fitted(picture, size) for picture in pictures]
     if arguments.add:
-        bounded("A seed", arguments.seed, 0, 2**32 - 1)
+        check_int("A seed", arguments.seed, 0, 2**32 - 1)
         dice = np.random.default_rng(arguments.seed)
         images = [image + arguments.sigma * dice.standard_normal(image.shape, np.float32) for image in images]
     _edit(arguments, model, pictures, images, Noisy())
@@ -212,7 +212,7 @@ def _edit(
 ) -> None:
     """Edit the fitted images, and write the grid and the folder."""
     given = np.stack(images)
-    columns = bounded("variants", arguments.variants, 1, _LARGEST_GRID // len(given))
+    columns = check_int("variants", arguments.variants, 1, _LARGEST_GRID // len(given))
     _tell(arguments.pictures, pictures, given.shape[1])
     began = time.perf_counter()
     with compilation_time() as compiled:
@@ -225,8 +225,8 @@ def _edit(
             batch_size=arguments.batch_size,
             **arguments.levels(),
         )
-    edits = quantise(edits).reshape(len(given), columns, *given.shape[1:])
-    before, known = (quantise(np.asarray(shown))[:, None] for shown in (given, operator.shown(jnp.asarray(given))))
+    edits = quantize(edits).reshape(len(given), columns, *given.shape[1:])
+    before, known = (quantize(np.asarray(shown))[:, None] for shown in (given, operator.shown(jnp.asarray(given))))
     parts = [before, edits] if np.array_equal(before, known) else [before, known, edits]
     rows = np.concatenate(parts, axis=1)
     save_grid(arguments.output, grid(rows.reshape(-1, *given.shape[1:]), rows.shape[1]))
@@ -234,11 +234,11 @@ def _edit(
     what = "given, edits" if len(parts) == 2 else "given, what is known of it, edits"
     say(f"Each row of {arguments.output}: {what}.")
     if arguments.folder is not None:
-        with written_beside(arguments.folder) as beside:
+        with atomic_write(arguments.folder) as beside:
             beside.mkdir()
             for row, column in itertools.product(range(len(given)), range(columns)):
                 hole = holes[row] if holes else None
-                whole = fitting.back(pictures[row], edits[row, column], hole)
+                whole = photos.back(pictures[row], edits[row, column], hole)
                 whole.save(beside / f"{row:03d}_{arguments.pictures[row].stem}_{column:02d}.png")
         say(f"Each by itself, at its picture's size, is in {arguments.folder}.")
 
@@ -248,8 +248,8 @@ def _interpolate(arguments: Interpolate) -> None:
     seeds, sigmas = numbers("seeds", arguments.seeds, int), numbers("sigmas", arguments.sigmas, float)
     if len(seeds or arguments.pictures) != 2 or (seeds and arguments.pictures):
         raise InputError("Give two pictures, or --seeds with two numbers.")
-    frames = bounded("frames", arguments.frames, 2, _LARGEST_GRID)
-    pictures = [fitting.read(path) for path in arguments.pictures]
+    frames = check_int("frames", arguments.frames, 2, _LARGEST_GRID)
+    pictures = [photos.read(path) for path in arguments.pictures]
     model = _model(arguments)
     labels, batch_size = _labels(arguments.labels), arguments.batch_size
     if seeds:
@@ -259,12 +259,12 @@ def _interpolate(arguments: Interpolate) -> None:
     else:
         size = model.config.network.image_shape[0]
         _tell(arguments.pictures, pictures, size)
-        ends = [fitting.fitted(picture, size) for picture in pictures]
+        ends = [photos.fitted(picture, size) for picture in pictures]
         images = model.interpolate_images(
             arguments.seed, ends[0], ends[1], frames, labels=labels, sigmas=sigmas, batch_size=batch_size
         )
         images = np.stack([ends[0], *images, ends[1]])
-    save_grid(arguments.output, grid(quantise(images), len(images)))
+    save_grid(arguments.output, grid(quantize(images), len(images)))
     say(f"From left to right in {arguments.output}{'' if seeds else ', the pictures themselves at both ends'}.")
 
 
@@ -272,7 +272,7 @@ def _read(arguments: _Pictures) -> list[Image.Image]:
     _check_output(arguments.output, arguments.folder)
     if not 1 <= len(arguments.pictures) <= _LARGEST_GRID:
         raise InputError(f"Name the pictures to edit, 1 to {_LARGEST_GRID}; got {len(arguments.pictures)}.")
-    return [fitting.read(path) for path in arguments.pictures]
+    return [photos.read(path) for path in arguments.pictures]
 
 
 def _check_output(output: Path, folder: Path | None) -> None:
@@ -286,13 +286,13 @@ def _check_output(output: Path, folder: Path | None) -> None:
 def _model(arguments: _Edit) -> Model:
     use_compilation_cache(arguments.compilation_cache)
     model = load(find(arguments.checkpoint), precision=arguments.precision)
-    fitting.square_side(model.config.network.image_shape)
+    photos.square_side(model.config.network.image_shape)
     return model
 
 
 def _tell(paths: Sequence[Path], pictures: Sequence[Image.Image], size: int) -> None:
     for path, picture in zip(paths, pictures, strict=True):
-        line = fitting.told(picture, path.name, size)
+        line = photos.told(picture, path.name, size)
         if line:
             say(line)
 
@@ -303,7 +303,7 @@ def _labels(text: str) -> list[str] | None:
 
 _KINDS: dict[str, type[_Edit]] = {
     "inpaint": Inpaint,
-    "colourise": Colourise,
+    "colorize": Colorize,
     "superres": SuperResolve,
     "repaint": Repaint,
     "denoise": Denoise,
@@ -311,7 +311,7 @@ _KINDS: dict[str, type[_Edit]] = {
 }
 _EDITS: dict[type[_Edit], Callable[[Any], None]] = {
     Inpaint: _inpaint,
-    Colourise: _colourise,
+    Colorize: _colourise,
     SuperResolve: _super_resolve,
     Repaint: _repaint,
     Denoise: _denoise,

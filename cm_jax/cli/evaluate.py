@@ -9,15 +9,15 @@ import tyro
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import devices, progress, say, use_compilation_cache
 from cm_jax.errors import InputError
-from cm_jax.evaluation.evaluating import NEEDS, Protocol, evaluate
+from cm_jax.evaluation.evaluate import NEEDS, EvalConfig, evaluate
+from cm_jax.evaluation.feature_extractor import load_inception
 from cm_jax.evaluation.image_sets import ImageSet, holds_images, of_dataset, of_model, open_images
-from cm_jax.evaluation.judge import load_inception
 from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.references import default_cache, open_reference, write_statistics
 from cm_jax.evaluation.report import Report, to_json
-from cm_jax.files import check_writable, written_beside
+from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.model import Model, find, load
-from cm_jax.networks.precision import Precision
+from cm_jax.types import Precision
 
 _COUNT = 50_000
 """Of images drawn from a checkpoint where no number is given: the field's habit."""
@@ -27,7 +27,7 @@ _COUNT = 50_000
 class Evaluate:
     """Judge samples, or what a checkpoint draws, against a reference: FID, sFID, KID, IS, precision and recall, bits.
 
-    A checkpoint is sampled straight into the metrics; no image is written. The last line names the protocol.
+    A checkpoint is sampled straight into the metrics; no image is written. The last line names the eval_config.
     """
 
     samples: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES_OR_CHECKPOINT")]
@@ -61,7 +61,7 @@ class Evaluate:
     likelihood_steps: int = 64
     """Heun steps of bpd, two calls of the denoiser and its derivative each."""
     output: Path | None = None
-    """A JSON file with all numbers and the protocol."""
+    """A JSON file with all numbers and the eval_config."""
     save_reference: Path | None = None
     """An .npz file with mu and sigma of the reference, which the original evaluator reads."""
     reference_cache: str = ""
@@ -84,28 +84,28 @@ def evaluate_command(arguments: Evaluate) -> None:
     others = tuple(metric for metric in metrics if metric != "bpd")
     if arguments.save_reference is not None and not {"fid", "sfid"} & set(others):
         raise InputError("--save-reference writes what fid or sfid needs: add one of them to --metrics.")
-    reports = [_compared(arguments, model, Protocol(others))] if others else []
+    reports = [_compared(arguments, model, EvalConfig(others))] if others else []
     if "bpd" in metrics:
         reports.append(_bits(arguments, model))
     if arguments.output is not None:
-        with written_beside(arguments.output) as beside:
+        with atomic_write(arguments.output) as beside:
             beside.write_text(to_json(reports), "utf-8")
     for report in reports:
         say(report.line)
 
 
-def _compared(arguments: Evaluate, model: Model | None, protocol: Protocol) -> Report:
-    judge = load_inception(arguments.inception)
+def _compared(arguments: Evaluate, model: Model | None, eval_config: EvalConfig) -> Report:
+    extractor = load_inception(arguments.inception)
     samples = _samples(arguments, model)
-    reference = open_reference(arguments.reference, protocol.reference_needs, samples.shape)
+    reference = open_reference(arguments.reference, eval_config.reference_needs, samples.shape)
     name = "off" if arguments.reference_cache == "off" else arguments.reference_cache or str(default_cache())
     against = reference.name if isinstance(reference, ImageSet) else arguments.reference
-    say(f"Judging {samples.count:,} images of {samples.name} against {against}, by {judge.name}, on {devices()}.")
+    say(f"Judging {samples.count:,} images of {samples.name} against {against}, by {extractor.name}, on {devices()}.")
     report, known = evaluate(
-        judge,
+        extractor,
         samples,
         reference,
-        protocol,
+        eval_config,
         reference_name=against,
         cache=None if name == "off" else Path(name),
         batch_size=arguments.batch_size,

@@ -1,7 +1,7 @@
 """`PRESET --field value ...`: a tree of settings, any field of which can be set, any part exchanged for another kind.
 
-The preset is encoded (cm_jax.settings); the parts that the command line names are exchanged in that tree; tyro reads
-the rest through a form that is built after the tree; what it read goes back into the tree, which is decoded.
+The preset is encoded as JSON; the components that the command line names are exchanged in that tree; tyro reads
+the rest through a form that is built after the tree; the result is decoded.
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
-from cm_jax.checked import checked
+from cm_jax.checkpoints.serialization import decode, encode, fresh, hints, kinds, may_be_none, several
 from cm_jax.cli.descriptions import descriptions
 from cm_jax.cli.parsing import chosen, parsed, unknown_option
 from cm_jax.errors import InputError, nearest
-from cm_jax.settings import decode, encode, fresh, hints, kinds, may_be_none, several
+from cm_jax.io.validation import check_value
 
 T = TypeVar("T")
 O = TypeVar("O")  # noqa: E741
@@ -185,7 +185,7 @@ def _form(part: dict[str, Any], kind: type) -> Any:
         elif isinstance(held, list) and several(hint):
             fields.append((name, _list_form(held, several(hint))))
         elif not kinds(several(hint) or hint):
-            tell = {} if place.empty else {"default": checked(held, hint, name)}
+            tell = {} if place.empty else {"default": check_value(held, hint, name)}
             fields.append((name, Annotated[hint, tyro.conf.arg(help=text)], _field(**tell)))
     form = dataclasses.make_dataclass("Form", fields, kw_only=True)
     form.__doc__ = inspect.getdoc(kind)

@@ -13,7 +13,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from cm_jax import native
+from cm_jax import kernels
 from cm_jax.errors import InputError
 
 _LONGEST_LINE = 2000
@@ -25,7 +25,7 @@ def run(command: Callable[[], None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name may have letters that the terminal lacks
-    native.keep_memory()
+    kernels.keep_memory()
     # Python looks for garbage after every 700 new objects, and once more at its end: a fifth of a short command's time.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)

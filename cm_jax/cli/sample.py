@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from cm_jax.checkpoints.published import DEFAULT
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import compilation_time, devices, progress, say, use_compilation_cache
-from cm_jax.errors import InputError, bounded
-from cm_jax.files import check_writable
-from cm_jax.images import Quantisation, grid, quantise, save_folder, save_grid, save_npz
+from cm_jax.errors import InputError, check_int
+from cm_jax.io.atomic import check_writable
+from cm_jax.io.images import Quantization, grid, quantize, save_folder, save_grid, save_npz
 from cm_jax.model import Model, Plan, find, load
-from cm_jax.networks.precision import Precision
-from cm_jax.published import DEFAULT
 from cm_jax.samplers import SAMPLERS
+from cm_jax.types import Precision
 
 _LARGEST_GRID = 4096
 
@@ -54,7 +54,7 @@ class Sample:
     """Images drawn at once over all devices. Default: 64 a device, fewer above 64 pixels."""
     output: Path = Path("samples.png")
     """samples.png: all in a grid; samples.npz: arr_0 and arr_1, for evaluators; anything else: a folder of PNGs."""
-    quantisation: Quantisation = "round"
+    quantization: Quantization = "round"
     """To 8 bits by rounding, or by truncating as the original does."""
     compilation_cache: str = ""
     """Folder in which compiled programs are kept from run to run, or "off". Default: in the user's cache folder."""
@@ -89,7 +89,7 @@ def sample(arguments: Sample) -> None:
     with compilation_time() as compiled:
         batches = model.batches(arguments.seed, count, plan, labels=labels, batch_size=arguments.batch_size)
         say(f"Drawing {count} images, {_described(plan)}, seed {arguments.seed}.")
-        images = np.concatenate([quantise(batch, arguments.quantisation) for batch in progress(batches, count)])
+        images = np.concatenate([quantize(batch, arguments.quantization) for batch in progress(batches, count)])
     elapsed = time.perf_counter() - began
 
     suffix = arguments.output.suffix.lower()
@@ -117,7 +117,7 @@ def _check_output(output: Path, count: int | None) -> None:
 def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int, int]:
     """(class of every image, number of images, columns of a grid)."""
     if not arguments.labels:
-        count = 16 if arguments.count is None else bounded("count", arguments.count, 1, 10**9)
+        count = 16 if arguments.count is None else check_int("count", arguments.count, 1, 10**9)
         return model.draw_labels(arguments.seed, count), count, max(1, round(count**0.5))
     classes = model.config.network.classes
     every = arguments.labels.strip().lower() == "all" and classes is not None

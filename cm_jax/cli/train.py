@@ -12,9 +12,9 @@ from cm_jax.cli.overrides import parse
 from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.presets import PRESETS
-from cm_jax.training.dry_run import report
 from cm_jax.training.loop import train as run_training
-from cm_jax.training.preparation import prepare
+from cm_jax.training.run.dry_run import report
+from cm_jax.training.setup import prepare
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from cm_jax import checkpoints
+from cm_jax.checkpoints import native
 from cm_jax.cli.running import progress, say, use_compilation_cache
 from cm_jax.errors import InputError
+from cm_jax.evaluation.feature_extractor import load_inception
 from cm_jax.evaluation.image_sets import of_dataset, open_images
-from cm_jax.evaluation.judge import load_inception
 from cm_jax.evaluation.level_search import tune
 from cm_jax.evaluation.references import default_cache
 from cm_jax.model import find, load
@@ -47,7 +47,7 @@ def tune_command(arguments: Tune) -> None:
     """Search, say every probe, and write the result into config.json."""
     use_compilation_cache(arguments.compilation_cache)
     path = find(arguments.checkpoint)
-    if not checkpoints.is_checkpoint(path):
+    if not native.is_checkpoint(path):
         raise InputError(
             f"{arguments.checkpoint} has no place for tuned levels: make one of our checkpoints of it first, with "
             "cm-jax convert."
@@ -69,7 +69,7 @@ def tune_command(arguments: Tune) -> None:
     )
     others = [kept for kept in model.config.tuned_timesteps if len(kept) != len(found.timesteps)]
     tuned = tuple(sorted([*others, found.timesteps], key=len))
-    checkpoints.rewrite_config(path, dataclasses.replace(model.config, tuned_timesteps=tuned))
+    native.rewrite_config(path, dataclasses.replace(model.config, tuned_timesteps=tuned))
     shown = ",".join(map(str, found.timesteps))
     say(
         f"Best of {len(found.probes)} probes: --timesteps {shown} with FID {found.score:.4g} [N = {arguments.count:,} "

@@ -8,10 +8,10 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 
-from cm_jax.arrays import leaves
 from cm_jax.conversion.rules import Layout, Rule
 from cm_jax.errors import InputError, shape_complaints
 from cm_jax.networks import SongUNet
+from cm_jax.types import leaves
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -127,7 +127,7 @@ def _fields(shapes: Shapes, levels: int, per_level: int) -> dict | None:
     return {
         "image_channels": channels("Conv_1"),
         "width": width,
-        "multipliers": tuple(int(count / width) if count % width == 0 else count / width for count in counts),
+        "channel_mult": tuple(int(count / width) if count % width == 0 else count / width for count in counts),
         "blocks_per_level": per_level,
         "embedding": "fourier" if "GaussianFourierProjection_0/W" in shapes else "positional",
         "pyramid": _count(shapes, _PYRAMID) > 0,

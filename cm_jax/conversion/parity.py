@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm_jax.conversion.diffusers_configs import unet_config
-from cm_jax.conversion.files import as_torch
-from cm_jax.conversion.formats import DIFFUSERS
+from cm_jax.conversion.diffusers_config import unet_config
+from cm_jax.conversion.read import Source
 from cm_jax.conversion.rules import to_theirs
-from cm_jax.conversion.sources import Source
+from cm_jax.conversion.tensor_files import as_torch
+from cm_jax.conversion.unet_formats import DIFFUSERS
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.blocks import NORM_GROUPS
@@ -61,7 +61,7 @@ def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((inputs, *network.image_shape), np.float32)
     sigmas = np.geomspace(source.config.grid.sigma_max, source.config.grid.sigma_min, inputs, dtype=np.float32)
-    times = np.asarray(source.config.scaling.c_noise(jnp.asarray(sigmas)))
+    times = np.asarray(source.config.preconditioning.c_noise(jnp.asarray(sigmas)))
     labels = None if network.classes is None else rng.integers(0, network.classes, inputs).astype(np.int32)
 
     theirs, their_units = _run_reference(reference, network, x, times, labels)
@@ -86,7 +86,7 @@ def reference_network(network: ADMUNet, tensors: dict[str, np.ndarray]) -> Any:
             "convert without --check."
         ) from error
     # UNet2DModel has one head width for all levels; where ours has one number of heads, set it block by block.
-    uniform = network if network.head_width else dataclasses.replace(network, heads=None, head_width=NORM_GROUPS)
+    uniform = network if network.head_dim else dataclasses.replace(network, heads=None, head_dim=NORM_GROUPS)
     with torch.device("meta"):
         reference: Any = UNet2DModel.from_config(unet_config(uniform))
     state = {name: as_torch(array).float() for name, array in tensors.items()}

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cm_jax.arrays import leaves
-from cm_jax.conversion.rules import LazyTensor
 from cm_jax.errors import InputError
+from cm_jax.io.safetensors import LazyTensor
+from cm_jax.types import leaves
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),

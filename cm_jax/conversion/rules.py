@@ -8,11 +8,10 @@ import dataclasses
 import enum
 from collections.abc import Callable, Mapping
 
-import jax.numpy as jnp
 import numpy as np
 
-from cm_jax.arrays import Params, leaves, nested
-from cm_jax.errors import InputError, listed, shape_complaints
+from cm_jax.io.safetensors import LazyTensor, check_finite, check_tensors
+from cm_jax.types import Params, leaves, nested
 
 
 class Layout(enum.Enum):
@@ -51,15 +50,6 @@ class Rule:
         return self.layout.to_theirs(np.broadcast_to(np.float32(0), part)).shape
 
 
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in a file: its shape and dtype are known, its numbers are read on demand."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-
 Tensors = Mapping[str, LazyTensor]
 
 
@@ -72,27 +62,14 @@ def to_ours(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: str)
     expected = dict(leaves(shapes))
     assert sorted(expected) == sorted(rule.ours for rule in rules), "the rules do not cover our leaves"
     wanted = {name: rule.their_shape(expected[rule.ours].shape) for rule in rules for name in rule.theirs}
-    complaints = shape_complaints(wanted, {name: tensor.shape for name, tensor in tensors.items()}) + [
-        f"not floating point: {name} is {tensors[name].dtype}"
-        for name in wanted
-        if name in tensors and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
-    ]
-    if complaints:
-        raise InputError(
-            f"{source} does not hold the tensors of one network; {len(complaints)} of {len(wanted)} disagree:\n"
-            f"  {listed(complaints)}\nCheck that the file is complete, and that its config belongs to it."
-        )
+    check_tensors(wanted, tensors, source)
     flat, not_finite = {}, []
     for rule in rules:
         parts = [tensors[name].read() for name in rule.theirs]
         not_finite += [name for name, part in zip(rule.theirs, parts, strict=True) if not np.isfinite(part).all()]
         laid_out = [rule.layout.to_ours(part) for part in parts]
         flat[rule.ours] = np.ascontiguousarray(laid_out[0] if len(parts) == 1 else np.concatenate(laid_out, axis=-1))
-    if not_finite:
-        raise InputError(
-            f"{source} has numbers that are infinite or not a number:\n  {listed(not_finite)}\n"
-            "No image can be drawn with it: take an earlier checkpoint of the run, or download it again."
-        )
+    check_finite(not_finite, source)
     return nested(flat)
 
 

@@ -4,7 +4,7 @@ from cm_jax.data.base import Batches, Data, Dataset, Progress, RawBatch, permuta
 from cm_jax.data.decoding import centre_crop, decode, picture
 from cm_jax.data.emoji import EmojiData
 from cm_jax.data.encoded import Encoded, EncodedData
-from cm_jax.data.folder import ImageFolder
+from cm_jax.data.image_folder import ImageFolder
 from cm_jax.data.in_memory import InMemory
 from cm_jax.data.npz import NpzData
 from cm_jax.data.streaming import Streamed

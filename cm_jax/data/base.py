@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from cm_jax.errors import InputError, bounded
+from cm_jax.errors import InputError, check_int
 
 LARGEST_SEED = 2**32 - 1
 LARGEST_NUMBER = 2**40
@@ -73,9 +73,9 @@ class Dataset(abc.ABC):
 
     def indices(self, batch_size: int, seed: int, number: int) -> Int32[np.ndarray, " b"]:
         """Which images are in batch `number`: for whoever keeps all of them on the device and gathers there."""
-        bounded("The batch size", batch_size, 1, 2**31 - 1)
-        bounded("The seed", seed, 0, LARGEST_SEED)
-        bounded("The number of a batch", number, 0, LARGEST_NUMBER)
+        check_int("The batch size", batch_size, 1, 2**31 - 1)
+        check_int("The seed", seed, 0, LARGEST_SEED)
+        check_int("The number of a batch", number, 0, LARGEST_NUMBER)
         return batch_indices(self.size, batch_size, seed, number)
 
     def batches(self, batch_size: int, seed: int = 0, start: int = 0, host: int = 0, hosts: int = 1) -> Batches:
@@ -84,11 +84,11 @@ class Dataset(abc.ABC):
         The shares of all hosts, one after the other, are the batch of `batch_size` images that one host would get.
         Raises InputError where the batch cannot be shared out evenly.
         """
-        bounded("The batch size", batch_size, 1, 2**31 - 1)
-        bounded("The seed", seed, 0, LARGEST_SEED)
-        bounded("The number of the first batch", start, 0, LARGEST_NUMBER)
-        bounded("The number of hosts", hosts, 1, 2**20)
-        bounded("The number of this host", host, 0, hosts - 1)
+        check_int("The batch size", batch_size, 1, 2**31 - 1)
+        check_int("The seed", seed, 0, LARGEST_SEED)
+        check_int("The number of the first batch", start, 0, LARGEST_NUMBER)
+        check_int("The number of hosts", hosts, 1, 2**20)
+        check_int("The number of this host", host, 0, hosts - 1)
         if batch_size % hosts:
             nearest = max(1, round(batch_size / hosts)) * hosts
             raise InputError(f"A batch of {batch_size} cannot be shared among {hosts} hosts: {nearest} can.")
@@ -110,7 +110,7 @@ class Data(abc.ABC):
 
 def checked_image_size(image_size: int, most: int = 4096) -> int:
     """`image_size`, one number for height and width. Raises InputError for what is none."""
-    return bounded("The image size (pixels of a side)", image_size, 1, most)
+    return check_int("The image size (pixels of a side)", image_size, 1, most)
 
 
 def described(place: str, size: int, image_size: int, classes: int | None, how: str) -> str:

@@ -43,6 +43,6 @@ def bundled() -> dict[str, np.ndarray]:
     """What tools/build_emoji32.py wrote: images uint8 [3765, 32, 32, 3]; of each its label, whether it is held out, its
     vendor (0 google, 1 twitter) and its code points (unified); and the class_names.
     """
-    path = importlib.resources.files("cm_jax.bundled").joinpath("emoji32.npz")
+    path = importlib.resources.files("cm_jax.assets").joinpath("emoji32.npz")
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from cm_jax.data.base import Data, Dataset, Progress, checked_image_size
 from cm_jax.data.decoding import decode
 from cm_jax.data.in_memory import InMemory
-from cm_jax.errors import InputError, listed
+from cm_jax.errors import InputError, indented_list
 
 log = logging.getLogger("cm_jax.data")
 
@@ -66,12 +66,12 @@ def too_many(place: str, complaints: list[str], most: int) -> InputError:
     """What is raised where more than `most` images cannot be read, or none can."""
     if len(complaints) <= most:
         return InputError(
-            f"{place}: not one of its images can be read; repair the files, or name others:\n  {listed(complaints)}"
+            f"{place}: none of its images can be read. Repair the files or name others:\n  {indented_list(complaints)}"
         )
     number = "1 image" if len(complaints) == 1 else f"{len(complaints)} images"
     return InputError(
         f"{place}: {number} cannot be read, and at most {most} may be left out (most_corrupt); "
-        f"replace or remove them, or raise it:\n  {listed(complaints)}"
+        f"replace or remove them, or raise it:\n  {indented_list(complaints)}"
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 from cm_jax.data.base import Batches, Dataset, RawBatch, batch_indices, described
-from cm_jax.errors import InputError, bounded
+from cm_jax.errors import InputError, check_int
 
 MOST_CLASSES = 100_000
 
@@ -33,7 +33,7 @@ class InMemory(Dataset):
             if len(labels) != len(images):
                 raise InputError(f"{place} has {len(labels)} labels for {len(images)} images: one for each is needed.")
             lowest, highest = int(labels.min()), int(labels.max())
-            classes = classes or len(class_names) or bounded("The highest label", highest, 0, MOST_CLASSES - 1) + 1
+            classes = classes or len(class_names) or check_int("The highest label", highest, 0, MOST_CLASSES - 1) + 1
             if lowest < 0 or highest >= classes:
                 raise InputError(
                     f"{place} has labels from {lowest} to {highest}, and {classes} classes are numbered 0 to "

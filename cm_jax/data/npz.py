@@ -11,8 +11,8 @@ from cm_jax.data.base import Data, Dataset, Progress, checked_image_size
 from cm_jax.data.decoding import centre_crop
 from cm_jax.data.in_memory import InMemory
 from cm_jax.errors import InputError
-from cm_jax.files import named
-from cm_jax.npz_files import read_npz
+from cm_jax.io.atomic import user_path
+from cm_jax.io.npz import read_npz
 
 _IMAGES = ("images", "arr_0")
 _LABELS = ("labels", "arr_1")
@@ -54,7 +54,7 @@ class NpzData(Data):
     def _read(self) -> dict[str, np.ndarray]:
         """images, and labels and names where there are any. Nothing in the file can run code."""
         try:
-            found = read_npz(named(self.path), lambda names: self._wanted(names).values())
+            found = read_npz(user_path(self.path), lambda names: self._wanted(names).values())
         except ValueError as error:
             raise InputError(f"{self.path} cannot be used as an .npz file of images: {error}.") from error
         wanted = self._wanted(list(found))

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cm_jax.checked import read_json
 from cm_jax.data.base import Dataset, Progress, checked_image_size
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError
-from cm_jax.files import named
+from cm_jax.io.atomic import user_path
+from cm_jax.io.validation import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TFDSData(EncodedData):
 
     def _folder(self) -> Path:
         """The prepared folder. Raises InputError that tells how to prepare it, or which name is meant."""
-        top = named(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+        top = user_path(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
         if (top / "dataset_info.json").is_file():
             return top
         if not re.fullmatch(r"\w+(/[\w.+-]+)?", self.name):

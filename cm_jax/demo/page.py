@@ -16,8 +16,8 @@ import gradio as gr
 from gradio.themes import Default
 from PIL import Image
 
-from cm_jax.demo import drawing
-from cm_jax.demo.drawing import EXAMPLES, KINDS, MOST_IMAGES, MOST_STEPS, Picture
+from cm_jax.demo import rendering
+from cm_jax.demo.rendering import EXAMPLES, KINDS, MOST_IMAGES, MOST_STEPS, Picture
 from cm_jax.editing import EDIT_STEPS
 from cm_jax.errors import InputError
 from cm_jax.model import Model
@@ -42,34 +42,34 @@ def page(checkpoints: Mapping[str, Path]) -> gr.Blocks:
     """The page, on which the models of these paths can be chosen by name."""
 
     def model(name: str) -> Model:
-        return drawing.loaded(checkpoints[name])
+        return rendering.loaded(checkpoints[name])
 
     @_in_words
     def show_model(name: str) -> tuple[str, gr.Dropdown, gr.Dropdown]:
-        choices = drawing.class_choices(model(name))
+        choices = rendering.class_choices(model(name))
         of_images = gr.Dropdown(choices=[("any", _ANY), *choices], value=_ANY, visible=bool(choices))
         of_picture = gr.Dropdown(choices=choices, value=0, visible=True) if choices else _no_class()
-        return drawing.described(model(name)), of_images, of_picture
+        return rendering.described(model(name)), of_images, of_picture
 
     @_in_words
     def show_picture(name: str, picture: Picture) -> tuple[Any, str]:
-        pixels, told = drawing.as_seen(model(name), picture)
+        pixels, told = rendering.as_seen(model(name), picture)
         return _apart(Image.fromarray(pixels)), told
 
     @_in_words
     def draw(name: str, label: int, seed: int, steps: int, count: int) -> tuple[Any, Any, str]:
-        one, many, told = drawing.one_beside_many(model(name), seed, None if label == _ANY else label, steps, count)
+        one, many, told = rendering.one_beside_many(model(name), seed, None if label == _ANY else label, steps, count)
         return _apart(one), _apart(many), told
 
     @_in_words
     def take_upload(name: str, path: str) -> tuple[Any, ...]:
-        picture = drawing.read(Path(path).read_bytes(), Path(path).name)
+        picture = rendering.read(Path(path).read_bytes(), Path(path).name)
         return (picture, None, *show_picture(name, picture))
 
     @_in_words
     def take_example(name: str, example: str) -> tuple[Any, ...]:
-        picture, class_name = drawing.example(example)
-        number = dict(drawing.class_choices(model(name))).get(class_name)
+        picture, class_name = rendering.example(example)
+        number = dict(rendering.class_choices(model(name))).get(class_name)
         return (picture, gr.skip() if number is None else number, *show_picture(name, picture))
 
     @_in_words
@@ -77,10 +77,10 @@ def page(checkpoints: Mapping[str, Path]) -> gr.Blocks:
         name: str, kind: str, picture: Picture, canvas: dict[str, Any], label: int, seed: int, steps: int, count: int
     ) -> tuple[Any, Any]:
         chosen = None if label == _ANY else label
-        known, edited = drawing.edits(model(name), kind, picture, canvas["layers"], seed, chosen, steps, count)
+        known, edited = rendering.edits(model(name), kind, picture, canvas["layers"], seed, chosen, steps, count)
         return _apart(known), _apart(edited)
 
-    first, _ = drawing.example(next(iter(EXAMPLES)))
+    first, _ = rendering.example(next(iter(EXAMPLES)))
     with gr.Blocks(analytics_enabled=False, title="cm_jax", delete_cache=(600, 3600)) as blocks:
         picture = gr.State(first)
         gr.Markdown(_WELCOME)
@@ -109,8 +109,8 @@ def page(checkpoints: Mapping[str, Path]) -> gr.Blocks:
                     transforms=(),
                     layers=False,
                     brush=gr.Brush(default_size=32, colors=["#e6007e"], color_mode="fixed"),
-                    canvas_size=(drawing.PAINTED, drawing.PAINTED),
-                    height=drawing.PAINTED + 60,
+                    canvas_size=(rendering.PAINTED, rendering.PAINTED),
+                    height=rendering.PAINTED + 60,
                     interactive=True,
                 )
                 seen = gr.Markdown()

@@ -3,7 +3,7 @@
 What is known of an image is an operator, an orthogonal projection of image space; the rest is the model's to invent.
 """
 
-from cm_jax.editing.editor import EDIT_STEPS, checked_images, edit, edit_all, edited, variant_keys
+from cm_jax.editing.algorithm import EDIT_STEPS, checked_images, edit, edit_all, edited, variant_keys
 from cm_jax.editing.interpolation import blends, slerp, slerp_all
 from cm_jax.editing.operators import Luma, Mask, Noisy, Operator, PatchMean, Strokes, stroke_sigmas
 

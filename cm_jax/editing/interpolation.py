@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from cm_jax.arrays import Images, Keys, Labels, Params, per_image
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.generation import compiled, image_keys, in_batches, noise_from
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.samplers import Sampler
 from cm_jax.samplers.base import Levels
+from cm_jax.samplers.generation import compiled, image_keys, in_batches, noise_from
+from cm_jax.types import Images, Keys, Labels, Params, per_image
 
 _SMALLEST_ANGLE = 1e-4
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from cm_jax.arrays import Images
-from cm_jax.errors import InputError, bounded
+from cm_jax.errors import InputError, check_int
+from cm_jax.types import Images
 
 _LUMA = (0.2989, 0.587, 0.114)
 """Shares of red, green and blue in the brightness that one sees, as the original has them."""
@@ -75,8 +75,8 @@ class Luma(Operator):
 
     def shown(self, images: Images) -> Images:
         """The grey picture: P x itself is a green one."""
-        grey = (jnp.asarray(_LUMA, images.dtype) * images).sum(-1, keepdims=True)
-        return jnp.broadcast_to(grey, images.shape)
+        gray = (jnp.asarray(_LUMA, images.dtype) * images).sum(-1, keepdims=True)
+        return jnp.broadcast_to(gray, images.shape)
 
     def check(self, shape: tuple[int, ...]) -> None:
         if shape[-1] != 3:
@@ -95,7 +95,7 @@ class PatchMean(Operator):
     """Pixels of a patch's side."""
 
     def __post_init__(self) -> None:
-        bounded("The size of a patch", self.size, 1, 2**16)
+        check_int("The size of a patch", self.size, 1, 2**16)
 
     def project(self, x: Images) -> Images:
         b, h, w, c = x.shape

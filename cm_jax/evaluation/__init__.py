@@ -1,26 +1,26 @@
 """What a model makes, as numbers: FID and its kin, precision and recall, bits per dimension. See docs/evaluation.md."""
 
-from cm_jax.evaluation.evaluating import Protocol, compare, evaluate
+from cm_jax.evaluation.evaluate import EvalConfig, compare, evaluate
+from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatistics, load_inception, summarize
 from cm_jax.evaluation.image_sets import ImageSet, of_dataset, of_model, open_images
-from cm_jax.evaluation.judge import Judge, Summary, load_inception, summarise
 from cm_jax.evaluation.level_search import search_levels, tune
 from cm_jax.evaluation.likelihood import bits_per_dimension, evaluate_bits, log_density
-from cm_jax.evaluation.manifolds import Overlap, overlap
 from cm_jax.evaluation.metrics import Estimate, frechet_distance, inception_score, kernel_distance, squared_mmd
 from cm_jax.evaluation.moments import Gaussian, Moments
+from cm_jax.evaluation.precision_recall import Overlap, overlap
 from cm_jax.evaluation.references import read_statistics, write_statistics
 from cm_jax.evaluation.report import Report, to_json
 
 __all__ = [
     "Estimate",
+    "EvalConfig",
+    "FeatureExtractor",
+    "FeatureStatistics",
     "Gaussian",
     "ImageSet",
-    "Judge",
     "Moments",
     "Overlap",
-    "Protocol",
     "Report",
-    "Summary",
     "bits_per_dimension",
     "compare",
     "evaluate",
@@ -37,7 +37,7 @@ __all__ = [
     "read_statistics",
     "search_levels",
     "squared_mmd",
-    "summarise",
+    "summarize",
     "to_json",
     "tune",
     "write_statistics",

@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from cm_jax import checkpoints
+from cm_jax.checkpoints import native
 from cm_jax.data import Data, Dataset, EmojiData, ImageFolder, NpzData, TFDSData
-from cm_jax.data.folder import image_files
-from cm_jax.errors import InputError, bounded, listed, nearest
-from cm_jax.files import named
-from cm_jax.images import quantise
+from cm_jax.data.image_folder import image_files
+from cm_jax.errors import InputError, check_int, indented_list, nearest
+from cm_jax.io.atomic import user_path
+from cm_jax.io.images import quantize
 from cm_jax.model import Model, Plan
 
 Watch = Callable[[Iterator[np.ndarray], int], Iterator[np.ndarray]]
@@ -69,11 +69,11 @@ def of_model(
     model: Model, plan: Plan, count: int, *, seed: int = 0, batch_size: int | None = None, name: str = "a model"
 ) -> ImageSet:
     """What a model draws: images 0 ... count - 1 of `seed`, classes drawn too, rounded to 8 bits."""
-    bounded("The number of images to draw", count, 1, 10**9)
+    check_int("The number of images to draw", count, 1, 10**9)
 
     def batches() -> Iterator[np.ndarray]:
         for drawn in model.batches(seed, count, plan, batch_size=batch_size):
-            yield quantise(checked(drawn, name))
+            yield quantize(check_value(drawn, name))
 
     steps = len(plan.levels) - 1
     how = {
@@ -86,7 +86,7 @@ def of_model(
     return ImageSet(name, count, model.config.network.image_shape, batches, how)
 
 
-def checked(images: Float[np.ndarray, "b h w c"], name: str) -> Float[np.ndarray, "b h w c"]:
+def check_value(images: Float[np.ndarray, "b h w c"], name: str) -> Float[np.ndarray, "b h w c"]:
     """The same images. Raises InputError where a pixel is NaN or infinite: rounding would make it black."""
     bad = int((~np.isfinite(images).all((1, 2, 3))).sum())
     if bad:
@@ -99,10 +99,10 @@ def checked(images: Float[np.ndarray, "b h w c"], name: str) -> Float[np.ndarray
 
 def holds_images(name: str) -> bool:
     """Whether a name means images and not a checkpoint."""
-    path = named(name)
+    path = user_path(name)
     if path.is_dir():
         inside = ("checkpoints", "model_index.json", "unet", "config.json")
-        return not checkpoints.is_checkpoint(path) and not any((path / each).exists() for each in inside)
+        return not native.is_checkpoint(path) and not any((path / each).exists() for each in inside)
     known = name.partition(":")[0] in ("emoji", "tfds") and not path.is_file()
     return known or path.suffix.lower() == ".npz"
 
@@ -113,7 +113,7 @@ def open_images(name: str, shape: tuple[int, int, int] | None = None) -> Dataset
     At the size that `shape` says, by a centre crop; .npz files have one size and keep it. Without a `shape`, as they
     are: those of a folder must then have one size. Raises InputError for anything else.
     """
-    path = named(name)
+    path = user_path(name)
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return _unchanged(NpzData(name))
     if shape is not None and shape[0] != shape[1]:
@@ -126,7 +126,7 @@ def _unchanged(data: NpzData) -> Dataset:
         return data.unchanged()
     except InputError as error:
         try:
-            with np.load(named(data.path), allow_pickle=False) as arrays:
+            with np.load(user_path(data.path), allow_pickle=False) as arrays:
                 found = [key for key in arrays.files if arrays[key].ndim == 4 and arrays[key].dtype.kind == "f"]
                 broken = [key for key in found if not np.isfinite(arrays[key]).all()]
         except Exception:  # the first message says what is wrong with the file
@@ -138,7 +138,7 @@ def _unchanged(data: NpzData) -> Dataset:
 
 def _data(name: str) -> Data:
     kind, _, rest = name.partition(":")
-    if named(name).exists():
+    if user_path(name).exists():
         return ImageFolder(name, labels="none")
     if kind == "emoji":
         if rest not in ("", "all", "train", "held_out"):
@@ -155,7 +155,7 @@ def _data(name: str) -> Data:
 
 def _own_size(name: str) -> int:
     """Of samples: the one size that all have. Raises InputError where they differ."""
-    top = named(name)
+    top = user_path(name)
     if not top.is_dir():
         if name.startswith("tfds:"):
             raise InputError("A data set of TFDS cannot be judged as samples, because it says no size: save an .npz.")
@@ -169,5 +169,5 @@ def _own_size(name: str) -> int:
             raise InputError(f"{top.joinpath(*file)} cannot be read as an image: {error}.") from error
     if len(sizes) > 1 or any(width != height for width, height in sizes):
         lines = [f"{width} x {height}: {file}" for (width, height), file in sizes.items()]
-        raise InputError(f"Samples must be squares of one size, and in {name} there are:\n  {listed(lines)}")
+        raise InputError(f"Samples must be squares of one size, and in {name} there are:\n  {indented_list(lines)}")
     return next(iter(sizes))[0]

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cm_jax.errors import InputError, bounded
-from cm_jax.evaluation.evaluating import evaluate
+from cm_jax.errors import InputError, check_int
+from cm_jax.evaluation.evaluate import evaluate
+from cm_jax.evaluation.feature_extractor import FeatureExtractor
 from cm_jax.evaluation.image_sets import ImageSet, Watch, of_model, unwatched
-from cm_jax.evaluation.judge import Judge
 from cm_jax.evaluation.references import summarised
 from cm_jax.model import Model
 
@@ -29,7 +29,7 @@ def search_levels(score: Callable[[Timesteps], float], levels: int, steps: int) 
     Exact where the score has one valley; elsewhere the best of what was probed. Nothing is probed twice. Raises
     InputError where a grid of `levels` has no place for so many steps.
     """
-    bounded(f"The number of steps (of {levels} levels)", steps, 2, levels - 1)
+    check_int(f"The number of steps (of {levels} levels)", steps, 2, levels - 1)
     probes: dict[Timesteps, float] = {}
 
     def probed(timesteps: Timesteps) -> float:
@@ -54,7 +54,7 @@ def search_levels(score: Callable[[Timesteps], float], levels: int, steps: int) 
 
 
 def tune(
-    judge: Judge,
+    extractor: FeatureExtractor,
     model: Model,
     reference: ImageSet,
     *,
@@ -71,13 +71,13 @@ def tune(
         raise InputError("Levels are tuned for consistency models: a denoiser's sampler has many steps of its own.")
     if reference.shape[:2] != model.config.network.image_shape[:2]:
         raise InputError(f"The model draws images {list(model.config.network.image_shape)}, got {reference.shape}.")
-    bounded("The number of images", count, 2, 10**9)
-    bounded(f"The number of steps (of {model.config.grid.levels} levels)", steps, 2, model.config.grid.levels - 1)
-    known = summarised(judge, reference, ("pool",), cache=cache, batch_size=batch_size, watch=watch)
+    check_int("The number of images", count, 2, 10**9)
+    check_int(f"The number of steps (of {model.config.grid.levels} levels)", steps, 2, model.config.grid.levels - 1)
+    known = summarised(extractor, reference, ("pool",), cache=cache, batch_size=batch_size, watch=watch)
 
     def score(timesteps: Timesteps) -> float:
         samples = of_model(model, model.plan(timesteps=timesteps), count, seed=seed, batch_size=batch_size)
-        report, _ = evaluate(judge, samples, known, batch_size=batch_size, watch=watch)
+        report, _ = evaluate(extractor, samples, known, batch_size=batch_size, watch=watch)
         told(timesteps, report.values["fid"])
         return report.values["fid"]
 

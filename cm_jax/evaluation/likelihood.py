@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Key, UInt8
 
-from cm_jax.arrays import Denoiser, Images, Keys, Labels, Params
-from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.data import Dataset
-from cm_jax.errors import InputError, bounded
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.errors import InputError, check_int
 from cm_jax.evaluation.image_sets import Watch, unwatched
 from cm_jax.evaluation.report import Report
-from cm_jax.generation import default_batch_size, image_keys
 from cm_jax.model import Model
+from cm_jax.samplers.generation import default_batch_size, image_keys
+from cm_jax.types import Denoiser, Images, Keys, Labels, Params
 
 _PIXEL, _PROBE = 0, 1
 """What is drawn from an image's key."""
 
 
 def log_density(
-    denoiser: Denoiser, x: Images, probes: Images, *, steps: int, sigma_min: float, sigma_max: float, deviation: float
+    denoiser: Denoiser, x: Images, probes: Images, *, steps: int, sigma_min: float, sigma_max: float, std: float
 ) -> Float[Array, " b"]:
     """ln p(x) in nats, of the density that the data have at sigma_min.
 
@@ -37,7 +37,7 @@ def log_density(
     length = (high - low) / steps
 
     def spread(t: Float[Array, ""]) -> Float[Array, ""]:
-        return jnp.sqrt(jnp.exp(2 * t) + deviation**2)
+        return jnp.sqrt(jnp.exp(2 * t) + std**2)
 
     def slope(y: Images, t: Float[Array, ""]) -> tuple[Images, Float[Array, " b"]]:
         """(dy/dt, the estimate of div_x dx/dt)."""
@@ -60,7 +60,7 @@ def log_density(
     start = (x / spread(jnp.float32(low)), jnp.zeros(x.shape[0]))
     (y, gathered), _ = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.float32))
     dimensions = math.prod(x.shape[1:])
-    variance = sigma_max**2 + deviation**2
+    variance = sigma_max**2 + std**2
     return gathered - (y**2).sum((1, 2, 3)) / 2 - dimensions / 2 * math.log(2 * math.pi * variance)
 
 
@@ -86,11 +86,11 @@ def bits_per_dimension(
         raise InputError("Bits per dimension need a denoiser: a consistency function has no probability-flow ODE.")
     if images.shape[1:] != config.network.image_shape or not len(images):
         raise InputError(f"The model takes images {list(config.network.image_shape)}, got {list(images.shape)}.")
-    bounded("The number of steps", steps, 1, 100_000)
+    check_int("The number of steps", steps, 1, 100_000)
     chosen = model.labels(labels, len(images))
     devices = list(devices or jax.local_devices())
     size = batch_size or default_batch_size(images.shape[1]) * len(devices)
-    size = -(-min(bounded("batch_size", size, 1, 10**6), len(images)) // len(devices)) * len(devices)
+    size = -(-min(check_int("batch_size", size, 1, 10**6), len(images)) // len(devices)) * len(devices)
     mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
@@ -98,7 +98,7 @@ def bits_per_dimension(
     found = []
     for first in range(0, len(images), size):
         rows = np.minimum(np.arange(first, first + size), len(images) - 1)
-        keys = image_keys(jax.random.key(bounded("A seed", seed, 0, 2**32 - 1)), start + rows)
+        keys = image_keys(jax.random.key(check_int("A seed", seed, 0, 2**32 - 1)), start + rows)
         parts = jax.device_put((keys, images[rows], None if chosen is None else chosen[rows]), split)
         found.append(
             np.asarray(_bits(config.function, steps, config.grid.sigma_min, config.grid.sigma_max, params, *parts))
@@ -121,7 +121,7 @@ def evaluate_bits(
 
     names: of the model and of the data set. Raises InputError where a conditional model meets images without classes.
     """
-    count = bounded("The number of images", dataset.size if count is None else count, 2, dataset.size)
+    count = check_int("The number of images", dataset.size if count is None else count, 2, dataset.size)
     conditional = model.config.network.classes is not None
     if conditional and dataset.classes is None:
         raise InputError(f"{names[0]} is class-conditional, and {names[1]} has no classes.")
@@ -176,6 +176,6 @@ def _bits(
         steps=steps,
         sigma_min=sigma_min,
         sigma_max=sigma_max,
-        deviation=getattr(function.scaling, "sigma_data", 0.5),
+        std=getattr(function.preconditioning, "sigma_data", 0.5),
     )
     return -nats / (math.prod(shape) * math.log(2)) + math.log2(127.5)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from cm_jax.errors import InputError, bounded
+from cm_jax.errors import InputError, check_int
 from cm_jax.evaluation.moments import Gaussian
 
 
@@ -13,7 +13,7 @@ class Estimate(NamedTuple):
     """A mean over subsets or splits, and their standard deviation."""
 
     mean: float
-    deviation: float
+    std: float
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -55,8 +55,8 @@ def kernel_distance(
     x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], *, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> Estimate:
     """KID: `squared_mmd` of random subsets of `size` images of each set, or of all where a set is smaller."""
-    bounded("The number of subsets", subsets, 1, 10**6)
-    size = min(bounded("The size of a subset", size, 2, 10**6), len(x), len(y))
+    check_int("The number of subsets", subsets, 1, 10**6)
+    size = min(check_int("The size of a subset", size, 2, 10**6), len(x), len(y))
     rng = np.random.default_rng(seed)
 
     def subset(features: np.ndarray) -> np.ndarray:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from cm_jax.errors import InputError
+from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatistics, summarize
 from cm_jax.evaluation.image_sets import ImageSet, Watch, of_dataset, open_images, unwatched
-from cm_jax.evaluation.judge import Judge, Summary, summarise
 from cm_jax.evaluation.moments import Gaussian
-from cm_jax.files import named, writing, written_beside
-from cm_jax.networks.inception_v3 import CHANNELS
-from cm_jax.npz_files import read_npz
+from cm_jax.feature_networks.inception_v3 import CHANNELS
+from cm_jax.io.atomic import atomic_write, user_path, write_errors
+from cm_jax.io.npz import read_npz
 
 log = logging.getLogger("cm_jax.evaluation")
 
@@ -30,11 +30,11 @@ def default_cache() -> Path:
     return home / "cm_jax" / "references"
 
 
-def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int]) -> ImageSet | Summary:
+def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int]) -> ImageSet | FeatureStatistics:
     """What `name` means as a reference for images of this shape: the statistics in a file where it has all that is
     needed, else images, as `open_images` finds them.
     """
-    path = named(name)
+    path = user_path(name)
     if path.suffix.lower() == ".npz" and path.is_file():
         known = read_statistics(path)
         if known is not None and all(getattr(known, need) is not None for need in needs):
@@ -48,7 +48,7 @@ def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int])
     return of_dataset(open_images(name, shape), name)
 
 
-def read_statistics(path: Path) -> Summary | None:
+def read_statistics(path: Path) -> FeatureStatistics | None:
     """mu and sigma (mu_s and sigma_s) of an .npz file of the original evaluator; None where it has none.
 
     Raises InputError for a file that is none, or whose statistics do not belong together.
@@ -70,7 +70,7 @@ def read_statistics(path: Path) -> Summary | None:
             raise InputError(f"{path} has no {missing}; it has {', '.join(sorted(names))}. Both are needed.")
         if mean in found:
             gaussians[use] = _checked(path, found[mean], found[covariance], (mean, covariance))
-    return Summary(None, **gaussians) if gaussians else None
+    return FeatureStatistics(None, **gaussians) if gaussians else None
 
 
 def _checked(path: Path, mean: np.ndarray, covariance: np.ndarray, names: tuple[str, str]) -> Gaussian:
@@ -86,7 +86,7 @@ def _checked(path: Path, mean: np.ndarray, covariance: np.ndarray, names: tuple[
     return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
-def write_statistics(path: Path, summary: Summary) -> None:
+def write_statistics(path: Path, summary: FeatureStatistics) -> None:
     """What `read_statistics` and the original evaluator read."""
     arrays: dict[str, np.ndarray] = {}
     for use, names in _KEYS.items():
@@ -98,34 +98,34 @@ def write_statistics(path: Path, summary: Summary) -> None:
 
 
 def summarised(
-    judge: Judge,
+    extractor: FeatureExtractor,
     images: ImageSet,
     needs: Iterable[str],
     *,
     cache: Path | None,
     batch_size: int | None = None,
     watch: Watch = unwatched,
-) -> Summary:
+) -> FeatureStatistics:
     """As `summarise`, from the cache where the same weights have seen the same pixels before.
 
     One file for each need, named by a hash of pixels, weights and resizing.
     """
     needs = tuple(needs)
     if not needs:
-        return Summary(images.count)
+        return FeatureStatistics(images.count)
     if cache is None:
-        return summarise(judge, watch(images.batches(), images.count), needs, batch_size=batch_size)
-    content = "\n".join((_VERSION, images.digest(), judge.digest, judge.resize))
+        return summarize(extractor, watch(images.batches(), images.count), needs, batch_size=batch_size)
+    content = "\n".join((_VERSION, images.digest(), extractor.digest, extractor.resize))
     stem = hashlib.sha256(content.encode()).hexdigest()[:32]
     places = {need: cache / f"{stem}-{need}.npz" for need in needs}
     found: dict[str, Any] = {need: value for need, place in places.items() if (value := _cached(place)) is not None}
     missing = places.keys() - found.keys()
     if missing:
-        new = summarise(judge, watch(images.batches(), images.count), missing, batch_size=batch_size)
+        new = summarize(extractor, watch(images.batches(), images.count), missing, batch_size=batch_size)
         for need in missing:
             found[need] = getattr(new, need)
             _keep(places[need], found[need])
-    return Summary(images.count, **found)
+    return FeatureStatistics(images.count, **found)
 
 
 def _cached(place: Path) -> Gaussian | np.ndarray | None:
@@ -147,5 +147,5 @@ def _keep(place: Path, value: Gaussian | np.ndarray) -> None:
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with written_beside(path) as beside, writing(path), beside.open("wb") as file:
+    with atomic_write(path) as beside, write_errors(path), beside.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]

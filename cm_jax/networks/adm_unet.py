@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cm_jax.arrays import Labels
 from cm_jax.errors import InputError
 from cm_jax.networks.attention import Implementation
 from cm_jax.networks.blocks import NORM_GROUPS, Dense, Embedding, Modulation, Resample, Style, parameter, sinusoid
-from cm_jax.networks.precision import Precision
 from cm_jax.networks.unet import Block, Plan, UNet, Unit
+from cm_jax.types import Labels, Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +33,17 @@ class ADMUNet(UNet):
     image_channels: int = 3
     width: int = 192
     """Channels at multiplier 1; the embedding is four times as wide."""
-    multipliers: tuple[float, ...] = (1, 2, 3, 4)
+    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
     """Channels of every level over `width`; the image is halved from each level to the next."""
     blocks_per_level: int = 3
     attention_factors: tuple[int, ...] = (2, 4, 8)
     """Where attention stands, as factors of down-sampling: at 64 pixels, 2 is attention at resolution 32."""
-    head_width: int | None = 64
+    head_dim: int | None = 64
     """Channels of an attention head; None where `heads` fixes their number instead."""
     heads: int | None = None
     classes: int | None = 1000
     """Number of classes, or None for an unconditional network."""
-    interval_clock: bool = False
+    interval_embedding: bool = False
     """Whether it is also told the length of an interval, embedded like c_noise and added (MeanFlow)."""
     modulation: Modulation = "scale_shift"
     """How the embedding enters a block; the originals know scale_shift and additive only."""
@@ -56,11 +55,11 @@ class ADMUNet(UNet):
     precision: Precision = "float32"
     """Of the products inside the blocks; norms, softmax, embeddings and the output head are float32 always."""
     attention: Implementation = "auto"
-    rematerialise: bool = False
+    rematerialize: bool = False
     """Recompute every block in the backward pass instead of keeping its activations."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         object.__setattr__(self, "attention_factors", tuple(self.attention_factors))
         problems = list(self._problems())
         if problems:
@@ -70,28 +69,28 @@ class ADMUNet(UNet):
         """Every way in which the fields contradict each other."""
         if (
             min(self.width, self.blocks_per_level, self.image_size, self.image_channels) < 1
-            or not self.multipliers
-            or min(self.multipliers) <= 0
+            or not self.channel_mult
+            or min(self.channel_mult) <= 0
         ):
-            yield "width, multipliers, blocks_per_level, image_size and image_channels must all be positive"
+            yield "width, channel_mult, blocks_per_level, image_size and image_channels must all be positive"
             return
-        if self.image_size > 2**13 or self.blocks_per_level > 64 or len(self.multipliers) > 12:
+        if self.image_size > 2**13 or self.blocks_per_level > 64 or len(self.channel_mult) > 12:
             yield "image_size may be 8192 at most, blocks_per_level 64, and the levels 12"
             return
-        if max(self.width * max(self.multipliers), self.image_channels, self.classes or 0) > 2**20:
+        if max(self.width * max(self.channel_mult), self.image_channels, self.classes or 0) > 2**20:
             yield "channels and classes may be a million at most"
             return
-        if (self.head_width is None) == (self.heads is None):
-            yield f"give head_width or heads, not both or neither (got {self.head_width} and {self.heads})"
-        elif (self.head_width if self.head_width is not None else self.heads or 0) < 1:
-            yield f"head_width and heads must be positive (got {self.head_width} and {self.heads})"
+        if (self.head_dim is None) == (self.heads is None):
+            yield f"give head_dim or heads, not both or neither (got {self.head_dim} and {self.heads})"
+        elif (self.head_dim if self.head_dim is not None else self.heads or 0) < 1:
+            yield f"head_dim and heads must be positive (got {self.head_dim} and {self.heads})"
         else:
             for level, channels in enumerate(self.level_channels):
                 if channels % NORM_GROUPS:
                     yield f"level {level} has {channels} channels, not a multiple of the {NORM_GROUPS} norm groups"
-                attends = 2**level in self.attention_factors or level == len(self.multipliers) - 1
-                if attends and channels % (self.head_width or self.heads or 1):
-                    heads = f"heads of width {self.head_width}" if self.head_width else f"{self.heads} heads"
+                attends = 2**level in self.attention_factors or level == len(self.channel_mult) - 1
+                if attends and channels % (self.head_dim or self.heads or 1):
+                    heads = f"heads of width {self.head_dim}" if self.head_dim else f"{self.heads} heads"
                     yield f"level {level} has {channels} channels, which do not split into {heads}"
         if self.classes is not None and self.classes < 1:
             yield f"classes must be positive, or None for an unconditional network (got {self.classes})"
@@ -101,7 +100,7 @@ class ADMUNet(UNet):
             yield f"dropout_size must be positive, or None for every feature map (got {self.dropout_size})"
         if self.image_size % self.reduction:
             yield (
-                f"{len(self.multipliers)} levels halve the image {len(self.multipliers) - 1} times, so its size must "
+                f"{len(self.channel_mult)} levels halve the image {len(self.channel_mult) - 1} times, so its size must "
                 f"be a multiple of {self.reduction} (got {self.image_size})"
             )
 
@@ -115,11 +114,11 @@ class ADMUNet(UNet):
 
     def heads_for(self, channels: int) -> int:
         """Number of attention heads in a block of so many channels."""
-        return self.heads or channels // (self.head_width or channels)
+        return self.heads or channels // (self.head_dim or channels)
 
     def plan(self) -> Plan:
         """The blocks in the order they are applied, after the stem and before the head."""
-        deepest = len(self.multipliers) - 1
+        deepest = len(self.channel_mult) - 1
         channels = self.level_channels[0]
         skips = [channels]
         encoder, decoder = [], []
@@ -204,7 +203,7 @@ IMAGENET64 = ADMUNet()
 LSUN256 = ADMUNet(
     image_size=256,
     width=256,
-    multipliers=(1, 1, 2, 2, 4, 4),
+    channel_mult=(1, 1, 2, 2, 4, 4),
     blocks_per_level=2,
     attention_factors=(8, 16, 32),
     classes=None,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax import native
+from cm_jax import kernels
 from cm_jax.networks.precision import product_precision
 
 Implementation = Literal["auto", "plain", "cudnn"]
@@ -25,7 +25,7 @@ def attend(
     On CPUs, in float32, by attention.cc, whose scores stay in the cache.
     """
     pixels, width = thirds.shape[1], thirds.shape[2] // 3 // heads
-    if implementation != "cudnn" and native.suits(thirds, width) and native.suits(thirds, pixels):
+    if implementation != "cudnn" and kernels.suits(thirds, width) and kernels.suits(thirds, pixels):
         return _fused(thirds, heads=heads)
     query, key, value = _split(thirds, heads)
     if implementation == "cudnn" or (implementation == "auto" and _cudnn_runs(query)):
@@ -41,7 +41,7 @@ def _plain(thirds: Array, *, heads: int) -> Array:
     return _joined(jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value, precision=precision))
 
 
-_fused = native.differentiable("cm_jax_attention", _plain, lambda x, *, heads: (*x.shape[:2], x.shape[2] // 3))
+_fused = kernels.differentiable("cm_jax_attention", _plain, lambda x, *, heads: (*x.shape[:2], x.shape[2] // 3))
 
 
 def _split(thirds: Array, heads: int) -> tuple[Heads, Heads, Heads]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax import native
+from cm_jax import kernels
 from cm_jax.networks.precision import product_precision
 
 
@@ -17,8 +17,8 @@ def convolve_3x3(
     """
     if max(x.shape[1:3]) <= 2 and stride == padding == 1:
         return _among_all_pixels(x, kernel.astype(x.dtype))
-    if stride == padding == 1 and min(x.shape[1:3]) > 2 and native.suits(x, kernel.shape[-1]):
-        return native.convolve(x, kernel.astype(x.dtype))
+    if stride == padding == 1 and min(x.shape[1:3]) > 2 and kernels.suits(x, kernel.shape[-1]):
+        return kernels.convolve(x, kernel.astype(x.dtype))
     return jax.lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax import native
+from cm_jax import kernels
 
 PerImage = Float[Array, "b c"]
 
@@ -23,7 +23,7 @@ def group_norm(
 
     In x's precision, and inside in float32. The activation is SiLU, or none. On CPUs it is one pass through the cache.
     """
-    if native.suits(x) and x.shape[-1] % groups == 0:
+    if kernels.suits(x) and x.shape[-1] % groups == 0:
         offset = jnp.zeros_like(gain) if offset is None else offset
         return _fused(x, offset, gain, bias, groups=groups, epsilon=epsilon, silu=silu)
     return _plain(x, offset, gain, bias, groups=groups, epsilon=epsilon, silu=silu)
@@ -35,8 +35,8 @@ def _plain(
     """Means and squared deviations are taken per channel and then per group. The deviations are those from the
     channel's mean, because sums of squares would cancel in float32.
     """
-    moved = x if offset is None else x + offset[:, None, None].astype(x.dtype)
-    pixels = moved.astype(jnp.float32)
+    ema_update = x if offset is None else x + offset[:, None, None].astype(x.dtype)
+    pixels = ema_update.astype(jnp.float32)
     mean = pixels.mean((1, 2))
     variance = jnp.square(pixels - mean[:, None, None]).mean((1, 2))
     group_mean = _group_mean(mean, groups)
@@ -47,7 +47,7 @@ def _plain(
     return jax.nn.silu(normal) if silu else normal
 
 
-_fused = native.differentiable("cm_jax_norm", _plain, lambda x, *_, **__: x.shape)
+_fused = kernels.differentiable("cm_jax_norm", _plain, lambda x, *_, **__: x.shape)
 
 
 def _group_mean(values: PerImage, groups: int) -> PerImage:

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cm_jax.arrays import Labels
 from cm_jax.errors import InputError
 from cm_jax.networks.attention import Implementation
 from cm_jax.networks.blocks import Dense, Embedding, Modulation, Style, parameter
 from cm_jax.networks.fir import Filter
-from cm_jax.networks.precision import Precision
 from cm_jax.networks.unet import Block, Plan, UNet, Unit
+from cm_jax.types import Labels, Precision
 
 TimeEmbedding = Literal["fourier", "positional"]
 
@@ -38,7 +37,7 @@ class SongUNet(UNet):
     image_channels: int = 3
     width: int = 128
     """Channels of the first convolution, and at multiplier 1; the embedding is four times as wide."""
-    multipliers: tuple[float, ...] = (2, 2, 2)
+    channel_mult: tuple[float, ...] = (2, 2, 2)
     """Channels of every level over `width`; the image is halved from each level to the next."""
     blocks_per_level: int = 4
     """iCT-deep doubles it."""
@@ -46,7 +45,7 @@ class SongUNet(UNet):
     """Where attention stands, as factors of down-sampling: at 32 pixels, 2 is attention at resolution 16."""
     classes: int | None = None
     """Number of classes, or None for an unconditional network."""
-    interval_clock: bool = False
+    interval_embedding: bool = False
     """Whether it is also told the length of an interval, embedded like c_noise and added (MeanFlow)."""
     embedding: TimeEmbedding = "fourier"
     """Waves of c_noise at random frequencies, or at fixed falling ones."""
@@ -64,11 +63,11 @@ class SongUNet(UNet):
     precision: Precision = "float32"
     """Of the products inside the blocks; norms, softmax, embeddings and the output head are float32 always."""
     attention: Implementation = "auto"
-    rematerialise: bool = False
+    rematerialize: bool = False
     """Recompute every block in the backward pass instead of keeping its activations."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         object.__setattr__(self, "attention_factors", tuple(self.attention_factors))
         problems = list(self._problems())
         if problems:
@@ -79,7 +78,7 @@ class SongUNet(UNet):
         if (
             min(self.blocks_per_level, self.image_size, self.image_channels) < 1
             or self.width < 4
-            or not self.multipliers
+            or not self.channel_mult
             or min(self.level_channels) < 4
         ):
             yield (
@@ -87,7 +86,7 @@ class SongUNet(UNet):
                 "level at least 4"
             )
             return
-        if self.image_size > 2**13 or self.blocks_per_level > 64 or len(self.multipliers) > 12:
+        if self.image_size > 2**13 or self.blocks_per_level > 64 or len(self.channel_mult) > 12:
             yield "image_size may be 8192 at most, blocks_per_level 64, and the levels 12"
             return
         if max(*self.level_channels, self.width, self.image_channels, self.classes or 0) > 2**20:
@@ -109,7 +108,7 @@ class SongUNet(UNet):
             yield f"dropout_size must be positive, or None for every feature map (got {self.dropout_size})"
         if self.image_size % self.reduction:
             yield (
-                f"{len(self.multipliers)} levels halve the image {len(self.multipliers) - 1} times, so its size must "
+                f"{len(self.channel_mult)} levels halve the image {len(self.channel_mult) - 1} times, so its size must "
                 f"be a multiple of {self.reduction} (got {self.image_size})"
             )
 
@@ -132,7 +131,7 @@ class SongUNet(UNet):
 
     def plan(self) -> Plan:
         """The blocks in the order they are applied, after the stem and before the head."""
-        deepest = len(self.multipliers) - 1
+        deepest = len(self.channel_mult) - 1
         channels, inputs = self.width, self.image_channels
         skips = [channels]
         encoder, decoder = [], []

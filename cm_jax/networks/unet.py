@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from cm_jax.arrays import Images, Keys, Labels, Params, leaves, nested
 from cm_jax.errors import InputError
 from cm_jax.networks.attention import Implementation
 from cm_jax.networks.blocks import (
@@ -29,7 +28,7 @@ from cm_jax.networks.blocks import (
     SmoothedConvolution,
     Style,
 )
-from cm_jax.networks.precision import Precision
+from cm_jax.types import Images, Keys, Labels, Params, Precision, leaves, nested
 
 Pyramid = Float[Array, "b h3 w3 c3"]
 """The pyramid of inputs: the image itself, then what the last step down made of it and the features."""
@@ -69,15 +68,15 @@ class UNet(abc.ABC):
     image_size: int
     image_channels: int
     width: int
-    multipliers: tuple[float, ...]
+    channel_mult: tuple[float, ...]
     classes: int | None
-    interval_clock: bool
+    interval_embedding: bool
     modulation: Modulation
     dropout: float
     dropout_size: int | None
     precision: Precision
     attention: Implementation
-    rematerialise: bool
+    rematerialize: bool
 
     @property
     @abc.abstractmethod
@@ -107,12 +106,12 @@ class UNet(abc.ABC):
 
     @property
     def level_channels(self) -> tuple[int, ...]:
-        return tuple(round(multiplier * self.width) for multiplier in self.multipliers)
+        return tuple(round(multiplier * self.width) for multiplier in self.channel_mult)
 
     @property
     def reduction(self) -> int:
         """The factor by which the image is smaller on the deepest level."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 2 ** (len(self.channel_mult) - 1)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -135,8 +134,10 @@ class UNet(abc.ABC):
         halve.
         """
         self.check_input(x.shape, labels is not None)
-        if length is not None and not self.interval_clock:
-            raise InputError("This network has one clock, and was told an interval's length: set interval_clock=True.")
+        if length is not None and not self.interval_embedding:
+            raise InputError(
+                "This network has one clock, and was told an interval's length: set interval_embedding=True."
+            )
         inputs = (x, c_noise, labels, dropout_keys, length)
         return _UNet(self).apply({"params": params}, *inputs)  # type: ignore[return-value]
 
@@ -158,7 +159,7 @@ class UNet(abc.ABC):
             raise InputError(f"Images must be [batch, height, width, {self.image_channels}], got shape {list(shape)}.")
         if shape[1] % self.reduction or shape[2] % self.reduction:
             raise InputError(
-                f"Images of {shape[1]}x{shape[2]} cannot be halved {len(self.multipliers) - 1} times: "
+                f"Images of {shape[1]}x{shape[2]} cannot be halved {len(self.channel_mult) - 1} times: "
                 f"height and width must be multiples of {self.reduction}."
             )
         if labelled and self.classes is None:
@@ -172,14 +173,14 @@ class UNet(abc.ABC):
         x = jax.ShapeDtypeStruct((1, size, size, self.image_channels), jnp.float32)
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
         labels = None if self.classes is None else jax.ShapeDtypeStruct((1,), jnp.int32)
-        plain: UNet = dataclasses.replace(self, attention="plain", rematerialise=False)  # type: ignore[type-var]
+        plain: UNet = dataclasses.replace(self, attention="plain", rematerialize=False)  # type: ignore[type-var]
         made = functools.partial(_UNet(plain).apply, {}, mutable=["params"])
         return jax.eval_shape(made, x, time, labels)[1]["params"]  # type: ignore[index]
 
     def parameter_count(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes()))
 
-    def initialise(self, key: Key[Array, ""]) -> Params:
+    def initialize(self, key: Key[Array, ""]) -> Params:
         """Fresh float32 parameters by the laws of `initial`.
 
         All numbers come from two draws, because a draw per leaf takes the compiler half a minute.
@@ -235,7 +236,7 @@ class _UNet(nn.Module):
         config = self.config
         plan = config.plan()
         embedding = config.embedder()(c_noise, labels)
-        if config.interval_clock:
+        if config.interval_embedding:
             embedding += config.embedder("length")(c_noise if length is None else length, None)
         places = itertools.count()
 
@@ -266,7 +267,7 @@ class _Block(nn.Module):
     def __call__(self, h: Features, pyramid: Pyramid, embedding: Embedding, dropout_keys: Keys | None) -> Outputs:
         config = self.config
         dtype, style = config.precision, config.style
-        recomputed = nn.remat if config.rematerialise else lambda module: module
+        recomputed = nn.remat if config.rematerialize else lambda module: module
         for index, unit in enumerate(self.block.units):
             match unit.kind:
                 case "residual":

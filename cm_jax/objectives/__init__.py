@@ -5,8 +5,9 @@ step) -> (losses, metrics), all per image: the training step averages, and diffe
 `losses`, the paper's algorithm alone, with the levels and the noise given, and the networks as plain functions.
 """
 
+from cm_jax.diffusion.ode import EulerStep, HeunStep, ODEStep
 from cm_jax.objectives.adaptive_weight import AdaptiveWeight
-from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective
+from cm_jax.objectives.base import Batch, FrozenParams, Losses, Metrics, Models, Objective
 from cm_jax.objectives.consistency_distillation import ConsistencyDistillation
 from cm_jax.objectives.consistency_training import ConsistencyTraining
 from cm_jax.objectives.continuous_time import ContinuousDistillation, ContinuousTraining
@@ -15,7 +16,6 @@ from cm_jax.objectives.easy_consistency_tuning import EasyConsistencyTuning
 from cm_jax.objectives.improved_consistency_training import ImprovedConsistencyTraining
 from cm_jax.objectives.mean_flow import MeanFlow
 from cm_jax.objectives.progressive_distillation import ProgressiveDistillation
-from cm_jax.objectives.teacher_steps import EulerStep, HeunStep, TeacherStep
 
 __all__ = [
     "AdaptiveWeight",
@@ -27,14 +27,14 @@ __all__ = [
     "Denoising",
     "EasyConsistencyTuning",
     "EulerStep",
-    "Functions",
-    "Helpers",
+    "FrozenParams",
     "HeunStep",
     "ImprovedConsistencyTraining",
     "Losses",
     "MeanFlow",
     "Metrics",
+    "Models",
+    "ODEStep",
     "Objective",
     "ProgressiveDistillation",
-    "TeacherStep",
 ]

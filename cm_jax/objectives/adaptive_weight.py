@@ -6,8 +6,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax.arrays import Params
 from cm_jax.networks.blocks import sinusoid
+from cm_jax.types import Params
 
 Values = Float[Array, " b"]
 
@@ -24,7 +24,7 @@ class AdaptiveWeight:
     NAME: ClassVar[str] = "adaptive_weight"
     """Of its branch in the parameter tree."""
 
-    def initialise(self) -> Params:
+    def initialize(self) -> Params:
         return {self.NAME: {"kernel": jnp.zeros((self.width,)), "bias": jnp.zeros(())}}
 
     def __call__(self, params: Params, c_noise: Values) -> Values:

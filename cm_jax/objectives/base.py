@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax.arrays import Images, Keys, Labels, Params
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.curricula import Step
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.curricula import Step
 from cm_jax.errors import InputError
 from cm_jax.objectives.adaptive_weight import AdaptiveWeight, without_weight
+from cm_jax.types import Images, Keys, Labels, Params
 
 Losses = Float[Array, " b"]
 """One loss per image."""
@@ -21,7 +21,7 @@ Metrics = dict[str, Float[Array, " b"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Functions:
+class Models:
     """The functions at work, without their parameters: hashable, a static argument of jit."""
 
     student: ConsistencyFunction
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     labels: Labels | None = None
 
 
-class Helpers(NamedTuple):
+class FrozenParams(NamedTuple):
     """Parameters that an objective uses and does not train."""
 
     target: Params | None = None
@@ -69,30 +69,30 @@ class Objective(abc.ABC):
     """Whether the student becomes the teacher each time that its curriculum(step) changes."""
 
     def __call__(
-        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         if self.adaptive is None:
-            return self.evaluate(functions, params, helpers, batch, keys, step)
-        target = None if helpers.target is None else without_weight(helpers.target)
-        teacher = None if helpers.teacher is None else without_weight(helpers.teacher)
-        helpers = helpers._replace(target=target, teacher=teacher)
-        losses, metrics = self.evaluate(functions, without_weight(params), helpers, batch, keys, step)
-        weight = self.adaptive(params, functions.student.scaling.c_noise(metrics["sigma"]))
+            return self.evaluate(models, params, frozen, batch, keys, step)
+        target = None if frozen.target is None else without_weight(frozen.target)
+        teacher = None if frozen.teacher is None else without_weight(frozen.teacher)
+        frozen = frozen._replace(target=target, teacher=teacher)
+        losses, metrics = self.evaluate(models, without_weight(params), frozen, batch, keys, step)
+        weight = self.adaptive(params, models.student.preconditioning.c_noise(metrics["sigma"]))
         return jnp.exp(weight) * losses - weight, metrics | {"unweighted": losses, "log_weight": weight}
 
     @abc.abstractmethod
     def evaluate(
-        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         """As a call, before the weight that is learnt."""
 
-    def check(self, functions: Functions) -> None:
+    def check(self, models: Models) -> None:
         """Raises InputError for functions that it cannot train."""
         if not self.has_teacher:
             return
-        if functions.teacher is None:
+        if models.teacher is None:
             raise InputError(f"{type(self).__name__} needs a teacher: give a denoiser as well.")
-        student, teacher = functions.student.network, functions.teacher.network
+        student, teacher = models.student.network, models.teacher.network
         if (student.image_shape, student.classes) != (teacher.image_shape, teacher.classes):
             raise InputError(
                 f"Student and teacher must see the same images and classes; got {student.image_shape} with "
@@ -101,13 +101,13 @@ class Objective(abc.ABC):
 
     def extras(self) -> Params:
         """Fresh parameters that it trains beside the network's, under names of their own in the same tree."""
-        return {} if self.adaptive is None else self.adaptive.initialise()
+        return {} if self.adaptive is None else self.adaptive.initialize()
 
-    def teacher(self, functions: Functions, helpers: Helpers) -> tuple[ConsistencyFunction, Params]:
+    def teacher(self, models: Models, frozen: FrozenParams) -> tuple[ConsistencyFunction, Params]:
         """The teacher and its parameters. Raises InputError where either is missing."""
-        if functions.teacher is None or helpers.teacher is None:
+        if models.teacher is None or frozen.teacher is None:
             raise InputError(f"{type(self).__name__} needs a teacher: give a denoiser and its parameters as well.")
-        return functions.teacher, helpers.teacher
+        return models.teacher, frozen.teacher
 
 
 def demand_forward_derivatives(objective: Objective, function: ConsistencyFunction) -> None:
@@ -120,7 +120,7 @@ def demand_forward_derivatives(objective: Objective, function: ConsistencyFuncti
         )
 
 
-class Draws(NamedTuple):
+class SampleKeys(NamedTuple):
     """Keys of an image by what they feed."""
 
     level: Keys
@@ -128,6 +128,6 @@ class Draws(NamedTuple):
     dropout: Keys
 
 
-def draws(keys: Keys) -> Draws:
+def split_keys(keys: Keys) -> SampleKeys:
     """Three keys per image. Student and target of a pair share the one of dropout, so that their masks agree."""
-    return Draws(*jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys))
+    return SampleKeys(*jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys))

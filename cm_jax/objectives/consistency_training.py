@@ -6,13 +6,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cm_jax.arrays import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
-from cm_jax.curricula import Curriculum, Progressive, Step
-from cm_jax.distances import Distance, Squared
-from cm_jax.noise_laws import IndexLaw, UniformIndex
-from cm_jax.noise_levels import KarrasCurve
-from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective, draws
-from cm_jax.weightings import Uniform, Weighting
+from cm_jax.diffusion.curricula import Curriculum, Progressive, Step
+from cm_jax.diffusion.distances import Distance, Squared
+from cm_jax.diffusion.noise_distributions import IndexDistribution, UniformIndex
+from cm_jax.diffusion.noise_schedule import KarrasCurve
+from cm_jax.diffusion.weightings import Uniform, Weighting
+from cm_jax.objectives.base import Batch, FrozenParams, Losses, Metrics, Models, Objective, split_keys
+from cm_jax.types import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,24 +21,24 @@ class ConsistencyTraining(Objective):
 
     curriculum: Curriculum = Progressive()
     curve: KarrasCurve = KarrasCurve()
-    law: IndexLaw = UniformIndex()
+    noise_distribution: IndexDistribution = UniformIndex()
     weighting: Weighting = Uniform()
     distance: Distance = Squared()
 
     has_target: ClassVar[bool] = True
 
     def evaluate(
-        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
-        key_level, key_noise, key_dropout = draws(keys)
+        key_level, key_noise, key_dropout = split_keys(keys)
         levels = self.curriculum(step)
-        index = self.law(key_level, self.curve, levels)
+        index = self.noise_distribution(key_level, self.curve, levels)
         t, r = self.curve.sigma(index, levels), self.curve.sigma(index + 1, levels)
         noise = normal_per_image(key_noise, batch.images.shape[1:])
-        target_params = params if helpers.target is None else helpers.target
-        student = functions.student.denoiser(params, batch.labels, key_dropout)
-        target = functions.student.denoiser(target_params, batch.labels, key_dropout)
-        losses = self.losses(student, target, batch.images, t, r, noise, helpers.perceptual)
+        target_params = params if frozen.target is None else frozen.target
+        student = models.student.denoiser(params, batch.labels, key_dropout)
+        target = models.student.denoiser(target_params, batch.labels, key_dropout)
+        losses = self.losses(student, target, batch.images, t, r, noise, frozen.perceptual)
         return losses, {"sigma": t, "levels": jnp.full_like(t, levels)}
 
     def losses(

@@ -14,23 +14,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax.arrays import Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.curricula import Rate, Step, WarmUp
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.curricula import Rate, Step, WarmUp
+from cm_jax.diffusion.noise_distributions import LogNormal
+from cm_jax.diffusion.noise_schedule import sigma_at_trigflow_time, trigflow_time
+from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.noise_laws import LogNormal
-from cm_jax.noise_levels import sigma_at_trigflow_time, trigflow_time
 from cm_jax.objectives.base import (
     Batch,
-    Functions,
-    Helpers,
+    FrozenParams,
     Losses,
     Metrics,
+    Models,
     Objective,
     demand_forward_derivatives,
-    draws,
+    split_keys,
 )
-from cm_jax.preconditioning import EDMScaling
+from cm_jax.types import Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image
 
 Times = Float[Array, " b"]
 Field = Callable[[Images, Times], Images]
@@ -41,7 +41,7 @@ Field = Callable[[Images, Times], Images]
 class _ContinuousTime(Objective):
     """What both share: 1 / d ||F - F^- - g||^2, F^- = stop(F), g the normalised tangent; sCM has `adaptive` too."""
 
-    law: LogNormal = LogNormal(-1.0, 1.4)
+    noise_distribution: LogNormal = LogNormal(-1.0, 1.4)
     """Of sigma = sigma_data tan t."""
     warm_up: WarmUp = WarmUp()
     regulariser: float = 0.1
@@ -51,28 +51,28 @@ class _ContinuousTime(Objective):
         if not self.regulariser > 0:
             raise InputError(f"The regulariser of the tangent's norm must be positive, got {self.regulariser}.")
 
-    def check(self, functions: Functions) -> None:
-        super().check(functions)
-        trigflow_scaling(functions.student)
-        demand_forward_derivatives(self, functions.student)
+    def check(self, models: Models) -> None:
+        super().check(models)
+        trigflow_scaling(models.student)
+        demand_forward_derivatives(self, models.student)
 
     def evaluate(
-        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
-        key_level, key_noise, key_dropout = draws(keys)
-        sigma = self.law(key_level)
-        sigma_data = trigflow_scaling(functions.student).sigma_data
+        key_level, key_noise, key_dropout = split_keys(keys)
+        sigma = self.noise_distribution(key_level)
+        sigma_data = trigflow_scaling(models.student).sigma_data
         t = trigflow_time(sigma, sigma_data)
         noise = sigma_data * normal_per_image(key_noise, batch.images.shape[1:])
         x_t = per_image(jnp.cos(t)) * batch.images + per_image(jnp.sin(t)) * noise
-        velocity = self.velocity(functions, helpers, batch, x_t, t, noise)
-        field = trigflow_field(functions.student, params, batch.labels, key_dropout)
+        velocity = self.velocity(models, frozen, batch, x_t, t, noise)
+        field = trigflow_field(models.student, params, batch.labels, key_dropout)
         losses, tangent_norm = self.losses(field, x_t, t, velocity, self.warm_up(step), sigma_data)
         return losses, {"sigma": sigma, "tangent_norm": tangent_norm}
 
     @abc.abstractmethod
     def velocity(
-        self, functions: Functions, helpers: Helpers, batch: Batch, x_t: Images, t: Times, noise: Images
+        self, models: Models, frozen: FrozenParams, batch: Batch, x_t: Images, t: Times, noise: Images
     ) -> Images:
         """dx_t / dt."""
 
@@ -119,9 +119,9 @@ class ContinuousTraining(_ContinuousTime):
     """sCT: dx_t / dt = v_t = cos t sigma_data z - sin t x_0, from data alone."""
 
     def velocity(
-        self, functions: Functions, helpers: Helpers, batch: Batch, x_t: Images, t: Times, noise: Images
+        self, models: Models, frozen: FrozenParams, batch: Batch, x_t: Images, t: Times, noise: Images
     ) -> Images:
-        del functions, helpers, x_t
+        del models, frozen, x_t
         return per_image(jnp.cos(t)) * noise - per_image(jnp.sin(t)) * batch.images
 
 
@@ -131,19 +131,19 @@ class ContinuousDistillation(_ContinuousTime):
 
     has_teacher: ClassVar[bool] = True
 
-    def check(self, functions: Functions) -> None:
-        super().check(functions)
-        if functions.teacher is None:
+    def check(self, models: Models) -> None:
+        super().check(models)
+        if models.teacher is None:
             return
-        ours, theirs = (trigflow_scaling(f).sigma_data for f in (functions.student, functions.teacher))
+        ours, theirs = (trigflow_scaling(f).sigma_data for f in (models.student, models.teacher))
         if ours != theirs:
             raise InputError(f"Student and teacher must agree on sigma_data; got {ours} and {theirs}.")
 
     def velocity(
-        self, functions: Functions, helpers: Helpers, batch: Batch, x_t: Images, t: Times, noise: Images
+        self, models: Models, frozen: FrozenParams, batch: Batch, x_t: Images, t: Times, noise: Images
     ) -> Images:
         del noise
-        teacher, teacher_params = self.teacher(functions, helpers)
+        teacher, teacher_params = self.teacher(models, frozen)
         sigma_data = trigflow_scaling(teacher).sigma_data
         return sigma_data * trigflow_field(teacher, teacher_params, batch.labels)(x_t / sigma_data, t)
 
@@ -155,16 +155,16 @@ def trigflow_field(
 
     def field(u: Images, t: Times) -> Images:
         sigma: Sigmas = sigma_at_trigflow_time(t, trigflow_scaling(function).sigma_data)
-        return -function.network.predict(params, u, function.scaling.c_noise(sigma), labels, dropout_keys)
+        return -function.network.predict(params, u, function.preconditioning.c_noise(sigma), labels, dropout_keys)
 
     return field
 
 
-def trigflow_scaling(function: ConsistencyFunction) -> EDMScaling:
+def trigflow_scaling(function: ConsistencyFunction) -> EDMPreconditioning:
     """The scaling of a student or teacher. Raises InputError where it is none of TrigFlow's."""
-    if not isinstance(function.scaling, EDMScaling):
+    if not isinstance(function.preconditioning, EDMPreconditioning):
         raise InputError(
-            f"A continuous-time objective was given {type(function.scaling).__name__}: TrigFlow needs f(x, 0) = x. "
-            "Use EDMScaling (to continue from an EDM denoiser) or TrigFlowScaling, for student and teacher alike."
+            f"Continuous-time objectives need f(x, 0) = x, got {type(function.preconditioning).__name__}. "
+            "Use EDMPreconditioning (to tune an EDM denoiser) or TrigFlowPreconditioning, for student and teacher."
         )
-    return function.scaling
+    return function.preconditioning

@@ -6,12 +6,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cm_jax.arrays import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
-from cm_jax.curricula import ShrinkingGap, Step
-from cm_jax.distances import Distance, PseudoHuber
-from cm_jax.noise_laws import LogNormal
-from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective, draws
-from cm_jax.weightings import InverseGap, Weighting
+from cm_jax.diffusion.curricula import ShrinkingGap, Step
+from cm_jax.diffusion.distances import Distance, PseudoHuber
+from cm_jax.diffusion.noise_distributions import LogNormal
+from cm_jax.diffusion.weightings import InverseGap, Weighting
+from cm_jax.objectives.base import Batch, FrozenParams, Losses, Metrics, Models, Objective, split_keys
+from cm_jax.types import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class EasyConsistencyTuning(Objective):
     distance, weighted by 1 / c_out^2 (Karras). It starts from the weights of a denoiser, with its scalings.
     """
 
-    law: LogNormal = LogNormal(-1.1, 2.0)
+    noise_distribution: LogNormal = LogNormal(-1.1, 2.0)
     gap: ShrinkingGap = ShrinkingGap()
     weighting: Weighting = InverseGap()
     distance: Distance = PseudoHuber(0.0)
@@ -30,16 +30,16 @@ class EasyConsistencyTuning(Objective):
     has_target: ClassVar[bool] = True
 
     def evaluate(
-        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
-        key_level, key_noise, key_dropout = draws(keys)
-        t = self.law(key_level)
+        key_level, key_noise, key_dropout = split_keys(keys)
+        t = self.noise_distribution(key_level)
         r = self.gap(t, step)
         noise = normal_per_image(key_noise, batch.images.shape[1:])
-        target_params = params if helpers.target is None else helpers.target
-        student = functions.student.denoiser(params, batch.labels, key_dropout)
-        target = functions.student.denoiser(target_params, batch.labels, key_dropout)
-        losses = self.losses(student, target, batch.images, t, r, noise, helpers.perceptual)
+        target_params = params if frozen.target is None else frozen.target
+        student = models.student.denoiser(params, batch.labels, key_dropout)
+        target = models.student.denoiser(target_params, batch.labels, key_dropout)
+        losses = self.losses(student, target, batch.images, t, r, noise, frozen.perceptual)
         return losses, {"sigma": t, "ratio": r / t}
 
     def losses(

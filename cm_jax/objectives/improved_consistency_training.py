@@ -3,13 +3,13 @@
 import dataclasses
 from typing import ClassVar
 
-from cm_jax.arrays import Keys, Params
-from cm_jax.curricula import Curriculum, Doubling, Step
-from cm_jax.distances import Distance, PseudoHuber
-from cm_jax.noise_laws import DiscreteLogNormal, IndexLaw
-from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics
+from cm_jax.diffusion.curricula import Curriculum, Doubling, Step
+from cm_jax.diffusion.distances import Distance, PseudoHuber
+from cm_jax.diffusion.noise_distributions import DiscreteLogNormal, IndexDistribution
+from cm_jax.diffusion.weightings import InverseGap, Weighting
+from cm_jax.objectives.base import Batch, FrozenParams, Losses, Metrics, Models
 from cm_jax.objectives.consistency_training import ConsistencyTraining
-from cm_jax.weightings import InverseGap, Weighting
+from cm_jax.types import Keys, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +20,13 @@ class ImprovedConsistencyTraining(ConsistencyTraining):
     """
 
     curriculum: Curriculum = Doubling()
-    law: IndexLaw = DiscreteLogNormal()
+    noise_distribution: IndexDistribution = DiscreteLogNormal()
     weighting: Weighting = InverseGap()
     distance: Distance = PseudoHuber()
 
     has_target: ClassVar[bool] = False
 
     def evaluate(
-        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
-        return super().evaluate(functions, params, helpers._replace(target=None), batch, keys, step)
+        return super().evaluate(models, params, frozen._replace(target=None), batch, keys, step)

@@ -7,22 +7,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax.arrays import Images, Keys, Params, normal_per_image, per_image
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.curricula import Step
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.curricula import Step
+from cm_jax.diffusion.noise_distributions import IntervalDistribution, SortedInterval
+from cm_jax.diffusion.preconditioning import MeanFlowPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.noise_laws import IntervalLaw, SortedInterval
 from cm_jax.objectives.base import (
     Batch,
-    Functions,
-    Helpers,
+    FrozenParams,
     Losses,
     Metrics,
+    Models,
     Objective,
     demand_forward_derivatives,
-    draws,
+    split_keys,
 )
-from cm_jax.preconditioning import FlowScaling
+from cm_jax.types import Images, Keys, Params, normal_per_image, per_image
 
 Times = Float[Array, " b"]
 Velocity = Callable[[Images, Times, Times], Images]
@@ -34,10 +34,10 @@ class MeanFlow(Objective):
     """||u - stop(v - (t - r) du/dt)||^2 / stop(||.||^2 + epsilon)^power on z = (1 - t) x + t e, v = e - x.
 
     (MeanFlow, algorithm 1.) du/dt is taken along the path, by one forward derivative. Where r = t it is flow
-    matching. One step of the model is e - u(e, 1, 1); with FlowScaling the network is a consistency function.
+    matching. One step of the model is e - u(e, 1, 1).
     """
 
-    law: IntervalLaw = SortedInterval()
+    noise_distribution: IntervalDistribution = SortedInterval()
     power: float = 1.0
     epsilon: float = 0.01
 
@@ -47,22 +47,22 @@ class MeanFlow(Objective):
                 f"MeanFlow's weight needs power >= 0 and epsilon > 0; got {self.power} and {self.epsilon}."
             )
 
-    def check(self, functions: Functions) -> None:
-        super().check(functions)
-        flow_scaling(functions.student)
-        demand_forward_derivatives(self, functions.student)
-        if not getattr(functions.student.network, "interval_clock", False):
-            raise InputError("MeanFlow's network must be told the interval's length: set its interval_clock=True.")
+    def check(self, models: Models) -> None:
+        super().check(models)
+        mean_flow_preconditioning(models.student)
+        demand_forward_derivatives(self, models.student)
+        if not getattr(models.student.network, "interval_embedding", False):
+            raise InputError("MeanFlow's network must be told the interval's length: set its interval_embedding=True.")
 
     def evaluate(
-        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
-        del helpers, step
-        key_level, key_noise, key_dropout = draws(keys)
-        t, r = self.law(key_level)
+        del frozen, step
+        key_level, key_noise, key_dropout = split_keys(keys)
+        t, r = self.noise_distribution(key_level)
         noise = normal_per_image(key_noise, batch.images.shape[1:])
 
-        network, clock = functions.student.network, flow_scaling(functions.student).time_factor
+        network, clock = models.student.network, mean_flow_preconditioning(models.student).time_factor
 
         def u(z: Images, t: Times, length: Times) -> Images:
             return network.predict(params, z, clock * t, batch.labels, key_dropout, clock * length)
@@ -85,8 +85,10 @@ class MeanFlow(Objective):
         return errors / jax.lax.stop_gradient(errors + self.epsilon) ** self.power
 
 
-def flow_scaling(function: ConsistencyFunction) -> FlowScaling:
+def mean_flow_preconditioning(function: ConsistencyFunction) -> MeanFlowPreconditioning:
     """The scaling of MeanFlow's network. Raises InputError where it is another one."""
-    if not isinstance(function.scaling, FlowScaling):
-        raise InputError(f"MeanFlow's network needs FlowScaling, and got {type(function.scaling).__name__}.")
-    return function.scaling
+    if not isinstance(function.preconditioning, MeanFlowPreconditioning):
+        raise InputError(
+            f"MeanFlow's network needs MeanFlowPreconditioning, and got {type(function.preconditioning).__name__}."
+        )
+    return function.preconditioning

@@ -6,14 +6,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cm_jax.arrays import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
-from cm_jax.curricula import Curriculum, Halving, Step
-from cm_jax.distances import Distance, Squared
-from cm_jax.noise_laws import IndexLaw, UniformIndex
-from cm_jax.noise_levels import KarrasCurve
-from cm_jax.objectives.base import Batch, Functions, Helpers, Losses, Metrics, Objective, draws
-from cm_jax.objectives.teacher_steps import EulerStep
-from cm_jax.weightings import TruncatedSNR, Weighting
+from cm_jax.diffusion.curricula import Curriculum, Halving, Step
+from cm_jax.diffusion.distances import Distance, Squared
+from cm_jax.diffusion.noise_distributions import IndexDistribution, UniformIndex
+from cm_jax.diffusion.noise_schedule import KarrasCurve
+from cm_jax.diffusion.ode import EulerStep
+from cm_jax.diffusion.weightings import TruncatedSNR, Weighting
+from cm_jax.objectives.base import Batch, FrozenParams, Losses, Metrics, Models, Objective, split_keys
+from cm_jax.types import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ProgressiveDistillation(Objective):
     curriculum: Curriculum = Halving()
     """N(k) counts steps here, not levels: the grid has N + 1 levels."""
     curve: KarrasCurve = KarrasCurve()
-    law: IndexLaw = UniformIndex()
+    noise_distribution: IndexDistribution = UniformIndex()
     weighting: Weighting = TruncatedSNR()
     distance: Distance = Squared()
 
@@ -36,17 +36,17 @@ class ProgressiveDistillation(Objective):
     hands_over: ClassVar[bool] = True
 
     def evaluate(
-        self, functions: Functions, params: Params, helpers: Helpers, batch: Batch, keys: Keys, step: Step
+        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
-        key_level, key_noise, key_dropout = draws(keys)
+        key_level, key_noise, key_dropout = split_keys(keys)
         levels = self.curriculum(step) + 1
-        index = self.law(key_level, self.curve, levels)
+        index = self.noise_distribution(key_level, self.curve, levels)
         t, middle, r = (self.curve.sigma(index + ahead, levels) for ahead in (0, 0.5, 1))
         noise = normal_per_image(key_noise, batch.images.shape[1:])
-        student = functions.student.denoiser(params, batch.labels, key_dropout)
-        teacher, teacher_params = self.teacher(functions, helpers)
+        student = models.student.denoiser(params, batch.labels, key_dropout)
+        teacher, teacher_params = self.teacher(models, frozen)
         denoiser = teacher.denoiser(teacher_params, batch.labels)
-        losses = self.losses(student, denoiser, batch.images, t, middle, r, noise, helpers.perceptual)
+        losses = self.losses(student, denoiser, batch.images, t, middle, r, noise, frozen.perceptual)
         return losses, {"sigma": t, "levels": jnp.full_like(t, levels)}
 
     def losses(

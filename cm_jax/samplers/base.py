@@ -8,8 +8,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cm_jax.arrays import Denoiser, Draw, Images
-from cm_jax.noise_levels import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.types import Denoiser, Images, NoiseSource
 
 Levels = Float[Array, " n"]
 """Falling noise levels, the closing one included: n - 1 steps."""
@@ -44,7 +44,7 @@ class Sampler(abc.ABC):
         return 1
 
     @abc.abstractmethod
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images: ...
+    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images: ...
 
     def denoise(self, denoiser: Denoiser, x: Images, level: Level) -> Images:
         """D(x, level), clipped where that is on."""

@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cm_jax.arrays import Denoiser, Draw, Images, Sigmas
-from cm_jax.noise_levels import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.samplers.base import Levels, Sampler, intervals
+from cm_jax.types import Denoiser, Images, NoiseSource, Sigmas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Consistency(Sampler):
     def draws(self, steps: int) -> int:
         return 1 if steps == 1 else steps + 1
 
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images:
+    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images:
         if levels.shape[0] == 2:
             return jnp.clip(self.denoise(denoiser, levels[0] * draw(0), levels[0]), -1, 1)
 
         def clean(x: Images, sigma: Sigmas) -> Images:
             return self.denoise(denoiser, x, sigma[0])
 
-        return jnp.clip(alternate(clean, levels[0] * draw(0), levels, draw), -1, 1)
+        return jnp.clip(multistep_sample(clean, levels[0] * draw(0), levels, draw), -1, 1)
 
 
-def alternate(denoiser: Denoiser, x: Images, levels: Levels, draw: Draw) -> Images:
+def multistep_sample(denoiser: Denoiser, x: Images, levels: Levels, draw: NoiseSource) -> Images:
     """From x at the first level: denoise, add fresh noise of the next level, and so on; nothing is clipped.
 
     No noise is added at the last level, sigma_min, so that the end is the last denoised image itself.

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cm_jax.errors import InputError, bounded
-from cm_jax.noise_levels import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.errors import InputError, check_int
 from cm_jax.samplers.base import Sampler
 
 
@@ -33,7 +33,7 @@ def choose_levels(
     if len(named) != 1:
         raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(named) or 'none'}.")
     if steps is not None:
-        steps = bounded("steps", steps, 1, _MOST_STEPS)
+        steps = check_int("steps", steps, 1, _MOST_STEPS)
         match = next((choice for choice in tuned if len(choice) == steps), None)
         if match is None or not sampler.ends_at_boundary:
             return sampler.levels(steps, grid)
@@ -80,7 +80,7 @@ def _whole(name: str, values: Any, grid: KarrasGrid) -> list[int]:
     """Grid indices. Raises InputError for anything else."""
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
         raise InputError(f"{name} must be a list of whole numbers, got {_shown(values)}.")
-    return [bounded(f"{name} (this model has {grid.levels} levels)", each, 0, grid.levels - 1) for each in values]
+    return [check_int(f"{name} (this model has {grid.levels} levels)", each, 0, grid.levels - 1) for each in values]
 
 
 def _rounded(values: Any) -> tuple[float, ...]:

@@ -7,10 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cm_jax.arrays import Denoiser, Draw, Images
+from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.errors import InputError
-from cm_jax.noise_levels import KarrasGrid
 from cm_jax.samplers.base import Level, Levels, Sampler, intervals
+from cm_jax.types import Denoiser, Images, NoiseSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Heun(Sampler):
     def draws(self, steps: int) -> int:
         return steps + 1 if self.churn.amount else 1
 
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images:
+    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images:
         slope = self.slope(denoiser)
 
         def step(x, interval):
@@ -68,7 +68,7 @@ class Heun(Sampler):
 class Euler(Sampler):
     """First-order steps: x + (s_{i+1} - s_i) dx/dsigma."""
 
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images:
+    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images:
         slope = self.slope(denoiser)
 
         def step(x, interval):
@@ -98,7 +98,7 @@ class DPM(Sampler):
     def draws(self, steps: int) -> int:
         return steps + 1 if self.churn.amount else 1
 
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images:
+    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images:
         slope = self.slope(denoiser)
 
         def step(x, interval):

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cm_jax.arrays import Denoiser, Draw, Images
 from cm_jax.samplers.base import Levels, Sampler, intervals
+from cm_jax.types import Denoiser, Images, NoiseSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Ancestral(Sampler):
     def draws(self, steps: int) -> int:
         return steps + 1
 
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: Draw) -> Images:
+    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images:
         slope = self.slope(denoiser)
 
         def step(x, interval):

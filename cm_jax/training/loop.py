@@ -12,25 +12,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from cm_jax import checkpoints, settings
-from cm_jax.arrays import Params
-from cm_jax.errors import InputError, listed
-from cm_jax.files import written_beside
-from cm_jax.training import feeding
-from cm_jax.training.checkpointing import on_host
-from cm_jax.training.evaluating import PARAMETERS
-from cm_jax.training.evaluations import Evaluations
-from cm_jax.training.log import Log
-from cm_jax.training.plots import plot
-from cm_jax.training.preparation import Prepared, prepare
-from cm_jax.training.progress import Progress
-from cm_jax.training.record import record_start
-from cm_jax.training.run_folder import Retention, RunFolder
-from cm_jax.training.samples import sheet
+from cm_jax.checkpoints import native, serialization
+from cm_jax.errors import InputError, indented_list
+from cm_jax.io.atomic import atomic_write
+from cm_jax.training import prefetch
+from cm_jax.training.config import TrainConfig, without_extras
+from cm_jax.training.run.evaluation_hook import PARAMETERS
+from cm_jax.training.run.evaluation_log import Evaluations
+from cm_jax.training.run.folder import Retention, RunFolder
+from cm_jax.training.run.metrics_log import Log
+from cm_jax.training.run.plots import plot
+from cm_jax.training.run.progress import Progress
+from cm_jax.training.run.provenance import record_start
+from cm_jax.training.run.sample_grids import sheet
+from cm_jax.training.run.signals import Stop
+from cm_jax.training.run.state_io import on_host
+from cm_jax.training.setup import Prepared, prepare
 from cm_jax.training.state import TrainState
 from cm_jax.training.step import Curves
-from cm_jax.training.stopping import Stop
-from cm_jax.training.training import Training, without_extras
+from cm_jax.types import Params
 
 FORMAT = 1
 """Of a run's config.json."""
@@ -41,13 +41,13 @@ _ASK_EVERY = 10
 Say = Callable[[str], None]
 
 
-def train(chosen: Training, folder: str | Path, say: Say = print, progress: Any = None) -> None:
+def train(chosen: TrainConfig, folder: str | Path, say: Say = print, progress: Any = None) -> None:
     """Run it in its folder, from where the folder's newest checkpoint is, to its end or until it is asked to stop.
 
     Raises InputError for settings that do not go together, or that differ from those the folder was begun with.
     """
     run = prepare(chosen, progress)
-    fresh = None if checkpoints.of_run(Path(folder)) else run.fresh_state()  # a refused start leaves no folder behind
+    fresh = None if native.of_run(Path(folder)) else run.fresh_state()  # a refused start leaves no folder behind
     with RunFolder(folder, Retention(chosen.keep_last, chosen.keep_every, chosen.keep_hours)) as opened:
         _agree(opened.path, chosen)
         found = opened.resume(run.abstract_state())
@@ -71,7 +71,7 @@ def _loop(run: Prepared, folder: RunFolder, evaluations: Evaluations, state: Tra
     program = run.compiled(constants)
     config = chosen.model_config(run.dataset)
     log, progress = Log(folder.path, done), Progress(done, total, chosen.batch_size)
-    with Stop() as stop, log, progress, feeding.ahead(run.dispatches(done, total)) as feed:
+    with Stop() as stop, log, progress, prefetch.ahead(run.dispatches(done, total)) as feed:
         window = _Window(chosen, log, progress, done)
 
         def evaluate(done: int, averaged: Params) -> None:
@@ -121,7 +121,7 @@ def _loop(run: Prepared, folder: RunFolder, evaluations: Evaluations, state: Tra
 class _Window:
     """Metrics on their way: those of a dispatch are fetched when the next one runs, and averaged over `log_every`."""
 
-    def __init__(self, chosen: Training, log: Log, progress: Progress, done: int) -> None:
+    def __init__(self, chosen: TrainConfig, log: Log, progress: Progress, done: int) -> None:
         self._chosen, self._log, self._progress, self._done = chosen, log, progress, done
         self._waiting: Curves | None = None
         self._values: dict[str, list[float]] = {}
@@ -164,7 +164,7 @@ class _Window:
         self._values = {}
 
     def _check(self, in_a_row: int, skipped: int) -> None:
-        if in_a_row < self._chosen.most_skipped:
+        if in_a_row < self._chosen.max_consecutive_skips:
             return
         since = "from the first step" if skipped == self._done else f"up to batch {self._done}"
         raise InputError(
@@ -196,25 +196,25 @@ def _agreed(requested: bool, dispatches: int) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(requested))))
 
 
-def _agree(folder: Path, chosen: Training) -> None:
+def _agree(folder: Path, chosen: TrainConfig) -> None:
     """Write RUN/config.json; or raise InputError where the one that is there says something else."""
-    file, text = folder / "config.json", settings.to_text(chosen, FORMAT)
+    file, text = folder / "config.json", serialization.to_text(chosen, FORMAT)
     if file.exists():
         try:
             there = file.read_text("utf-8", "replace")
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
-        before = settings.from_text(there, Training, FORMAT, str(file), "the config of a run")
-        same = dataclasses.replace(chosen, **{name: getattr(before, name) for name in Training.FREE})
-        found = settings.differences(settings.encode(before), settings.encode(same))
+        before = serialization.from_text(there, TrainConfig, FORMAT, str(file), "the config of a run")
+        same = dataclasses.replace(chosen, **{name: getattr(before, name) for name in TrainConfig.FREE})
+        found = serialization.differences(serialization.encode(before), serialization.encode(same))
         if before.drawn_from != chosen.drawn_from:  # all checkpoints of a run hold the same average to draw from
             found.append(f"evaluation.average: {before.drawn_from} in the folder, {chosen.drawn_from} now")
         if found:
             raise InputError(
-                f"{folder} was begun with other settings:\n  {listed(found)}\nGive the same ones, or another folder."
+                f"{folder} has other settings:\n  {indented_list(found)}\nGive the same ones, or another folder."
             )
     if jax.process_index() == 0:
-        with written_beside(file) as beside:
+        with atomic_write(file) as beside:
             beside.write_text(text, "utf-8")
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from cm_jax.arrays import Params
 from cm_jax.errors import InputError
 from cm_jax.training.learning_rates import ConstantRate, LearningRate
+from cm_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
-from cm_jax.arrays import Params
 from cm_jax.errors import InputError
+from cm_jax.types import Params
 
 AXIS = "devices"
 _LEAST_SHARDED = 4096

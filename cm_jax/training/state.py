@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from cm_jax.arrays import Params
+from cm_jax.types import Params
 
 Counter = Int[Array, ""]
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from cm_jax.arrays import Images, Keys, Params
-from cm_jax.curricula import TargetRate
-from cm_jax.objectives import Batch, Functions, Helpers, Objective
-from cm_jax.training.averages import Average, moved
+from cm_jax.diffusion.curricula import TargetEMA
+from cm_jax.objectives import Batch, FrozenParams, Models, Objective
+from cm_jax.training.ema import EMA, ema_update
 from cm_jax.training.optimizers import Optimizer
 from cm_jax.training.parallelism import Parallelism
 from cm_jax.training.state import Constants, RawBatch, TrainState, fresh_counter
+from cm_jax.types import Images, Keys, Params
 
 Scalars = dict[str, Float[Array, ""]]
 Curves = dict[str, Float[Array, " steps"]]
@@ -31,10 +31,10 @@ class TrainingStep:
     """What is trained, and how. Each field is a component of its own; this is the order in which they act."""
 
     objective: Objective
-    functions: Functions
+    models: Models
     optimizer: Optimizer
-    averages: tuple[Average, ...] = ()
-    target: TargetRate | None = None
+    averages: tuple[EMA, ...] = ()
+    target: TargetEMA | None = None
     """mu(k); None: the target is the student itself, held fixed."""
     accumulate: int = 1
     """Parts of a batch that are computed one after the other, to save memory; their gradients are averaged."""
@@ -77,9 +77,9 @@ class TrainingStep:
         count = jax.tree.leaves(batch)[0].shape[0]
         keys = image_keys(key, state.batches, across.image_numbers(count))
         teacher = constants.teacher if state.teacher is None else state.teacher
-        helpers = Helpers(across.whole(state.target), across.whole(teacher), constants.perceptual)
+        frozen = FrozenParams(across.whole(state.target), across.whole(teacher), constants.perceptual)
         clean = fetched(batch, constants, keys if self.flip else None)
-        gradient = functools.partial(self._gradient, across, helpers, state.step)
+        gradient = functools.partial(self._gradient, across, frozen, state.step)
         gradients, metrics = gradient(across.whole(state.params), clean, keys)
         gradients, metrics = across.mean((gradients, metrics))
         gradients = across.split(gradients)
@@ -96,12 +96,12 @@ class TrainingStep:
         }
 
     def _gradient(
-        self, across: Parallelism, helpers: Helpers, step: Any, params: Params, batch: Batch, keys: Keys
+        self, across: Parallelism, frozen: FrozenParams, step: Any, params: Params, batch: Batch, keys: Keys
     ) -> tuple[Params, Scalars]:
         """The mean gradient and mean metrics of the images at hand."""
 
         def loss(params: Params, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Scalars]:
-            losses, metrics = self.objective(self.functions, params, helpers, batch, keys, step)
+            losses, metrics = self.objective(self.models, params, frozen, batch, keys, step)
             return losses.mean(), means(losses, metrics)
 
         gradient = jax.grad(loss, has_aux=True)
@@ -129,12 +129,12 @@ class TrainingStep:
             params=params,
             optimizer=optimizer,
             averages={
-                average.name: moved(state.averages[average.name], params, average.rate(step))
+                average.name: ema_update(state.averages[average.name], params, average.rate(step))
                 for average in self.averages
             },
         )
         if state.target is not None and self.target is not None:
-            after = after._replace(target=moved(state.target, params, self.target(step)))
+            after = after._replace(target=ema_update(state.target, params, self.target(step)))
         return self._handed_over(after, step) if self.objective.hands_over else after
 
     def _handed_over(self, state: TrainState, step: Any) -> TrainState:

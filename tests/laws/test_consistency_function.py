@@ -9,25 +9,30 @@ import numpy as np
 import pytest
 
 from cm_jax import conversion
-from cm_jax.config import ModelConfig
-from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import (
+    ConsistencyPreconditioning,
+    EDMPreconditioning,
+    MeanFlowPreconditioning,
+    TrigFlowPreconditioning,
+)
 from cm_jax.errors import InputError
 from cm_jax.model import Model
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, FlowScaling, TrigFlowScaling
 from cm_jax.samplers import SAMPLERS
 from tests.support import SMALL, random_params
 
 
 def test_the_consistency_function_is_the_identity_at_sigma_min():
-    function = jax.jit(ConsistencyFunction(SMALL, BoundaryScaling()))
+    function = jax.jit(ConsistencyFunction(SMALL, ConsistencyPreconditioning()))
     x = 3 * jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     clean = function(random_params(SMALL), x, jnp.full(2, 0.002), jnp.array([1, 2]))
     np.testing.assert_array_equal(clean, x)
 
 
 def test_a_denoiser_is_not_held_to_the_boundary():
-    function = jax.jit(ConsistencyFunction(SMALL, EDMScaling()))
+    function = jax.jit(ConsistencyFunction(SMALL, EDMPreconditioning()))
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     assert not np.array_equal(function(random_params(SMALL), x, jnp.full(2, 0.002), jnp.array([1, 2])), x)
 
@@ -35,35 +40,37 @@ def test_a_denoiser_is_not_held_to_the_boundary():
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 80.0])
 def test_edm_scalings_give_unit_variance_inputs_and_targets(sigma):
     """The demands from which EDM derives them (appendix B.6): unit-variance inputs and targets."""
-    scaling, level = EDMScaling(), jnp.array([sigma])
-    variance = scaling.sigma_data**2 + sigma**2
-    assert scaling.c_in(level)[0] ** 2 * variance == pytest.approx(1, rel=1e-5)
-    target = (1 - scaling.c_skip(level)[0]) ** 2 * scaling.sigma_data**2 + scaling.c_skip(level)[0] ** 2 * sigma**2
-    assert target == pytest.approx(float(scaling.c_out(level)[0]) ** 2, rel=1e-3)
+    preconditioning, level = EDMPreconditioning(), jnp.array([sigma])
+    variance = preconditioning.sigma_data**2 + sigma**2
+    assert preconditioning.c_in(level)[0] ** 2 * variance == pytest.approx(1, rel=1e-5)
+    target = (1 - preconditioning.c_skip(level)[0]) ** 2 * preconditioning.sigma_data**2 + preconditioning.c_skip(
+        level
+    )[0] ** 2 * sigma**2
+    assert target == pytest.approx(float(preconditioning.c_out(level)[0]) ** 2, rel=1e-3)
 
 
 def test_with_the_best_raw_output_the_gaussian_denoiser_comes_out():
     """For data from N(0, sigma_data^2) the best denoiser is c_skip x, so the raw network has nothing to add."""
     x, sigma = jnp.ones((3, 1, 1, 1)), jnp.array([0.002, 1.0, 80.0])
     exact = x * (0.25 / (0.25 + sigma**2))[:, None, None, None]
-    np.testing.assert_allclose(EDMScaling().blend(x, sigma, jnp.zeros_like(x)), exact, rtol=1e-6)
+    np.testing.assert_allclose(EDMPreconditioning().blend(x, sigma, jnp.zeros_like(x)), exact, rtol=1e-6)
 
 
 def test_a_fresh_network_puts_out_zero():
-    params = SMALL.initialise(jax.random.key(0))
+    params = SMALL.initialize(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     assert not jax.jit(SMALL.predict)(params, x, jnp.array([1.0, -100.0]), jnp.array([0, 9])).any()
 
 
 def test_initialisation_follows_pytorchs_laws_and_its_key():
-    params = SMALL.initialise(jax.random.key(0))
+    params = SMALL.initialize(jax.random.key(0))
     kernel = params["down_0_0"]["residual"]["conv_1"]["kernel"]
     bound = 1 / np.sqrt(9 * 32)
     assert bound * 0.99 < jnp.abs(kernel).max() <= bound
     assert kernel.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
     assert jnp.abs(params["down_0_0"]["residual"]["conv_1"]["bias"]).max() <= bound
     assert params["embedding"]["table"].std() == pytest.approx(1, rel=0.05)
-    again, other = SMALL.initialise(jax.random.key(0)), SMALL.initialise(jax.random.key(1))
+    again, other = SMALL.initialize(jax.random.key(0)), SMALL.initialize(jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, params, again)
     assert not np.array_equal(kernel, other["down_0_0"]["residual"]["conv_1"]["kernel"])
 
@@ -75,41 +82,46 @@ def test_any_image_size_that_halves_goes_through():
 
 
 def test_equal_networks_hash_alike():
-    network = dataclasses.replace(SMALL, multipliers=(1.0, 2.0), attention_factors=(2,))
+    network = dataclasses.replace(SMALL, channel_mult=(1.0, 2.0), attention_factors=(2,))
     assert network == SMALL
     assert hash(network) == hash(SMALL)
 
 
-SCALINGS = [EDMScaling(), BoundaryScaling(sigma_min=0.01), TrigFlowScaling(time_factor=300.0), FlowScaling(2.0)]
+SCALINGS = [
+    EDMPreconditioning(),
+    ConsistencyPreconditioning(sigma_min=0.01),
+    TrigFlowPreconditioning(time_factor=300.0),
+    MeanFlowPreconditioning(2.0),
+]
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("preconditioning", SCALINGS)
 @pytest.mark.parametrize("consistency", [None, True, False])
-def test_a_config_with_any_scaling_goes_there_and_back(scaling, consistency):
-    config = ModelConfig(SMALL, scaling, KarrasGrid(18), consistency=consistency)
+def test_a_config_with_any_scaling_goes_there_and_back(preconditioning, consistency):
+    config = ModelConfig(SMALL, preconditioning, KarrasGrid(18), consistency=consistency)
     assert ModelConfig.from_json(config.to_json(), "a test") == config
 
 
-@pytest.mark.parametrize(("scaling", "judged"), list(zip(SCALINGS, [False, True, False, True], strict=True)))
-def test_a_model_is_what_its_scalings_say_unless_it_is_said(scaling, judged):
+@pytest.mark.parametrize(("preconditioning", "judged"), list(zip(SCALINGS, [False, True, False, True], strict=True)))
+def test_a_model_is_what_its_scalings_say_unless_it_is_said(preconditioning, judged):
     """ECT's and sCM's students have the scalings of a denoiser, and are consistency functions all the same."""
-    config = ModelConfig(SMALL, scaling, KarrasGrid())
+    config = ModelConfig(SMALL, preconditioning, KarrasGrid())
     assert config.distilled == judged
     assert dataclasses.replace(config, consistency=True).distilled
     assert not dataclasses.replace(config, consistency=False).distilled
 
 
 def test_a_config_written_before_it_said_what_it_is_still_reads():
-    config = ModelConfig(SMALL, BoundaryScaling(), KarrasGrid())
+    config = ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid())
     fields = json.loads(config.to_json())
     del fields["consistency"]
     assert ModelConfig.from_json(json.dumps(fields), "an old one") == config
 
 
-@pytest.mark.parametrize("scaling", [EDMScaling(), TrigFlowScaling()])
-def test_a_student_with_a_denoisers_scalings_draws_in_one_step(scaling):
+@pytest.mark.parametrize("preconditioning", [EDMPreconditioning(), TrigFlowPreconditioning()])
+def test_a_student_with_a_denoisers_scalings_draws_in_one_step(preconditioning):
     params = random_params(SMALL)
-    student = Model(ModelConfig(SMALL, scaling, KarrasGrid(), consistency=True), params)
+    student = Model(ModelConfig(SMALL, preconditioning, KarrasGrid(), consistency=True), params)
     noise = np.asarray(jax.random.normal(jax.random.key(0), (1, 2, 16, 16, 3)))
     f = jax.jit(student.config.function)
     expected = jnp.clip(f(params, 80 * noise[0], jnp.full(2, 80.0), jnp.array([1, 2])), -1, 1)
@@ -121,11 +133,15 @@ def test_a_student_with_a_denoisers_scalings_draws_in_one_step(scaling):
 
 @pytest.mark.parametrize("kind", ["openai", "diffusers"])
 @pytest.mark.parametrize(
-    ("scaling", "wanted"),
-    [(EDMScaling(), "with the scalings of a denoiser"), (TrigFlowScaling(), "clock"), (FlowScaling(), "clock")],
+    ("preconditioning", "wanted"),
+    [
+        (EDMPreconditioning(), "with the scalings of a denoiser"),
+        (TrigFlowPreconditioning(), "clock"),
+        (MeanFlowPreconditioning(), "clock"),
+    ],
 )
-def test_others_formats_would_take_such_a_student_for_another_function(kind, scaling, wanted, tmp_path):
-    config = ModelConfig(SMALL, scaling, KarrasGrid(), consistency=True)
+def test_others_formats_would_take_such_a_student_for_another_function(kind, preconditioning, wanted, tmp_path):
+    config = ModelConfig(SMALL, preconditioning, KarrasGrid(), consistency=True)
     with pytest.raises(InputError, match=wanted):
         conversion.write(tmp_path / "there", kind, config, random_params(SMALL))
     assert not list(tmp_path.iterdir())
@@ -133,7 +149,7 @@ def test_others_formats_would_take_such_a_student_for_another_function(kind, sca
 
 def test_trigflow_scalings_differ_from_edms_in_the_clock_alone():
     sigma = jnp.array([0.002, 0.5, 80.0])
-    trigflow, edm = TrigFlowScaling(), EDMScaling()
+    trigflow, edm = TrigFlowPreconditioning(), EDMPreconditioning()
     for name in ("c_skip", "c_out", "c_in"):
         np.testing.assert_array_equal(getattr(trigflow, name)(sigma), getattr(edm, name)(sigma))
     np.testing.assert_allclose(trigflow.c_noise(sigma), [0.004, np.pi / 4, 1.56455], rtol=1e-5)

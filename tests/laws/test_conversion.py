@@ -9,18 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm_jax.arrays import leaves, nested
-from cm_jax.config import ModelConfig
-from cm_jax.conversion import Untold, read, write
-from cm_jax.conversion.diffusers_configs import scheduler_config, unet_config
-from cm_jax.conversion.formats import DIFFUSERS, OPENAI
-from cm_jax.conversion.rules import LazyTensor, to_ours, to_theirs
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.published import BUNDLED, imagenet_classes, published, recognize
+from cm_jax.conversion import CheckpointHints, read, write
+from cm_jax.conversion.diffusers_config import scheduler_config, unet_config
+from cm_jax.conversion.rules import to_ours, to_theirs
+from cm_jax.conversion.unet_formats import DIFFUSERS, OPENAI
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
+from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
-from cm_jax.published import BUNDLED, imagenet_classes, published, recognise
+from cm_jax.types import leaves, nested
 from tests.support import DATA, ROOT, SMALL, random_params
 
 PUBLISHED = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
@@ -76,22 +77,22 @@ def test_the_two_spellings_meet_where_diffusers_own_converter_puts_them(name):
 @pytest.mark.parametrize("spelling", [OPENAI, DIFFUSERS], ids=["openai", "diffusers"])
 def test_published_architectures_are_inferred(name, spelling):
     network = PUBLISHED[name]
-    inferred = spelling.infer(shapes_of(spelling, network), "a file", image_size=network.image_size, head_width=64)
+    inferred = spelling.infer(shapes_of(spelling, network), "a file", image_size=network.image_size, head_dim=64)
     assert inferred == network
 
 
 @st.composite
 def fields(draw):
-    multipliers = draw(st.lists(st.sampled_from([0.5, 1, 1.5, 2, 3]), min_size=1, max_size=4))
-    levels = len(multipliers)
+    channel_mult = draw(st.lists(st.sampled_from([0.5, 1, 1.5, 2, 3]), min_size=1, max_size=4))
+    levels = len(channel_mult)
     return {  # the network itself is made in the test, outside of hypothesis
         "image_size": 2 ** (levels + 1),
         "image_channels": draw(st.sampled_from([1, 3])),
         "width": 64,
-        "multipliers": tuple(multipliers),
+        "channel_mult": tuple(channel_mult),
         "blocks_per_level": draw(st.integers(1, 3)),
         "attention_factors": tuple(sorted(draw(st.sets(st.sampled_from([2**level for level in range(levels)]))))),
-        "head_width": draw(st.sampled_from([16, 32])),
+        "head_dim": draw(st.sampled_from([16, 32])),
         "classes": draw(st.sampled_from([None, 1, 10])),
         "modulation": draw(st.sampled_from(["scale_shift", "additive"])),
         "resampling": draw(st.sampled_from(["residual", "convolution"] if levels > 1 else ["residual"])),
@@ -109,7 +110,7 @@ def test_any_network_is_inferred_and_goes_there_and_back_bit_for_bit(chosen, dty
             for name, shape in shapes_of(spelling, network).items()
         }
         shapes = {name: array.shape for name, array in arrays.items()}
-        inferred = spelling.infer(shapes, "a file", image_size=network.image_size, head_width=network.head_width)
+        inferred = spelling.infer(shapes, "a file", image_size=network.image_size, head_dim=network.head_dim)
         assert inferred == network
         rules = spelling.rules(network)
         tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
@@ -122,14 +123,16 @@ def test_any_network_is_inferred_and_goes_there_and_back_bit_for_bit(chosen, dty
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("kind", ["ours", "openai", "diffusers"])
-@pytest.mark.parametrize("scaling", [BoundaryScaling(), EDMScaling()], ids=["consistency", "edm"])
-def test_files_there_and_back_bit_for_bit(tmp_path, dtype, kind, scaling):
+@pytest.mark.parametrize(
+    "preconditioning", [ConsistencyPreconditioning(), EDMPreconditioning()], ids=["consistency", "edm"]
+)
+def test_files_there_and_back_bit_for_bit(tmp_path, dtype, kind, preconditioning):
     params = {path: np.asarray(leaf).astype(dtype) for path, leaf in leaves(random_params(SMALL))}
-    config = ModelConfig(SMALL, scaling, KarrasGrid(18))
+    config = ModelConfig(SMALL, preconditioning, KarrasGrid(18))
     destination = tmp_path / ("model.pt" if kind == "openai" else "model")
     write(destination, kind, config, nested(params))
-    edm = "edm" if isinstance(scaling, EDMScaling) else "consistency"
-    source = read(destination, Untold(16, None, edm, 18, 16) if kind != "ours" else Untold())
+    edm = "edm" if isinstance(preconditioning, EDMPreconditioning) else "consistency"
+    source = read(destination, CheckpointHints(16, None, edm, 18, 16) if kind != "ours" else CheckpointHints())
     assert source.config == config
     back = dict(leaves(source.params))
     assert sorted(back) == sorted(params)
@@ -157,7 +160,7 @@ def test_configs_are_those_that_diffusers_writes(folder, network, levels):
     assert ours.pop("attn_norm_num_groups") == 32
     assert ours == recorded
     recorded = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler_config(ModelConfig(network, BoundaryScaling(), KarrasGrid(levels))) == recorded
+    assert scheduler_config(ModelConfig(network, ConsistencyPreconditioning(), KarrasGrid(levels))) == recorded
 
 
 def test_all_complaints_come_in_one_message():
@@ -183,19 +186,19 @@ def test_all_complaints_come_in_one_message():
 
 def test_networks_that_diffusers_cannot_express_are_refused():
     with pytest.raises(InputError, match="ties the embedding"):
-        unet_config(dataclasses.replace(SMALL, width=64, multipliers=(0.5, 1)))
+        unet_config(dataclasses.replace(SMALL, width=64, channel_mult=(0.5, 1)))
     with pytest.raises(InputError, match="one head width"):
-        unet_config(dataclasses.replace(SMALL, attention_factors=(1, 2), heads=4, head_width=None))
+        unet_config(dataclasses.replace(SMALL, attention_factors=(1, 2), heads=4, head_dim=None))
 
 
 def test_published_checkpoints_are_recognised_by_name(tmp_path):
     assert len(set(published()) - set(BUNDLED)) == 12
     for name, entry in published().items():
         for spelling in (f"{name}.pt", f"diffusers-{name}", name):
-            assert recognise(tmp_path / spelling) is entry
-    assert recognise(tmp_path / "my_model.pt") is None
+            assert recognize(tmp_path / spelling) is entry
+    assert recognize(tmp_path / "my_model.pt") is None
     assert published()["ct_cat256"].timesteps == (62, 0)
-    assert published()["edm_cat256_ema"].scalings == "edm"
+    assert published()["edm_cat256_ema"].preconditioning == "edm"
 
 
 def test_class_names_of_imagenet():

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.curricula import (
-    AdaptiveRate,
+from cm_jax.diffusion.curricula import (
+    AdaptiveTargetEMA,
     Constant,
+    ConstantTargetEMA,
     Doubling,
-    FixedRate,
     Halving,
     Progressive,
     ShrinkingGap,
@@ -38,7 +38,7 @@ def test_progressive_levels_end_with_one_more_than_the_last_number_and_stay(curr
 
 
 def test_progressive_levels_as_the_cifar_program_recorded_them():
-    curriculum, rate = Progressive(2, 150, 800_000), AdaptiveRate(Progressive(2, 150, 800_000), 0.9)
+    curriculum, rate = Progressive(2, 150, 800_000), AdaptiveTargetEMA(Progressive(2, 150, 800_000), 0.9)
     recorded = {0: 2, 1: 3, 1_000: 6, 10_000: 17, 50_000: 38, 100_000: 54, 200_000: 76, 400_000: 107, 740_000: 146}
     assert {step: int(curriculum(step)) for step in recorded} == recorded
     assert [round(float(rate(step)), 5) for step in (0, 1, 1_000, 400_000)] == [0.81, 0.9, 0.95873, 0.99801]
@@ -86,7 +86,7 @@ def test_the_two_adaptive_rates_divide_by_intervals_and_by_levels():
     curriculum = Progressive(2, 200, 800_000)
     for step in (0, 100, 400_000, 800_000):
         levels = int(curriculum(step))
-        released, printed = AdaptiveRate(curriculum)(step), AdaptiveRate(curriculum, over="levels")(step)
+        released, printed = AdaptiveTargetEMA(curriculum)(step), AdaptiveTargetEMA(curriculum, over="levels")(step)
         assert released == pytest.approx(0.95 ** (2 / (levels - 1)), rel=2e-7)
         assert printed == pytest.approx(0.95 ** (2 / levels), rel=2e-7)
         assert released < printed
@@ -94,7 +94,7 @@ def test_the_two_adaptive_rates_divide_by_intervals_and_by_levels():
 
 @pytest.mark.parametrize(
     "schedule",
-    [Constant(), Progressive(), Doubling(), Halving(), FixedRate(), AdaptiveRate(), WarmUp()],
+    [Constant(), Progressive(), Doubling(), Halving(), ConstantTargetEMA(), AdaptiveTargetEMA(), WarmUp()],
     ids=lambda schedule: type(schedule).__name__,
 )
 def test_a_schedule_compiles_once(schedule):
@@ -130,8 +130,8 @@ def test_the_warm_up_rises_to_one_and_stays():
         (lambda: Progressive(200, 2), "start <= end"),
         (lambda: Doubling(10, 1280, 5), "a step a stage"),
         (lambda: Halving(40), "power of 2"),
-        (lambda: FixedRate(1.5), "0 <= rate <= 1"),
-        (lambda: AdaptiveRate(start=0.0), "0 < start < 1"),
+        (lambda: ConstantTargetEMA(1.5), "0 <= rate <= 1"),
+        (lambda: AdaptiveTargetEMA(start=0.0), "0 < start < 1"),
         (lambda: ShrinkingGap(ratio=1.0), "ratio > 1"),
         (lambda: WarmUp(0), "steps >= 1"),
     ],

@@ -342,12 +342,12 @@ def test_decoding_puts_transparency_on_white():
 
 
 def test_decoding_other_kinds_of_pixels():
-    grey = np.array([[0, 1], [128, 255]], np.uint8)
-    np.testing.assert_array_equal(decode(png(grey), 2)[0], np.repeat(grey[..., None], 3, axis=2))
-    deep = grey.astype(np.uint16) * 257
+    gray = np.array([[0, 1], [128, 255]], np.uint8)
+    np.testing.assert_array_equal(decode(png(gray), 2)[0], np.repeat(gray[..., None], 3, axis=2))
+    deep = gray.astype(np.uint16) * 257
     for offset in (0, 100, -100):  # nearest, of 257 numbers for each
         near = np.clip(deep.astype(int) + offset, 0, 65535).astype(np.uint16)
-        np.testing.assert_array_equal(decode(png(near), 2)[0], np.repeat(grey[..., None], 3, axis=2))
+        np.testing.assert_array_equal(decode(png(near), 2)[0], np.repeat(gray[..., None], 3, axis=2))
     file = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
     np.testing.assert_allclose(decode(file.getvalue(), 8)[0], np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=3)

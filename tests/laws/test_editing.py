@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.arrays import normal_per_image
-from cm_jax.config import ModelConfig
-from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.editing import Luma, Mask, Noisy, PatchMean, Strokes, blends, edit, slerp, slerp_all
-from cm_jax.editing.editor import edit_all, variant_keys
+from cm_jax.editing.algorithm import edit_all, variant_keys
 from cm_jax.errors import InputError
-from cm_jax.generation import generate, image_keys
 from cm_jax.model import Model
 from cm_jax.networks import ADMUNet
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
 from cm_jax.samplers import Consistency, choose_levels
+from cm_jax.samplers.generation import generate, image_keys
+from cm_jax.types import normal_per_image
 from tests.support import gaussian_denoiser, random_params
 from tests.toy import ToyNetwork
 
@@ -33,11 +33,11 @@ PROJECTIONS = {
     "nothing": Strokes(),
 }
 SMALL = ADMUNet(
-    image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=32, classes=3
+    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
 )
-MODEL = Model(ModelConfig(SMALL, BoundaryScaling(), KarrasGrid()), SMALL.prepare(random_params(SMALL)))
-TOY = ConsistencyFunction(ToyNetwork(image_size=8), BoundaryScaling())
-TOY_PARAMS = TOY.network.initialise(jax.random.key(0))
+MODEL = Model(ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid()), SMALL.prepare(random_params(SMALL)))
+TOY = ConsistencyFunction(ToyNetwork(image_size=8), ConsistencyPreconditioning())
+TOY_PARAMS = TOY.network.initialize(jax.random.key(0))
 
 
 def inner(a, b):

@@ -9,11 +9,11 @@ import pytest
 
 from cm_jax.errors import InputError
 from cm_jax.evaluation import (
+    EvalConfig,
+    FeatureExtractor,
     Gaussian,
     ImageSet,
-    Judge,
     Moments,
-    Protocol,
     evaluate,
     frechet_distance,
     inception_score,
@@ -22,11 +22,11 @@ from cm_jax.evaluation import (
     read_statistics,
     search_levels,
     squared_mmd,
-    summarise,
+    summarize,
     write_statistics,
 )
 from cm_jax.evaluation.references import summarised
-from cm_jax.networks.inception_v3 import Features
+from cm_jax.feature_networks.inception_v3 import Features
 
 
 def random_features(seed, count, size=24):
@@ -48,7 +48,7 @@ def toy_see(params, images):
 
 def toy_judge(*, logits=True):
     mix = np.random.default_rng(5).normal(size=(4 * 4 * 3, 16)).astype(np.float32)
-    return Judge(
+    return FeatureExtractor(
         toy_see, {"mix": mix} | ({"logits": np.zeros(1, np.float32)} if logits else {}), "a toy", "no resizing"
     )
 
@@ -137,7 +137,7 @@ def test_kid_of_subsets_depends_on_the_seed_alone():
     first = kernel_distance(x, y, subsets=5, size=20, seed=3)
     assert first == kernel_distance(x, y, subsets=5, size=20, seed=3)
     assert first != kernel_distance(x, y, subsets=5, size=20, seed=4)
-    assert first.deviation > 0
+    assert first.std > 0
     assert kernel_distance(x, x, subsets=3, size=1000).mean < 0  # of one set: no cross pairs are left out
     whole = kernel_distance(x, y[:50], subsets=2, size=50)
     assert whole.mean == pytest.approx(squared_mmd(x, y), rel=0.3)
@@ -145,7 +145,7 @@ def test_kid_of_subsets_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("block", [2**24, 64])
 def test_overlap_beside_a_plain_implementation(monkeypatch, block):
-    monkeypatch.setattr("cm_jax.evaluation.manifolds._BLOCK", block)
+    monkeypatch.setattr("cm_jax.evaluation.precision_recall._BLOCK", block)
     real, drawn = random_features(1, 70, 3), random_features(2, 50, 3)
     wide = [each.astype(np.float64) for each in (real, drawn)]
 
@@ -180,10 +180,10 @@ def test_inception_score_of_known_answers():
 
 # ------------------------------------------------------------------------------------------------------- from images on
 def test_features_do_not_depend_on_batches_or_devices():
-    judge, (images, array) = toy_judge(), pictures(0, 45)
-    expected = np.asarray(jax.jit(toy_see)(judge.params, array).pool)
+    extractor, (images, array) = toy_judge(), pictures(0, 45)
+    expected = np.asarray(jax.jit(toy_see)(extractor.params, array).pool)
     for batch_size, devices in ((None, None), (3, jax.devices()[:1]), (16, jax.devices())):
-        seen = summarise(judge, images.batches(), {"pool", "features"}, batch_size=batch_size, devices=devices)
+        seen = summarize(extractor, images.batches(), {"pool", "features"}, batch_size=batch_size, devices=devices)
         assert seen.count == 45
         np.testing.assert_allclose(seen.features, expected, atol=1e-6)
         np.testing.assert_allclose(seen.pool.covariance, np.cov(expected, rowvar=False), atol=1e-6)
@@ -191,27 +191,27 @@ def test_features_do_not_depend_on_batches_or_devices():
 
 def test_grey_images_are_seen_as_rgb_ones():
     _, array = pictures(0, 8)
-    grey = array[..., :1]
-    seen = [summarise(toy_judge(), [x], {"features"}).features for x in (grey, np.repeat(grey, 3, 3))]
+    gray = array[..., :1]
+    seen = [summarize(toy_judge(), [x], {"features"}).features for x in (gray, np.repeat(gray, 3, 3))]
     np.testing.assert_array_equal(*seen)
 
 
 def test_every_metric_of_a_set_with_itself_and_with_another(tmp_path):
     (a, _), (b, _) = pictures(0, 60, "a"), pictures(1, 50, "b", shift=55)
-    protocol = Protocol(("fid", "sfid", "kid", "is", "prdc"), kid_subset_size=20)
-    report, known = evaluate(toy_judge(), a, a, protocol)
+    eval_config = EvalConfig(("fid", "sfid", "kid", "is", "prdc"), kid_subset_size=20)
+    report, known = evaluate(toy_judge(), a, a, eval_config)
     assert report.values["fid"] < 1e-6
     assert report.values["sfid"] < 1e-6
     assert report.values["precision"] == report.values["recall"] == 1
-    other, _ = evaluate(toy_judge(), b, a, protocol, cache=tmp_path)
+    other, _ = evaluate(toy_judge(), b, a, eval_config, cache=tmp_path)
     assert other.values["fid"] > 0.1
     assert other.values["kid"] > 0
     assert "N = 50 of b against 60 of a; 4 x 4 pixels" in other.line
     assert "NOT those published" in other.line
-    assert other.protocol["kid_subset_size"] == 20
+    assert other.eval_config["kid_subset_size"] == 20
     path = tmp_path / "statistics.npz"
     write_statistics(path, known)
-    from_file, _ = evaluate(toy_judge(), b, read_statistics(path), Protocol(("fid", "sfid")), reference_name="file")
+    from_file, _ = evaluate(toy_judge(), b, read_statistics(path), EvalConfig(("fid", "sfid")), reference_name="file")
     assert from_file.values["fid"] == pytest.approx(other.values["fid"], rel=1e-9)
     assert from_file.values["sfid"] == pytest.approx(other.values["sfid"], rel=1e-9)
 
@@ -223,23 +223,27 @@ def test_a_reference_is_looked_at_once(tmp_path):
         looks.append(count)
         return batches
 
-    judge = toy_judge()
-    first = summarised(judge, a, ("pool",), cache=tmp_path, watch=watch)
-    again = summarised(judge, a, ("pool",), cache=tmp_path, watch=watch)
+    extractor = toy_judge()
+    first = summarised(extractor, a, ("pool",), cache=tmp_path, watch=watch)
+    again = summarised(extractor, a, ("pool",), cache=tmp_path, watch=watch)
     assert looks == [30]
     np.testing.assert_array_equal(first.pool.covariance, again.pool.covariance)
-    summarised(judge, a, ("pool", "features"), cache=tmp_path, watch=watch)  # only the features are missing
+    summarised(extractor, a, ("pool", "features"), cache=tmp_path, watch=watch)  # only the features are missing
     assert len(looks) == 2
     other = np.array(images)
     other[3, 0, 0, 0] ^= 1
-    summarised(judge, dataclasses.replace(a, batches=lambda: iter([other])), ("pool",), cache=tmp_path, watch=watch)
+    summarised(extractor, dataclasses.replace(a, batches=lambda: iter([other])), ("pool",), cache=tmp_path, watch=watch)
     summarised(
-        dataclasses.replace(judge, params={"mix": judge.params["mix"] + 1}), a, ("pool",), cache=tmp_path, watch=watch
+        dataclasses.replace(extractor, params={"mix": extractor.params["mix"] + 1}),
+        a,
+        ("pool",),
+        cache=tmp_path,
+        watch=watch,
     )
     assert len(looks) == 4
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:100])  # damaged: seen again, not believed
-    again = summarised(judge, a, ("pool",), cache=tmp_path, watch=watch)
+    again = summarised(extractor, a, ("pool",), cache=tmp_path, watch=watch)
     assert len(looks) == 5
     np.testing.assert_array_equal(first.pool.covariance, again.pool.covariance)
 
@@ -257,9 +261,9 @@ def test_a_reference_is_looked_at_once(tmp_path):
 def test_sets_that_are_too_small_are_refused_with_the_minimum(metrics, count, message):
     (a, _), (b, _) = pictures(0, 60, "a"), pictures(1, count, "b")
     with pytest.raises(InputError, match=message):
-        evaluate(toy_judge(), b, a, Protocol((metrics,)))
+        evaluate(toy_judge(), b, a, EvalConfig((metrics,)))
     (enough, _) = pictures(1, count + 1, "b")
-    evaluate(toy_judge(), enough, a, Protocol((metrics,)))
+    evaluate(toy_judge(), enough, a, EvalConfig((metrics,)))
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
@@ -267,15 +271,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(InputError, match="large has images of 8 x 8 pixels and a of 4 x 4"):
         evaluate(toy_judge(), large, a)
     with pytest.raises(InputError, match="no classifier"):
-        evaluate(toy_judge(logits=False), a, a, Protocol(("is",)))
+        evaluate(toy_judge(logits=False), a, a, EvalConfig(("is",)))
     with pytest.raises(InputError, match=r"There is no metric 'fidd'.*Did you mean 'fid'"):
-        Protocol(("fidd",))
+        EvalConfig(("fidd",))
     with pytest.raises(InputError, match="ask for one of them"):
-        evaluate(toy_judge(), a, a, Protocol(("pr", "prdc")))
+        evaluate(toy_judge(), a, a, EvalConfig(("pr", "prdc")))
     path = tmp_path / "statistics.npz"
     np.savez(path, mu=np.zeros(16), sigma=np.eye(16))
     with pytest.raises(InputError, match="kid needs images of the reference"):
-        evaluate(toy_judge(), a, read_statistics(path), Protocol(("fid", "kid")))
+        evaluate(toy_judge(), a, read_statistics(path), EvalConfig(("fid", "kid")))
     with pytest.raises(InputError, match="16 and of 2048 numbers"):
         frechet_distance(gaussian(random_features(0, 5, 16)), gaussian(random_features(0, 5, 2048)))
     np.savez(path, mu=np.zeros(16))

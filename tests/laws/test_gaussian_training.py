@@ -11,12 +11,24 @@ import numpy as np
 import optax
 import pytest
 
-from cm_jax.arrays import per_image
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.curricula import AdaptiveRate, Constant, Doubling, FixedRate, Progressive, ShrinkingGap, WarmUp
-from cm_jax.networks import Network
-from cm_jax.noise_laws import CappedInterval
-from cm_jax.noise_levels import EDM_TIME, sigma_at_trigflow_time
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.curricula import (
+    AdaptiveTargetEMA,
+    Constant,
+    ConstantTargetEMA,
+    Doubling,
+    Progressive,
+    ShrinkingGap,
+    WarmUp,
+)
+from cm_jax.diffusion.noise_distributions import CappedInterval
+from cm_jax.diffusion.noise_schedule import EDM_TIME, sigma_at_trigflow_time
+from cm_jax.diffusion.preconditioning import (
+    ConsistencyPreconditioning,
+    EDMPreconditioning,
+    MeanFlowPreconditioning,
+    TrigFlowPreconditioning,
+)
 from cm_jax.objectives import (
     AdaptiveWeight,
     Batch,
@@ -26,13 +38,13 @@ from cm_jax.objectives import (
     ContinuousTraining,
     Denoising,
     EasyConsistencyTuning,
-    Functions,
-    Helpers,
+    FrozenParams,
     ImprovedConsistencyTraining,
     MeanFlow,
+    Models,
     Objective,
 )
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, FlowScaling, TrigFlowScaling
+from cm_jax.types import Network, per_image
 
 MEAN, DEVIATION, SIGMA_DATA = 0.3, 0.2, 0.5
 SHAPE = (2, 2, 1)
@@ -55,21 +67,21 @@ class Affine:
     All exact solutions here are affine in the image, so that it only has to find how they depend on the level.
     """
 
-    interval_clock: bool = False
+    interval_embedding: bool = False
     image_shape: tuple[int, int, int] = SHAPE
     classes: int | None = None
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
         clock = c_noise[:, None]
-        if self.interval_clock:
+        if self.interval_embedding:
             clock = jnp.stack([c_noise, c_noise if length is None else length], axis=1)
         a, b = (jnp.tanh(clock @ params["clock"] + params["shift"]) @ params["out"]).T
         return per_image(a) * x + per_image(b)
 
     def shapes(self):
-        return {"clock": (1 + self.interval_clock, 32), "shift": (32,), "out": (32, 2)}
+        return {"clock": (1 + self.interval_embedding, 32), "shift": (32,), "out": (32, 2)}
 
-    def initialise(self, key):
+    def initialize(self, key):
         keys = dict(zip(self.shapes(), jax.random.split(key, 3), strict=True))
         fresh = {name: 2 * jax.random.normal(keys[name], shape) for name, shape in self.shapes().items()}
         return fresh | {"out": jnp.zeros((32, 2))}
@@ -89,16 +101,16 @@ class Exact(Affine):
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
         sigma = sigma_at_trigflow_time(c_noise, SIGMA_DATA)
-        c_skip, c_out = TrigFlowScaling().c_skip(sigma), TrigFlowScaling().c_out(sigma)
-        noisy = x / per_image(TrigFlowScaling().c_in(sigma))
+        c_skip, c_out = TrigFlowPreconditioning().c_skip(sigma), TrigFlowPreconditioning().c_out(sigma)
+        noisy = x / per_image(TrigFlowPreconditioning().c_in(sigma))
         return (exact_denoiser(noisy, sigma) - per_image(c_skip) * noisy) / per_image(c_out)
 
 
-TEACHER = ConsistencyFunction(Exact(), TrigFlowScaling())
-BOUNDARY = Functions(ConsistencyFunction(Affine(), BoundaryScaling(time_factor=EDM_TIME)), TEACHER)
-EDM = Functions(ConsistencyFunction(Affine(), EDMScaling(time_factor=EDM_TIME)))
-TRIGFLOW = Functions(ConsistencyFunction(Affine(), TrigFlowScaling()), TEACHER)
-FLOW = Functions(ConsistencyFunction(Affine(interval_clock=True), FlowScaling()))
+TEACHER = ConsistencyFunction(Exact(), TrigFlowPreconditioning())
+BOUNDARY = Models(ConsistencyFunction(Affine(), ConsistencyPreconditioning(time_factor=EDM_TIME)), TEACHER)
+EDM = Models(ConsistencyFunction(Affine(), EDMPreconditioning(time_factor=EDM_TIME)))
+TRIGFLOW = Models(ConsistencyFunction(Affine(), TrigFlowPreconditioning()), TEACHER)
+FLOW = Models(ConsistencyFunction(Affine(interval_embedding=True), MeanFlowPreconditioning()))
 
 
 def test_the_toys_are_networks_and_the_teacher_is_exact():
@@ -121,8 +133,8 @@ def noisy_and_both_clean(alpha, sigma):
     variance = alpha**2 * DEVIATION**2 + sigma**2
     x = alpha * MEAN + jnp.sqrt(variance) * rng.standard_normal((len(TIMES), *SHAPE))
     mean = MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN)
-    deviation = DEVIATION * sigma / jnp.sqrt(variance)
-    return x, [(clean, (x - alpha * clean) / sigma) for clean in (mean - deviation, mean + deviation)]
+    std = DEVIATION * sigma / jnp.sqrt(variance)
+    return x, [(clean, (x - alpha * clean) / sigma) for clean in (mean - std, mean + std)]
 
 
 def test_the_exact_denoiser_is_at_rest():
@@ -149,10 +161,10 @@ def test_the_exact_function_has_no_tangent_by_the_exact_teacher_and_none_in_the_
     with jax.enable_x64(True):
         t = jnp.asarray(1.5 * TIMES)
         x_t, both = noisy_and_both_clean(jnp.cos(t), SIGMA_DATA * jnp.sin(t))
-        helpers = Helpers(teacher={})
+        frozen = FrozenParams(teacher={})
 
         def tangent(objective, clean, noise):
-            velocity = objective.velocity(TRIGFLOW, helpers, Batch(clean), x_t, t, SIGMA_DATA * noise)
+            velocity = objective.velocity(TRIGFLOW, frozen, Batch(clean), x_t, t, SIGMA_DATA * noise)
             return objective.tangent(trigflow_exact, x_t, t, velocity, 1.0, SIGMA_DATA)[1]
 
         np.testing.assert_allclose(tangent(ContinuousDistillation(), *both[0]), 0, atol=1e-12)
@@ -191,19 +203,19 @@ def test_the_exact_mean_velocity_is_at_rest():
 STEPS, BATCH = 1000, 64
 
 
-def trained(objective: Objective, functions: Functions, params, rate):
+def trained(objective: Objective, models: Models, params, rate):
     """The parameters after STEPS steps of Adam; `rate` is that of the target, None for the student as its own."""
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, STEPS))
-    objective.check(functions)
+    objective.check(models)
 
     def step(state, k):
         params, target, optimizer_state = state
         key_data, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(0), k))
         batch = Batch(MEAN + DEVIATION * jax.random.normal(key_data, (BATCH, *SHAPE)))
-        helpers = Helpers(target=None if rate is None else target, teacher={})
+        frozen = FrozenParams(target=None if rate is None else target, teacher={})
 
         def loss(params):
-            return objective(functions, params, helpers, batch, jax.random.split(key_loss, BATCH), k)[0].mean()
+            return objective(models, params, frozen, batch, jax.random.split(key_loss, BATCH), k)[0].mean()
 
         updates, optimizer_state = optimizer.update(jax.grad(loss)(params), optimizer_state)
         params = optax.apply_updates(params, updates)
@@ -221,16 +233,16 @@ def error(function, wanted, params, sigma):
     return float(jnp.sqrt(jnp.square(function(params, x, levels) - wanted(x, levels)).mean()))
 
 
-def fresh(functions):
-    return functions.student.network.initialise(jax.random.key(1))
+def fresh(models):
+    return models.student.network.initialize(jax.random.key(1))
 
 
 GROWING = Progressive(2, 20, STEPS)
 METHODS = {
     # objective, functions, target's rate, the factor by which the error fell where this was written
-    "cd": (ConsistencyDistillation(Constant(18)), BOUNDARY, FixedRate(0.95), 15),
+    "cd": (ConsistencyDistillation(Constant(18)), BOUNDARY, ConstantTargetEMA(0.95), 15),
     # The published mu0 = 0.95 would make the target remember 200 of these 1000 steps.
-    "ct": (ConsistencyTraining(GROWING), BOUNDARY, AdaptiveRate(GROWING, start=0.5), 10),
+    "ct": (ConsistencyTraining(GROWING), BOUNDARY, AdaptiveTargetEMA(GROWING, start=0.5), 10),
     "ict": (
         ImprovedConsistencyTraining(Doubling(10, 80, STEPS)),
         BOUNDARY,
@@ -258,10 +270,10 @@ def test_training_approaches_the_exact_function(name):
     The best that a denoiser could say there, MEAN, would err but 1.8 times less (4.2 times for MeanFlow, whose fresh
     function is z itself): it is the flow that was learnt.
     """
-    objective, functions, rate, measured = METHODS[name]
-    start = fresh(functions)
-    end = trained(objective, functions, start, rate)
-    before, after = (error(functions.student, exact_function, params, 80.0) for params in (start, end))
+    objective, models, rate, measured = METHODS[name]
+    start = fresh(models)
+    end = trained(objective, models, start, rate)
+    before, after = (error(models.student, exact_function, params, 80.0) for params in (start, end))
     assert before / after > 5, f"{before / after:.1f} times, where it was {measured} once"
 
 
@@ -271,7 +283,7 @@ def test_denoising_approaches_the_exact_denoiser_and_tuning_goes_on_from_there()
     for sigma in (0.1, 1.0):
         before, after = (error(EDM.student, exact_denoiser, params, sigma) for params in (start, denoiser))
         assert before / after > 5
-    objective, functions, rate, _ = METHODS["ect"]
-    tuned = trained(objective, functions, denoiser, rate)
+    objective, models, rate, _ = METHODS["ect"]
+    tuned = trained(objective, models, denoiser, rate)
     before, after = (error(EDM.student, exact_function, params, 80.0) for params in (denoiser, tuned))
     assert before / after > 5

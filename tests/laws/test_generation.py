@@ -6,23 +6,25 @@ import jax
 import numpy as np
 import pytest
 
-from cm_jax.config import ModelConfig
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.generation import draw_labels, generate
 from cm_jax.model import Model
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
 from cm_jax.samplers import Ancestral, Churn, Consistency, Heun, choose_levels
+from cm_jax.samplers.generation import draw_labels, generate
 from tests.support import SMALL, random_params
 
 BOUND = 1e-5
 CONSISTENCY = Consistency()
-CONFIG = ModelConfig(SMALL, BoundaryScaling(), KarrasGrid(18), tuple(f"kind {i}, sort {i}" for i in range(10)))
+CONFIG = ModelConfig(
+    SMALL, ConsistencyPreconditioning(), KarrasGrid(18), tuple(f"kind {i}, sort {i}" for i in range(10))
+)
 MODEL = Model(CONFIG, SMALL.prepare(random_params(SMALL)))
-TINY = dataclasses.replace(SMALL, image_size=8, multipliers=(1,), attention_factors=())
+TINY = dataclasses.replace(SMALL, image_size=8, channel_mult=(1,), attention_factors=())
 STUDENT, TEACHER = (
-    Model(ModelConfig(TINY, scaling, KarrasGrid(18)), TINY.prepare(random_params(TINY)))
-    for scaling in (BoundaryScaling(), EDMScaling())
+    Model(ModelConfig(TINY, preconditioning, KarrasGrid(18)), TINY.prepare(random_params(TINY)))
+    for preconditioning in (ConsistencyPreconditioning(), EDMPreconditioning())
 )
 LEVELS = (80.0, 3.0, 0.002)
 

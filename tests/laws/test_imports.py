@@ -8,33 +8,18 @@ from tests.support import ROOT
 
 ORDER = [
     "errors",
-    "files",
-    "checked",
-    "settings",
-    "arrays",
-    "weight_files",
-    "npz_files",
-    "images",
+    "types",
+    "io",
     "data",
-    "noise_levels",
-    "curricula",
-    "noise_laws",
-    "weightings",
-    "distances",
-    "preconditioning",
-    "native",
+    "diffusion",
+    "kernels",
     "networks",
-    "perceptual",
-    "inception",
-    "consistency_function",
-    "config",
+    "feature_networks",
     "checkpoints",
-    "published",
+    "conversion",
     "samplers",
     "objectives",
-    "generation",
     "editing",
-    "conversion",
     "model",
     "evaluation",
     "training",
@@ -65,14 +50,14 @@ def imported(path):
 
 
 def test_every_module_has_its_place():
-    assert {place(path) for path in modules()} - {"bundled"} == set(ORDER)
+    assert {place(path) for path in modules()} - {"assets"} == set(ORDER)
 
 
 def test_imports_point_one_way():
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in modules()
-        if place(path) != "bundled"
+        if place(path) != "assets"
         for name in imported(path)
         if ORDER.index(name) > ORDER.index(place(path))
     ]
@@ -87,7 +72,7 @@ def test_flax_and_orbax_stay_in_their_places():
             if isinstance(node, ast.Import | ast.ImportFrom)
             for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
         }
-        assert "flax" not in names or place(path) == "networks"
+        assert "flax" not in names or place(path) in ("networks", "feature_networks")
         assert "orbax" not in names or place(path) == "checkpoints"
         assert "tyro" not in names or place(path) == "cli"
         assert "gradio" not in names or (place(path), path.name) == ("demo", "page.py")

@@ -12,21 +12,22 @@ import numpy as np
 import pytest
 
 import cm_jax
-from cm_jax.arrays import leaves, nested
-from cm_jax.config import ModelConfig
-from cm_jax.conversion import Untold, jcm, read, write
-from cm_jax.conversion.rules import LazyTensor, to_ours, to_theirs
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.published import published_cifar10, recognize_cifar10
+from cm_jax.conversion import CheckpointHints, jcm, read, write
+from cm_jax.conversion.rules import to_ours, to_theirs
+from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
+from cm_jax.io.safetensors import LazyTensor
 from cm_jax.model import find
 from cm_jax.networks import SongUNet
 from cm_jax.networks.song_unet import DDPMPP, NCSNPP
-from cm_jax.noise_levels import EDM_TIME, KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
-from cm_jax.published import published_cifar10, recognise_cifar10
+from cm_jax.types import leaves, nested
 from tests.support import DATA
 
-SMALL = SongUNet(image_size=8, width=8, multipliers=(1, 2), blocks_per_level=1)
-TOLD = Untold(image_size=8, scalings="consistency", levels=18)
+SMALL = SongUNet(image_size=8, width=8, channel_mult=(1, 2), blocks_per_level=1)
+TOLD = CheckpointHints(image_size=8, preconditioning="consistency", levels=18)
 
 
 def shapes_of(network):
@@ -87,9 +88,11 @@ def test_every_leaf_of_the_originals_trees(name, network, count, parameters):
     [
         SMALL,
         dataclasses.replace(SMALL, embedding="positional", pyramid=False, resampling="plain"),
-        dataclasses.replace(SMALL, image_channels=1, multipliers=(2, 1.5, 1), blocks_per_level=2, attention_factors=()),
-        dataclasses.replace(SMALL, multipliers=(1,), attention_factors=(1,), blocks_per_level=3, pyramid=False),
-        dataclasses.replace(SMALL, multipliers=(1, 2, 3), attention_factors=(2, 4), image_size=16),
+        dataclasses.replace(
+            SMALL, image_channels=1, channel_mult=(2, 1.5, 1), blocks_per_level=2, attention_factors=()
+        ),
+        dataclasses.replace(SMALL, channel_mult=(1,), attention_factors=(1,), blocks_per_level=3, pyramid=False),
+        dataclasses.replace(SMALL, channel_mult=(1, 2, 3), attention_factors=(2, 4), image_size=16),
     ],
 )
 def test_networks_are_inferred_and_go_there_and_back_bit_for_bit(network):
@@ -106,12 +109,14 @@ def test_networks_are_inferred_and_go_there_and_back_bit_for_bit(network):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("scalings", ["consistency", "edm"])
-def test_a_file_becomes_a_model_and_our_checkpoint(tmp_path, dtype, scalings):
+def test_a_file_becomes_a_model_and_our_checkpoint(tmp_path, dtype, preconditioning):
     content = state(SMALL, dtype)
     path = saved(tmp_path / "checkpoint_80", content)
-    source = read(path, dataclasses.replace(TOLD, scalings=scalings))
-    scaling = {"edm": EDMScaling, "consistency": BoundaryScaling}[scalings](time_factor=EDM_TIME)
-    assert source.config == ModelConfig(SMALL, scaling, KarrasGrid(18))
+    source = read(path, dataclasses.replace(TOLD, preconditioning=preconditioning))
+    preconditioning = {"edm": EDMPreconditioning, "consistency": ConsistencyPreconditioning}[preconditioning](
+        time_factor=EDM_TIME
+    )
+    assert source.config == ModelConfig(SMALL, preconditioning, KarrasGrid(18))
     back = to_theirs(jcm.rules(SMALL), source.params)
     for name, array in leaves(content["params_ema"]):
         assert back[name].dtype == array.dtype
@@ -126,7 +131,7 @@ def test_a_file_becomes_a_model_and_our_checkpoint(tmp_path, dtype, scalings):
 
 def test_published_files_need_no_flags(tmp_path):
     assert len(published_cifar10()) == 10
-    network = dataclasses.replace(SMALL, image_size=32, multipliers=(1, 1, 1))
+    network = dataclasses.replace(SMALL, image_size=32, channel_mult=(1, 1, 1))
     content = state(network)
     for inside in ("cd-lpips/checkpoints/checkpoint_80", "downloads/cd-lpips", "cd-lpips.msgpack"):
         path = saved(tmp_path / inside, content)
@@ -137,15 +142,15 @@ def test_published_files_need_no_flags(tmp_path):
     model = cm_jax.load(path)
     assert model.plan(steps=2).levels[1] == pytest.approx(0.5853481)  # the notebook's indices 0, 11, 17
     teacher = read(saved(tmp_path / "edm_cifar10_ema", content)).config
-    assert teacher.scaling == EDMScaling(time_factor=EDM_TIME)
+    assert teacher.preconditioning == EDMPreconditioning(time_factor=EDM_TIME)
     assert read(saved(tmp_path / "ct-lpips", content)).config.grid.levels == 151
-    assert recognise_cifar10(tmp_path / "my-cd-l2-lsun") is None
+    assert recognize_cifar10(tmp_path / "my-cd-l2-lsun") is None
     with pytest.raises(InputError, match=r"jcm_checkpoints/cd-l1/checkpoints/checkpoint_80"):
         find("cd-l1")
 
 
 def test_what_tensors_cannot_tell_is_asked_for_all_at_once(tmp_path):
-    network = dataclasses.replace(SMALL, multipliers=(1, 1), pyramid=False, resampling="plain")
+    network = dataclasses.replace(SMALL, channel_mult=(1, 1), pyramid=False, resampling="plain")
     path = saved(tmp_path / "checkpoint_7", state(network))
     with pytest.raises(InputError) as caught:
         read(path)
@@ -164,7 +169,7 @@ def test_what_tensors_cannot_tell_is_asked_for_all_at_once(tmp_path):
     with pytest.raises(InputError, match=r"cannot have attention_factors \(4,\)"):
         read(path, dataclasses.replace(told, attention_factors=(4,)))
     with pytest.raises(InputError, match="one head"):
-        read(path, dataclasses.replace(told, head_width=64))
+        read(path, dataclasses.replace(told, head_dim=64))
     with pytest.raises(InputError, match="leave out --attention-factors"):
         read(find("emoji16_cd"), told)
 

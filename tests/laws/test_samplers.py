@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.errors import InputError
-from cm_jax.noise_levels import KarrasGrid
 from cm_jax.samplers import DPM, SAMPLERS, Ancestral, Churn, Consistency, Euler, Heun, ProgressiveEuler, choose_levels
 from tests.support import gaussian_denoiser
 
@@ -92,10 +92,10 @@ def test_the_last_step_of_the_consistency_sampler_adds_no_noise():
 
 def test_a_perfect_consistency_function_gives_the_data_law_in_one_step_and_in_five():
     """f(x, s) = x sqrt((d^2 + e^2) / (d^2 + s^2)) is exact for N(0, d^2): the images have standard deviation d."""
-    deviation = 0.2
+    std = 0.2
 
     def exact(x, sigma):
-        scale = jnp.sqrt((deviation**2 + 0.002**2) / (deviation**2 + sigma**2))
+        scale = jnp.sqrt((std**2 + 0.002**2) / (std**2 + sigma**2))
         return x * scale[:, None, None, None]
 
     for steps in (1, 5):
@@ -106,7 +106,7 @@ def test_a_perfect_consistency_function_gives_the_data_law_in_one_step_and_in_fi
             lambda index, keys=keys: jax.random.normal(keys[index], (4, 64, 64, 3)),
             exact,
         )
-        assert images.std() == pytest.approx(deviation, rel=0.02)
+        assert images.std() == pytest.approx(std, rel=0.02)
 
 
 def test_no_churn_draws_no_noise():

@@ -9,20 +9,20 @@ import safetensors
 import safetensors.numpy
 
 from cm_jax import conversion
-from cm_jax.arrays import leaves
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_convert
-from cm_jax.config import ModelConfig
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.model import load
 from cm_jax.networks import SongUNet
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import EDMScaling
+from cm_jax.types import leaves
 from tests.runs.test_commands import failed, succeeded
 from tests.support import EMOJI, random_params
 
-NETWORK = SongUNet(image_size=8, width=8, multipliers=(1, 2), blocks_per_level=1, attention_factors=(), classes=3)
+NETWORK = SongUNet(image_size=8, width=8, channel_mult=(1, 2), blocks_per_level=1, attention_factors=(), classes=3)
 CONFIG = ModelConfig(
-    NETWORK, EDMScaling(time_factor=0.25), KarrasGrid(levels=9), ("a", "b", "c"), ((4, 0),), consistency=True
+    NETWORK, EDMPreconditioning(time_factor=0.25), KarrasGrid(levels=9), ("a", "b", "c"), ((4, 0),), consistency=True
 )
 
 

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.arrays import leaves
-from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.noise_schedule import EDM_TIME
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.networks import Network, SongUNet
+from cm_jax.networks import SongUNet
 from cm_jax.networks.blocks import pixel_norm
 from cm_jax.networks.fir import fir_downsample, fir_upsample, smoothed
 from cm_jax.networks.song_unet import DDPMPP, NCSNPP, positional
-from cm_jax.noise_levels import EDM_TIME
-from cm_jax.preconditioning import BoundaryScaling
+from cm_jax.types import Network, leaves
 from tests.support import random_params
 
-SMALL = SongUNet(image_size=8, width=16, multipliers=(1, 2), blocks_per_level=1)
+SMALL = SongUNet(image_size=8, width=16, channel_mult=(1, 2), blocks_per_level=1)
 VARIANTS = {
     "ncsnpp": SMALL,
     "ddpmpp": dataclasses.replace(SMALL, embedding="positional", resampling="plain", pyramid=False),
@@ -62,8 +62,8 @@ def test_parameter_counts(network, parameters, tensors):
 @pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
 def test_it_is_a_network_and_the_identity_at_sigma_min(network):
     assert isinstance(network, Network)
-    assert hash(dataclasses.replace(network, multipliers=(1.0, 2.0))) == hash(network)
-    function = ConsistencyFunction(network, BoundaryScaling(time_factor=EDM_TIME))
+    assert hash(dataclasses.replace(network, channel_mult=(1.0, 2.0))) == hash(network)
+    function = ConsistencyFunction(network, ConsistencyPreconditioning(time_factor=EDM_TIME))
     x = 3 * X
     np.testing.assert_array_equal(jax.jit(function)(random_params(network), x, jnp.full(2, 0.002), labels(network)), x)
 
@@ -88,7 +88,7 @@ def test_forward_and_reverse_derivatives_agree_in_pixels_and_in_time(network):
 
 
 def test_rematerialisation_changes_neither_names_nor_numbers():
-    remat = dataclasses.replace(SMALL, rematerialise=True)
+    remat = dataclasses.replace(SMALL, rematerialize=True)
     params = random_params(SMALL)
     assert jax.tree.structure(remat.shapes()) == jax.tree.structure(SMALL.shapes())
 
@@ -162,7 +162,7 @@ def test_positional_waves():
 
 def test_initial_values_follow_the_originals_laws():
     network = dataclasses.replace(SMALL, width=64, classes=50)
-    params = network.initialise(jax.random.key(0))
+    params = network.initialize(jax.random.key(0))
     block, attention = params["down_1_0"]["residual"], params["down_1_0"]["attention"]
     for kernel, share, window, inside, outside in [
         (block["conv_1"]["kernel"], 1, 9, 64, 128),
@@ -203,7 +203,7 @@ def test_half_precision_stays_near_float32():
         ({"fourier_scale": 0.0}, "fourier_scale"),
         ({"dropout": 1.0}, "dropout"),
         ({"classes": 0}, "classes"),
-        ({"multipliers": ()}, "must be positive"),
+        ({"channel_mult": ()}, "must be positive"),
     ],
 )
 def test_networks_that_cannot_be_built_are_refused(wrong, message):

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 from benchmarks.hlo import collectives
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.curricula import AdaptiveRate, Constant, FixedRate, Halving, Progressive
-from cm_jax.distances import PseudoHuber
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Halving, Progressive
+from cm_jax.diffusion.distances import PseudoHuber
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
 from cm_jax.objectives import (
     ConsistencyDistillation,
     ConsistencyTraining,
     Denoising,
-    Functions,
+    Models,
     ProgressiveDistillation,
 )
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
-from cm_jax.training.averages import ExponentialAverage, PowerAverage
+from cm_jax.training.ema import ConstantEMA, PowerEMA
 from cm_jax.training.learning_rates import ConstantRate
 from cm_jax.training.optimizers import Adam, RAdam
 from cm_jax.training.parallelism import OneDevice, Pmap, Sharded, check_batch_size
@@ -34,10 +34,10 @@ TOY = ToyNetwork()
 UNET = ADMUNet(
     image_size=8,
     width=32,
-    multipliers=(1,),
+    channel_mult=(1,),
     blocks_per_level=1,
     attention_factors=(),
-    head_width=16,
+    head_dim=16,
     classes=3,
     dropout=0.1,
 )
@@ -45,13 +45,15 @@ KEY = jax.random.key(5)
 
 
 def distilling(network, **changes):
-    functions = Functions(ConsistencyFunction(network, BoundaryScaling()), ConsistencyFunction(network, EDMScaling()))
+    models = Models(
+        ConsistencyFunction(network, ConsistencyPreconditioning()), ConsistencyFunction(network, EDMPreconditioning())
+    )
     step = TrainingStep(
         ConsistencyDistillation(Constant(6)),
-        functions,
+        models,
         RAdam(ConstantRate(1e-2)),
-        (ExponentialAverage(0.9), PowerAverage(0.1)),
-        FixedRate(0.8),
+        (ConstantEMA(0.9), PowerEMA(0.1)),
+        ConstantTargetEMA(0.8),
     )
     return dataclasses.replace(step, **changes)
 
@@ -64,8 +66,8 @@ def raw_batches(network, steps, size, seed=0):
 
 def run(step, network, across, batches, dispatches=1):
     """(state, metrics) on the host, after all batches in so many calls."""
-    params = network.initialise(jax.random.key(1))
-    teacher = network.initialise(jax.random.key(2))
+    params = network.initialize(jax.random.key(1))
+    teacher = network.initialize(jax.random.key(2))
     state = across.place_state(step.initial(params, teacher))
     constants = across.place_constants(Constants(teacher=None if step.objective.hands_over else teacher))
     program = across.compile(functools.partial(step.many, across), state, constants)
@@ -96,7 +98,7 @@ def test_devices_do_not_matter(across):
     many, together = run(distilling(TOY), TOY, across, batches, dispatches=50)
     np.testing.assert_allclose(together["loss"], alone["loss"], rtol=1e-5)
     np.testing.assert_allclose(together["loss_sigma_2"], alone["loss_sigma_2"], rtol=1e-5)
-    assert farthest(one.params, TOY.initialise(jax.random.key(1))) > 0.01  # it went somewhere
+    assert farthest(one.params, TOY.initialize(jax.random.key(1))) > 0.01  # it went somewhere
     assert farthest(many, one) < 1e-5
 
 
@@ -130,8 +132,8 @@ def test_parts_of_a_batch_are_averaged(across):
 class Poisoned(Denoising):
     """Not finite where the batch has an image of class 2."""
 
-    def __call__(self, functions, params, helpers, batch, keys, step):
-        losses, metrics = super().__call__(functions, params, helpers, batch, keys, step)
+    def __call__(self, models, params, frozen, batch, keys, step):
+        losses, metrics = super().__call__(models, params, frozen, batch, keys, step)
         return jnp.where(batch.labels == 2, jnp.nan, 1.0) * losses, metrics
 
 
@@ -162,7 +164,7 @@ def test_skipped_steps_in_a_row_are_counted_from_the_last_good_one():
 def test_target_and_averages_follow_the_new_parameters():
     """One step from equal trees: each is (1 - rate) of the way to the new parameters, at the rate of k = 0."""
     step = distilling(TOY)
-    start = TOY.initialise(jax.random.key(1))
+    start = TOY.initialize(jax.random.key(1))
     after, _ = run(step, TOY, OneDevice(), raw_batches(TOY, 1, 4))
     move = jax.tree.map(lambda new, old: new - old, after.params, start)
     for tree, rate in (
@@ -170,9 +172,9 @@ def test_target_and_averages_follow_the_new_parameters():
         (after.averages["exponential_0.9"], 0.9),
         (after.averages["power_0.1"], 0.0),
     ):
-        moved = jax.tree.map(lambda a, s: a - s, tree, start)
+        ema_update = jax.tree.map(lambda a, s: a - s, tree, start)
         wanted = jax.tree.map(lambda m, share=1 - rate: share * m, move)
-        assert farthest(moved, wanted) < 1e-7
+        assert farthest(ema_update, wanted) < 1e-7
     assert farthest(move, jax.tree.map(np.zeros_like, move)) > 1e-4
 
 
@@ -180,7 +182,7 @@ def test_a_target_without_a_rate_is_the_student():
     """mu = 0 is no target of its own."""
     batches = raw_batches(TOY, 5, 4)
     none, without = run(distilling(TOY, target=None), TOY, OneDevice(), batches)
-    zero, with_rate = run(distilling(TOY, target=FixedRate(0.0)), TOY, OneDevice(), batches)
+    zero, with_rate = run(distilling(TOY, target=ConstantTargetEMA(0.0)), TOY, OneDevice(), batches)
     np.testing.assert_allclose(without["loss"], with_rate["loss"], rtol=1e-5)
     assert none.target is None
     assert farthest(none.params, zero.params) < 1e-6
@@ -188,9 +190,9 @@ def test_a_target_without_a_rate_is_the_student():
 
 def test_the_teacher_is_replaced_when_the_curriculum_moves_on(optimised):
     step = distilling(TOY, objective=ProgressiveDistillation(Halving(8, steps_per_stage=3)), target=None)
-    step = dataclasses.replace(step, functions=Functions(step.functions.teacher, step.functions.teacher))
+    step = dataclasses.replace(step, models=Models(step.models.teacher, step.models.teacher))
     batches = raw_batches(TOY, 4, 4)
-    first = TOY.initialise(jax.random.key(2))
+    first = TOY.initialize(jax.random.key(2))
     early, _ = run(step, TOY, OneDevice(), RawBatch(batches.images[:2], batches.labels[:2]))
     assert farthest(early.teacher, first) == 0
     over, _ = run(step, TOY, OneDevice(), RawBatch(batches.images[:3], batches.labels[:3]))
@@ -212,7 +214,7 @@ def test_a_curriculum_compiles_once():
             return super().__call__(*arguments)
 
     curriculum = Progressive(2, 8, steps=40)
-    step = distilling(TOY, objective=Counting(curriculum), target=AdaptiveRate(curriculum))
+    step = distilling(TOY, objective=Counting(curriculum), target=AdaptiveTargetEMA(curriculum))
     _, metrics = run(step, TOY, OneDevice(), raw_batches(TOY, 44, 2), dispatches=44)
     assert set(metrics["levels"]) == set(range(2, 10))
     assert len(traced) == 1
@@ -228,7 +230,7 @@ def test_masters_stay_float32_and_half_precision_stays_near():
         )  # its first step: -gradient
         state, _ = run(step, UNET, OneDevice(), batches)
         assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.averages))} == {np.dtype("float32")}
-        start = UNET.initialise(jax.random.key(1))
+        start = UNET.initialize(jax.random.key(1))
         return jax.tree.map(lambda new, old: new - old, state.params, start)
 
     def norm(tree):
@@ -237,7 +239,7 @@ def test_masters_stay_float32_and_half_precision_stays_near():
     exact = gradient(UNET)
     half = gradient(dataclasses.replace(UNET, precision="bfloat16"))
     assert norm(jax.tree.map(np.subtract, half, exact)) < 0.03 * norm(exact)
-    again = gradient(dataclasses.replace(UNET, rematerialise=True))
+    again = gradient(dataclasses.replace(UNET, rematerialize=True))
     assert norm(jax.tree.map(np.subtract, again, exact)) < 1e-5 * norm(exact)
 
 
@@ -270,7 +272,7 @@ def test_numbers_fetch_from_a_set_on_the_devices():
 def traffic(across, size, network=TOY, **changes):
     """[(kind, bytes)] of every collective of the compiled step."""
     step = distilling(network, **changes)
-    params = network.initialise(jax.random.key(1))
+    params = network.initialize(jax.random.key(1))
     state = across.place_state(step.initial(params))
     constants = across.place_constants(Constants(teacher=params))
     batches = across.place_batches(raw_batches(network, 1, size))
@@ -303,7 +305,7 @@ def test_sharding_sends_each_gradient_once_a_part_and_nothing_that_grows_with_th
 
 def test_sharding_splits_what_is_large():
     across = Sharded(8)
-    state = across.place_state(distilling(TOY).initial(TOY.initialise(jax.random.key(1))))
+    state = across.place_state(distilling(TOY).initial(TOY.initialize(jax.random.key(1))))
     for tree in (state.params, state.target, state.averages["power_0.1"], state.optimizer[0].mean):
         own = tree["mlp"]
         assert own["in"].addressable_shards[0].data.shape == (48, 16)
@@ -313,7 +315,7 @@ def test_sharding_splits_what_is_large():
 
 def test_the_state_before_is_used_up():
     step, across = distilling(TOY), OneDevice()
-    params = TOY.initialise(jax.random.key(1))
+    params = TOY.initialize(jax.random.key(1))
     state = across.place_state(step.initial(params))
     constants = across.place_constants(Constants(teacher=params))
     program = across.compile(functools.partial(step.many, across), state, constants)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.distances import Absolute, Perceptual, PseudoHuber, Resized, Squared
+from cm_jax.diffusion.distances import Absolute, Perceptual, PseudoHuber, Resized, Squared
+from cm_jax.diffusion.preconditioning import EDMPreconditioning
+from cm_jax.diffusion.weightings import SNR, InverseGap, Karras, SNRPlusOne, TruncatedSNR, Uniform
 from cm_jax.errors import InputError
-from cm_jax.preconditioning import EDMScaling
-from cm_jax.weightings import SNR, InverseGap, Karras, SNRPlusOne, TruncatedSNR, Uniform
 
 SIGMA = jnp.array([0.002, 0.3, 1.0, 7.0, 80.0])
 X, Y = (jax.random.uniform(key, (3, 8, 8, 3), minval=-1) for key in jax.random.split(jax.random.key(0)))
@@ -17,7 +17,7 @@ X, Y = (jax.random.uniform(key, (3, 8, 8, 3), minval=-1) for key in jax.random.s
 def test_karras_is_one_over_the_square_of_edms_c_out():
     for sigma_data in (0.5, 0.2):
         weights = Karras(sigma_data)(SIGMA, 0 * SIGMA)
-        np.testing.assert_allclose(weights * EDMScaling(sigma_data).c_out(SIGMA) ** 2, 1, rtol=1e-6)
+        np.testing.assert_allclose(weights * EDMPreconditioning(sigma_data).c_out(SIGMA) ** 2, 1, rtol=1e-6)
 
 
 def test_weightings_meet_where_they_must():

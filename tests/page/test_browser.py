@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 
 import cm_jax
-from cm_jax.config import ModelConfig
-from cm_jax.demo import drawing
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.demo import rendering
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.model import Model
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
 from tests.page.test_drawing import SMALL
 from tests.support import ROOT, run
 
@@ -49,8 +49,8 @@ def checkpoints(tmp_path_factory):
     """The bundled model, a small one without classes, and a damaged one."""
     folder = tmp_path_factory.mktemp("models")
     network = dataclasses.replace(SMALL, classes=None)
-    config = ModelConfig(network, BoundaryScaling(), KarrasGrid(18))
-    Model(config, network.prepare(network.initialise(jax.random.key(0)))).save(folder / "small")
+    config = ModelConfig(network, ConsistencyPreconditioning(), KarrasGrid(18))
+    Model(config, network.prepare(network.initialize(jax.random.key(0)))).save(folder / "small")
     (folder / "damaged.pt").write_bytes(b"no checkpoint")
     return ["emoji16_cd", str(folder / "small"), str(folder / "damaged.pt")]
 
@@ -161,7 +161,7 @@ def test_it_draws_in_one_step_and_in_several(page, screenshot):
     page.get_by_label("Seed").locator("visible=true").fill("7")
     press(page, "Draw")
     pictures = [shown(page, label) for label in ("In one step", "In several steps, from the same noise")]
-    *expected, levels = drawing.one_beside_many(cm_jax.load("emoji16_cd"), 7, 8, 2, 16)
+    *expected, levels = rendering.one_beside_many(cm_jax.load("emoji16_cd"), 7, 8, 2, 16)
     seen(page, levels)
     for picture, sheet in zip(pictures, expected, strict=True):
         np.testing.assert_allclose(picture, np.asarray(sheet), atol=1)

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 
 
-def network(tensors, x, c_noise, *, blocks, multipliers, attention, fir, pyramid):
+def network(tensors, x, c_noise, *, blocks, channel_mult, attention, fir, pyramid):
     """F(x, c_noise); `tensors` by path, `attention` the heights at which it stands."""
     t = {path: array.astype(np.float64) for path, array in tensors.items()}
     residuals, attentions, pyramids = itertools.count(), itertools.count(), itertools.count()
@@ -54,12 +54,12 @@ def network(tensors, x, c_noise, *, blocks, multipliers, attention, fir, pyramid
 
     h, inputs = convolution(x, t["Conv_0/kernel"]) + t["Conv_0/bias"], x
     skips = [h]
-    for level in range(len(multipliers)):
+    for level in range(len(channel_mult)):
         for _ in range(blocks):
             h = residual(h)
             h = attend(h) if h.shape[1] in attention else h
             skips.append(h)
-        if level < len(multipliers) - 1:
+        if level < len(channel_mult) - 1:
             h = residual(h, halved)
             if pyramid:
                 name = f"Downsample_{next(pyramids)}/Conv2d_0"
@@ -68,7 +68,7 @@ def network(tensors, x, c_noise, *, blocks, multipliers, attention, fir, pyramid
                 inputs = h = (inputs + t[f"{name}/bias"] + h) / np.sqrt(2)
             skips.append(h)
     h = residual(attend(residual(h)))
-    for level in reversed(range(len(multipliers))):
+    for level in reversed(range(len(channel_mult))):
         for _ in range(blocks + 1):
             h = residual(np.concatenate([h, skips.pop()], axis=-1))
         h = attend(h) if h.shape[1] in attention else h

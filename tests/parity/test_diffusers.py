@@ -11,13 +11,13 @@ from diffusers.schedulers import scheduling_consistency_models
 
 import cm_jax
 from cm_jax import conversion
-from cm_jax.arrays import per_image
-from cm_jax.config import ModelConfig
-from cm_jax.images import quantise
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
+from cm_jax.io.images import quantize
 from cm_jax.model import Model
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
 from cm_jax.samplers import Consistency, choose_levels
+from cm_jax.types import per_image
 from tests.parity.test_network import FLAVOURS, flavour_params
 from tests.support import DATA, EMOJI, SMALL, nhwc, random_params
 
@@ -29,7 +29,7 @@ GRID = KarrasGrid()
 def test_recorded_images_of_the_pipeline(flavour, key, asked):
     golden = np.load(DATA / "diffusers" / "diffusers_golden.npz")
     network = FLAVOURS[flavour]
-    model = Model(ModelConfig(network, BoundaryScaling(), GRID), flavour_params(flavour))
+    model = Model(ModelConfig(network, ConsistencyPreconditioning(), GRID), flavour_params(flavour))
     noise = np.broadcast_to(nhwc(golden["Z"]), (3, 2, 32, 32, 3))
     labels = [7, 999] if network.classes else None
     images = model.sample(0, 2, labels=labels, noise=noise, **asked)
@@ -38,7 +38,7 @@ def test_recorded_images_of_the_pipeline(flavour, key, asked):
     assert 1 < scale < 10
     np.testing.assert_allclose(images / 2 + 0.5, golden[f"{flavour}_pipe_{key}"], atol=1e-5 * scale)
     if key == "22_0":
-        ours, theirs = quantise(images).astype(int), golden[f"{flavour}_pipe_22_0_uint8"]
+        ours, theirs = quantize(images).astype(int), golden[f"{flavour}_pipe_22_0_uint8"]
         assert np.abs(ours - theirs).max() <= 1  # where rounding falls on the other side of a half
         assert (ours != theirs).mean() < 1e-3
 
@@ -57,16 +57,16 @@ def test_slices_of_diffusers_own_pipeline_tests(asked, expected):
     network = dataclasses.replace(SMALL, image_size=32, classes=None)
     silent = {**random_params(network), "head": {**random_params(network)["head"]}}
     silent["head"]["output"] = {"kernel": jnp.zeros((3, 3, 32, 3)), "bias": jnp.zeros(3)}
-    model = Model(ModelConfig(network, BoundaryScaling(), GRID), silent)
+    model = Model(ModelConfig(network, ConsistencyPreconditioning(), GRID), silent)
     image = model.sample(0, 1, noise=draws, **asked)[0] / 2 + 0.5
     np.testing.assert_allclose(image[-3:, -3:, -1].ravel(), expected, atol=1e-3)
 
 
 def toy(x, sigma):
     """The consistency function around the toy network of diffusers' scheduler tests, F(x, t) = x t / (t + 1)."""
-    scaling = BoundaryScaling()
-    time = per_image(scaling.c_noise(sigma))
-    return scaling.blend(x, sigma, per_image(scaling.c_in(sigma)) * x * time / (time + 1))
+    preconditioning = ConsistencyPreconditioning()
+    time = per_image(preconditioning.c_noise(sigma))
+    return preconditioning.blend(x, sigma, per_image(preconditioning.c_in(sigma)) * x * time / (time + 1))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_what_we_export_loads_in_diffusers_and_draws_the_same_image(tmp_path, mo
         model = cm_jax.load(EMOJI)
     else:
         network = dataclasses.replace(SMALL, classes=None, modulation="additive", resampling=resampling)
-        model = Model(ModelConfig(network, BoundaryScaling(), GRID), random_params(network))
+        model = Model(ModelConfig(network, ConsistencyPreconditioning(), GRID), random_params(network))
     conversion.write(tmp_path / "exported", "diffusers", model.config, model.params)
     pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "exported")
     pipeline.set_progress_bar_config(disable=True)

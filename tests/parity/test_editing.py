@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.editing import Luma, PatchMean, edit, edited
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
 from cm_jax.samplers import Consistency, choose_levels
-from cm_jax.samplers.consistency import alternate
+from cm_jax.samplers.consistency import multistep_sample
 from tests.support import DATA, adm_golden, nhwc
 
 BOUND = 1e-5
@@ -24,14 +24,16 @@ def test_recorded_edits_of_the_original(name, operator):
         jnp.asarray(nhwc(golden[key])) for key in ("images", "start", "noise", "given", "out")
     )
     network, params, _ = adm_golden(str(golden["model"]).removeprefix("adm_"))
-    denoiser = ConsistencyFunction(network, BoundaryScaling()).denoiser(params, jnp.asarray(golden["y"], jnp.int32))
+    denoiser = ConsistencyFunction(network, ConsistencyPreconditioning()).denoiser(
+        params, jnp.asarray(golden["y"], jnp.int32)
+    )
     grid = KarrasGrid(int(golden["steps"]))
     levels = jnp.asarray(choose_levels(Consistency(), grid, indices=golden["ts"].tolist()), jnp.float32)
     np.testing.assert_allclose(operator.project(images), given, atol=1e-6)
 
     @jax.jit
     def replayed(images):
-        return alternate(edited(denoiser, operator, images), start, levels, lambda index: noise[index - 1])
+        return multistep_sample(edited(denoiser, operator, images), start, levels, lambda index: noise[index - 1])
 
     np.testing.assert_allclose(replayed(images), out, atol=BOUND)
     np.testing.assert_allclose(replayed(given), out, atol=BOUND)

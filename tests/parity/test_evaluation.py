@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cm_jax import inception
-from cm_jax.evaluation import Moments, frechet_distance, load_inception, squared_mmd, summarise
-from cm_jax.networks import inception_v3
+from cm_jax.evaluation import Moments, frechet_distance, load_inception, squared_mmd, summarize
+from cm_jax.feature_networks import inception, inception_v3
 
 needs_weights = pytest.mark.skipif(
     not os.environ.get(inception.FILE.variable),
@@ -42,9 +41,9 @@ def test_fid_of_64_features(images):
 @needs_weights
 def test_kid(images):
     """0.0337 and 0.0023 (torchmetrics, KernelInceptionDistance), from its own choice of subsets."""
-    judge = load_inception()
-    assert judge.published
-    seen = [summarise(judge, [each], {"features"}, devices=jax.devices()[:1]).features for each in images]
+    extractor = load_inception()
+    assert extractor.published
+    seen = [summarize(extractor, [each], {"features"}, devices=jax.devices()[:1]).features for each in images]
     found = []
     for _ in range(100):
         rows = [torch.randperm(100)[:50].numpy() for _ in seen]

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from cm_jax import inception
-from cm_jax.arrays import leaves
 from cm_jax.cli import main_convert
-from cm_jax.conversion.judges import inception_rules, read_inception
+from cm_jax.conversion.metric_networks import inception_rules, read_inception
 from cm_jax.conversion.pickles import read_torch
 from cm_jax.conversion.rules import to_theirs
 from cm_jax.errors import InputError
-from cm_jax.networks import inception_v3
+from cm_jax.feature_networks import inception, inception_v3
+from cm_jax.types import leaves
 from tests.runs.test_commands import failed, succeeded
 from tests.support import DATA, nhwc, relative
 from tests.torch_inception import Graph

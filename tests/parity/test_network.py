@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from cm_jax.arrays import per_image
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.conversion.formats import DIFFUSERS, OPENAI
 from cm_jax.conversion.parity import reference_network
 from cm_jax.conversion.rules import to_theirs
+from cm_jax.conversion.unet_formats import DIFFUSERS, OPENAI
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.blocks import sinusoid
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
+from cm_jax.types import per_image
 from tests.support import DATA, adm_golden, compiled, filled, nhwc, relative, tensor_names
 
 BOUND = 1e-5
@@ -32,13 +32,14 @@ def test_the_original_networks_raw_output(name):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize(
-    ("scaling", "key"), [(EDMScaling(), "denoised_edm"), (BoundaryScaling(), "denoised_consistency")]
+    ("preconditioning", "key"),
+    [(EDMPreconditioning(), "denoised_edm"), (ConsistencyPreconditioning(), "denoised_consistency")],
 )
-def test_the_original_denoiser_and_consistency_function(name, scaling, key):
+def test_the_original_denoiser_and_consistency_function(name, preconditioning, key):
     network, params, golden = adm_golden(name)
     labels = jnp.asarray(golden["y"]) if "y" in golden else None
     x, sigmas = jnp.asarray(nhwc(golden["x_sigma"])), jnp.asarray(golden["sigmas"])
-    ours = ConsistencyFunction(compiled(network), scaling)(params, x, sigmas, labels)
+    ours = ConsistencyFunction(compiled(network), preconditioning)(params, x, sigmas, labels)
     assert relative(ours, nhwc(golden[key])) < BOUND
 
 
@@ -47,19 +48,19 @@ FORMULA = {
     "A": ADMUNet(
         image_size=16,
         width=32,
-        multipliers=(1, 2),
+        channel_mult=(1, 2),
         blocks_per_level=2,
         attention_factors=(2,),
-        head_width=16,
+        head_dim=16,
         classes=10,
     ),
     "B": ADMUNet(
         image_size=16,
         width=32,
-        multipliers=(1, 2),
+        channel_mult=(1, 2),
         blocks_per_level=1,
         attention_factors=(2,),
-        head_width=32,
+        head_dim=32,
         classes=None,
         modulation="additive",
         resampling="convolution",
@@ -82,9 +83,10 @@ def formula_params(name):
 
 @pytest.mark.parametrize("name", FORMULA)
 @pytest.mark.parametrize(
-    ("key", "scaling"), [("raw", None), ("denoise_distill0", EDMScaling()), ("denoise_distill1", BoundaryScaling())]
+    ("key", "preconditioning"),
+    [("raw", None), ("denoise_distill0", EDMPreconditioning()), ("denoise_distill1", ConsistencyPreconditioning())],
 )
-def test_formula_filled_networks(name, key, scaling):
+def test_formula_filled_networks(name, key, preconditioning):
     """As close to the golden as float32 allows: these weights magnify rounding, the golden's own above all.
 
     The golden is up to 9e-5 away from the same PyTorch network in float64. So the truth is computed in float64, and
@@ -96,13 +98,13 @@ def test_formula_filled_networks(name, key, scaling):
     x = jnp.asarray(nhwc(pattern.reshape(2, 3, 16, 16)), jnp.float32)
     labels = jnp.array([3, 7]) if network.classes else None
     sigma, time = jnp.array([80, 0.5]), jnp.array([1095.5067138671875, -173.2867889404297])
-    fed = x if scaling is None else per_image(scaling.c_in(sigma)) * x
+    fed = x if preconditioning is None else per_image(preconditioning.c_in(sigma)) * x
     truth = float64_output(network, params, fed, time, labels)
-    if scaling is None:
+    if preconditioning is None:
         ours = compiled(network).predict(params, x, time, labels)
     else:
-        ours = ConsistencyFunction(compiled(network), scaling)(params, x, sigma, labels)
-        truth = np.asarray(scaling.blend(x, sigma, jnp.asarray(truth, jnp.float32)))
+        ours = ConsistencyFunction(compiled(network), preconditioning)(params, x, sigma, labels)
+        truth = np.asarray(preconditioning.blend(x, sigma, jnp.asarray(truth, jnp.float32)))
     assert relative(ours, truth) < max(BOUND, relative(golden, truth))
     assert relative(ours, golden) < BOUND + 2 * relative(golden, truth)
 
@@ -127,17 +129,22 @@ def test_sinusoid_scalings_and_grid_of_the_original():
     # cos and sin of angles up to 1554, which float32 itself knows only to 1e-4
     np.testing.assert_allclose(embedded, golden["temb_dim192"], atol=2e-4)
     sigmas = jnp.asarray(golden["karras40"][:40])
-    for scaling, key in [(EDMScaling(), "scalings_edm"), (BoundaryScaling(), "scalings_boundary")]:
-        ours = np.stack([scaling.c_skip(sigmas), scaling.c_out(sigmas), scaling.c_in(sigmas)])
+    for preconditioning, key in [
+        (EDMPreconditioning(), "scalings_edm"),
+        (ConsistencyPreconditioning(), "scalings_boundary"),
+    ]:
+        ours = np.stack([preconditioning.c_skip(sigmas), preconditioning.c_out(sigmas), preconditioning.c_in(sigmas)])
         np.testing.assert_allclose(ours, golden[f"{key}_on_karras40"], rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(EDMScaling().c_noise(sigmas), golden["rescaled_t_on_karras40"], rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(
+        EDMPreconditioning().c_noise(sigmas), golden["rescaled_t_on_karras40"], rtol=1e-6, atol=1e-4
+    )
     for count in (40, 151, 201):
         np.testing.assert_allclose(KarrasGrid().descending(count), golden[f"karras{count}"][:-1], rtol=2e-6)
 
 
 # diffusers' small test network in its three flavours, filled as goldens/FORMULA_WEIGHTS.md says.
 TEST_NETWORK = ADMUNet(
-    image_size=32, width=32, multipliers=(1, 2), blocks_per_level=2, attention_factors=(2,), head_width=8, classes=1000
+    image_size=32, width=32, channel_mult=(1, 2), blocks_per_level=2, attention_factors=(2,), head_dim=8, classes=1000
 )
 FLAVOURS = {
     "cond": TEST_NETWORK,

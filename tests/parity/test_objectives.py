@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.arrays import leaves, per_image
-from cm_jax.consistency_function import ConsistencyFunction
-from cm_jax.conversion import Untold, read
-from cm_jax.conversion.formats import OPENAI
-from cm_jax.curricula import AdaptiveRate, Constant, FixedRate, Halving, Progressive
-from cm_jax.distances import Absolute, Distance, Resized, Squared
-from cm_jax.noise_levels import KarrasCurve
+from cm_jax.conversion import CheckpointHints, read
+from cm_jax.conversion.unet_formats import OPENAI
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Halving, Progressive
+from cm_jax.diffusion.distances import Absolute, Distance, Resized, Squared
+from cm_jax.diffusion.noise_schedule import KarrasCurve
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
+from cm_jax.diffusion.weightings import SNR, Karras, SNRPlusOne, TruncatedSNR, Uniform, Weighting
 from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, Denoising, ProgressiveDistillation
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
-from cm_jax.weightings import SNR, Karras, SNRPlusOne, TruncatedSNR, Uniform, Weighting
+from cm_jax.types import leaves, per_image
 from tests.support import DATA, adm_golden, nhwc
 
 LOSS_BOUND = 1e-5
@@ -55,7 +55,7 @@ class Chosen(Weighting, Distance):
 def loss_params(name):
     """Parameters of the golden losses' target or teacher."""
     network, _, _ = adm_golden("class_cond")
-    source = read(DATA / "losses" / f"loss_{name}.pt", Untold(16, None, "edm", 18, 16))
+    source = read(DATA / "losses" / f"loss_{name}.pt", CheckpointHints(16, None, "edm", 18, 16))
     return network.prepare(source.params)
 
 
@@ -63,7 +63,10 @@ def loss_params(name):
 def losses_and_gradients(kind, params, images, labels, noise, place, levels, weighting, distance):
     """The losses of a batch, and the norms of the gradient of their mean; `place` is indices, or levels for "edm"."""
     network, _, _ = adm_golden("class_cond")
-    edm, consistency = ConsistencyFunction(network, EDMScaling()), ConsistencyFunction(network, BoundaryScaling())
+    edm, consistency = (
+        ConsistencyFunction(network, EDMPreconditioning()),
+        ConsistencyFunction(network, ConsistencyPreconditioning()),
+    )
     chosen = {
         "weighting": Chosen(weighting, tuple(WEIGHTINGS.values())),
         "distance": Chosen(distance, tuple(DISTANCES.values())),
@@ -144,18 +147,21 @@ def _pattern(shape, a, m):
     return nhwc((2 * (a * np.arange(np.prod(shape)) % m / m - 0.5)).reshape(shape)).astype(np.float32)
 
 
-def _linear(scaling, a, b):
+def _linear(preconditioning, a, b):
     """The toy network F(x, t) = a x + b t under a scaling."""
 
     def denoiser(x, sigma):
-        raw = a * per_image(scaling.c_in(sigma)) * x + b * per_image(scaling.c_noise(sigma))
-        return scaling.blend(x, sigma, raw)
+        raw = a * per_image(preconditioning.c_in(sigma)) * x + b * per_image(preconditioning.c_noise(sigma))
+        return preconditioning.blend(x, sigma, raw)
 
     return denoiser
 
 
-TOY_STUDENT, TOY_TARGET = _linear(BoundaryScaling(), 0.3, 0.001), _linear(BoundaryScaling(), 0.29, 0.0011)
-TOY_TEACHER, TOY_EDM_STUDENT = _linear(EDMScaling(), 0.31, 0.0009), _linear(EDMScaling(), 0.3, 0.001)
+TOY_STUDENT, TOY_TARGET = (
+    _linear(ConsistencyPreconditioning(), 0.3, 0.001),
+    _linear(ConsistencyPreconditioning(), 0.29, 0.0011),
+)
+TOY_TEACHER, TOY_EDM_STUDENT = _linear(EDMPreconditioning(), 0.31, 0.0009), _linear(EDMPreconditioning(), 0.3, 0.001)
 TOY_IMAGES, TOY_NOISE = _pattern((4, 3, 8, 8), 43, 83), np.float32(1.7) * _pattern((4, 3, 8, 8), 29, 79)
 TOY_INDEX = np.array([0, 3, 6, 8])
 
@@ -220,15 +226,19 @@ def test_linear_networks_denoising_loss(weighting, recorded):
 @pytest.mark.parametrize(
     ("name", "rate", "curriculum"),
     [
-        ("fixed_fixed_40_40_600000", FixedRate(0.95), Constant(40)),
-        ("adaptive_progressive_2_200_800000", AdaptiveRate(Progressive(2, 200, 800_000)), Progressive(2, 200, 800_000)),
+        ("fixed_fixed_40_40_600000", ConstantTargetEMA(0.95), Constant(40)),
+        (
+            "adaptive_progressive_2_200_800000",
+            AdaptiveTargetEMA(Progressive(2, 200, 800_000)),
+            Progressive(2, 200, 800_000),
+        ),
         (
             "adaptive_progressive_2_150_1000000",
-            AdaptiveRate(Progressive(2, 150, 1_000_000)),
+            AdaptiveTargetEMA(Progressive(2, 150, 1_000_000)),
             Progressive(2, 150, 1_000_000),
         ),
-        ("fixed_progressive_2_200_800000", FixedRate(0.95), Progressive(2, 200, 800_000)),
-        ("fixed_progdist_64_1_600000", FixedRate(1.0), Halving(64, 50_000)),
+        ("fixed_progressive_2_200_800000", ConstantTargetEMA(0.95), Progressive(2, 200, 800_000)),
+        ("fixed_progdist_64_1_600000", ConstantTargetEMA(1.0), Halving(64, 50_000)),
     ],
 )
 def test_recorded_schedules_of_the_original(name, rate, curriculum):

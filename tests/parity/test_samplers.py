@@ -4,14 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.conversion import read
-from cm_jax.conversion.sources import Untold
-from cm_jax.generation import replay
+from cm_jax.conversion.read import CheckpointHints
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.model import Model, load
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
 from cm_jax.samplers import DPM, Ancestral, Churn, Consistency, Euler, Heun, ProgressiveEuler, choose_levels
+from cm_jax.samplers.generation import replay
 from tests.support import DATA, EMOJI, adm_golden, nhwc
 
 BOUND = 1e-5
@@ -36,10 +36,10 @@ def test_recorded_runs_of_the_original(name):
     asked = {"indices": golden["ts"].tolist()} if "ts" in golden else {"steps": 1 if kind == "onestep" else steps}
     levels = choose_levels(sampler, KarrasGrid(steps), **asked)
     network, params, _ = adm_golden(str(golden["model"]).removeprefix("adm_"))
-    scaling = BoundaryScaling() if golden["consistency_parameterisation"] else EDMScaling()
+    preconditioning = ConsistencyPreconditioning() if golden["consistency_parameterisation"] else EDMPreconditioning()
     noise = nhwc(golden["noise"])
     assert sampler.draws(len(levels) - 1) <= len(noise)
-    images = replay(ConsistencyFunction(network, scaling), sampler, params, levels, noise, golden["y"])
+    images = replay(ConsistencyFunction(network, preconditioning), sampler, params, levels, noise, golden["y"])
     np.testing.assert_allclose(images, nhwc(golden["out"]), atol=BOUND)
 
 
@@ -61,7 +61,7 @@ def test_the_bundled_model_draws_what_the_original_drew(run, asked):
 
 def test_the_teacher_draws_what_the_original_drew():
     golden = np.load(DATA / "emoji16" / "runs.npz")
-    source = read(DATA / "emoji16" / "emoji16_edm.pt", Untold(32, None, "edm", 18, 16))
+    source = read(DATA / "emoji16" / "emoji16_edm.pt", CheckpointHints(32, None, "edm", 18, 16))
     model = Model(source.config, source.config.network.prepare(source.params))
     images = model.sample(0, 18, labels=golden["y"], noise=nhwc(golden["edm_heun_noise"]), steps=18)
     np.testing.assert_allclose(images, nhwc(golden["edm_heun_out"]), atol=BOUND)

@@ -8,28 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.arrays import per_image
-from cm_jax.consistency_function import ConsistencyFunction
 from cm_jax.conversion import jcm
-from cm_jax.conversion.rules import LazyTensor, to_ours, to_theirs
+from cm_jax.conversion.rules import to_ours, to_theirs
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
+from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import SongUNet
 from cm_jax.networks.blocks import SmoothedConvolution
 from cm_jax.networks.fir import fir_downsample, fir_upsample
-from cm_jax.noise_levels import EDM_TIME, KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
+from cm_jax.types import per_image
 from tests.parity import jcm_float64
 from tests.support import DATA, compiled, random_params, relative
 
 BOUND = 1e-5
 GOLDEN = DATA / "jcm" / "golden.npz"
-VE = SongUNet(image_size=16, width=32, multipliers=(1, 2), blocks_per_level=1)
+VE = SongUNet(image_size=16, width=32, channel_mult=(1, 2), blocks_per_level=1)
 NETWORKS = {
     "ve": VE,
     "vp": SongUNet(**{**vars(VE), "embedding": "positional", "resampling": "plain", "pyramid": False}),
 }
 WAVE = np.cos(0.03 * np.arange(3 * 16 * 16 * 3)).reshape(3, 16, 16, 3)
 """The golden's direction of differentiation."""
-SCALINGS = {"denoiser": EDMScaling(time_factor=EDM_TIME), "distiller": BoundaryScaling(time_factor=EDM_TIME)}
+SCALINGS = {
+    "denoiser": EDMPreconditioning(time_factor=EDM_TIME),
+    "distiller": ConsistencyPreconditioning(time_factor=EDM_TIME),
+}
 
 
 @functools.cache
@@ -65,7 +69,7 @@ def truth(name, quantity, weights):
     golden = np.load(GOLDEN)
     x, t = golden["X"].astype(np.float64), golden["t"].astype(np.float64)
     fir = name == "ve"
-    shared = {"blocks": 1, "multipliers": (1, 2), "attention": (8,), "fir": fir, "pyramid": fir}
+    shared = {"blocks": 1, "channel_mult": (1, 2), "attention": (8,), "fir": fir, "pyramid": fir}
 
     def network(x, t):
         return jcm_float64.network(weights, x, np.log(t) / 4, **shared)
@@ -131,7 +135,7 @@ def test_deeper_networks_than_the_goldens(fir):
     network = SongUNet(
         image_size=8,
         width=8,
-        multipliers=(1, 2, 1),
+        channel_mult=(1, 2, 1),
         blocks_per_level=2,
         embedding="fourier" if fir else "positional",
         resampling="fir" if fir else "plain",
@@ -145,7 +149,7 @@ def test_deeper_networks_than_the_goldens(fir):
         np.asarray(x, np.float64),
         np.asarray(times, np.float64),
         blocks=2,
-        multipliers=(1, 2, 1),
+        channel_mult=(1, 2, 1),
         attention=(4,),
         fir=fir,
         pyramid=fir,

@@ -10,27 +10,27 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import cm_jax
-from cm_jax import checkpoints
-from cm_jax.arrays import leaves
-from cm_jax.config import ModelConfig
+from cm_jax.checkpoints import native
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
+from cm_jax.types import leaves
 from tests.support import SMALL, random_params
 
-CONFIG = ModelConfig(SMALL, BoundaryScaling(), KarrasGrid(18), tuple("abcdefghij"), ((8, 0),))
+CONFIG = ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid(18), tuple("abcdefghij"), ((8, 0),))
 
 
 @pytest.fixture
 def saved(tmp_path):
     params = random_params(SMALL)
-    checkpoints.save(tmp_path / "model", CONFIG, params)
+    native.save(tmp_path / "model", CONFIG, params)
     return tmp_path / "model", params
 
 
 def test_config_and_parameters_come_back(saved):
     path, params = saved
-    config, restored = checkpoints.restore(path)
+    config, restored = native.restore(path)
     assert config == CONFIG
     assert all(isinstance(leaf, np.ndarray) for _, leaf in leaves(restored))
     jax.tree.map(np.testing.assert_array_equal, restored, params)
@@ -40,7 +40,7 @@ def test_config_and_parameters_come_back(saved):
 def test_restored_in_another_precision_on_other_devices(saved):
     path, params = saved
     devices = NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
-    _, restored = checkpoints.restore(path, dtype=jnp.bfloat16, sharding=devices)
+    _, restored = native.restore(path, dtype=jnp.bfloat16, sharding=devices)
     kernel = restored["stem"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
     assert len(kernel.sharding.device_set) == 8
@@ -65,12 +65,12 @@ def test_half_precision_model_draws_nearly_the_same_images(saved):
 def test_a_folder_with_files_in_it_is_not_overwritten(saved):
     path, params = saved
     with pytest.raises(InputError, match="files in it"):
-        checkpoints.save(path, CONFIG, params)
+        native.save(path, CONFIG, params)
 
 
 def test_nothing_is_left_behind_when_writing_fails(tmp_path):
     with pytest.raises(Exception):  # noqa: B017  whatever Orbax raises for such a leaf
-        checkpoints.save(tmp_path / "model", CONFIG, {"leaf": object()})
+        native.save(tmp_path / "model", CONFIG, {"leaf": object()})
     assert not list(tmp_path.iterdir())
 
 
@@ -85,14 +85,17 @@ def damage_config(path, edit):
     [
         (lambda fields: fields["network"].update(width=64), "contradicts"),
         (lambda fields: fields["network"].update(classes=None), "contradicts"),
-        (lambda fields: fields["network"].update(head_width=24), "cannot be built"),
+        (lambda fields: fields["network"].update(head_dim=24), "cannot be built"),
         (lambda fields: fields["network"].update(wings=2), "no field 'wings'"),
         (lambda fields: fields["network"].update(kind="Dragon"), "whose kind is ADMUNet"),
-        (lambda fields: fields.pop("scaling"), "scaling must be an object"),
-        (lambda fields: fields["scaling"].update(sigma_data="0.5"), 'sigma_data must be a finite number, got "0.5"'),
+        (lambda fields: fields.pop("preconditioning"), "scaling must be an object"),
+        (
+            lambda fields: fields["preconditioning"].update(sigma_data="0.5"),
+            'sigma_data must be a finite number, got "0.5"',
+        ),
         (lambda fields: fields["network"].update(image_size=16.0), "image_size must be a whole number"),
         (lambda fields: fields["network"].update(attention="foo"), "attention must be one of auto, plain, cudnn"),
-        (lambda fields: fields["network"].update(head_width=0), "must be positive"),
+        (lambda fields: fields["network"].update(head_dim=0), "must be positive"),
         (lambda fields: fields["network"].update(blocks_per_level=10**7), "blocks_per_level 64"),
         (lambda fields: fields["grid"].update(rho=1e-300), "rho from 0.1"),
         (lambda fields: fields.update(tuned_timesteps=[[99, 0]]), "must fall from below 18"),

@@ -17,20 +17,21 @@ from PIL import Image
 
 import cm_jax
 from cm_jax import conversion
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main, main_convert, main_sample
-from cm_jax.config import ModelConfig
-from cm_jax.conversion import Untold, read
-from cm_jax.conversion.formats import DIFFUSERS
+from cm_jax.conversion import CheckpointHints, read
 from cm_jax.conversion.parity import compare
-from cm_jax.conversion.rules import LazyTensor, to_theirs
+from cm_jax.conversion.rules import to_theirs
+from cm_jax.conversion.unet_formats import DIFFUSERS
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
+from cm_jax.io.safetensors import LazyTensor
 from cm_jax.model import Model
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
 from tests.support import DATA, EMOJI, ROOT, SMALL, random_params, run
 
 GOLDEN = DATA / "openai" / "adm_unconditional.pt"
-TOLD = ("--image-size", "16", "--head-width", "32", "--scalings", "consistency", "--levels", "40")
+TOLD = ("--image-size", "16", "--head-dim", "32", "--scalings", "consistency", "--levels", "40")
 
 
 def failed(capsys, command, *arguments):
@@ -84,8 +85,10 @@ def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
 
 
 def test_the_same_image_with_two_devices_and_a_warm_cache(tmp_path):
-    network = dataclasses.replace(SMALL, image_size=8, multipliers=(1,), attention_factors=())
-    Model(ModelConfig(network, BoundaryScaling(), KarrasGrid(18)), random_params(network)).save(tmp_path / "small")
+    network = dataclasses.replace(SMALL, image_size=8, channel_mult=(1,), attention_factors=())
+    Model(ModelConfig(network, ConsistencyPreconditioning(), KarrasGrid(18)), random_params(network)).save(
+        tmp_path / "small"
+    )
     arguments = (
         "sample.py",
         str(tmp_path / "small"),
@@ -116,7 +119,7 @@ def test_npz_is_what_the_evaluator_reads(tmp_path, capsys):
 
 def test_a_folder_of_images_and_truncation(tmp_path, capsys):
     for how in ("round", "truncate"):
-        asked = ("--count", 2, "--labels", "3", "--quantisation", how, "--output", tmp_path / how)
+        asked = ("--count", 2, "--labels", "3", "--quantization", how, "--output", tmp_path / how)
         succeeded(capsys, main_sample, "emoji16_cd", *asked)
     names = sorted(path.name for path in (tmp_path / "round").iterdir())
     assert names == ["000000_class3.png", "000001_class3.png"]
@@ -163,7 +166,7 @@ def test_other_levels_forget_the_tuned_ones_and_other_clocks_are_not_exported(tm
     assert source.config.grid.levels == 5
     succeeded(capsys, main_convert, tmp_path / "ours", tmp_path / "again", "--levels", 9)
     assert read(tmp_path / "again").config.tuned_timesteps == ()
-    config = dataclasses.replace(source.config, scaling=BoundaryScaling(time_factor=0.25))
+    config = dataclasses.replace(source.config, preconditioning=ConsistencyPreconditioning(time_factor=0.25))
     for kind, name in (("diffusers", "d"), ("openai", "o.pt")):
         with pytest.raises(InputError, match=r"no room for the clock 0\.25 ln sigma"):
             conversion.write(tmp_path / name, kind, config, source.params)
@@ -175,8 +178,8 @@ def test_a_teacher_becomes_a_network_without_a_pipeline(tmp_path, capsys):
     assert "network alone" in said
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["unet"]
     assert (
-        read(tmp_path / "d", Untold(scalings="edm")).config.network
-        == read(GOLDEN, Untold(32, None, "edm", 40, 16)).config.network
+        read(tmp_path / "d", CheckpointHints(preconditioning="edm")).config.network
+        == read(GOLDEN, CheckpointHints(32, None, "edm", 40, 16)).config.network
     )
 
 
@@ -198,7 +201,7 @@ def test_bin_files_and_old_configs(folder, tmp_path):
 
 def test_what_shapes_cannot_tell_is_asked_for_at_once(tmp_path, capsys):
     message = failed(capsys, main_convert, GOLDEN, tmp_path / "m")
-    for flag in ("--image-size", "--head-width", "--scalings", "--levels"):
+    for flag in ("--image-size", "--head-dim", "--scalings", "--levels"):
         assert flag in message
     succeeded(capsys, main_convert, GOLDEN, tmp_path / "m", *TOLD)
 
@@ -207,14 +210,17 @@ def test_a_published_name_on_another_network_tells_nothing(tmp_path, capsys):
     shutil.copy(EMOJI, tmp_path / "cd_imagenet64_l2_mine.pt")
     message = failed(capsys, main_convert, tmp_path / "cd_imagenet64_l2_mine.pt", tmp_path / "m")
     assert "(it has 1,923,907 parameters, not 295,899,267)" in message
-    assert "--head-width" in message
+    assert "--head-dim" in message
 
 
 def test_what_is_said_against_a_checkpoint_is_said_again(tmp_path, capsys):
     ours = tmp_path / "ours"
     succeeded(capsys, main_convert, EMOJI, ours)
     said = succeeded(capsys, main_convert, ours, tmp_path / "m.safetensors", "--scalings", "edm", "--levels", 40)
-    for change in ("grid.levels: 18 in the checkpoint, 40 now", "scaling: BoundaryScaling in the checkpoint"):
+    for change in (
+        "grid.levels: 18 in the checkpoint, 40 now",
+        "scaling: ConsistencyPreconditioning in the checkpoint",
+    ):
         assert change in said
     again = tmp_path / "again.safetensors"
     assert "As you say" not in succeeded(capsys, main_convert, tmp_path / "m.safetensors", again, "--scalings", "edm")
@@ -222,9 +228,9 @@ def test_what_is_said_against_a_checkpoint_is_said_again(tmp_path, capsys):
 
 def test_our_own_checkpoint_knows_its_heads(tmp_path, capsys):
     succeeded(capsys, main_convert, EMOJI, tmp_path / "ours")
-    message = failed(capsys, main_convert, tmp_path / "ours", tmp_path / "m", "--head-width", 64)
+    message = failed(capsys, main_convert, tmp_path / "ours", tmp_path / "m", "--head-dim", 64)
     assert "heads of width 32, not heads of width 64" in message
-    succeeded(capsys, main_convert, tmp_path / "ours", tmp_path / "m", "--head-width", 32)
+    succeeded(capsys, main_convert, tmp_path / "ours", tmp_path / "m", "--head-dim", 32)
 
 
 def test_the_check_names_the_unit_that_differs():
@@ -324,7 +330,7 @@ def test_files_damaged_at_random_are_read_or_refused(tmp_path):
                 for name, data in entries.items():
                     archive.writestr(name, scattered(data) if name == description else data)
         try:
-            read(path, Untold(16, None, "consistency", 40, 16))
+            read(path, CheckpointHints(16, None, "consistency", 40, 16))
         except InputError:
             refused += 1
     assert refused > 80

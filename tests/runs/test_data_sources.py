@@ -302,9 +302,9 @@ def test_arrays_of_another_size_are_centre_cropped(tmp_path):
     data = NpzData(saved(tmp_path, images=IMAGES)).open(4)
     halves = IMAGES.reshape(4, 4, 2, 4, 2, 3).mean(axis=(2, 4))
     assert np.abs(data.images - halves).max() <= 1
-    grey = NpzData(saved(tmp_path, images=IMAGES[..., :1])).open(4)
-    np.testing.assert_array_equal(grey.images[..., 0], data.images[..., 0])
-    assert grey.image_shape == (4, 4, 1)
+    gray = NpzData(saved(tmp_path, images=IMAGES[..., :1])).open(4)
+    np.testing.assert_array_equal(gray.images[..., 0], data.images[..., 0])
+    assert gray.image_shape == (4, 4, 1)
 
 
 @pytest.mark.parametrize(

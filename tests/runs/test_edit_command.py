@@ -8,26 +8,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_edit
-from cm_jax.config import ModelConfig
-from cm_jax.editing import fitting
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
+from cm_jax.editing import photos
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.networks import ADMUNet
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
 from tests.runs.test_commands import failed, succeeded
 
 SMALL = ADMUNet(
-    image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=32, classes=None
+    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=None
 )
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small"
-    config = ModelConfig(SMALL, BoundaryScaling(), KarrasGrid(18))
-    Model(config, SMALL.prepare(SMALL.initialise(jax.random.key(0)))).save(path)
+    config = ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid(18))
+    Model(config, SMALL.prepare(SMALL.initialize(jax.random.key(0)))).save(path)
     return path
 
 
@@ -69,7 +69,7 @@ def test_the_other_kinds_run(checkpoint, tmp_path, capsys):
     save(tmp_path / "tiny.png", (2, 2), 1)
     told = ("--checkpoint", checkpoint, "--output", tmp_path / "e.png")
     for kind, *options in (
-        ("colourise", "a.png", "--sigmas", "80"),
+        ("colorize", "a.png", "--sigmas", "80"),
         ("superres", "tiny.png", "a.png", "--patch", 4, "--sigmas", "80"),
         ("repaint", "a.png", "--variants", 1),
         ("denoise", "a.png", "--sigma", 0.5, "--add"),
@@ -102,7 +102,7 @@ def bomb(path, width, height):
 @pytest.mark.parametrize(("width", "height"), [(141_422, 141_422), (12_000, 12_000), (9_000, 9_000)])
 def test_a_picture_that_claims_gigapixels_is_refused(tmp_path, capsys, width, height):
     bomb(tmp_path / "bomb.png", width, height)
-    said = failed(capsys, main_edit, "colourise", tmp_path / "bomb.png", "--output", tmp_path / "e.png")
+    said = failed(capsys, main_edit, "colorize", tmp_path / "bomb.png", "--output", tmp_path / "e.png")
     assert "bomb.png cannot be read as a picture" in said
     assert "pixels" in said
 
@@ -113,7 +113,7 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    turned = fitting.read(tmp_path / "a.png")
+    turned = photos.read(tmp_path / "a.png")
     assert turned.size == (4, 8)
     assert np.asarray(turned)[0, 0, 0] == 255
     assert np.asarray(turned)[7, 0, 0] == 0
@@ -123,31 +123,31 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path):
 def test_there_and_back_changes_nothing_but_the_square(shape):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     picture = Image.fromarray(pixels)
-    fitted = fitting.fitted(picture, 8)
+    fitted = photos.fitted(picture, 8)
     assert fitted.shape == (8, 8, 3)
-    left, top, right, bottom = fitting.middle(*picture.size)
+    left, top, right, bottom = photos.middle(*picture.size)
     assert right - left == bottom - top == min(shape)
-    black = np.asarray(fitting.back(picture, np.zeros((8, 8, 3), np.uint8)))
+    black = np.asarray(photos.back(picture, np.zeros((8, 8, 3), np.uint8)))
     outside = np.ones(shape, bool)
     outside[top:bottom, left:right] = False
     np.testing.assert_array_equal(black[outside], pixels[outside])
     assert not black[~outside].any()
     if shape == (8, 8):
         same = np.round((fitted + 1) * 127.5).astype(np.uint8)
-        np.testing.assert_array_equal(np.asarray(fitting.back(picture, same)), pixels)
+        np.testing.assert_array_equal(np.asarray(photos.back(picture, same)), pixels)
 
 
 def test_a_hole_covers_every_pixel_that_it_touches():
     hole = np.zeros((32, 40), bool)
     hole[7, 4 + 13] = True
-    touched = fitting.fitted_hole(hole, 8)
+    touched = photos.fitted_hole(hole, 8)
     assert np.argwhere(touched).tolist() == [[1, 3]]
-    assert fitting.fitted_hole(np.ones((3, 3), bool), 8).all()
+    assert photos.fitted_hole(np.ones((3, 3), bool), 8).all()
 
 
 def test_small_pictures_become_patches():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 3), np.uint8)
-    patches = fitting.enlarged(Image.fromarray(pixels), 8, 4)
+    patches = photos.enlarged(Image.fromarray(pixels), 8, 4)
     np.testing.assert_allclose(patches[::4, ::4], pixels / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(patches[:4, 4:], np.broadcast_to(patches[0, 7], (4, 4, 3)))
 
@@ -158,7 +158,7 @@ def test_small_pictures_become_patches():
 )
 def test_boxes_outside_of_the_picture(box, message):
     with pytest.raises(InputError, match=message):
-        fitting.hole_in(box, 8, 8)
+        photos.hole_in(box, 8, 8)
 
 
 def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
@@ -176,20 +176,20 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
         (("inpaint", a, "--box", "1,2,3,x", *out), "whole numbers"),
         (("inpaint", a, "--mask", tmp_path / "black.png", *out), "black all over"),
         (("inpaint", a, "--mask", tmp_path / "wide.png", *out), "9 x 8 pixels and the picture 8 x 8"),
-        (("colourise", tmp_path / "nothing.png", *out), "There is no picture"),
-        (("colourise", tmp_path, *out), "There is no picture"),
-        (("colourise", "/dev/zero", *out), "There is no picture"),
-        (("colourise", tmp_path / "no.png", *out), "not of the formats"),
-        (("colourise", tmp_path / "half.png", *out), "cannot be read as a picture"),
-        (("colourise", a, "--labels", "1", *out), "unconditional"),
-        (("colourise", a, "--variants", 0, *out), "variants must be"),
-        (("colourise", a, "--output", tmp_path / "e.npz"), "is a .png file"),
+        (("colorize", tmp_path / "nothing.png", *out), "There is no picture"),
+        (("colorize", tmp_path, *out), "There is no picture"),
+        (("colorize", "/dev/zero", *out), "There is no picture"),
+        (("colorize", tmp_path / "no.png", *out), "not of the formats"),
+        (("colorize", tmp_path / "half.png", *out), "cannot be read as a picture"),
+        (("colorize", a, "--labels", "1", *out), "unconditional"),
+        (("colorize", a, "--variants", 0, *out), "variants must be"),
+        (("colorize", a, "--output", tmp_path / "e.npz"), "is a .png file"),
         (("superres", a, "--patch", 3, *out), "choose one of 2, 4, 8"),
         (("denoise", a, *out), "--sigma must be given"),
         (("denoise", a, "--sigma", 0, *out), "greater than 0.002"),
         (("interpolate", a, *out), "two pictures"),
         (("interpolate", a, a, "--seeds", "1,2", *out), "two pictures"),
-        (("colourise", *out), "Name the pictures"),
+        (("colorize", *out), "Name the pictures"),
     ):
         assert message in failed(capsys, main_edit, *words), words
     assert not (tmp_path / "e.png").exists()

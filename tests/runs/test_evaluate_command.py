@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 import cm_jax
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main, main_evaluate
-from cm_jax.config import ModelConfig
-from cm_jax.evaluation import Judge, Report, image_sets
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
+from cm_jax.evaluation import FeatureExtractor, Report, image_sets
 from cm_jax.networks import ADMUNet
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling
 from tests.laws.test_evaluation import toy_see
 from tests.runs.test_commands import failed, succeeded
 
@@ -22,11 +22,11 @@ TOLD = ("--reference-cache", "off", "--compilation-cache", "off")
 
 def toy(size):
     mix = np.random.default_rng(5).normal(size=(size * size * 3, 24)).astype(np.float32)
-    return Judge(toy_see, {"mix": mix}, "a toy", "no resizing")
+    return FeatureExtractor(toy_see, {"mix": mix}, "a toy", "no resizing")
 
 
 @pytest.fixture(autouse=True)
-def judge(monkeypatch):
+def extractor(monkeypatch):
     from cm_jax.cli import evaluate
 
     monkeypatch.setattr(evaluate, "load_inception", lambda weights: toy(16))
@@ -51,7 +51,7 @@ def test_samples_straight_from_a_checkpoint_are_those_that_are_written(tmp_path,
     assert found["protocol"]["count"] == 12
     assert {"fid", "kid", "precision", "recall", "density", "coverage"} <= set(found["values"])
 
-    images = image_sets.quantise(cm_jax.load("emoji16_cd").sample(3, 12))
+    images = image_sets.quantize(cm_jax.load("emoji16_cd").sample(3, 12))
     np.savez(tmp_path / "drawn.npz", arr_0=images)
     (tmp_path / "folder").mkdir()
     for number, image in enumerate(images):
@@ -69,10 +69,10 @@ def test_a_set_against_itself(samples, capsys):
 def test_bits_of_a_teacher(tmp_path, capsys):
     teacher, output = tmp_path / "teacher", tmp_path / "numbers.json"
     network = ADMUNet(
-        image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=16, classes=9
+        image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=9
     )
-    config = ModelConfig(network, EDMScaling(), KarrasGrid())
-    cm_jax.Model(config, network.initialise(jax.random.key(0))).save(teacher)
+    config = ModelConfig(network, EDMPreconditioning(), KarrasGrid())
+    cm_jax.Model(config, network.initialize(jax.random.key(0))).save(teacher)
     told = ("--metrics", "bpd", "--count", 2, "--likelihood-steps", 2, "--batch-size", 8, "--output", output, *TOLD)
     said = succeeded(capsys, main_evaluate, teacher, "emoji:held_out", *told)
     assert "N = 2 of emoji:held_out under" in said
@@ -84,14 +84,16 @@ def test_tuned_levels_are_kept_in_the_checkpoint(tmp_path, capsys, monkeypatch):
     from cm_jax.evaluation import level_search
 
     network = ADMUNet(
-        image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=16, classes=9
+        image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=9
     )
-    config = ModelConfig(network, BoundaryScaling(), KarrasGrid(levels=12), tuned_timesteps=((3, 0), (5, 2, 0)))
-    cm_jax.Model(config, network.initialise(jax.random.key(0))).save(tmp_path / "model")
+    config = ModelConfig(
+        network, ConsistencyPreconditioning(), KarrasGrid(levels=12), tuned_timesteps=((3, 0), (5, 2, 0))
+    )
+    cm_jax.Model(config, network.initialize(jax.random.key(0))).save(tmp_path / "model")
     monkeypatch.setattr(tune, "load_inception", lambda weights: toy(8))
     asked = []
 
-    def measured(judge, samples, known, **told):
+    def measured(extractor, samples, known, **told):
         asked.append(samples.how["sigmas"])
         return Report({"fid": abs(samples.how["sigmas"][1] - config.grid.sigma(7))}, {}, ""), known
 
@@ -144,9 +146,9 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
 
 
 def test_truncated_weights_and_a_network_that_draws_nothing_finite(samples, tmp_path, capsys, monkeypatch):
-    from cm_jax import inception
     from cm_jax.cli import evaluate
     from cm_jax.evaluation import load_inception
+    from cm_jax.feature_networks import inception
 
     weights = tmp_path / "inception.safetensors"
     inception.FILE.save(weights, {"conv": {"kernel": np.zeros((3, 3, 3, 32), np.float32)}})

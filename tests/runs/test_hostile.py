@@ -17,13 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cm_jax import checkpoints, cli
+from cm_jax import cli
+from cm_jax.checkpoints import native
 from cm_jax.conversion import read
 from cm_jax.data import NpzData
 from cm_jax.errors import InputError
 from cm_jax.evaluation.references import read_statistics
 from cm_jax.presets import PRESETS
-from cm_jax.training import checkpointing, loop
+from cm_jax.training import loop
+from cm_jax.training.run import state_io
 from tests.runs.test_commands import failed
 from tests.support import EMOJI, run
 from tools.fuzz import commands, payloads, readers, seeds
@@ -169,7 +171,7 @@ def test_a_flipped_bit_in_our_checkpoint_is_noticed_or_changes_no_weight(tmp_pat
     Where its files lie depends on its threads, and now and then a bit is one that no weight depends on.
     """
     source, dice = read(EMOJI), random.Random(0)
-    checkpoints.save(tmp_path / "ours", source.config, source.params)
+    native.save(tmp_path / "ours", source.config, source.params)
     largest = max((tmp_path / "ours" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     content = largest.read_bytes()
     noticed = []
@@ -178,7 +180,7 @@ def test_a_flipped_bit_in_our_checkpoint_is_noticed_or_changes_no_weight(tmp_pat
         damaged[dice.randrange(len(damaged))] ^= 1 << dice.randrange(8)
         largest.write_bytes(damaged)
         try:
-            _, params = checkpoints.restore(tmp_path / "ours")
+            _, params = native.restore(tmp_path / "ours")
         except InputError as error:
             noticed.append(str(error))
         else:
@@ -186,7 +188,7 @@ def test_a_flipped_bit_in_our_checkpoint_is_noticed_or_changes_no_weight(tmp_pat
     assert noticed
     assert all(re.search(r"damaged or incomplete \(the checksum of .* is not that", message) for message in noticed)
     largest.write_bytes(content)
-    assert checkpoints.restore(tmp_path / "ours")[0] == source.config
+    assert native.restore(tmp_path / "ours")[0] == source.config
 
 
 def test_a_message_does_not_repeat_a_whole_file(tmp_path):
@@ -202,8 +204,8 @@ def test_keys_of_another_size_are_damage(good, tmp_path):
     with zipfile.ZipFile(io.BytesIO(content)) as there, zipfile.ZipFile(tmp_path / "state.npz", "w") as here:
         for name in there.namelist():
             here.writestr(name, there.read("params/kernel.npy" if name == "key.npy" else name))
-    with pytest.raises(checkpointing.DamagedError, match="key has another shape"):
-        checkpointing.read(tmp_path / "state.npz", seeds.STATE)
+    with pytest.raises(state_io.DamagedError, match="key has another shape"):
+        state_io.read(tmp_path / "state.npz", seeds.STATE)
 
 
 def test_a_run_whose_config_is_no_text(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from tests.support import ROOT
 
 SMALL = [
-    *("--network.image-size", "8", "--network.width", "16", "--network.multipliers", "1", "--network.dropout", "0.1"),
+    *("--network.image-size", "8", "--network.width", "16", "--network.channel_mult", "1", "--network.dropout", "0.1"),
     *("--network.blocks-per-level", "1", "--batch-size", "8", "--log-every", "1", "--sample-every", "1000000"),
     *("--averages", "0.99", "--keep-last", "2"),
 ]

@@ -17,20 +17,20 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import cm_jax
-from cm_jax import checkpoints
-from cm_jax.config import ModelConfig
+from cm_jax.checkpoints import native
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
-from cm_jax.training import checkpointing
-from cm_jax.training.run_folder import Retention, RunFolder
+from cm_jax.training.run import state_io
+from cm_jax.training.run.folder import Retention, RunFolder
 from tests.support import ROOT
 
 NETWORK = ADMUNet(
-    image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=16, classes=None
+    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=None
 )
-CONFIG = ModelConfig(NETWORK, BoundaryScaling(), KarrasGrid(18))
+CONFIG = ModelConfig(NETWORK, ConsistencyPreconditioning(), KarrasGrid(18))
 PARAMS = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), NETWORK.shapes())
 
 
@@ -64,7 +64,7 @@ def state(seed=0):
 
 
 def bits(tree):
-    leaves = jax.tree.leaves(jax.tree.map(lambda a: jax.random.key_data(a) if checkpointing._is_key(a) else a, tree))
+    leaves = jax.tree.leaves(jax.tree.map(lambda a: jax.random.key_data(a) if state_io._is_key(a) else a, tree))
     return [(str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()) for leaf in leaves]
 
 
@@ -180,8 +180,8 @@ def test_another_state_is_refused_with_all_that_differs(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.float8_e4m3fn, bool, np.uint8, np.float64])
 def test_arrays_of_every_type_and_of_no_size(tmp_path, dtype):
     tree = [np.arange(6).astype(dtype).reshape(2, 3).T, np.zeros((0, 3), dtype), np.ones((), dtype)]
-    checkpointing.write(tmp_path / "s", checkpointing.described(tree, checkpointing.on_host(tree)))
-    same(checkpointing.read(tmp_path / "s", tree), tree)
+    state_io.write(tmp_path / "s", state_io.described(tree, state_io.on_host(tree)))
+    same(state_io.read(tmp_path / "s", tree), tree)
 
 
 def test_a_flipped_bit_is_found_out(tmp_path):
@@ -294,7 +294,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("at", ["write", "settle", "rename"])
 def test_a_failure_at_any_point_leaves_the_old_ones(tmp_path, monkeypatch, at):
-    import cm_jax.training.run_folder as module
+    import cm_jax.training.run.folder as module
 
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -335,14 +335,14 @@ LOOP = """
 import os, random, signal, sys, time
 import numpy as np, jax
 import orbax.checkpoint
-from cm_jax.config import ModelConfig
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.networks import ADMUNet
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
-from cm_jax.training.run_folder import Retention, RunFolder
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
+from cm_jax.training.run.folder import Retention, RunFolder
 
 SIZE = 300_000
-CONFIG = ModelConfig(ADMUNet(), BoundaryScaling(), KarrasGrid(18))
+CONFIG = ModelConfig(ADMUNet(), ConsistencyPreconditioning(), KarrasGrid(18))
 
 def train(run, say):
     template = {"a": np.zeros(SIZE, np.float32), "b": {"c": np.zeros((), np.int32)}}
@@ -435,9 +435,9 @@ jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=me)
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from cm_jax.errors import InputError
-from cm_jax.training import checkpointing
-from cm_jax.training.log import Log
-from cm_jax.training.run_folder import RunFolder
+from cm_jax.training.run import state_io
+from cm_jax.training.run.metrics_log import Log
+from cm_jax.training.run.folder import RunFolder
 from tests.runs.test_run_folder import CONFIG, PARAMS
 mesh = Mesh(np.array(jax.devices()), ("data",))
 numbers = np.arange(32, dtype=np.float32).reshape(8, 4)
@@ -466,7 +466,7 @@ with RunFolder(run) as folder:
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    write, checkpointing.write = checkpointing.write, fail
+    write, state_io.write = state_io.write, fail
     folder.save(3, CONFIG, params, tree)
     try:
         folder.save(4, CONFIG, params, tree)
@@ -474,7 +474,7 @@ with RunFolder(run) as folder:
     except InputError as error:
         assert "No space left" in str(error), error
         assert str(error).startswith("process 0: ") == (me == 1)
-    checkpointing.write = write
+    state_io.write = write
     folder.save(3, CONFIG, params, tree)
     folder.wait()
     assert folder.latest() == 3
@@ -501,4 +501,4 @@ def test_two_processes_save_and_restore_together(tmp_path):
     assert (tmp_path / "metrics.csv").read_text() == "batches,loss\n1,1\n"
     with RunFolder(tmp_path) as folder:
         assert folder.steps() == [1, 2, 3]
-    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(tmp_path / "checkpoints" / "00000003")[1], PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, native.restore(tmp_path / "checkpoints" / "00000003")[1], PARAMS)

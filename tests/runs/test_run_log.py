@@ -17,13 +17,13 @@ from PIL import Image
 
 import cm_jax
 from cm_jax.errors import InputError
-from cm_jax.training import log as log_module
-from cm_jax.training import plots, progress
-from cm_jax.training.log import Log, read_metrics
-from cm_jax.training.plots import plot, smoothed
-from cm_jax.training.progress import Progress
-from cm_jax.training.record import record_start
-from cm_jax.training.stopping import Stop
+from cm_jax.training.run import metrics_log as log_module
+from cm_jax.training.run import plots, progress
+from cm_jax.training.run.metrics_log import Log, read_metrics
+from cm_jax.training.run.plots import plot, smoothed
+from cm_jax.training.run.progress import Progress
+from cm_jax.training.run.provenance import record_start
+from cm_jax.training.run.signals import Stop
 from tests.support import ROOT
 
 
@@ -204,7 +204,7 @@ def test_a_signal_raises_the_flag_and_nothing_else(number):
 def test_a_second_interrupt_kills_at_once():
     script = """
 import os, signal, time
-from cm_jax.training.stopping import Stop
+from cm_jax.training.run.signals import Stop
 with Stop() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -11,20 +11,20 @@ import pytest
 import tyro
 
 import cm_jax
+from cm_jax.checkpoints.serialization import encode, kinds
 from cm_jax.cli import main, main_convert, main_sample
 from cm_jax.cli import train as command
 from cm_jax.cli.overrides import parse
 from cm_jax.cli.running import run as run_command
 from cm_jax.cli.train import Options
-from cm_jax.curricula import AdaptiveRate, FixedRate, Halving, Progressive, TargetRate
-from cm_jax.distances import Absolute, Distance, PseudoHuber, Resized, Squared
+from cm_jax.diffusion.curricula import AdaptiveTargetEMA, ConstantTargetEMA, Halving, Progressive, TargetEMA
+from cm_jax.diffusion.distances import Absolute, Distance, PseudoHuber, Resized, Squared
+from cm_jax.diffusion.noise_distributions import LogNormal
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, Preconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.noise_laws import LogNormal
-from cm_jax.noise_levels import KarrasGrid
 from cm_jax.objectives import ConsistencyTraining, Denoising, EasyConsistencyTuning, Objective
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, Scaling
-from cm_jax.settings import encode, kinds
 from tests.support import run
 
 
@@ -54,20 +54,20 @@ class ImageFolder(Data):
     def open(self): ...
 
 
-class Average(abc.ABC):
+class EMA(abc.ABC):
     @abc.abstractmethod
     def name(self): ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Exponential(Average):
+class Exponential(EMA):
     beta: float = 0.999
 
     def name(self): ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Power(Average):
+class Power(EMA):
     width: float = 0.05
 
     def name(self): ...
@@ -91,19 +91,19 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainConfig:
     """Everything that a run computes from."""
 
     data: Data = Bundled()
     """The images."""
     network: ADMUNet | SongUNet = dataclasses.field(default_factory=SongUNet)
-    scaling: Scaling = BoundaryScaling()
+    preconditioning: Preconditioning = ConsistencyPreconditioning()
     objective: Objective = ConsistencyTraining()
     """What is minimised."""
     optimizer: Optimizer = Optimizer()
-    target: TargetRate | None = None
+    target: TargetEMA | None = None
     grid: KarrasGrid = KarrasGrid()
-    averages: tuple[Average, ...] = (Exponential(), Exponential(0.9999))
+    averages: tuple[EMA, ...] = (Exponential(), Exponential(0.9999))
     rates: tuple[float, ...] = (0.9, 0.99)
     batch_size: int = 64
     """Images in a batch, over all devices."""
@@ -123,10 +123,10 @@ def tiny():
 
     It reaches an FID of 300.
     """
-    return Training(target=FixedRate(0.3), objective=ConsistencyTraining(distance=PseudoHuber(0.5)))
+    return TrainConfig(target=ConstantTargetEMA(0.3), objective=ConsistencyTraining(distance=PseudoHuber(0.5)))
 
 
-PRESETS = {"tiny-ct": tiny, "plain": Training()}
+PRESETS = {"tiny-ct": tiny, "plain": TrainConfig()}
 
 
 def settings(line):
@@ -140,8 +140,8 @@ def changed(**fields):
 
 def test_a_preset_alone_is_itself():
     assert settings("tiny-ct") == tiny()
-    assert settings("plain") == Training()
-    assert parse(PRESETS, Options(), "train.py", ["plain"]) == ("plain", Training(), Options())
+    assert settings("plain") == TrainConfig()
+    assert parse(PRESETS, Options(), "train.py", ["plain"]) == ("plain", TrainConfig(), Options())
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_preset_alone_is_itself():
         ("--optimizer.learning_rate.warm_up 10", {"optimizer": Optimizer(LearningRate(warm_up=10))}),
         ("--optimizer.betas 0.5 0.75", {"optimizer": Optimizer(betas=(0.5, 0.75))}),
         ("--objective.distance.scale -0.0", {"objective": ConsistencyTraining(distance=PseudoHuber(0.0))}),
-        ("--target.rate 0.25 --batch-size 8", {"target": FixedRate(0.25), "batch_size": 8}),
+        ("--target.rate 0.25 --batch-size 8", {"target": ConstantTargetEMA(0.25), "batch_size": 8}),
         ("--no-flip", {"flip": False}),
         ("--no-flip --flip", {"flip": True}),
         ("--data.no-flip", {"data": Bundled(flip=False)}),
@@ -162,14 +162,14 @@ def test_a_preset_alone_is_itself():
         ("--rates 0.5", {"rates": (0.5,)}),
         ("--rates", {"rates": ()}),
         ("--parallelism mesh", {"parallelism": "mesh"}),
-        ("--network.classes 10 --network.multipliers 1 2", {"network": SongUNet(classes=10, multipliers=(1, 2))}),
+        ("--network.classes 10 --network.channel_mult 1 2", {"network": SongUNet(classes=10, channel_mult=(1, 2))}),
         # parts
         ("--target none", {"target": None}),
-        ("--target AdaptiveRate", {"target": AdaptiveRate()}),
-        ("--target adaptive-rate --target.curriculum.end 9", {"target": AdaptiveRate(Progressive(end=9))}),
-        ("--target.curriculum.end 9 --target=adaptive_rate", {"target": AdaptiveRate(Progressive(end=9))}),
-        ("--target none --target FixedRate", {"target": FixedRate()}),
-        ("--target fixedrate", {"target": FixedRate(0.3)}),
+        ("--target AdaptiveTargetEMA", {"target": AdaptiveTargetEMA()}),
+        ("--target adaptive-rate --target.curriculum.end 9", {"target": AdaptiveTargetEMA(Progressive(end=9))}),
+        ("--target.curriculum.end 9 --target=adaptive_rate", {"target": AdaptiveTargetEMA(Progressive(end=9))}),
+        ("--target none --target ConstantTargetEMA", {"target": ConstantTargetEMA()}),
+        ("--target fixedrate", {"target": ConstantTargetEMA(0.3)}),
         ("--objective.distance squared", {"objective": ConsistencyTraining(distance=Squared())}),
         ("--objective.distance pseudo-huber", {"objective": ConsistencyTraining(distance=PseudoHuber(0.5))}),
         (
@@ -179,12 +179,12 @@ def test_a_preset_alone_is_itself():
         ),
         (
             "--objective.distance absolute --objective denoising --objective.law.mean -0.8",
-            {"objective": Denoising(law=LogNormal(mean=-0.8), distance=Absolute())},
+            {"objective": Denoising(noise_distribution=LogNormal(mean=-0.8), distance=Absolute())},
         ),
         ("--objective EasyConsistencyTuning", {"objective": EasyConsistencyTuning()}),
         ("--objective.curriculum halving", {"objective": dataclasses.replace(tiny().objective, curriculum=Halving())}),
         ("--network admunet", {"network": ADMUNet()}),
-        ("--scaling EDMScaling --scaling.time-factor 0.25", {"scaling": EDMScaling(time_factor=0.25)}),
+        ("--scaling EDMPreconditioning --scaling.time-factor 0.25", {"scaling": EDMPreconditioning(time_factor=0.25)}),
         ("--data image-folder --data.path a/b", {"data": ImageFolder("a/b")}),
         ("--data.path a/b --data ImageFolder --data.flip", {"data": ImageFolder("a/b", flip=True)}),
         ("--averages.1.beta 0.5", {"averages": (Exponential(), Exponential(0.5))}),
@@ -229,11 +229,11 @@ def words_for(part, above=""):
 
 def test_any_settings_can_be_spelt_out():
     """From one preset to quite another, all by words."""
-    wanted = Training(
+    wanted = TrainConfig(
         data=ImageFolder("x", flip=True),
-        network=ADMUNet(width=32, head_width=32, classes=None, rematerialise=True),
+        network=ADMUNet(width=32, head_dim=32, classes=None, rematerialize=True),
         objective=EasyConsistencyTuning(distance=Resized(Resized(PseudoHuber(1e-30), 3))),
-        target=AdaptiveRate(Progressive(3, 4, 5), over="levels"),
+        target=AdaptiveTargetEMA(Progressive(3, 4, 5), over="levels"),
         averages=(Power(0.1), Exponential(), Power()),
         clip=None,
         flip=False,
@@ -277,10 +277,10 @@ def failed(capsys, command):
         ("plain --objective.distance huber", "Did you mean 'PseudoHuber'?"),
         ("plain --objective Distance", "--objective must be one of"),
         ("plain --objective.distance", "--objective.distance needs one of Absolute"),
-        ("plain --target", "--target needs one of FixedRate, AdaptiveRate, None."),
+        ("plain --target", "--target needs one of ConstantTargetEMA, AdaptiveTargetEMA, None."),
         ("plain --target fixed-rate adaptive-rate", "--target needs one of"),
         ("plain --objective none", "--objective must be one of"),
-        ("plain --target.rate 1", "--target is None here. It needs --target FixedRate."),
+        ("plain --target.rate 1", "--target is None here. It needs --target ConstantTargetEMA."),
         ("plain --objective.distance.scale 1", "--objective.distance is Squared here. It needs --objective.dis"),
         ("tiny-ct --target none --target.rate 1", "--target is None here"),
         ("plain --averages.2.beta 1", "There is no option --averages.2.beta"),
@@ -298,7 +298,7 @@ def failed(capsys, command):
         ("plain --optimizer.betas 0.9", "--optimizer.betas needs 2 numbers."),
         ("plain --parallelism meshh", "--parallelism must be one of auto, pmap, mesh, got 'meshh'. Did you"),
         ("plain --network.width 31", "network: This network cannot be built"),
-        ("plain --target FixedRate --target.rate 2", "target: FixedRate(rate=2.0) is not a schedule"),
+        ("plain --target ConstantTargetEMA --target.rate 2", "target: ConstantTargetEMA(rate=2.0) is not a schedule"),
         ("plain --processes 2", "need --coordinator, --processes and --process; give all three."),
         ("plain --coordinator here --processes 2 --process 0", "--coordinator must be HOST:PORT, got 'here'."),
         ("plain --coordinator a:1 --processes 2 --process 2", "got 2 of 2"),
@@ -323,15 +323,15 @@ def test_help_lists_the_presets_and_then_every_field(capsys):
     def ask(words):
         parse(PRESETS, Options(), "train.py", words)
 
-    listed = shown(capsys, ask, "--help")
-    assert "tiny-ct A small run, in a minute." in listed
-    assert "plain Everything that a run computes from." in listed
-    assert "FID" not in listed
+    indented_list = shown(capsys, ask, "--help")
+    assert "tiny-ct A small run, in a minute." in indented_list
+    assert "plain Everything that a run computes from." in indented_list
+    assert "FID" not in indented_list
     told = shown(capsys, ask, "tiny-ct", "--help")
     assert "A small run, in a minute. It reaches an FID of 300." in told
     assert "another kind comes with its own defaults" in told
     assert "--data {Bundled,ImageFolder} The images. (default: Bundled)" in told
-    assert "--target {FixedRate,AdaptiveRate,None} (default: FixedRate)" in told
+    assert "--target {ConstantTargetEMA,AdaptiveTargetEMA,None} (default: ConstantTargetEMA)" in told
     assert "--batch-size INT Images in a batch, over all devices. (default: 64)" in told
     assert "--optimizer.learning-rate.peak FLOAT The highest rate. (default: 0.0001)" in told
     assert "--objective.distance.scale FLOAT (default: 0.5)" in told
@@ -354,7 +354,7 @@ def test_the_command_trains_in_a_folder_or_tells_what_it_would_do(monkeypatch, c
     cache = ["--compilation-cache", "off"]
     command.train("train.py", ["plain", *cache])
     command.train("train.py", ["plain", "--run", "elsewhere", "--seed", "3", *cache])
-    assert trained == [(Training(), Path("runs/plain")), (Training(seed=3), Path("elsewhere"))]
+    assert trained == [(TrainConfig(), Path("runs/plain")), (TrainConfig(seed=3), Path("elsewhere"))]
     command.train("train.py", ["plain", "--dry-run", "--seed", "4", *cache])
     assert capsys.readouterr().out == "seed 4\n"
     assert len(trained) == 2
@@ -391,7 +391,7 @@ assert not xla_bridge.backends_are_initialized()
         (main_convert, "", "SOURCE and DESTINATION must be given: they have no default."),
         (main_convert, "a", "DESTINATION must be given: it has no default."),
         (main_convert, "a --too 3", "DESTINATION must be given: it has no default."),
-        (main_convert, "a b --head-with 3", "There is no option --head-with. Did you mean --head-width?"),
+        (main_convert, "a b --head-with 3", "There is no option --head-with. Did you mean --head-dim?"),
         (main, "", "Name a command first: cm-jax COMMAND [options]. Choose one of sample, "),
         (main, "smaple", "There is no command 'smaple'. Did you mean 'sample'?"),
         (main, "sample --labls 3", "There is no option --labls. Did you mean --labels?"),

@@ -12,26 +12,26 @@ import numpy as np
 import pytest
 
 import cm_jax
-from cm_jax import checkpoints
-from cm_jax.curricula import AdaptiveRate, Constant, FixedRate, Progressive
+from cm_jax.checkpoints import native
 from cm_jax.data import EmojiData, NpzData
+from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Progressive
+from cm_jax.diffusion.noise_schedule import EDM_TIME
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, MeanFlowPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.noise_levels import EDM_TIME
 from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, ContinuousTraining, Denoising, MeanFlow
-from cm_jax.preconditioning import BoundaryScaling, EDMScaling, FlowScaling
 from cm_jax.presets import PRESETS
-from cm_jax.training.dry_run import report
+from cm_jax.training.config import TrainConfig
 from cm_jax.training.learning_rates import ConstantRate, LinearDecay
 from cm_jax.training.loop import train
 from cm_jax.training.optimizers import Adam
-from cm_jax.training.preparation import prepare
-from cm_jax.training.training import Training
+from cm_jax.training.run.dry_run import report
+from cm_jax.training.setup import prepare
 
 NETWORK = SongUNet(
     image_size=8,
     width=16,
-    multipliers=(1,),
+    channel_mult=(1,),
     blocks_per_level=1,
     attention_factors=(),
     classes=9,
@@ -40,10 +40,10 @@ NETWORK = SongUNet(
     pyramid=False,
     dropout=0.1,
 )
-SMALL = Training(
+SMALL = TrainConfig(
     data=EmojiData(),
     network=NETWORK,
-    scaling=EDMScaling(time_factor=EDM_TIME),
+    preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
     objective=Denoising(),
     optimizer=Adam(ConstantRate(1e-3)),
     batch_size=8,
@@ -187,9 +187,9 @@ def test_another_configuration_is_told_apart_and_nothing_is_lost(teacher):
 STUDENT = dataclasses.replace(
     SMALL,
     network=dataclasses.replace(NETWORK, dropout=0.0),
-    scaling=BoundaryScaling(time_factor=EDM_TIME),
+    preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
     objective=ConsistencyDistillation(Constant(6)),
-    target=FixedRate(0.9),
+    target=ConstantTargetEMA(0.9),
 )
 
 
@@ -197,11 +197,11 @@ def test_a_student_begins_with_its_teacher_and_draws_in_one_step(teacher, tmp_pa
     folder, _ = teacher
     run = tmp_path / "student"
     train(dataclasses.replace(STUDENT, teacher=str(folder), images=8 * 2), run, lambda line: None)
-    config, params = checkpoints.restore(run / "checkpoints" / "00000002")
-    _, before = checkpoints.restore(folder / "checkpoints" / "00000012")
+    config, params = native.restore(run / "checkpoints" / "00000002")
+    _, before = native.restore(folder / "checkpoints" / "00000012")
     assert config.distilled
-    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), params, before)
-    assert 0 < max(jax.tree.leaves(moved)) < 0.02
+    ema_update = jax.tree.map(lambda new, old: np.abs(new - old).max(), params, before)
+    assert 0 < max(jax.tree.leaves(ema_update)) < 0.02
     assert cm_jax.load(run).sample(0, 1, labels=3).shape == (1, 8, 8, 3)
 
 
@@ -211,7 +211,7 @@ def test_the_extras_of_an_objective_stay_out_of_the_model(teacher, tmp_path):
     settings = dataclasses.replace(
         STUDENT,
         network=dataclasses.replace(NETWORK, attention="plain"),
-        scaling=EDMScaling(time_factor=EDM_TIME),
+        preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
         objective=ContinuousTraining(adaptive=AdaptiveWeight()),
         target=None,
         start=str(teacher[0]),
@@ -232,21 +232,21 @@ REFUSED = {
         {"network": dataclasses.replace(NETWORK, width=32)},
         r"network.*\n  .*width: 16 .*32",
     ),
-    "teacher of another clock": ({"scaling": BoundaryScaling()}, "its clock is that of"),
+    "teacher of another clock": ({"scaling": ConsistencyPreconditioning()}, "its clock is that of"),
     "batch that does not divide": ({"batch_size": 30, "parallel": "pmap"}, "30 images .* 8 devices: the nearest is 32"),
     "classes that differ": (
         {"network": dataclasses.replace(NETWORK, classes=4), "start": "fresh"},
         "classes",
     ),
     "a target that follows another curriculum": (
-        {"target": AdaptiveRate(Progressive(2, 20, steps=9)), "objective": ConsistencyTraining(), "teacher": ""},
+        {"target": AdaptiveTargetEMA(Progressive(2, 20, steps=9)), "objective": ConsistencyTraining(), "teacher": ""},
         "--target.curriculum and --objective.curriculum",
     ),
     "a teacher that nobody asked for": ({"objective": ConsistencyTraining()}, "no use for a teacher"),
     "fused attention under forward derivatives": (
         {
             "objective": ContinuousTraining(),
-            "scaling": EDMScaling(time_factor=EDM_TIME),
+            "scaling": EDMPreconditioning(time_factor=EDM_TIME),
             "network": dataclasses.replace(NETWORK, attention="auto"),
             "teacher": "",
         },
@@ -278,13 +278,13 @@ def test_labels_that_the_network_does_not_want_are_left_out(tmp_path):
 
 
 def test_a_loss_that_is_never_finite_stops_with_advice(tmp_path):
-    settings = dataclasses.replace(SMALL, optimizer=Adam(ConstantRate(1e25)), most_skipped=3)
+    settings = dataclasses.replace(SMALL, optimizer=Adam(ConstantRate(1e25)), max_consecutive_skips=3)
     with pytest.raises(InputError, match=r"not finite in 3 steps in a row.*learning-rate"):
         train(settings, tmp_path / "run", lambda line: None)
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    from cm_jax.training import checkpointing
+    from cm_jax.training.run import state_io
 
     run = tmp_path / "run"
     train(dataclasses.replace(SMALL, images=8 * 4), run, lambda line: None)
@@ -292,7 +292,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpointing, "write", full)
+    monkeypatch.setattr(state_io, "write", full)
     with pytest.raises(InputError, match=r"(?s)could not be saved.*No space left.*after 4 batches is there still"):
         train(SMALL, run, lambda line: None)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000004"]
@@ -335,10 +335,12 @@ def test_presets_are_what_they_say(name):
     teacher = settings.function if settings.objective.has_teacher else None
     if teacher is not None:
         assert settings.teacher
-        teacher = dataclasses.replace(teacher, scaling=EDMScaling(time_factor=settings.scaling.time_factor))
+        teacher = dataclasses.replace(
+            teacher, preconditioning=EDMPreconditioning(time_factor=settings.preconditioning.time_factor)
+        )
     settings.step(teacher)
     family = name.split("-")[0]
-    if COUNTS[family] and not settings.network.interval_clock:
+    if COUNTS[family] and not settings.network.interval_embedding:
         assert settings.network.parameter_count() == COUNTS[family]
     steps = settings.images // settings.batch_size
     curriculum = getattr(settings.objective, "curriculum", None)
@@ -379,7 +381,7 @@ def test_every_objective_has_an_emoji_preset():
         "ContinuousDistillation",
         "MeanFlow",
     }
-    assert PRESETS["emoji32-meanflow"]().scaling == FlowScaling()
+    assert PRESETS["emoji32-meanflow"]().preconditioning == MeanFlowPreconditioning()
     assert isinstance(PRESETS["emoji32-meanflow"]().objective, MeanFlow)
     assert isinstance(PRESETS["imagenet64-edm"]().network, ADMUNet)
 
@@ -397,20 +399,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
 
 def test_the_original_s_checkpoint_is_a_teacher(tmp_path):
     """A .pt file as OpenAI's code writes it, converted with what it does not tell, and distilled."""
-    from cm_jax.conversion import Untold, read, write
+    from cm_jax.conversion import CheckpointHints, read, write
     from tests.support import DATA
 
     file = DATA / "openai" / "adm_unconditional.pt"
     with pytest.raises(InputError, match=r"(?s)--teacher .*cm-jax convert"):
         prepare(dataclasses.replace(STUDENT, teacher=str(file)))
     described = json.loads((DATA / "openai" / "adm_unconditional.json").read_text())
-    source = read(file, Untold(described.get("num_head_channels"), described.get("num_heads"), "edm", 40, 16))
+    source = read(file, CheckpointHints(described.get("num_head_channels"), described.get("num_heads"), "edm", 40, 16))
     write(tmp_path / "teacher", "ours", source.config, source.params)
     settings = dataclasses.replace(
-        STUDENT, network=source.config.network, scaling=BoundaryScaling(), teacher=str(tmp_path / "teacher"), images=8
+        STUDENT,
+        network=source.config.network,
+        preconditioning=ConsistencyPreconditioning(),
+        teacher=str(tmp_path / "teacher"),
+        images=8,
     )
     run = prepare(settings)
-    assert run.step.functions.teacher == source.config.function
+    assert run.step.models.teacher == source.config.function
     begun = run.fresh_state()
     assert jax.tree.structure(begun.params) == jax.tree.structure(source.params)
     assert all(map(np.array_equal, jax.tree.leaves(begun.params), jax.tree.leaves(source.params)))

@@ -15,7 +15,8 @@ from unittest import mock
 
 import numpy as np
 
-from cm_jax import cli, settings
+from cm_jax import cli
+from cm_jax.checkpoints import serialization
 from cm_jax.cli import edit as editing
 from cm_jax.cli.convert import Convert
 from cm_jax.cli.demo import Demo
@@ -23,7 +24,7 @@ from cm_jax.cli.evaluate import Evaluate
 from cm_jax.cli.sample import Sample
 from cm_jax.cli.train import Options
 from cm_jax.cli.tune import Tune
-from cm_jax.evaluation import Judge
+from cm_jax.evaluation import FeatureExtractor
 from cm_jax.presets import PRESETS
 from tools.fuzz.watching import Reached
 
@@ -258,7 +259,7 @@ def _training_options(line: str) -> tuple[str, ...]:
                 yield from places(value, here)
 
     preset = PRESETS.get(line.split()[0])
-    return (*_fields(Options), *(places(settings.encode(preset()), "") if preset else ()))
+    return (*_fields(Options), *(places(serialization.encode(preset()), "") if preset else ()))
 
 
 def _of(*kinds: type) -> Callable[[str], Sequence[str]]:
@@ -297,7 +298,7 @@ COMMANDS: tuple[Command, ...] = (
         "convert",
         (
             "ours new.pt",
-            "openai.pt new --image-size 8 --head-width 16 --scalings consistency --levels 18",
+            "openai.pt new --image-size 8 --head-dim 16 --scalings consistency --levels 18",
             "ours new --to diffusers",
             "jcm new --image-size 8 --scalings consistency --levels 18",
             "diffusers new --levels 9",
@@ -310,7 +311,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             "emoji32-edm --dry-run",
             "emoji32-sct --dry-run --batch-size 8 --network.width 32",
-            "emoji32-ict --dry-run --network.multipliers 1 2",
+            "emoji32-ict --dry-run --network.channel_mult 1 2",
             "cifar10-edm --dry-run --data ImageFolder --data.path folder",
             "emoji32-cd --dry-run --teacher ours",
             "emoji32-edm --dry-run --data NpzData --data.path images.npz --objective ConsistencyTraining",
@@ -355,10 +356,10 @@ def without_work(cache: Path) -> Iterator[None]:
     def reached(*_: Any, **__: Any) -> Any:
         raise Reached
 
-    def judge(weights: str = "") -> Judge:
-        from cm_jax.evaluation.judge import load_inception
+    def extractor(weights: str = "") -> FeatureExtractor:
+        from cm_jax.evaluation.feature_extractor import load_inception
 
-        return load_inception(weights) if weights else Judge(reached, {"x": np.zeros(1)}, "a toy", "none")
+        return load_inception(weights) if weights else FeatureExtractor(reached, {"x": np.zeros(1)}, "a toy", "none")
 
     def keep(folder: str) -> None:
         """What use_compilation_cache makes, without leaving it behind in this process."""
@@ -381,7 +382,7 @@ def without_work(cache: Path) -> Iterator[None]:
             for name in names:
                 stack.enter_context(mock.patch(f"{module}.{name}", reached))
         for command in ("evaluate", "tune"):
-            stack.enter_context(mock.patch(f"cm_jax.cli.{command}.load_inception", judge))
+            stack.enter_context(mock.patch(f"cm_jax.cli.{command}.load_inception", extractor))
         for command in ("sample", "edit", "train", "evaluate", "tune", "demo"):
             stack.enter_context(mock.patch(f"cm_jax.cli.{command}.use_compilation_cache", keep))
         stack.enter_context(mock.patch.dict("os.environ", {"XDG_CACHE_HOME": str(cache), "HOME": str(cache)}))

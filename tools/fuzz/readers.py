@@ -14,26 +14,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from cm_jax import perceptual, settings
-from cm_jax.conversion import Untold, judges, read
+from cm_jax.checkpoints import serialization
+from cm_jax.conversion import CheckpointHints, metric_networks, read
 from cm_jax.conversion.pickles import read_arrays, read_torch
 from cm_jax.data import ImageFolder, NpzData
-from cm_jax.editing import fitting
+from cm_jax.editing import photos
 from cm_jax.errors import InputError
 from cm_jax.evaluation import references
 from cm_jax.evaluation.image_sets import open_images
+from cm_jax.feature_networks import lpips
 from cm_jax.model import find
 from cm_jax.presets import PRESETS
 from cm_jax.training import loop
-from cm_jax.training.log import EVALUATIONS, METRICS, Log, read_metrics
-from cm_jax.training.record import record_start
-from cm_jax.training.run_folder import RunFolder
-from cm_jax.training.training import Training
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.metrics_log import EVALUATIONS, METRICS, Log, read_metrics
+from cm_jax.training.run.provenance import record_start
 from tools.fuzz import payloads, seeds
 from tools.fuzz.damage import damaged, json_damaged, npy_damaged, safetensors_damaged, zip_damaged
 
-TOLD = Untold(head_width=16, scalings="consistency", levels=18, image_size=8)
-_JCM_TOLD = Untold(scalings="consistency", levels=18, image_size=8)
+TOLD = CheckpointHints(head_dim=16, preconditioning="consistency", levels=18, image_size=8)
+_JCM_TOLD = CheckpointHints(preconditioning="consistency", levels=18, image_size=8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +169,9 @@ def _all_numbers(tensors: Any) -> None:
         tensor.read()
 
 
-def _told(dice: random.Random, told: Untold) -> Untold:
+def _told(dice: random.Random, told: CheckpointHints) -> CheckpointHints:
     """What the user says: enough, or nothing."""
-    return told if dice.random() < 0.8 else Untold()
+    return told if dice.random() < 0.8 else CheckpointHints()
 
 
 def _converted(folder: Path, dice: random.Random) -> None:
@@ -231,7 +232,9 @@ def _state(folder: Path, dice: random.Random) -> None:
 
 def _settings(folder: Path, dice: random.Random) -> None:
     file = folder / "training.json"
-    settings.from_text(file.read_text("utf-8", "replace"), Training, loop.FORMAT, str(file), "the config of a run")
+    serialization.from_text(
+        file.read_text("utf-8", "replace"), TrainConfig, loop.FORMAT, str(file), "the config of a run"
+    )
 
 
 def _statistics(folder: Path, dice: random.Random) -> None:
@@ -248,12 +251,12 @@ def _arrays_of_images(folder: Path, dice: random.Random) -> None:
 
 def _pictured(folder: Path, dice: random.Random) -> None:
     (file,) = folder.iterdir()
-    picture = fitting.read(file)
-    fitting.back(picture, np.zeros((8, 8, 3), np.uint8) + (fitting.fitted(picture, 8) > 2).astype(np.uint8))
+    picture = photos.read(file)
+    photos.back(picture, np.zeros((8, 8, 3), np.uint8) + (photos.fitted(picture, 8) > 2).astype(np.uint8))
 
 
 def _mask(folder: Path, dice: random.Random) -> None:
-    fitting.fitted_hole(fitting.hole_of(fitting.read(folder / "mask.png"), 20, 24), 8)
+    photos.fitted_hole(photos.hole_of(photos.read(folder / "mask.png"), 20, 24), 8)
 
 
 def _image_folder(folder: Path, dice: random.Random) -> None:
@@ -266,21 +269,21 @@ def _picture(name: str) -> Target:
 
 
 def _weights(folder: Path, dice: random.Random) -> None:
-    perceptual.FILE.load(str(folder / "weights.safetensors"), seeds.WEIGHTS)
+    lpips.FILE.load(str(folder / "weights.safetensors"), seeds.WEIGHTS)
 
 
 def _inception(folder: Path, dice: random.Random) -> None:
     _all_numbers(read_torch(folder / "inception.pt"))
-    judges.read_inception(folder / "inception.pt")
+    metric_networks.read_inception(folder / "inception.pt")
 
 
 def _lpips(folder: Path, dice: random.Random) -> None:
     _all_numbers(read_arrays(folder / "arrays.ckpt"))
-    judges.read_lpips(folder / "arrays.ckpt")
+    metric_networks.read_lpips(folder / "arrays.ckpt")
 
 
 def _config(folder: Path, dice: random.Random) -> None:
-    jax.tree.leaves(read(folder / "ours", TOLD if dice.random() < 0.1 else Untold()).params)
+    jax.tree.leaves(read(folder / "ours", TOLD if dice.random() < 0.1 else CheckpointHints()).params)
 
 
 PICTURES = (

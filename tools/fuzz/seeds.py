@@ -13,26 +13,28 @@ import msgpack
 import numpy as np
 from PIL import Image
 
-from cm_jax import checkpoints, conversion, perceptual, settings
-from cm_jax.arrays import leaves, nested
-from cm_jax.config import ModelConfig
+from cm_jax import conversion
+from cm_jax.checkpoints import native, serialization
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion import jcm
-from cm_jax.conversion.files import write_torch
-from cm_jax.conversion.formats import OPENAI
 from cm_jax.conversion.rules import to_theirs
+from cm_jax.conversion.tensor_files import write_torch
+from cm_jax.conversion.unet_formats import OPENAI
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
+from cm_jax.feature_networks import lpips
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.noise_levels import KarrasGrid
-from cm_jax.preconditioning import BoundaryScaling
 from cm_jax.presets import PRESETS
 from cm_jax.training import loop
-from cm_jax.training.log import Log
-from cm_jax.training.run_folder import Retention, RunFolder
+from cm_jax.training.run.folder import Retention, RunFolder
+from cm_jax.training.run.metrics_log import Log
+from cm_jax.types import leaves, nested
 
 NETWORK = ADMUNet(
-    image_size=8, width=32, multipliers=(1,), blocks_per_level=1, attention_factors=(), head_width=16, classes=3
+    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=3
 )
-CONFIG = ModelConfig(NETWORK, BoundaryScaling(), KarrasGrid(18), ("a", "b", "c"), ((8, 0),))
-JCM_NETWORK = SongUNet(image_size=8, width=8, multipliers=(1, 2), blocks_per_level=1)
+CONFIG = ModelConfig(NETWORK, ConsistencyPreconditioning(), KarrasGrid(18), ("a", "b", "c"), ((8, 0),))
+JCM_NETWORK = SongUNet(image_size=8, width=8, channel_mult=(1, 2), blocks_per_level=1)
 WEIGHTS = {"vgg16": {"conv1_1": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}, "heads": {}}
 """In the place of VGG16's, whose 58 MB would be written anew for every input."""
 STATE = {"params": {"kernel": jnp.ones((4, 8)), "half": jnp.ones(8, jnp.bfloat16)}, "key": jax.random.key(0)}
@@ -44,7 +46,7 @@ def write(top: Path) -> None:
     top.mkdir(parents=True)
     flat = iter(np.random.default_rng(0).normal(size=(1000, 1)).astype(np.float32))
     params = jax.tree.map(lambda leaf: np.broadcast_to(next(flat), leaf.shape).astype(np.float32), NETWORK.shapes())
-    checkpoints.save(top / "ours", CONFIG, params)
+    native.save(top / "ours", CONFIG, params)
     conversion.write(top / "ours.safetensors", "ours", CONFIG, params)
     conversion.write(top / "diffusers", "diffusers", CONFIG, params)
     tensors = to_theirs(OPENAI.rules(NETWORK), params)
@@ -52,15 +54,13 @@ def write(top: Path) -> None:
     _torch_files(top, tensors)
     _run(top / "run", params)
     _flax_files(top)
-    perceptual.FILE.save(
-        top / "weights.safetensors", jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), WEIGHTS)
-    )
+    lpips.FILE.save(top / "weights.safetensors", jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), WEIGHTS))
     statistics = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
     np.savez(top / "statistics.npz", **statistics)  # type: ignore[arg-type]
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     np.savez(top / "images.npz", images=images, labels=np.arange(4) % 3, class_names=np.array(["a", "b", "c"]))
     _pictures(top)
-    (top / "training.json").write_text(settings.to_text(PRESETS["emoji32-sct"](), loop.FORMAT))
+    (top / "training.json").write_text(serialization.to_text(PRESETS["emoji32-sct"](), loop.FORMAT))
 
 
 def _torch_files(top: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -108,7 +108,7 @@ def _run(run: Path, params: Any) -> None:
             log.row(batches, {"images": 8 * batches, "loss": 0.5, "seconds": 1.0})
             log.evaluation(batches, {"images": 8 * batches, "fid": 1.5})
     (run / "run.json").write_text(json.dumps({"starts": [{"batches": 0, "command": "train.py"}]}))
-    (run / "config.json").write_text(settings.to_text(PRESETS["emoji32-edm"](), loop.FORMAT))
+    (run / "config.json").write_text(serialization.to_text(PRESETS["emoji32-edm"](), loop.FORMAT))
     (run / ".lock").unlink()
 
 

@@ -1,0 +1,1 @@
+"""Model configurations and checkpoint files: native, single-file, published."""

@@ -1,0 +1,40 @@
+"""A network and its scalings, bound into f(params, x, sigma, labels)."""
+
+import dataclasses
+
+from cm_jax.diffusion.preconditioning import Preconditioning
+from cm_jax.types import Denoiser, Images, Keys, Labels, Network, Params, Sigmas, per_image
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyFunction:
+    """f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))      (CM, eq. 5; EDM, eq. 7).
+
+    With ConsistencyPreconditioning it is a consistency function, f(x, sigma_min) = x; with EDMPreconditioning it is the
+    denoiser D.
+    """
+
+    network: Network
+    preconditioning: Preconditioning
+
+    def __call__(
+        self,
+        params: Params,
+        x: Images,
+        sigma: Sigmas,
+        labels: Labels | None = None,
+        dropout_keys: Keys | None = None,
+    ) -> Images:
+        """Images x with noise of standard deviation sigma, one level per image -> estimates of the clean images."""
+        raw = self.network.predict(
+            params,
+            per_image(self.preconditioning.c_in(sigma)) * x,
+            self.preconditioning.c_noise(sigma),
+            labels,
+            dropout_keys,
+        )
+        return self.preconditioning.blend(x, sigma, raw)
+
+    def denoiser(self, params: Params, labels: Labels | None = None, dropout_keys: Keys | None = None) -> Denoiser:
+        """(x, sigma) -> f(params, x, sigma, labels), with everything else closed over."""
+        return lambda x, sigma: self(params, x, sigma, labels, dropout_keys)

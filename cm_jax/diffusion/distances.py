@@ -1,0 +1,123 @@
+"""Distances d(x, y) between images, one value per image."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cm_jax.errors import InputError
+from cm_jax.types import Images, Params
+
+Values = Float[Array, " b"]
+Features = Float[Array, "b _ _ _"]
+
+
+class Distance(abc.ABC):
+    """d(x, y), one value per image."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Images, y: Images) -> Values: ...
+
+    def with_weights(self, params: Params | None) -> "Distance":
+        """The same distance by these weights; itself where it has none of its own."""
+        del params
+        return self
+
+    def load_weights(self) -> Params | None:
+        """What `with_weights` wants, read from its file; None where it has none of its own."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Absolute(Distance):
+    """Mean of |x - y| over pixels and channels; its gradient is zero where they are equal (jnp.abs would say 1)."""
+
+    def __call__(self, x: Images, y: Images) -> Values:
+        return ((x - y) * jax.lax.stop_gradient(jnp.sign(x - y))).mean((1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared(Distance):
+    """Mean of (x - y)^2 over pixels and channels."""
+
+    def __call__(self, x: Images, y: Images) -> Values:
+        return jnp.square(x - y).mean((1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoHuber(Distance):
+    """sqrt(||x - y||^2 + c^2) - c with c = scale sqrt(d), one norm over all d numbers of an image (iCT, section 3.3).
+
+    scale = 0 is the norm itself, as ECT uses for CIFAR-10; its gradient at x = y is zero.
+    """
+
+    scale: float = 0.00054
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 0:
+            raise InputError(f"The scale of the pseudo-Huber distance must not be negative, got {self.scale}.")
+
+    def __call__(self, x: Images, y: Images) -> Values:
+        """Written as ||x - y||^2 / (sqrt(||x - y||^2 + c^2) + c), which does not cancel where the images are close."""
+        squared = jnp.square(x - y).sum((1, 2, 3))
+        c = self.scale * (x[0].size) ** 0.5
+        return squared / (jnp.sqrt(squared + c**2 + 1e-16) + c)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resized(Distance):
+    """Another distance between both images at size x size, smaller or larger.
+
+    Bilinear with half-pixel centres and no antialiasing, as PyTorch resizes. Resized(Squared(), 32) is the original's
+    "l2-32"; its LPIPS looks at 224 pixels.
+    """
+
+    distance: Distance = Squared()
+    size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise InputError(f"Images cannot be resized to {self.size} pixels: size must be at least 1.")
+
+    def __call__(self, x: Images, y: Images) -> Values:
+        return self.distance(self._resized(x), self._resized(y))
+
+    def with_weights(self, params: Params | None) -> Distance:
+        return dataclasses.replace(self, distance=self.distance.with_weights(params))
+
+    def load_weights(self) -> Params | None:
+        return self.distance.load_weights()
+
+    def _resized(self, x: Images) -> Float[Array, "b {self.size} {self.size} c"]:
+        shape = (x.shape[0], self.size, self.size, x.shape[3])
+        return jax.image.resize(x, shape, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Perceptual(Distance):
+    """sum_k mean_pixels sum_c head_k[c] (u_k(x) - u_k(y))^2, u_k the k-th features at unit length (LPIPS, eq. 1).
+
+    `features` maps images in [-1, 1] to its layers' outputs; it brings its own weights, input scaling and pooling.
+    """
+
+    features: Callable[[Images], Sequence[Features]]
+    heads: Sequence[Float[Array, " _"]]
+    """One weight per channel of each layer."""
+
+    def __call__(self, x: Images, y: Images) -> Values:
+        layers = zip(self.heads, self.features(x), self.features(y), strict=True)
+        return sum((_layer_distance(*layer) for layer in layers), jnp.zeros(x.shape[0]))
+
+
+def _layer_distance(head: Float[Array, " k"], x: Float[Array, "b m n k"], y: Float[Array, "b m n k"]) -> Values:
+    return (head * jnp.square(_unit(x) - _unit(y))).sum(-1).mean((1, 2))
+
+
+def _unit(features: Float[Array, "b m n k"]) -> Float[Array, "b m n k"]:
+    """Channels at unit length, 1e-10 added to it; pixels whose channels are all zero stay zero, their gradient too."""
+    squared = jnp.square(features).sum(-1, keepdims=True)
+    length = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
+    return features / (length + 1e-10)

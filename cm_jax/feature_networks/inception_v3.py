@@ -1,0 +1,237 @@
+"""Inception-V3 as in TensorFlow's graph of 2015-12-05 (Szegedy et al. 2015), by which image sets are compared.
+
+The names are the graph's. Its layers are convolution, normalisation by stored statistics without a scale, ReLU.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cm_jax.types import Params
+
+SIZE = 299
+"""Height and width of the images that the graph sees."""
+CHANNELS = 2048
+CLASSES = 1008
+SPATIAL_CHANNELS = 7
+"""Of mixed_6/conv, 17 x 17 pixels: sFID looks at this many (Nash et al. 2021)."""
+
+Maps = Float[Array, "b h w c"]
+Outputs = Float[Array, "b h2 w2 c2"]
+
+
+class Features(NamedTuple):
+    """What the network sees in images."""
+
+    pool: Float[Array, "b 2048"]
+    """pool_3: FID, KID, precision and recall."""
+    first: Float[Array, "b 64"]
+    """Means after the first maximum pooling: torch-fidelity's 64 features, by which it is checked without long runs."""
+    spatial: Float[Array, "b 2023"]
+    """The first channels of mixed_6/conv, pixel by pixel: sFID."""
+    logits: Float[Array, "b 1008"] | None
+    """Without their bias, as the evaluator of ADM takes the Inception score; None where the weights have none."""
+
+
+def shapes(*, classifier: bool) -> Params:
+    """The parameter tree, with or without the matrix of the classes."""
+    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    params = jax.eval_shape(_Inception().init, jax.random.key(0), images)["params"]
+    if classifier:
+        params |= {"logits": {"kernel": jax.ShapeDtypeStruct((CHANNELS, CLASSES), jnp.float32)}}
+    return params
+
+
+def features(params: Params, images: Float[Array, "b 299 299 3"]) -> Features:
+    """Of RGB images in [-1, 1) at 299 pixels."""
+    layers = {name: branch for name, branch in params.items() if name != "logits"}
+    outputs: Any = _Inception().apply({"params": layers}, images)
+    pool, first, spatial = outputs
+    logits = None
+    if "logits" in params:
+        logits = jnp.matmul(pool, params["logits"]["kernel"], precision=jax.lax.Precision.HIGHEST)
+    return Features(pool, first, spatial.reshape(len(spatial), -1), logits)
+
+
+class _Layer(nn.Module):
+    """relu((W * x - mean) / sqrt(variance + 0.001) + shift); "SAME" with stride 1 pads evenly, as PyTorch does."""
+
+    channels: int
+    size: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str = "SAME"
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Outputs:
+        shape = (*self.size, x.shape[-1], self.channels)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        mean = self.param("mean", nn.initializers.zeros, (self.channels,))
+        variance = self.param("variance", nn.initializers.ones, (self.channels,))
+        shift = self.param("shift", nn.initializers.zeros, (self.channels,))
+        y = _convolved(x, kernel, self.stride, self.padding)
+        return jax.nn.relu((y - mean) * jax.lax.rsqrt(variance + 0.001) + shift)
+
+
+def _convolved(x: Maps, kernel: Float[Array, "kh kw c c2"], stride: int, padding: str) -> Outputs:
+    """The convolution in the form that is fastest on CPUs: half the time of XLA's own (benchmarks/NOTES.md)."""
+    highest = jax.lax.Precision.HIGHEST
+    if stride == 2:  # 3x3 without padding
+        x = jnp.concatenate([column for row in _thirds(x, 1, 2) for column in _thirds(row, 2, 2)], -1)
+        kernel = kernel.reshape(1, 1, -1, kernel.shape[-1])
+    if kernel.shape[:2] == (1, 1):
+        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0], precision=highest)
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=highest
+    )
+    return y[:, 1:-1, 1:-1] if padding == "VALID" else y
+
+
+def _thirds(x: Maps, axis: int, stride: int = 1) -> list[Outputs]:
+    """What a window of three along an axis sees first, second and third, wherever it stands."""
+    reach = (x.shape[axis] - 3) // stride * stride + 1
+    return [jax.lax.slice_in_dim(x, at, at + reach, stride, axis) for at in range(3)]
+
+
+def _mean_of_neighbours(x: Maps) -> Maps:
+    """Over 3 x 3 pixels; at the border over those that there are."""
+    for axis in (1, 2):
+        there = np.full(x.shape[axis], 3, np.float32)
+        there[[0, -1]] = 2
+        total = functools.reduce(jnp.add, _thirds(_margin(x, axis, 0), axis))
+        x = total / jnp.asarray(there.reshape([-1 if i == axis else 1 for i in range(4)]))
+    return x
+
+
+def _maximum_of_neighbours(x: Maps) -> Maps:
+    for axis in (1, 2):
+        x = functools.reduce(jnp.maximum, _thirds(_margin(x, axis, -jnp.inf), axis))
+    return x
+
+
+def _margin(x: Maps, axis: int, value: float) -> Outputs:
+    return jnp.pad(x, [(int(i == axis),) * 2 for i in range(4)], constant_values=value)
+
+
+def _halved(x: Maps) -> Outputs:
+    for axis in (1, 2):
+        x = functools.reduce(jnp.maximum, _thirds(x, axis, 2))
+    return x
+
+
+def _tower(x: Maps, name: str, *layers: tuple) -> Outputs:
+    """Layers in a row: name, name_1, name_2, ..."""
+    for number, layer in enumerate(layers):
+        x = _Layer(*layer, name=f"{name}_{number}" if number else name)(x)
+    return x
+
+
+class _Fine(nn.Module):
+    """At 35 pixels: 1x1, 5x5, twice 3x3, and a mean of neighbours."""
+
+    pooled: int
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Outputs:
+        branches = (
+            _tower(x, "conv", (64,)),
+            _tower(x, "tower_conv", (48,), (64, (5, 5))),
+            _tower(x, "tower_1_conv", (64,), (96, (3, 3)), (96, (3, 3))),
+            _tower(_mean_of_neighbours(x), "tower_2_conv", (self.pooled,)),
+        )
+        return jnp.concatenate(branches, -1)
+
+
+class _Halving(nn.Module):
+    """From 35 to 17 pixels."""
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Outputs:
+        branches = (
+            _tower(x, "conv", (384, (3, 3), 2, "VALID")),
+            _tower(x, "tower_conv", (64,), (96, (3, 3)), (96, (3, 3), 2, "VALID")),
+            _halved(x),
+        )
+        return jnp.concatenate(branches, -1)
+
+
+class _Middle(nn.Module):
+    """At 17 pixels: 1x1, 7x7 in two parts, twice that, and a mean of neighbours. The first branch is returned too."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Maps) -> tuple[Outputs, Float[Array, "b h w 192"]]:
+        across, down = (1, 7), (7, 1)
+        width = self.width
+        first = _tower(x, "conv", (192,))
+        branches = (
+            first,
+            _tower(x, "tower_conv", (width,), (width, across), (192, down)),
+            _tower(x, "tower_1_conv", (width,), (width, down), (width, across), (width, down), (192, across)),
+            _tower(_mean_of_neighbours(x), "tower_2_conv", (192,)),
+        )
+        return jnp.concatenate(branches, -1), first
+
+
+class _HalvingAgain(nn.Module):
+    """From 17 to 8 pixels."""
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Outputs:
+        branches = (
+            _tower(x, "tower_conv", (192,), (320, (3, 3), 2, "VALID")),
+            _tower(x, "tower_1_conv", (192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, "VALID")),
+            _halved(x),
+        )
+        return jnp.concatenate(branches, -1)
+
+
+class _Coarse(nn.Module):
+    """At 8 pixels: branches that end in 1x3 and 3x1 side by side, and a pooled one."""
+
+    maximum: bool
+    """The last branch takes the maximum of neighbours: a slip of the graph's, which all its users keep."""
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Outputs:
+        once = _tower(x, "tower_conv", (384,))
+        twice = _tower(x, "tower_1_conv", (448,), (384, (3, 3)))
+        pooled = _maximum_of_neighbours(x) if self.maximum else _mean_of_neighbours(x)
+        branches = (
+            _tower(x, "conv", (320,)),
+            _tower(once, "tower_mixed_conv", (384, (1, 3))),
+            _tower(once, "tower_mixed_conv_1", (384, (3, 1))),
+            _tower(twice, "tower_1_mixed_conv", (384, (1, 3))),
+            _tower(twice, "tower_1_mixed_conv_1", (384, (3, 1))),
+            _tower(pooled, "tower_2_conv", (192,)),
+        )
+        return jnp.concatenate(branches, -1)
+
+
+class _Inception(nn.Module):
+    """pool_3, means after the first pooling, and the beginning of mixed_6/conv."""
+
+    @nn.compact
+    def __call__(self, x: Maps) -> tuple[Float[Array, "b 2048"], Float[Array, "b 64"], Float[Array, "b 17 17 7"]]:
+        x = _Layer(32, (3, 3), 2, "VALID", name="conv")(x)
+        x = _Layer(32, (3, 3), padding="VALID", name="conv_1")(x)
+        x = _halved(_Layer(64, (3, 3), name="conv_2")(x))
+        first = x.mean((1, 2))
+        x = _Layer(80, name="conv_3")(x)
+        x = _halved(_Layer(192, (3, 3), padding="VALID", name="conv_4")(x))
+        for name, pooled in (("mixed", 32), ("mixed_1", 64), ("mixed_2", 64)):
+            x = _Fine(pooled, name=name)(x)
+        x = _Halving(name="mixed_3")(x)
+        x, _ = _Middle(128, name="mixed_4")(x)
+        x, _ = _Middle(160, name="mixed_5")(x)
+        x, spatial = _Middle(160, name="mixed_6")(x)
+        x, _ = _Middle(192, name="mixed_7")(x)
+        x = _HalvingAgain(name="mixed_8")(x)
+        x = _Coarse(maximum=False, name="mixed_9")(x)
+        x = _Coarse(maximum=True, name="mixed_10")(x)
+        return x.mean((1, 2)), first, spatial[..., :SPATIAL_CHANNELS]

@@ -1,0 +1,68 @@
+"""From arrays in [-1, 1] to files that people and evaluators open."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from cm_jax.io.atomic import atomic_write
+
+Quantization = Literal["round", "truncate"]
+
+_SMALLEST_SHOWN = 64
+"""Images smaller than this are enlarged in a grid, by a whole number and without smoothing."""
+
+
+def quantize(images: Float[np.ndarray, "b h w c"], how: Quantization = "round") -> UInt8[np.ndarray, "b h w c"]:
+    """[-1, 1] to 0 ... 255: to the nearest number, or cut off as the original does (half of them are one less)."""
+    scaled = np.clip((images + 1) * 127.5, 0, 255)
+    return (np.round(scaled) if how == "round" else scaled).astype(np.uint8)
+
+
+def grid(
+    images: UInt8[np.ndarray, "b h w c"], columns: int, row_names: Sequence[str] = (), gap: int = 2
+) -> Image.Image:
+    """All images in rows of `columns`, small ones enlarged, with its name at the left of each row where it has one."""
+    count, height, width, channels = images.shape
+    zoom = max(1, math.ceil(_SMALLEST_SHOWN / max(height, width)))
+    rows = math.ceil(count / columns)
+    step_y, step_x = height * zoom + gap, width * zoom + gap
+    font = ImageFont.load_default(size=max(12, min(20, step_y // 5)))
+    margin = max((math.ceil(font.getlength(name)) + 12 for name in row_names), default=0)
+    sheet = Image.new("RGB", (margin + columns * step_x + gap, rows * step_y + gap), "white")
+    for index, picture in enumerate(images):
+        shown = Image.fromarray(np.repeat(picture, 3, axis=2) if channels == 1 else picture)
+        shown = shown.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(shown, (margin + gap + index % columns * step_x, gap + index // columns * step_y))
+    pen = ImageDraw.Draw(sheet)
+    for row, name in enumerate(row_names):
+        pen.text((margin - 8, gap + row * step_y + height * zoom / 2), name, fill="black", font=font, anchor="rm")
+    return sheet
+
+
+def save_grid(path: Path, sheet: Image.Image) -> None:
+    """A PNG, whole or not at all."""
+    with atomic_write(path) as beside:
+        sheet.save(beside, "PNG")
+
+
+def save_folder(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"] | None) -> None:
+    """One PNG an image, 000000.png, or 000000_class145.png with labels; the folder appears when it is whole."""
+    with atomic_write(path) as beside:
+        beside.mkdir()
+        for index, picture in enumerate(images):
+            suffix = "" if labels is None else f"_class{labels[index]}"
+            shown = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+            shown.save(beside / f"{index:06d}{suffix}.png")
+
+
+def save_npz(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"] | None) -> None:
+    """arr_0: uint8 NHWC images, arr_1: int64 labels where there are any, as the original's evaluator reads them."""
+    with atomic_write(path) as beside:
+        arrays = [images] if labels is None else [images, labels.astype(np.int64)]
+        with beside.open("wb") as file:
+            np.savez(file, *arrays)

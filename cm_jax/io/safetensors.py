@@ -1,0 +1,100 @@
+"""Safetensors files: tensors read lazily, metadata, writing."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cm_jax.errors import InputError, indented_list, shape_complaints
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file: shape and dtype are known, the values are read on demand."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of a safetensors file by name. Raises InputError for a damaged file."""
+    dtypes = {
+        "I32": np.int32,
+        "U8": np.uint8,
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+    }
+    with _opened(path) as archive:
+        parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  not a dictionary
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+
+    def read(name: str) -> np.ndarray:
+        """Reopens the file for every tensor: an open file keeps everything read from it in memory."""
+        with safetensors.safe_open(path, framework="np") as archive:
+            return archive.get_tensor(name)
+
+    return {
+        name: LazyTensor(shape, np.dtype(dtypes.get(dtype, np.int64)), functools.partial(read, name))
+        for name, (shape, dtype) in found.items()
+    }
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file with the permissions of any new file (the safetensors library makes it private)."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.numpy.save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file. Raises InputError for a damaged file."""
+    with _opened(path) as archive:
+        return archive.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, whose errors become InputError."""
+    try:
+        with safetensors.safe_open(path, framework="np") as archive:
+            yield archive
+    except Exception as error:  # safetensors raises several kinds; all of them concern this file
+        raise InputError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {str(error)[:300]}. "
+            "Download it again."
+        ) from error
+
+
+def check_tensors(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], source: str) -> None:
+    """Raise InputError that lists every missing, superfluous, wrong-shaped and integer tensor."""
+    complaints = shape_complaints(wanted, {name: tensor.shape for name, tensor in tensors.items()}) + [
+        f"not floating point: {name} is {tensors[name].dtype}"
+        for name in wanted
+        if name in tensors and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
+    ]
+    if complaints:
+        raise InputError(
+            f"{source} does not hold the tensors of one network; {len(complaints)} of {len(wanted)} disagree:\n"
+            f"  {indented_list(complaints)}\nCheck that the file is complete, and that its config belongs to it."
+        )
+
+
+def check_finite(not_finite: Sequence[str], source: str) -> None:
+    """Raise InputError if any tensor, given by name, holds infinite values or NaN."""
+    if not_finite:
+        raise InputError(
+            f"{source} has numbers that are infinite or not a number:\n  {indented_list(not_finite)}\n"
+            "Use an earlier checkpoint of the run, or download the file again."
+        )

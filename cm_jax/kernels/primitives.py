@@ -1,0 +1,117 @@
+"""Functions of the library as JAX primitives that differentiate in both modes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array
+
+from cm_jax.kernels import building
+
+Function = Callable[..., Any]
+
+
+def primitive(name: str, plain: Function, shapes: Function, *, several: bool = False) -> Primitive:
+    """A primitive that is a call into the library on one CPU, and what XLA makes of `plain` elsewhere.
+
+    shapes: that of the result, from the arguments and settings. several: there is a list of results, and of shapes.
+    """
+    made = Primitive(name)
+    made.multiple_results = several
+    made.def_impl(lambda *args, **settings: jax.jit(functools.partial(made.bind, **settings))(*args))
+
+    @made.def_abstract_eval
+    def _(*args: Any, **settings: Any) -> Any:
+        found = shapes(*args, **settings)
+        return [args[0].update(shape=shape) for shape in found] if several else args[0].update(shape=found)
+
+    by_xla = mlir.lower_fun(plain, multiple_results=several)
+
+    def lower(context: mlir.LoweringRuleContext, *args: Any, **settings: Any) -> Any:
+        # A program that XLA divides among devices by itself cannot divide a call.
+        divided = getattr(context.module_context.axis_context, "num_devices", 1) > 1
+        if divided or name not in building.TARGETS or not building.available():
+            return by_xla(context, *args, **settings)
+        attributes = {key: np.float32(value) if isinstance(value, float) else value for key, value in settings.items()}
+        return jax.ffi.ffi_lowering(name)(context, *args, **attributes)
+
+    mlir.register_lowering(made, by_xla)
+    mlir.register_lowering(made, lower, platform="cpu")
+    return made
+
+
+def differentiable(name: str, plain: Function, shape: Function) -> Function:
+    """`plain(*arrays, **settings)`, an array, by the library's functions `name` and `name`_gradient; `shape`, of it.
+
+    The second takes the arrays and the result's gradient, and gives theirs. Of forward mode, and of second derivatives,
+    only the first function is the library's; the rest is what XLA makes of `plain`. All arrays are mapped by their
+    first axis, and images there do not mix.
+    """
+
+    def pulled_back(*args: Array, **settings: Any) -> list[Array]:
+        *arrays, seen = args
+        return list(jax.vjp(functools.partial(plain, **settings), *arrays)[1](seen))
+
+    def pushed_forward(*args: Array, **settings: Any) -> Array:
+        half = len(args) // 2
+        return jax.jvp(functools.partial(plain, **settings), args[:half], args[half:])[1]
+
+    def half_shape(*args: Any, **settings: Any) -> tuple[int, ...]:
+        return shape(*args[: len(args) // 2], **settings)
+
+    def shapes(*args: Any, **_: Any) -> list[tuple[int, ...]]:
+        return [arg.shape for arg in args[:-1]]
+
+    function = primitive(name, plain, shape)
+    tangent = primitive(f"{name}_tangent", pushed_forward, half_shape)
+    gradient = primitive(f"{name}_gradient", pulled_back, shapes, several=True)
+
+    def jvp(primals: Any, tangents: Any, **settings: Any) -> Any:
+        ema_update = map(ad.instantiate_zeros, tangents)
+        return function.bind(*primals, **settings), tangent.bind(*primals, *ema_update, **settings)
+
+    def transposed(seen: Any, *args: Any, **settings: Any) -> Any:
+        half = len(args) // 2
+        found = gradient.bind(*args[:half], ad.instantiate_zeros(seen), **settings)
+        wanted = [ad.is_undefined_primal(each) for each in args[half:]]
+        return [None] * half + [each if want else None for each, want in zip(found, wanted, strict=True)]
+
+    ad.primitive_jvps[function] = jvp
+    ad.primitive_transposes[tangent] = transposed
+    for other, by_jax in ((tangent, pushed_forward), (gradient, pulled_back)):
+        ad.primitive_jvps[other] = functools.partial(_jvp_of_plain, by_jax)
+    for each in (function, tangent, gradient):
+        batching.primitive_batchers[each] = functools.partial(_folded, each)
+    return function.bind
+
+
+def _jvp_of_plain(plain: Function, primals: Any, tangents: Any, **settings: Any) -> Any:
+    ema_update = tuple(map(ad.instantiate_zeros, tangents))
+    return jax.jvp(functools.partial(plain, **settings), tuple(primals), ema_update)
+
+
+def _folded(made: Primitive, args: Any, axes: Any, **settings: Any) -> Any:
+    """The mapped axis goes into the first one."""
+    size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
+    whole = [
+        jnp.broadcast_to(arg, (size, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0)
+        for arg, axis in zip(args, axes, strict=True)
+    ]
+    found = made.bind(*[arg.reshape(-1, *arg.shape[2:]) for arg in whole], **settings)
+    apart = [each.reshape(size, -1, *each.shape[1:]) for each in (found if made.multiple_results else [found])]
+    return (apart, [0] * len(apart)) if made.multiple_results else (apart[0], 0)
+
+
+def one_by_one(made: Primitive, args: Any, axes: Any, **settings: Any) -> Any:
+    """A rule for `jax.vmap`: a loop over the mapped axis."""
+    mapped = {i: jnp.moveaxis(args[i], axis, 0) for i, axis in enumerate(axes) if axis is not None}
+
+    def one(some: dict[int, Array]) -> Any:
+        return made.bind(*[some.get(i, arg) for i, arg in enumerate(args)], **settings)
+
+    return jax.lax.map(one, mapped), 0

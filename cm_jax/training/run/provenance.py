@@ -1,0 +1,85 @@
+"""RUN/run.json: with what, on what and by which command a run was started, and every time it went on."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import cm_jax
+from cm_jax.errors import InputError
+from cm_jax.io.atomic import atomic_write
+from cm_jax.io.validation import read_json
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tensorflow-datasets")
+_ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+"""Variables that change what is computed."""
+
+
+def record_start(run: Path, batches: int, command: Sequence[str] | None = None) -> None:
+    """Append this start, after so many batches, to RUN/run.json. Process 0 writes; the others do nothing.
+
+    command: the program and its arguments; by default those of this process. Raises InputError where the file is
+    damaged or cannot be written.
+    """
+    if jax.process_index() != 0:
+        return
+    file = run / "run.json"
+    starts = read_json(file).get("starts") if file.exists() else []
+    if not isinstance(starts, list):
+        raise InputError(f"{file} has no list of starts: move it away, a new one is written.")
+    content = json.dumps({"starts": [*starts, _start(batches, command or sys.argv)]}, indent=2) + "\n"
+    with atomic_write(file) as beside:
+        beside.write_text(content, "utf-8")
+
+
+def _start(batches: int, command: Sequence[str]) -> dict[str, Any]:
+    kinds = [device.device_kind for device in jax.devices()]
+    return {
+        "batches": batches,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(command),
+        "versions": {"python": platform.python_version(), "cm_jax": cm_jax.__version__, **_versions()},
+        "commit": _commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "devices": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "processes": jax.process_count(),
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package lies in, with a note where files differ from it; None for an installed one."""
+    root = Path(cm_jax.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (", and changes that are not committed" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

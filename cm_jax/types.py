@@ -1,0 +1,89 @@
+"""The array types that the whole library speaks, named once.
+
+Images are NHWC float32 in [-1, 1] (noisy ones exceed it), levels are noise standard deviations, labels are class
+indices. Letters in the annotations: b batch, h height, w width, c channels.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, Int, Key
+
+Images = Float[Array, "b h w c"]
+Sigmas = Float[Array, " b"]
+Labels = Int[Array, " b"]
+Keys = Key[Array, " b"]
+"""One random key per image: what is drawn for an image does not depend on its neighbours in the batch."""
+
+Params = dict[str, Any]
+"""A tree of named arrays, as the networks make and read it."""
+
+Denoiser = Callable[[Images, Sigmas], Images]
+"""(x, sigma) -> an estimate of the clean image. Teacher, student, target and edited model all have this type."""
+
+NoiseSource = Callable[[Any], Images]
+"""i -> the i-th batch of standard normal noise that a sampler asks for; i may be traced."""
+
+Precision = Literal["float32", "bfloat16", "float16"]
+"""Compute precision inside a network."""
+
+
+def per_image(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
+    """One value per image, shaped to multiply pixels."""
+    return values[:, None, None, None]
+
+
+def normal_per_image(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """Standard normal noise of `shape` for every key, each from its own key alone."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
+    """("a/b/c", leaf) for every leaf of a nested dictionary, in its order."""
+    if not isinstance(tree, Mapping):
+        return [(path, tree)]
+    return [pair for name, branch in tree.items() for pair in leaves(branch, f"{path}/{name}" if path else name)]
+
+
+def nested(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `leaves`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *branches, name = path.split("/")
+        place = tree
+        for branch in branches:
+            place = place.setdefault(branch, {})
+        place[name] = leaf
+    return tree
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A network without its parameters. Hashable, so that it can be a static argument of jit."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def classes(self) -> int | None: ...
+
+    def predict(
+        self,
+        params: Params,
+        x: Images,
+        c_noise: Float[Array, " b"],
+        labels: Labels | None = None,
+        dropout_keys: Keys | None = None,
+        length: Float[Array, " b"] | None = None,
+    ) -> Images: ...
+
+    def check_input(self, shape: tuple[int, ...], labelled: bool) -> None: ...
+
+    def shapes(self) -> Params: ...
+
+    def initialize(self, key: Key[Array, ""]) -> Params: ...
+
+    def prepare(self, params: Params) -> Params: ...
+
+    def at_precision(self, precision: Precision) -> "Network": ...

@@ -1,0 +1,133 @@
+"""Laws of the levels: their moments and masses, their ranges, and that every image draws for itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm_jax.diffusion.noise_distributions import (
+    CappedInterval,
+    DiscreteLogNormal,
+    LogitNormal,
+    LogNormal,
+    SortedInterval,
+    UniformIndex,
+)
+from cm_jax.diffusion.noise_schedule import KarrasCurve, KarrasGrid, sigma_at_trigflow_time, trigflow_time
+from cm_jax.errors import InputError
+
+KEYS = jax.random.split(jax.random.key(0), 200_000)
+CURVE = KarrasCurve()
+
+
+def test_the_log_normal_law_has_its_moments():
+    logs = jnp.log(LogNormal()(KEYS))
+    assert logs.mean() == pytest.approx(-1.2, abs=0.01)
+    assert logs.std() == pytest.approx(1.2, abs=0.01)
+
+
+def test_the_logit_normal_law_has_its_moments():
+    times = LogitNormal()(KEYS)
+    logits = jnp.log(times) - jnp.log1p(-times)
+    assert logits.mean() == pytest.approx(-0.4, abs=0.01)
+    assert logits.std() == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("levels", [2, 11, 151])
+@pytest.mark.parametrize("noise_distribution", [UniformIndex(), DiscreteLogNormal()])
+def test_indices_have_the_masses_of_their_law(noise_distribution, levels):
+    indices = np.asarray(noise_distribution(KEYS, CURVE, levels))
+    assert indices.min() >= 0
+    assert indices.max() <= levels - 2
+    share = np.bincount(indices, minlength=levels - 1) / len(KEYS)
+    exact = (
+        noise_distribution.probabilities(CURVE, levels)
+        if isinstance(noise_distribution, DiscreteLogNormal)
+        else np.full(levels - 1, 1 / (levels - 1))
+    )
+    std = np.sqrt(np.asarray(exact) * (1 - np.asarray(exact)) / len(KEYS))
+    assert (np.abs(share - exact) <= 4.5 * std + 1e-6).all()
+
+
+def test_the_masses_are_those_of_the_paper():
+    """P(i) of iCT, whose levels rise from i = 1, with the error function from the standard library."""
+    import math
+
+    sigma = KarrasGrid(11).sigma(np.arange(11))[::-1]
+    value = np.array([math.erf((math.log(s) + 1.1) / (math.sqrt(2) * 2.0)) for s in sigma])
+    masses = np.diff(value) / np.diff(value).sum()
+    np.testing.assert_allclose(DiscreteLogNormal().probabilities(CURVE, 11)[::-1], masses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("noise_distribution", [UniformIndex(), DiscreteLogNormal()])
+def test_a_growing_grid_compiles_once(noise_distribution):
+    compiled = jax.jit(lambda keys, levels: noise_distribution(keys, CURVE, levels))
+    for levels in (3, 18, 151):
+        indices = compiled(KEYS[:1000], jnp.int32(levels))
+        assert (indices >= 0).all()
+        assert (indices <= levels - 2).all()
+        np.testing.assert_array_equal(indices, noise_distribution(KEYS[:1000], CURVE, levels))
+    assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "noise_distribution",
+    [
+        LogNormal(),
+        LogitNormal(),
+        SortedInterval(),
+        CappedInterval(),
+        lambda keys: UniformIndex()(keys, CURVE, 40),
+        lambda keys: DiscreteLogNormal()(keys, CURVE, 40),
+    ],
+)
+def test_what_an_image_draws_does_not_depend_on_its_neighbours(noise_distribution):
+    whole = noise_distribution(KEYS[:8])
+    order = jnp.array([5, 2, 7])
+    jax.tree.map(
+        np.testing.assert_array_equal, noise_distribution(KEYS[order]), jax.tree.map(lambda part: part[order], whole)
+    )
+    assert all(len(np.unique(part)) > 3 for part in jax.tree.leaves(whole))
+
+
+@pytest.mark.parametrize("noise_distribution", [SortedInterval(), CappedInterval(), SortedInterval(points=0.0)])
+def test_intervals_are_ordered_and_points_have_their_share(noise_distribution):
+    t, r = noise_distribution(KEYS)
+    assert ((r >= 0) & (r <= t) & (t <= 1)).all()
+    if isinstance(noise_distribution, SortedInterval):
+        assert (r == t).mean() == pytest.approx(noise_distribution.points, abs=0.01)
+
+
+def test_a_capped_interval_leaves_the_law_of_t_alone():
+    t, _ = CappedInterval()(KEYS)
+    logits = jnp.log(t) - jnp.log1p(-t)
+    assert logits.mean() == pytest.approx(-0.6, abs=0.015)
+    assert logits.std() == pytest.approx(1.6, abs=0.015)
+
+
+def test_trigflow_time_and_sigma_are_inverses():
+    sigma = jnp.array([0.002, 0.821, 1.526, 80.0, 800.0])
+    np.testing.assert_allclose(trigflow_time(sigma)[1:], [1.0238, 1.2542, 1.56455, 1.57017], atol=1e-4)
+    np.testing.assert_allclose(sigma_at_trigflow_time(trigflow_time(sigma)), sigma, rtol=1e-3)
+    np.testing.assert_allclose(sigma_at_trigflow_time(jnp.array([1.1])), [0.982], atol=1e-3)
+
+
+def test_the_curve_is_the_grids():
+    indices = np.arange(18)
+    np.testing.assert_array_equal(CURVE.sigma(indices, 18), KarrasGrid(18).sigma(indices))
+    np.testing.assert_allclose(CURVE.index(CURVE.sigma(indices, 18), 18), indices, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LogNormal(0.0, 0.0),
+        lambda: DiscreteLogNormal(std=-1.0),
+        lambda: LogitNormal(0.0, 0.0),
+        lambda: SortedInterval(points=1.5),
+        lambda: KarrasCurve(0.0),
+    ],
+)
+def test_impossible_laws_are_refused(make):
+    with pytest.raises(InputError, match=r"positive|\[0, 1\]|sigma_min"):
+        make()

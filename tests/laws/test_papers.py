@@ -1,4 +1,4 @@
-"""docs/papers.md: every name in it is where it says, and no method is missing from it."""
+"""docs/papers.md: every row has a location, every function in it exists, and no method of the library is missing."""
 
 import ast
 import re
@@ -9,14 +9,22 @@ from tests.support import ROOT
 
 TEXT = (ROOT / "docs" / "papers.md").read_text("utf-8")
 NAMED = sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", TEXT)))
+ROWS = [line for line in TEXT.splitlines() if line.startswith("|") and not line.startswith("|---")]
+HEAD = "| Formula | Location | Function |"
+LOCATION = re.compile(r"(eqs?\.|sections?|algorithms?|tables?|appendix) [\dA-Z]|code: \w")
 METHODS = [
-    *("curricula.py", "noise_laws.py", "weightings.py", "distances.py", "preconditioning.py", "editing/operators.py"),
+    *(
+        f"diffusion/{name}.py"
+        for name in ("curricula", "noise_distributions", "weightings", "distances", "preconditioning")
+    ),
+    "editing/operators.py",
     *(f"objectives/{path.name}" for path in sorted((ROOT / "cm_jax" / "objectives").glob("*.py"))),
     *(f"samplers/{path.name}" for path in sorted((ROOT / "cm_jax" / "samplers").glob("*.py"))),
 ]
-"""Modules whose public classes are papers' formulas, but for those that only say what such a class looks like."""
-FRAMES = {f"objectives/base.py:{name}" for name in ("Functions", "Batch", "Helpers", "Draws")}
-"""Tuples of arguments, which no paper has."""
+"""Modules whose public classes implement formulas of papers, except abstract classes."""
+RECORDS = {f"objectives/base.py:{name}" for name in ("Models", "Batch", "FrozenParams", "SampleKeys")}
+RECORDS |= {"samplers/generation.py:Programs"}
+"""Groups of arguments, which no paper defines."""
 
 
 def defined(body):
@@ -34,17 +42,30 @@ def module(path):
     return defined(ast.parse((ROOT / "cm_jax" / path).read_text("utf-8")).body)
 
 
-def test_every_span_of_code_names_something():
+def test_every_code_span_names_a_function():
     spans = [span for span in re.findall(r"`([^`]+)`", TEXT) if ".py" in span and not span.startswith("tests/")]
     assert len(NAMED) > 90
     assert {f"{path}:{name}" for path, name in NAMED} == set(spans)
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if row != HEAD])
+def test_every_row_has_a_formula_a_location_and_a_function(row):
+    formula, location, function = (cell.strip() for cell in row.strip("|").split("|"))
+    assert formula
+    assert LOCATION.search(location), f"docs/papers.md gives no location for {formula}"
+    assert all(re.fullmatch(r"`[\w/]+\.py:[\w.]+`", span) for span in function.split())
+    assert function
+
+
+def test_every_table_has_the_same_head():
+    assert ROWS.count(HEAD) == sum(line.startswith("|---") for line in TEXT.splitlines()) > 10
+
+
 @pytest.mark.parametrize(("path", "name"), NAMED, ids=lambda text: text)
-def test_every_name_is_where_it_says(path, name):
+def test_every_function_exists(path, name):
     found = module(path)
     for part in name.split("."):
-        assert part in found, f"docs/papers.md names {path}:{name}, and there is no {part} there"
+        assert part in found, f"docs/papers.md names {path}:{name}, but {path} does not define {part}"
         found = defined(getattr(found[part], "body", []))
 
 
@@ -57,5 +78,5 @@ def test_no_method_is_missing():
         if isinstance(node, ast.ClassDef) and not name.startswith("_")
         if not any(ast.unparse(base) == "abc.ABC" for base in node.bases)
     }
-    assert methods - named <= FRAMES
-    assert methods >= FRAMES
+    assert methods - named <= RECORDS
+    assert methods >= RECORDS

@@ -108,7 +108,7 @@ def _library() -> ctypes.CDLL:
 def _folder() -> Path:
     """In the user's cache; where that cannot be written to, a new one, until the process ends."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm_jax" / "native"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm_jax" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder

@@ -35,7 +35,7 @@ def test_the_wheel_is_the_package(built):
     }
     assert {name: content for name, content in built[0].items() if not name.startswith(f"{INFO}/")} == files
     bundled = {f"cm_jax/assets/{name}" for name in ("emoji32.safetensors", "emoji16_cd.pt", "emoji32.npz")}
-    assert {*bundled, "cm_jax/conversion/formats.py"} <= set(files)
+    assert {*bundled, "cm_jax/conversion/rules.py"} <= set(files)
 
 
 def test_licences_and_the_command_are_inside(built):

@@ -1,7 +1,7 @@
-"""Draw the pictures of docs/gallery.md: python -m tools.gallery [--model runs/emoji32-cd] [--teacher runs/emoji32-edm]
+"""Generate the images of docs/gallery.md: python -m tools.gallery [--model runs/emoji32-cd] [--teacher RUN]
 
-Everything is drawn from seed 0 or from the seeds that stand below, and nothing is left out because of how it looks. The
-pictures that are edited are held-out emoji (Noto, by code point) and the two drawings in docs/images/emoji.
+All images come from seed 0 or from the seeds below, without selection. The edited pictures are held-out emoji (Noto, by
+code point) and the two sketches in docs/images/emoji.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Images = Float[np.ndarray, "b h w c"]
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 TEACHER_STEPS = 18
 SEEDS = (0, 1)
-"""Of the noise that one step, two steps and the teacher begin with."""
+"""Seeds of the initial noise of one step, two steps and the teacher."""
 VARIANTS = 6
 PICTURES = {
     "cat": "1F63D",
@@ -37,46 +37,46 @@ PICTURES = {
     "flag": "1F1E7-1F1F4",
 }
 BETWEEN = (("1F60F", "1F63D"), ("1F439", "1F430"), ("1F30E", "1F31F"), ("1F1E6-1F1F9", "1F1E7-1F1F4"))
-"""Pairs of a class each: a smirk and a cat, a hamster and a rabbit, the globe and a star, two flags."""
+"""Pairs of the same class: a smirk and a cat, a hamster and a rabbit, the globe and a star, two flags."""
 NOISES = ((0, 0, 1), (2, 2, 3), (3, 4, 5), (8, 5, 6))
-"""(class, one seed, another)."""
+"""(class, seed, seed)."""
 SIGMAS = (0.25, 0.5, 1.0, 2.0)
-DRAWINGS = {"strokes_face": 0, "strokes_flag": 8}
-"""And the class of each."""
+SKETCHES = {"strokes_face": 0, "strokes_flag": 8}
+"""Sketches and their classes."""
 _SIDE, _GAP = 96, 2
-_LARGEST = 300_000
-"""Bytes of a picture."""
+_MAX_BYTES = 300_000
+"""Size of an image file above which a warning is printed."""
 
 
 def classes(model: Model) -> Image.Image:
-    """Every class, in two steps."""
+    """Eight images of each class, two steps."""
     names, columns = model.config.class_names, 8
     images = model.sample(0, len(names) * columns, labels=np.repeat(np.arange(len(names)), columns), steps=2)
     return sheet(images, columns, names)
 
 
 def steps(model: Model, teacher: Model | None) -> Image.Image:
-    """One image of every class: in one step, in two, and by the teacher, all from the same noise."""
+    """One image per class by one step, two steps and the teacher, from the same noise."""
     names = model.config.class_names
-    ways = {"one step": (model, 1), "two steps": (model, 2)}
+    samplers = {"one step": (model, 1), "two steps": (model, 2)}
     if teacher is not None:
-        ways[f"teacher, {TEACHER_STEPS} steps"] = (teacher, TEACHER_STEPS)
+        samplers[f"teacher, {TEACHER_STEPS} steps"] = (teacher, TEACHER_STEPS)
     rows = [
-        drawing.sample(seed, len(names), labels=range(len(names)), steps=number)
+        network.sample(seed, len(names), labels=range(len(names)), steps=count)
         for seed in SEEDS
-        for drawing, number in ways.values()
+        for network, count in samplers.values()
     ]
-    return sheet(np.concatenate(rows), len(names), list(ways) * len(SEEDS), [name.split()[0] for name in names])
+    return sheet(np.concatenate(rows), len(names), list(samplers) * len(SEEDS), [name.split()[0] for name in names])
 
 
 def noises(model: Model, frames: int = 9) -> Image.Image:
-    """From the noise of one image to that of another, in two steps."""
+    """Interpolations between the noise of two seeds, two steps."""
     rows = [model.interpolate_noise(one, two, frames, labels=label, steps=2) for label, one, two in NOISES]
     return sheet(np.concatenate(rows), frames, [model.config.class_names[label] for label, _, _ in NOISES])
 
 
 def pictures(model: Model, frames: int = 7) -> Image.Image:
-    """From one picture to another, both of them at the ends."""
+    """Interpolations between two pictures, which are shown at the ends."""
     rows = []
     for pair in BETWEEN:
         (first, second), labels = emoji(pair, model)
@@ -86,7 +86,7 @@ def pictures(model: Model, frames: int = 7) -> Image.Image:
 
 
 def edits(model: Model, operator: Operator, known: str) -> Image.Image:
-    """Every picture, what is known of it, and edits of it."""
+    """Each picture, its known part and edits of it."""
     given, labels = emoji(PICTURES.values(), model)
     edited = model.edit(0, given, operator, labels=labels, variants=VARIANTS)
     columns = [given, np.asarray(operator.shown(jnp.asarray(given))), *by_variant(edited, len(given))]
@@ -94,23 +94,23 @@ def edits(model: Model, operator: Operator, known: str) -> Image.Image:
 
 
 def inpainted(model: Model) -> Image.Image:
-    """The lower part of every picture painted anew."""
+    """Each picture with its lower half inpainted."""
     size = model.config.network.image_size
     hole = photos.hole_in((size // 8, size // 2, size - size // 8, size), size, size)
     return edits(model, Mask(np.repeat(~hole[None, ..., None], len(PICTURES), 0)), "known")
 
 
-def repainted(model: Model) -> Image.Image:
-    """Pictures like a drawing of a few strokes."""
+def strokes(model: Model) -> Image.Image:
+    """Stroke-based edits of the sketches."""
     size = model.config.network.image_size
-    drawn = [photos.fitted(photos.read(IMAGES / "emoji" / f"{name}.png"), size) for name in DRAWINGS]
-    edited = model.edit(0, np.stack(drawn), Strokes(), labels=list(DRAWINGS.values()), variants=VARIANTS + 1)
-    columns = [np.stack(drawn), *by_variant(edited, len(drawn))]
+    sketches = [photos.fitted(photos.read(IMAGES / "emoji" / f"{name}.png"), size) for name in SKETCHES]
+    edited = model.edit(0, np.stack(sketches), Strokes(), labels=list(SKETCHES.values()), variants=VARIANTS + 1)
+    columns = [np.stack(sketches), *by_variant(edited, len(sketches))]
     return sheet(across(columns), len(columns), ["a face", "a flag"], ["given", "edits"])
 
 
 def denoised(model: Model) -> Image.Image:
-    """Every picture under noise of growing deviation, and without it, by one call of the network each."""
+    """Each picture with noise of growing standard deviation, and denoised by one network evaluation."""
     given, labels = emoji(PICTURES.values(), model)
     noise = np.random.default_rng(0).standard_normal(given.shape, np.float32)
     columns, headings = [given], ["given"]
@@ -122,7 +122,7 @@ def denoised(model: Model) -> Image.Image:
 
 
 def emoji(codes: Iterable[str], model: Model) -> tuple[Images, list[int]]:
-    """Noto's emoji of these code points at the model's size, and their classes."""
+    """The Noto emoji of these code points at the model's size, and their classes."""
     arrays, size = bundled(), model.config.network.image_size
     found = [np.flatnonzero((arrays["unified"] == code) & (arrays["vendor"] == 0))[0] for code in codes]
     shown = [photos.fitted(Image.fromarray(arrays["images"][index]), size) for index in found]
@@ -130,17 +130,17 @@ def emoji(codes: Iterable[str], model: Model) -> tuple[Images, list[int]]:
 
 
 def by_variant(edited: Images, given: int) -> list[Images]:
-    """The first edit of every picture, then the second of every one, and so on."""
+    """Edits [pictures * variants, ...] as a list of variants [pictures, ...]."""
     return list(np.moveaxis(edited.reshape(given, -1, *edited.shape[1:]), 1, 0))
 
 
 def across(columns: Sequence[Images]) -> Images:
-    """Columns of images as the rows of a sheet, one after the other."""
+    """Columns of images in the row-major order of a sheet."""
     return np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
 
 
 def sheet(images: Images, columns: int, row_names: Sequence[str] = (), headings: Sequence[str] = ()) -> Image.Image:
-    """A grid of images enlarged to some 96 pixels, with names at the left and headings above the columns."""
+    """A grid of images enlarged to at most 96 pixels, with row names at the left and headings above the columns."""
     zoom = _SIDE // images.shape[1]
     rows = grid(quantize(images).repeat(zoom, 1).repeat(zoom, 2), columns, row_names, _GAP)
     if not headings:
@@ -155,20 +155,20 @@ def sheet(images: Images, columns: int, row_names: Sequence[str] = (), headings:
 
 
 def check(model: Model, teacher: Model | None) -> None:
-    """Raise InputError unless these are a consistency model of the emoji, and a denoiser of the same size."""
+    """Raise InputError unless the model is a consistency model of the emoji and the teacher a denoiser of its size."""
     config, size = model.config, model.config.network.image_size
     names = tuple(bundled()["class_names"].tolist())
     if not config.distilled or config.class_names != names or _SIDE % size:
-        raise InputError("The gallery is of a consistency model of the bundled emoji, of 16, 32 or 48 pixels.")
+        raise InputError("Expected a consistency model of the bundled emoji with 16, 32 or 48 pixels.")
     if teacher is not None and (teacher.config.distilled or teacher.config.network.image_size != size):
-        raise InputError(f"The teacher must be a denoiser of the same images, {size} x {size}.")
+        raise InputError(f"Expected a teacher that is a denoiser of {size} x {size} pixels.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT, help=f"a checkpoint, or a bundled one; default: {DEFAULT}")
-    parser.add_argument("--teacher", help="the denoiser it was distilled from; without one its rows are left out")
-    parser.add_argument("--folder", type=Path, default=IMAGES, help="where the pictures go; default: docs/images")
+    parser.add_argument("--model", default=DEFAULT, help=f"checkpoint or bundled model; default: {DEFAULT}")
+    parser.add_argument("--teacher", help="denoiser whose samples are shown too; default: none")
+    parser.add_argument("--folder", type=Path, default=IMAGES, help="output folder; default: docs/images")
     arguments = parser.parse_args()
     try:
         model = load(arguments.model)
@@ -176,7 +176,7 @@ def main() -> None:
         check(model, teacher)
     except InputError as error:
         parser.error(str(error))
-    drawn = {
+    figures = {
         "classes": lambda: classes(model),
         "steps": lambda: steps(model, teacher),
         "noises": lambda: noises(model),
@@ -184,15 +184,15 @@ def main() -> None:
         "inpaint": lambda: inpainted(model),
         "colorize": lambda: edits(model, Luma(), "known"),
         "superres": lambda: edits(model, PatchMean(4), "known"),
-        "strokes": lambda: repainted(model),
+        "strokes": lambda: strokes(model),
         "denoise": lambda: denoised(model),
     }
-    for name, draw in drawn.items():
+    for name, figure in figures.items():
         path = arguments.folder / f"gallery_{name}.png"
-        with atomic_write(path) as beside:
-            draw().save(beside, "PNG", optimize=True)
+        with atomic_write(path) as temporary:
+            figure().save(temporary, "PNG", optimize=True)
         size = path.stat().st_size
-        print(f"{path.name}: {size:,} bytes{', too large for a page' if size > _LARGEST else ''}", flush=True)
+        print(f"{path.name}: {size:,} bytes{', too large for the page' if size > _MAX_BYTES else ''}", flush=True)
 
 
 if __name__ == "__main__":

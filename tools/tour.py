@@ -1,4 +1,4 @@
-"""Run docs/tour.ipynb from top to bottom, and keep what it prints and draws: python -m tools.tour"""
+"""Run docs/tour.ipynb and store its outputs: python -m tools.tour"""
 
 import argparse
 import os
@@ -17,14 +17,14 @@ _KEPT = ("image/png", "text/plain")
 
 
 def read() -> NotebookNode:
-    """The notebook, valid."""
+    """The notebook, validated."""
     notebook = nbformat.read(TOUR, as_version=4)
     nbformat.validate(notebook)
     return notebook
 
 
 def executed(notebook: NotebookNode, timeout: float = 600) -> NotebookNode:
-    """It with new outputs, from a kernel on one CPU device in an empty folder; the first cell that fails raises."""
+    """The notebook with new outputs, run on one CPU device in an empty folder. Raises for the first cell that fails."""
     variables = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -35,7 +35,7 @@ def executed(notebook: NotebookNode, timeout: float = 600) -> NotebookNode:
         resources = {"metadata": {"path": folder}}
         NotebookClient(notebook, timeout=timeout, record_timing=False, resources=resources).execute(env=variables)
     for cell in notebook.cells:
-        if cell.cell_type == "code":  # what compilers say to standard error is of the machine, not of the tour
+        if cell.cell_type == "code":  # compiler messages depend on the machine
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.get("outputs", ()):
             if "data" in output:
@@ -44,7 +44,7 @@ def executed(notebook: NotebookNode, timeout: float = 600) -> NotebookNode:
 
 
 def pictures(notebook: NotebookNode) -> list[str]:
-    """The PNGs in its outputs, in base 64."""
+    """The PNGs in the outputs, base64."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
 
@@ -52,10 +52,10 @@ def pictures(notebook: NotebookNode) -> list[str]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     notebook = executed(read())
-    notebook.metadata.pop("language_info", None)  # it would name a version of Python
-    with atomic_write(TOUR) as beside:
-        nbformat.write(notebook, beside)
-    print(f"{len(pictures(notebook))} pictures, {TOUR.stat().st_size:,} bytes in all")
+    notebook.metadata.pop("language_info", None)  # it contains the Python version
+    with atomic_write(TOUR) as temporary:
+        nbformat.write(notebook, temporary)
+    print(f"{len(pictures(notebook))} images, {TOUR.stat().st_size:,} bytes in total")
 
 
 if __name__ == "__main__":

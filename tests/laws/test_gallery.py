@@ -1,4 +1,4 @@
-"""docs/gallery.md shows what tools/gallery.py draws, and the emoji that it edits were held out of training."""
+"""docs/gallery.md shows the images of tools/gallery.py, whose edited emoji are held out of training."""
 
 import re
 
@@ -16,7 +16,7 @@ def numbers(codes):
     return [np.flatnonzero((arrays["unified"] == code) & (arrays["vendor"] == 0)).item() for code in codes]
 
 
-def test_every_picture_of_the_page_is_there_and_small():
+def test_every_image_of_the_page_exists_and_is_small():
     shown = {ROOT / "docs" / path for path in re.findall(r"\]\((images/gallery_\w+\.png)\)", PAGE)}
     assert shown == set(gallery.IMAGES.glob("gallery_*.png"))
     assert len(shown) == 9
@@ -28,13 +28,13 @@ def test_the_emoji_were_held_out():
     assert bundled()["held_out"][numbers(codes)].all()
 
 
-def test_pairs_are_of_one_class():
+def test_pairs_have_the_same_class():
     for pair in gallery.BETWEEN:
         first, second = bundled()["labels"][numbers(pair)]
         assert first == second
 
 
-def test_headings_stand_above_their_columns():
+def test_headings_are_above_their_columns():
     images = np.zeros((4, 16, 16, 3), np.float32)
     bare, headed = gallery.sheet(images, 2, ["a", "b"]), gallery.sheet(images, 2, ["a", "b"], ["left", "right"])
     assert bare.width == headed.width

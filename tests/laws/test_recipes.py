@@ -1,4 +1,4 @@
-"""docs/recipes.md: its commands are understood, and its settings are those that the presets know."""
+"""The commands and settings in docs/recipes.md are valid for the presets."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ COMMAND = re.compile(r"^python train\.py (.+)$", re.MULTILINE)
 SHORTER = COMMAND.findall(TEXT.partition("## Shorter runs")[2])
 SETTINGS = sorted(set(re.findall(r"`(--[a-z][^`]*) ?`", TEXT)) - {"--images", "--batch-size", "--network", "--count"})
 OTHERS = {"--sigmas 80,0.8"}
-"""Of sample.py."""
+"""Options of sample.py."""
 
 
 def settings_of(words):
@@ -24,7 +24,7 @@ def settings_of(words):
 
 
 @pytest.mark.parametrize("command", COMMAND.findall(TEXT))
-def test_commands_are_understood(command):
+def test_commands_are_valid(command):
     assert settings_of(shlex.split(command)).batches == 10_000 or command not in SHORTER
 
 
@@ -41,13 +41,13 @@ def test_curricula_end_with_the_run():
 
 
 @pytest.mark.parametrize("setting", [each for each in SETTINGS if each not in OTHERS])
-def test_settings_are_known(setting):
-    known = 0
+def test_settings_are_valid(setting):
+    accepted = 0
     for preset in PRESETS:
         if preset.startswith("emoji32"):
             try:
                 settings_of([preset, *setting.split()])
-                known += 1
+                accepted += 1
             except InputError:
                 pass
-    assert known
+    assert accepted

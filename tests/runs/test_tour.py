@@ -1,4 +1,4 @@
-"""docs/tour.ipynb runs from top to bottom, on a CPU and without downloads."""
+"""docs/tour.ipynb runs on a CPU and without downloads."""
 
 import base64
 import copy
@@ -7,8 +7,8 @@ import io
 import pytest
 from PIL import Image
 
-pytest.importorskip("nbclient", reason="notebooks are run by nbclient: make test installs it")
-pytest.importorskip("ipykernel", reason="notebooks are run by ipykernel: make test installs it")
+pytest.importorskip("nbclient", reason="needs nbclient: make test installs it")
+pytest.importorskip("ipykernel", reason="needs ipykernel: make test installs it")
 
 from tools.tour import executed, pictures, read
 
@@ -17,7 +17,7 @@ def sizes(notebook):
     return [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures(notebook)]
 
 
-def test_the_tour_runs_and_draws_what_is_stored_in_it(monkeypatch):
+def test_the_tour_runs_and_gives_images_of_the_stored_sizes(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of the time
     stored = read()
     again = executed(copy.deepcopy(stored))
@@ -25,7 +25,7 @@ def test_the_tour_runs_and_draws_what_is_stored_in_it(monkeypatch):
     assert sizes(again) == sizes(stored)
 
 
-def test_it_is_small_and_names_nobodys_folders():
+def test_it_is_small_and_has_no_local_paths():
     stored = read()
     assert sum(map(len, pictures(stored))) < 400_000
     text = str([cell.get("outputs", ()) for cell in stored.cells])

@@ -1,7 +1,7 @@
-# make demo   draw images with the bundled models; one is a checkpoint of the original, converted and checked on the way
-# make test   lint, types, tests
-# make wheel-check   build the package, and try the wheel in an empty environment
-# Both set up .venv by themselves; PYTHON names another interpreter (3.11 or newer).
+# make demo          sample images with the bundled models; convert a checkpoint in OpenAI's format, with --check
+# make test          lint, type checks, tests
+# make wheel-check   build the package and test the wheel in an empty environment
+# Each creates .venv if necessary; PYTHON selects the interpreter (3.11 or newer).
 
 PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
@@ -15,7 +15,7 @@ demo: .venv/.ready-demo
 	$(BIN)/python sample.py demo/emoji16_cd --labels all --steps 2 --output demo/converted.png
 	$(BIN)/python sample.py --labels all --steps 1 --output demo/one_step.png
 	$(BIN)/python sample.py --labels all --steps 2 --output demo/two_steps.png
-	@echo "Look at demo/one_step.png, demo/two_steps.png and demo/converted.png."
+	@echo "Wrote demo/one_step.png, demo/two_steps.png and demo/converted.png."
 
 test: lint types
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -32,7 +32,7 @@ format: .venv/.ready-dev
 	$(BIN)/ruff format .
 
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "cm_jax needs Python 3.11 or newer, and none was found: install one, or say make PYTHON=/path/to/python3." >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install one, or run make PYTHON=/path/to/python3." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 
@@ -44,7 +44,7 @@ format: .venv/.ready-dev
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@ .venv/.ready-demo
 
-# The pinned versions of everything but PyTorch, for Python 3.11 and newer at once. PyTorch is pinned by hand.
+# Pinned versions for Python 3.11 and newer. PyTorch is pinned manually.
 constraints: .venv/.ready-dev
 	$(BIN)/pip install --quiet uv
 	echo "torch==2.13.0; python_version < '0'" > .venv/without-torch.txt

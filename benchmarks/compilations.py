@@ -20,7 +20,7 @@ COMMANDS = {
     "sample, two steps": ["sample", "--count", "64", "--steps", "2"],
     "train emoji32-edm, 2 steps": [
         *["train", "emoji32-edm", "--images", "128", "--batch-size", "64", "--sample-every", "1000"],
-        *["--network.channel_mult", "1", "2", "4", "--network.width", "32", "--network.blocks-per-level", "1"],
+        *["--network.channel-mult", "1", "2", "4", "--network.base-channels", "32", "--network.blocks-per-level", "1"],
     ],
 }
 

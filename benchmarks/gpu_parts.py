@@ -49,10 +49,10 @@ from cm_jax.types import Params
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.002
 TINY = ADMUNet(
-    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
+    image_size=8, base_channels=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
 )
 TINY_SONG = SongUNet(
-    image_size=8, width=16, channel_mult=(1,), blocks_per_level=1, embedding="positional", resampling="plain",
+    image_size=8, base_channels=16, channel_mult=(1,), blocks_per_level=1, embedding="positional", resampling="plain",
     pyramid=False,
 )  # fmt: skip
 METHODS = {"edm": "EDM", "cd": "CD", "ect": "ECT", "sct": "sCM"}

@@ -48,7 +48,12 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
 
     chosen = {"size": SIZE, "batch": BATCH, "levels": LEVELS} | ({axis: value} if axis != "devices" else {"batch": 16})
     network = ADMUNet(
-        image_size=chosen["size"], width=32, channel_mult=(1, 2), blocks_per_level=1, attention_factors=(2,), classes=10
+        image_size=chosen["size"],
+        base_channels=32,
+        channel_mult=(1, 2),
+        blocks_per_level=1,
+        attention_factors=(2,),
+        classes=10,
     )
     training = dataclasses.replace(
         setting("imagenet64", "CD", chosen["batch"], network),

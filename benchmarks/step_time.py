@@ -38,8 +38,12 @@ from cm_jax.training.learning_rates import ConstantRate
 from cm_jax.training.optimizers import RAdam
 from cm_jax.types import Precision
 
-SMALL = ADMUNet(image_size=32, width=64, channel_mult=(1, 2, 2), blocks_per_level=1, attention_factors=(2,), classes=10)
-EMOJI = dataclasses.replace(PRESETS["emoji32-edm"]().network, width=32, channel_mult=(1, 2, 4), blocks_per_level=1)
+SMALL = ADMUNet(
+    image_size=32, base_channels=64, channel_mult=(1, 2, 2), blocks_per_level=1, attention_factors=(2,), classes=10
+)
+EMOJI = dataclasses.replace(
+    PRESETS["emoji32-edm"]().network, base_channels=32, channel_mult=(1, 2, 4), blocks_per_level=1
+)
 """That of the bundled model."""
 METHODS = {"EDM": "edm", "CD": "cd", "ECT": "ect", "sCM": "sct"}
 """Ends of the presets' names."""

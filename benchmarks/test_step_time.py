@@ -25,7 +25,7 @@ from benchmarks.training_rows import (
 from cm_jax.networks import ADMUNet
 
 TINY = ADMUNet(
-    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
+    image_size=8, base_channels=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
 )
 
 

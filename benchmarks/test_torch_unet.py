@@ -10,11 +10,17 @@ from benchmarks.torch_unet import TorchUNet
 from cm_jax.networks import ADMUNet, SongUNet
 
 CONDITIONAL = ADMUNet(
-    image_size=16, width=32, channel_mult=(1, 2, 3), blocks_per_level=2, attention_factors=(2,), head_dim=32, classes=5
+    image_size=16,
+    base_channels=32,
+    channel_mult=(1, 2, 3),
+    blocks_per_level=2,
+    attention_factors=(2,),
+    head_dim=32,
+    classes=5,
 )
 UNCONDITIONAL = ADMUNet(
     image_size=16,
-    width=32,
+    base_channels=32,
     channel_mult=(2, 1),
     blocks_per_level=1,
     attention_factors=(1, 2),
@@ -26,7 +32,7 @@ UNCONDITIONAL = ADMUNet(
 )
 SONG = SongUNet(
     image_size=16,
-    width=32,
+    base_channels=32,
     channel_mult=(1, 2, 3),
     blocks_per_level=1,
     classes=5,

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.networks.blocks import Style
-from cm_jax.networks.unet import Block, Unit
+from cm_jax.networks.layers import Style
+from cm_jax.networks.plan import Block, Unit
 from cm_jax.types import Params
 
 
@@ -115,7 +115,7 @@ class TorchUNet(nn.Module):
         if isinstance(network, SongUNet):
             kind = (network.embedding, network.resampling, network.pyramid, network.modulation)
             assert kind == ("positional", "plain", False, "additive")
-        self.half_width = network.width // 2
+        self.half_width = network.base_channels // 2
         self.dense_1, self.dense_2 = _dense(embedding["dense_1"]), _dense(embedding["dense_2"])
         self.table = None
         if network.classes is not None:

@@ -24,7 +24,13 @@ ROOT = Path(__file__).parent.parent
 EMOJI = ROOT / "cm_jax" / "assets" / "emoji16_cd.pt"
 
 SMALL = ADMUNet(
-    image_size=16, width=32, channel_mult=(1, 2), blocks_per_level=1, attention_factors=(2,), head_dim=16, classes=10
+    image_size=16,
+    base_channels=32,
+    channel_mult=(1, 2),
+    blocks_per_level=1,
+    attention_factors=(2,),
+    head_dim=16,
+    classes=10,
 )
 """The network of goldens adm_class_cond."""
 

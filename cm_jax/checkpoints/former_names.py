@@ -26,13 +26,25 @@ FIELDS = {
 """Former name of a field, in whatever class -> its name."""
 
 
+NETWORK_FIELDS = {"width": "base_channels"}
+"""Former name of a field of the U-Nets -> its name."""
+
+VALUES = {"normalised": "normalized"}
+"""Former value of a field of the U-Nets -> its value."""
+
+
 def renamed(value: Any) -> Any:
     """Decoded JSON with the present names in place of former ones."""
     if isinstance(value, list):
         return [renamed(item) for item in value]
     if not isinstance(value, dict):
         return value
-    fields = {FIELDS.get(name, name): renamed(item) for name, item in value.items()}
-    if isinstance(fields.get("kind"), str):
-        fields["kind"] = KINDS.get(fields["kind"], fields["kind"])
+    kind = value.get("kind")
+    network = kind in ("ADMUNet", "SongUNet")
+    names = FIELDS | (NETWORK_FIELDS if network else {})
+    fields = {names.get(name, name): renamed(item) for name, item in value.items()}
+    if isinstance(kind, str):
+        fields["kind"] = KINDS.get(kind, kind)
+    if network and fields.get("modulation") in VALUES:
+        fields["modulation"] = VALUES[fields["modulation"]]
     return fields

@@ -10,7 +10,7 @@ from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.errors import InputError
 from cm_jax.io.validation import check_value, read_json
 from cm_jax.networks import ADMUNet
-from cm_jax.networks.blocks import NORM_EPSILON, NORM_GROUPS
+from cm_jax.networks.layers import NORM_EPSILON, NORM_GROUPS
 
 _WRITTEN_BY = "0.42.1"
 
@@ -32,10 +32,10 @@ _FIXED = {
 
 def unet_config(network: ADMUNet) -> dict[str, Any]:
     """unet/config.json for a network. Raises InputError where UNet2DModel has no such setting."""
-    if network.level_channels[0] != network.width:
+    if network.level_channels[0] != network.base_channels:
         raise InputError(
             f"diffusers' UNet2DModel ties the embedding to the first level's {network.level_channels[0]} channels, and "
-            f"this network's width is {network.width}: it can be written as ours or --to openai only."
+            f"this network's width is {network.base_channels}: it can be written as ours or --to openai only."
         )
     residual = network.resampling == "residual"
     attends = [2**level in network.attention_factors for level in range(len(network.channel_mult))]
@@ -161,7 +161,7 @@ def check_agreement(path: Path, config: dict[str, Any], network: ADMUNet) -> Non
         expected = unet_config(network)
     except InputError:
         expected = dict(_FIXED)
-    implied = {"time_embedding_dim": 4 * network.width}
+    implied = {"time_embedding_dim": 4 * network.base_channels}
     complaints = [
         f"{name} is {json.dumps(config[name])[:60]}, the network of the tensors has {json.dumps(value)}"
         for name, value in expected.items()

@@ -126,7 +126,7 @@ def _fields(shapes: Shapes, levels: int, per_level: int) -> dict | None:
         return None
     return {
         "image_channels": channels("Conv_1"),
-        "width": width,
+        "base_channels": width,
         "channel_mult": tuple(int(count / width) if count % width == 0 else count / width for count in counts),
         "blocks_per_level": per_level,
         "embedding": "fourier" if "GaussianFourierProjection_0/W" in shapes else "positional",

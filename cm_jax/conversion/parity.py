@@ -14,7 +14,7 @@ from cm_jax.conversion.tensor_files import as_torch
 from cm_jax.conversion.unet_formats import DIFFUSERS
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
-from cm_jax.networks.blocks import NORM_GROUPS
+from cm_jax.networks.layers import NORM_GROUPS
 
 BOUND = 1e-5
 """Largest difference allowed, relative to the largest output: float32 rounding through some hundred layers."""

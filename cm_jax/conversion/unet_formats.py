@@ -12,8 +12,8 @@ from typing import Any
 from cm_jax.conversion.rules import Layout, Rule
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
-from cm_jax.networks.blocks import Resample
-from cm_jax.networks.unet import Unit
+from cm_jax.networks.layers import Resample
+from cm_jax.networks.plan import Unit
 
 SAME, DENSE, POINTWISE, CONVOLUTION = Layout.SAME, Layout.DENSE, Layout.POINTWISE, Layout.CONVOLUTION
 
@@ -52,7 +52,7 @@ class Format:
             raise InputError(
                 f"{self.title} has no networks with an interval clock: this one can be written as ours only."
             )
-        if network.modulation == "normalised":
+        if network.modulation == "normalized":
             raise InputError(
                 f"{self.title} has no networks with normalised modulation: this one can be written as ours only."
             )
@@ -156,7 +156,7 @@ class Format:
             )
         fields = {
             "image_channels": image_channels,
-            "width": width,
+            "base_channels": width,
             "channel_mult": tuple(_tidy(count / width) for count in channels),
             "blocks_per_level": blocks_per_level,
             "attention_factors": tuple(attention_factors),

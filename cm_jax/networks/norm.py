@@ -35,8 +35,8 @@ def _plain(
     """Means and squared deviations are taken per channel and then per group. The deviations are those from the
     channel's mean, because sums of squares would cancel in float32.
     """
-    ema_update = x if offset is None else x + offset[:, None, None].astype(x.dtype)
-    pixels = ema_update.astype(jnp.float32)
+    moved = x if offset is None else x + offset[:, None, None].astype(x.dtype)
+    pixels = moved.astype(jnp.float32)
     mean = pixels.mean((1, 2))
     variance = jnp.square(pixels - mean[:, None, None]).mean((1, 2))
     group_mean = _group_mean(mean, groups)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax.networks.blocks import sinusoid
+from cm_jax.networks.layers import sinusoid
 from cm_jax.types import Params
 
 Values = Float[Array, " b"]

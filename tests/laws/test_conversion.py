@@ -88,7 +88,7 @@ def fields(draw):
     return {  # the network itself is made in the test, outside of hypothesis
         "image_size": 2 ** (levels + 1),
         "image_channels": draw(st.sampled_from([1, 3])),
-        "width": 64,
+        "base_channels": 64,
         "channel_mult": tuple(channel_mult),
         "blocks_per_level": draw(st.integers(1, 3)),
         "attention_factors": tuple(sorted(draw(st.sets(st.sampled_from([2**level for level in range(levels)]))))),
@@ -186,7 +186,7 @@ def test_all_complaints_come_in_one_message():
 
 def test_networks_that_diffusers_cannot_express_are_refused():
     with pytest.raises(InputError, match="ties the embedding"):
-        unet_config(dataclasses.replace(SMALL, width=64, channel_mult=(0.5, 1)))
+        unet_config(dataclasses.replace(SMALL, base_channels=64, channel_mult=(0.5, 1)))
     with pytest.raises(InputError, match="one head width"):
         unet_config(dataclasses.replace(SMALL, attention_factors=(1, 2), heads=4, head_dim=None))
 

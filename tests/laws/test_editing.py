@@ -33,7 +33,7 @@ PROJECTIONS = {
     "nothing": Strokes(),
 }
 SMALL = ADMUNet(
-    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
+    image_size=8, base_channels=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
 )
 MODEL = Model(ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid()), SMALL.prepare(random_params(SMALL)))
 TOY = ConsistencyFunction(ToyNetwork(image_size=8), ConsistencyPreconditioning())

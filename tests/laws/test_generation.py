@@ -134,7 +134,7 @@ def test_wrong_requests_are_refused(asked, message):
 @pytest.mark.parametrize(
     ("images", "sigma", "labels", "message"),
     [
-        (np.zeros((1, 15, 16, 3)), 1.0, 0, "cannot be halved"),
+        (np.zeros((1, 15, 16, 3)), 1.0, 0, "multiples of"),
         (np.zeros((1, 16, 16, 4)), 1.0, 0, "batch, height, width, 3"),
         (np.zeros((2, 16, 16, 3)), [1.0, 1.0, 1.0], 0, "one level or 2"),
         (np.zeros((2, 16, 16, 3)), -1.0, 0, "not negative"),

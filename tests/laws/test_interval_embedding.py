@@ -21,7 +21,7 @@ from tests.support import random_params, relative
 
 ADM = ADMUNet(
     image_size=8,
-    width=32,
+    base_channels=32,
     channel_mult=(1,),
     blocks_per_level=1,
     attention_factors=(),
@@ -32,7 +32,7 @@ ADM = ADMUNet(
 )
 SONG = SongUNet(
     image_size=8,
-    width=8,
+    base_channels=8,
     channel_mult=(1,),
     blocks_per_level=1,
     attention_factors=(),

@@ -26,7 +26,7 @@ from cm_jax.networks.song_unet import DDPMPP, NCSNPP
 from cm_jax.types import leaves, nested
 from tests.support import DATA
 
-SMALL = SongUNet(image_size=8, width=8, channel_mult=(1, 2), blocks_per_level=1)
+SMALL = SongUNet(image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1)
 TOLD = CheckpointHints(image_size=8, preconditioning="consistency", levels=18)
 
 

@@ -297,7 +297,7 @@ OLD_CONFIG = """{
     "kind": "ADMUNet",
     "image_size": 16,
     "image_channels": 3,
-    "width": 32,
+    "base_channels": 32,
     "channel_mult": [
       1,
       2

@@ -20,7 +20,9 @@ from cm_jax.types import leaves
 from tests.runs.test_commands import failed, succeeded
 from tests.support import EMOJI, random_params
 
-NETWORK = SongUNet(image_size=8, width=8, channel_mult=(1, 2), blocks_per_level=1, attention_factors=(), classes=3)
+NETWORK = SongUNet(
+    image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1, attention_factors=(), classes=3
+)
 CONFIG = ModelConfig(
     NETWORK, EDMPreconditioning(time_factor=0.25), KarrasGrid(levels=9), ("a", "b", "c"), ((4, 0),), consistency=True
 )
@@ -101,7 +103,7 @@ def _numbers(params):
 
 def test_a_config_that_contradicts_the_tensors_is_refused(file):
     tensors, metadata = parts(file)
-    other = dataclasses.replace(CONFIG, network=dataclasses.replace(NETWORK, width=16))
+    other = dataclasses.replace(CONFIG, network=dataclasses.replace(NETWORK, base_channels=16))
     safetensors.numpy.save_file(tensors, file, metadata | {"cm_jax": other.to_json()})
     with pytest.raises(InputError, match="wrong shape: down_0_0/residual/conv_1/bias is \\[8\\]"):
         conversion.read(file)

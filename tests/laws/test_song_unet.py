@@ -12,17 +12,17 @@ from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import SongUNet
-from cm_jax.networks.blocks import pixel_norm
 from cm_jax.networks.fir import fir_downsample, fir_upsample, smoothed
+from cm_jax.networks.layers import pixel_norm
 from cm_jax.networks.song_unet import DDPMPP, NCSNPP, positional
 from cm_jax.types import Network, leaves
 from tests.support import random_params
 
-SMALL = SongUNet(image_size=8, width=16, channel_mult=(1, 2), blocks_per_level=1)
+SMALL = SongUNet(image_size=8, base_channels=16, channel_mult=(1, 2), blocks_per_level=1)
 VARIANTS = {
     "ncsnpp": SMALL,
     "ddpmpp": dataclasses.replace(SMALL, embedding="positional", resampling="plain", pyramid=False),
-    "normalised": dataclasses.replace(SMALL, modulation="normalised", fourier_scale=0.02, classes=3, pyramid=False),
+    "normalized": dataclasses.replace(SMALL, modulation="normalized", fourier_scale=0.02, classes=3, pyramid=False),
 }
 X = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
 TIME = jnp.array([1.0, -0.7])
@@ -50,7 +50,7 @@ def predict(network, params, keys=None):
         ),
         (dataclasses.replace(DDPMPP, classes=10), 55_732_739 + 10 * 128, 417),
         # every residual block's embedding layer is twice as wide: 33 of [512, 256] and their biases
-        (dataclasses.replace(DDPMPP, modulation="normalised"), 55_732_739 + 33 * 513 * 256, 416),
+        (dataclasses.replace(DDPMPP, modulation="normalized"), 55_732_739 + 33 * 513 * 256, 416),
     ],
 )
 def test_parameter_counts(network, parameters, tensors):
@@ -115,7 +115,7 @@ def test_dropout_is_off_without_keys_and_belongs_to_the_image():
 
 
 def test_labels_and_level_matter():
-    network, params = VARIANTS["normalised"], random_params(VARIANTS["normalised"])
+    network, params = VARIANTS["normalized"], random_params(VARIANTS["normalized"])
     run = jax.jit(network.predict)
     first = run(params, X, TIME, LABELS)
     assert not np.allclose(first[0], run(params, X, TIME, jnp.array([1, 0]))[0], atol=1e-4)
@@ -126,7 +126,7 @@ def test_labels_and_level_matter():
 
 def test_normalised_modulation_does_not_see_the_size_of_its_embedding_layer():
     """pnorm(a v) = pnorm(v): scaling the layer that makes scale and shift leaves the network as it is."""
-    network, params = VARIANTS["normalised"], random_params(VARIANTS["normalised"])
+    network, params = VARIANTS["normalized"], random_params(VARIANTS["normalized"])
 
     def tenfold(path, leaf):
         names = [key.key for key in path]
@@ -161,7 +161,7 @@ def test_positional_waves():
 
 
 def test_initial_values_follow_the_originals_laws():
-    network = dataclasses.replace(SMALL, width=64, classes=50)
+    network = dataclasses.replace(SMALL, base_channels=64, classes=50)
     params = network.initialize(jax.random.key(0))
     block, attention = params["down_1_0"]["residual"], params["down_1_0"]["attention"]
     for kernel, share, window, inside, outside in [
@@ -197,13 +197,13 @@ def test_half_precision_stays_near_float32():
     ("wrong", "message"),
     [
         ({"image_size": 9}, "multiple of 2"),
-        ({"width": 3}, "at least 4"),
-        ({"width": 4 * 33}, "norm groups"),
-        ({"embedding": "positional", "width": 5}, "even width"),
+        ({"base_channels": 3}, "at least 4"),
+        ({"base_channels": 4 * 33}, "norm groups"),
+        ({"embedding": "positional", "base_channels": 5}, "even number"),
         ({"fourier_scale": 0.0}, "fourier_scale"),
         ({"dropout": 1.0}, "dropout"),
         ({"classes": 0}, "classes"),
-        ({"channel_mult": ()}, "must be positive"),
+        ({"channel_mult": ()}, "number of levels must lie in"),
     ],
 )
 def test_networks_that_cannot_be_built_are_refused(wrong, message):

@@ -33,7 +33,7 @@ from tests.toy import ToyNetwork
 TOY = ToyNetwork()
 UNET = ADMUNet(
     image_size=8,
-    width=32,
+    base_channels=32,
     channel_mult=(1,),
     blocks_per_level=1,
     attention_factors=(),

@@ -23,7 +23,13 @@ from tests.runs.test_commands import failed
 
 SIDE = 8
 SMALL = ADMUNet(
-    image_size=SIDE, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
+    image_size=SIDE,
+    base_channels=32,
+    channel_mult=(1,),
+    blocks_per_level=1,
+    attention_factors=(),
+    head_dim=32,
+    classes=3,
 )
 
 

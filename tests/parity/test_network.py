@@ -14,7 +14,7 @@ from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.networks import ADMUNet
-from cm_jax.networks.blocks import sinusoid
+from cm_jax.networks.layers import sinusoid
 from cm_jax.types import per_image
 from tests.support import DATA, adm_golden, compiled, filled, nhwc, relative, tensor_names
 
@@ -47,7 +47,7 @@ def test_the_original_denoiser_and_consistency_function(name, preconditioning, k
 FORMULA = {
     "A": ADMUNet(
         image_size=16,
-        width=32,
+        base_channels=32,
         channel_mult=(1, 2),
         blocks_per_level=2,
         attention_factors=(2,),
@@ -56,7 +56,7 @@ FORMULA = {
     ),
     "B": ADMUNet(
         image_size=16,
-        width=32,
+        base_channels=32,
         channel_mult=(1, 2),
         blocks_per_level=1,
         attention_factors=(2,),
@@ -144,7 +144,13 @@ def test_sinusoid_scalings_and_grid_of_the_original():
 
 # diffusers' small test network in its three flavours, filled as goldens/FORMULA_WEIGHTS.md says.
 TEST_NETWORK = ADMUNet(
-    image_size=32, width=32, channel_mult=(1, 2), blocks_per_level=2, attention_factors=(2,), head_dim=8, classes=1000
+    image_size=32,
+    base_channels=32,
+    channel_mult=(1, 2),
+    blocks_per_level=2,
+    attention_factors=(2,),
+    head_dim=8,
+    classes=1000,
 )
 FLAVOURS = {
     "cond": TEST_NETWORK,

@@ -15,15 +15,15 @@ from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import SongUNet
-from cm_jax.networks.blocks import SmoothedConvolution
 from cm_jax.networks.fir import fir_downsample, fir_upsample
+from cm_jax.networks.layers import SmoothedConvolution
 from cm_jax.types import per_image
 from tests.parity import jcm_float64
 from tests.support import DATA, compiled, random_params, relative
 
 BOUND = 1e-5
 GOLDEN = DATA / "jcm" / "golden.npz"
-VE = SongUNet(image_size=16, width=32, channel_mult=(1, 2), blocks_per_level=1)
+VE = SongUNet(image_size=16, base_channels=32, channel_mult=(1, 2), blocks_per_level=1)
 NETWORKS = {
     "ve": VE,
     "vp": SongUNet(**{**vars(VE), "embedding": "positional", "resampling": "plain", "pyramid": False}),
@@ -134,7 +134,7 @@ def test_deeper_networks_than_the_goldens(fir):
     """Two steps of the pyramid, two blocks a level, attention among them; random weights do not magnify rounding."""
     network = SongUNet(
         image_size=8,
-        width=8,
+        base_channels=8,
         channel_mult=(1, 2, 1),
         blocks_per_level=2,
         embedding="fourier" if fir else "positional",

@@ -83,7 +83,7 @@ def damage_config(path, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda fields: fields["network"].update(width=64), "contradicts"),
+        (lambda fields: fields["network"].update(base_channels=64), "contradicts"),
         (lambda fields: fields["network"].update(classes=None), "contradicts"),
         (lambda fields: fields["network"].update(head_dim=24), "cannot be built"),
         (lambda fields: fields["network"].update(wings=2), "no field 'wings'"),

@@ -19,7 +19,13 @@ from cm_jax.networks import ADMUNet
 from tests.runs.test_commands import failed, succeeded
 
 SMALL = ADMUNet(
-    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=None
+    image_size=8,
+    base_channels=32,
+    channel_mult=(1,),
+    blocks_per_level=1,
+    attention_factors=(),
+    head_dim=32,
+    classes=None,
 )
 
 

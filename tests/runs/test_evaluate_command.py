@@ -69,7 +69,13 @@ def test_a_set_against_itself(samples, capsys):
 def test_bits_of_a_teacher(tmp_path, capsys):
     teacher, output = tmp_path / "teacher", tmp_path / "numbers.json"
     network = ADMUNet(
-        image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=9
+        image_size=8,
+        base_channels=32,
+        channel_mult=(1,),
+        blocks_per_level=1,
+        attention_factors=(),
+        head_dim=16,
+        classes=9,
     )
     config = ModelConfig(network, EDMPreconditioning(), KarrasGrid())
     cm_jax.Model(config, network.initialize(jax.random.key(0))).save(teacher)
@@ -84,7 +90,13 @@ def test_tuned_levels_are_kept_in_the_checkpoint(tmp_path, capsys, monkeypatch):
     from cm_jax.evaluation import level_search
 
     network = ADMUNet(
-        image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=9
+        image_size=8,
+        base_channels=32,
+        channel_mult=(1,),
+        blocks_per_level=1,
+        attention_factors=(),
+        head_dim=16,
+        classes=9,
     )
     config = ModelConfig(
         network, ConsistencyPreconditioning(), KarrasGrid(levels=12), tuned_timesteps=((3, 0), (5, 2, 0))

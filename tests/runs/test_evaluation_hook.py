@@ -246,7 +246,7 @@ def test_a_dry_run_tells_of_it():
 
 
 SMALL_WORDS = [
-    *("--network.image-size", "8", "--network.width", "16", "--network.channel_mult", "1"),
+    *("--network.image-size", "8", "--network.base-channels", "16", "--network.channel-mult", "1"),
     *("--network.blocks-per-level", "1", "--parallel", "one", "--compilation-cache", "off"),
 ]
 

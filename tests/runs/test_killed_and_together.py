@@ -15,7 +15,16 @@ import pytest
 from tests.support import ROOT
 
 SMALL = [
-    *("--network.image-size", "8", "--network.width", "16", "--network.channel_mult", "1", "--network.dropout", "0.1"),
+    *(
+        "--network.image-size",
+        "8",
+        "--network.base-channels",
+        "16",
+        "--network.channel-mult",
+        "1",
+        "--network.dropout",
+        "0.1",
+    ),
     *("--network.blocks-per-level", "1", "--batch-size", "8", "--log-every", "1", "--sample-every", "1000000"),
     *("--averages", "0.99", "--keep-last", "2"),
 ]
@@ -113,7 +122,7 @@ def test_sigterm_saves_and_exits_0_and_a_second_process_is_refused(tmp_path, cac
 @pytest.mark.parametrize("parallel", ["pmap", "sharded"])
 def test_two_processes_are_one(parallel, tmp_path, cache):
     """Two processes of two devices each, on loopback, beside one process of one: the same loss over twenty steps."""
-    words = ("--images", "160", "--checkpoint-every", "20", "--network.width", "32")
+    words = ("--images", "160", "--checkpoint-every", "20", "--network.base-channels", "32")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -28,7 +28,13 @@ from cm_jax.training.run.folder import Retention, RunFolder
 from tests.support import ROOT
 
 NETWORK = ADMUNet(
-    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=None
+    image_size=8,
+    base_channels=32,
+    channel_mult=(1,),
+    blocks_per_level=1,
+    attention_factors=(),
+    head_dim=16,
+    classes=None,
 )
 CONFIG = ModelConfig(NETWORK, ConsistencyPreconditioning(), KarrasGrid(18))
 PARAMS = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), NETWORK.shapes())

@@ -147,8 +147,8 @@ def test_a_preset_alone_is_itself():
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("--network.width 64", {"network": SongUNet(width=64)}),
-        ("--network.width=64", {"network": SongUNet(width=64)}),
+        ("--network.base-channels 64", {"network": SongUNet(base_channels=64)}),
+        ("--network.base-channels=64", {"network": SongUNet(base_channels=64)}),
         ("--optimizer.learning-rate.peak 2e-4", {"optimizer": Optimizer(LearningRate(2e-4))}),
         ("--optimizer.learning_rate.warm_up 10", {"optimizer": Optimizer(LearningRate(warm_up=10))}),
         ("--optimizer.betas 0.5 0.75", {"optimizer": Optimizer(betas=(0.5, 0.75))}),
@@ -162,7 +162,7 @@ def test_a_preset_alone_is_itself():
         ("--rates 0.5", {"rates": (0.5,)}),
         ("--rates", {"rates": ()}),
         ("--parallelism mesh", {"parallelism": "mesh"}),
-        ("--network.classes 10 --network.channel_mult 1 2", {"network": SongUNet(classes=10, channel_mult=(1, 2))}),
+        ("--network.classes 10 --network.channel-mult 1 2", {"network": SongUNet(classes=10, channel_mult=(1, 2))}),
         # parts
         ("--target none", {"target": None}),
         ("--target AdaptiveTargetEMA", {"target": AdaptiveTargetEMA()}),
@@ -231,7 +231,7 @@ def test_any_settings_can_be_spelt_out():
     """From one preset to quite another, all by words."""
     wanted = TrainConfig(
         data=ImageFolder("x", flip=True),
-        network=ADMUNet(width=32, head_dim=32, classes=None, rematerialize=True),
+        network=ADMUNet(base_channels=32, head_dim=32, classes=None, rematerialize=True),
         objective=EasyConsistencyTuning(distance=Resized(Resized(PseudoHuber(1e-30), 3))),
         target=AdaptiveTargetEMA(Progressive(3, 4, 5), over="levels"),
         averages=(Power(0.1), Exponential(), Power()),
@@ -265,8 +265,8 @@ def failed(capsys, command):
         ("--batch-size 4 plain", "Name a preset first"),
         ("tiny", "There is no preset 'tiny'. Did you mean 'tiny-ct'?"),
         ("dragon", "There is no preset 'dragon'. Choose one of tiny-ct, plain."),
-        ("plain --network.widht 64", "There is no option --network.widht. Did you mean --network.width?"),
-        ("plain --netwrok.width=64", "There is no option --netwrok.width. Did you mean --network.width?"),
+        ("plain --network.widht 64", "There is no option --network.widht. Did you mean --network.base-channels?"),
+        ("plain --netwrok.base-channels=64", "option --netwrok.base-channels. Did you mean --network.base-channels?"),
         ("plain --learning-rate 1", "Did you mean --optimizer.learning-rate.peak?"),
         ("plain --peak 1", "Did you mean --optimizer.learning-rate.peak?"),
         ("plain --wings 1", "There is no option --wings. --help lists the options."),
@@ -297,7 +297,7 @@ def failed(capsys, command):
         ("plain --rates 1 x", "--rates must be numbers, got '1 x'."),
         ("plain --optimizer.betas 0.9", "--optimizer.betas needs 2 numbers."),
         ("plain --parallelism meshh", "--parallelism must be one of auto, pmap, mesh, got 'meshh'. Did you"),
-        ("plain --network.width 31", "network: This network cannot be built"),
+        ("plain --network.base-channels 31", "network: This network cannot be built"),
         ("plain --target ConstantTargetEMA --target.rate 2", "target: ConstantTargetEMA(rate=2.0) is not a schedule"),
         ("plain --processes 2", "need --coordinator, --processes and --process; give all three."),
         ("plain --coordinator here --processes 2 --process 0", "--coordinator must be HOST:PORT, got 'here'."),
@@ -336,7 +336,7 @@ def test_help_lists_the_presets_and_then_every_field(capsys):
     assert "--optimizer.learning-rate.peak FLOAT The highest rate. (default: 0.0001)" in told
     assert "--objective.distance.scale FLOAT (default: 0.5)" in told
     assert "--data.flip, --data.no-flip Every second image is mirrored. (default: True)" in told
-    assert "--network.width INT Channels of the first convolution" in told
+    assert "--network.base-channels INT Channels of the first convolution" in told
     assert "--averages [{Exponential,Power}" in told
     assert "--run STR Folder of the run." in told
     other = shown(capsys, ask, "tiny-ct", "--data", "image-folder", "--help")

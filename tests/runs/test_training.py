@@ -30,7 +30,7 @@ from cm_jax.training.setup import prepare
 
 NETWORK = SongUNet(
     image_size=8,
-    width=16,
+    base_channels=16,
     channel_mult=(1,),
     blocks_per_level=1,
     attention_factors=(),
@@ -229,7 +229,7 @@ REFUSED = {
     "no teacher": ({"teacher": ""}, "ConsistencyDistillation needs a teacher: give --teacher"),
     "teacher that is not there": ({"teacher": "nowhere"}, "--teacher nowhere: There is no checkpoint nowhere"),
     "teacher of another shape": (
-        {"network": dataclasses.replace(NETWORK, width=32)},
+        {"network": dataclasses.replace(NETWORK, base_channels=32)},
         r"network.*\n  .*width: 16 .*32",
     ),
     "teacher of another clock": ({"scaling": ConsistencyPreconditioning()}, "its clock is that of"),

@@ -170,7 +170,16 @@ _WORDS = (
         "--séed",
         "--Seed",
     ),
-    *("--network.width", "--network.nothing", "--objective", "--network", "--..", "--.", "--settings", "--options.run"),
+    *(
+        "--network.base-channels",
+        "--network.nothing",
+        "--objective",
+        "--network",
+        "--..",
+        "--.",
+        "--settings",
+        "--options.run",
+    ),
 )
 
 
@@ -310,8 +319,8 @@ COMMANDS: tuple[Command, ...] = (
         "train",
         (
             "emoji32-edm --dry-run",
-            "emoji32-sct --dry-run --batch-size 8 --network.width 32",
-            "emoji32-ict --dry-run --network.channel_mult 1 2",
+            "emoji32-sct --dry-run --batch-size 8 --network.base-channels 32",
+            "emoji32-ict --dry-run --network.channel-mult 1 2",
             "cifar10-edm --dry-run --data ImageFolder --data.path folder",
             "emoji32-cd --dry-run --teacher ours",
             "emoji32-edm --dry-run --data NpzData --data.path images.npz --objective ConsistencyTraining",

@@ -31,10 +31,10 @@ from cm_jax.training.run.metrics_log import Log
 from cm_jax.types import leaves, nested
 
 NETWORK = ADMUNet(
-    image_size=8, width=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=3
+    image_size=8, base_channels=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=3
 )
 CONFIG = ModelConfig(NETWORK, ConsistencyPreconditioning(), KarrasGrid(18), ("a", "b", "c"), ((8, 0),))
-JCM_NETWORK = SongUNet(image_size=8, width=8, channel_mult=(1, 2), blocks_per_level=1)
+JCM_NETWORK = SongUNet(image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1)
 WEIGHTS = {"vgg16": {"conv1_1": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}, "heads": {}}
 """In the place of VGG16's, whose 58 MB would be written anew for every input."""
 STATE = {"params": {"kernel": jnp.ones((4, 8)), "half": jnp.ones(8, jnp.bfloat16)}, "key": jax.random.key(0)}

@@ -1,6 +1,6 @@
-"""The parts of the U-Nets (Dhariwal and Nichol 2021; Song et al. 2021), so that the originals' numbers come out.
+"""Layers of the U-Nets (Dhariwal and Nichol 2021; Song et al. 2021).
 
-Images inside the network are NHWC in the compute precision; norms, softmax and embeddings are float32.
+Feature maps are NHWC in the compute precision; norms, softmax and embeddings are float32.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from cm_jax.types import Keys
 
 Features = Float[Array, "b h w c"]
 Outputs = Float[Array, "b h2 w2 c2"]
-"""Features whose size or number of channels may have changed."""
+"""Features with another size or number of channels."""
 Embedding = Float[Array, "b t"]
 Resample = Literal["down", "up"]
-Modulation = Literal["scale_shift", "additive", "normalised"]
-"""How the embedding enters a residual block. scale_shift: (1 + s) norm(h) + b, in place of its second norm. additive:
-before that norm. normalised: pnorm(s) norm(h) + pnorm(b), which keeps derivatives in time small (sCM, section 4.1)."""
+Modulation = Literal["scale_shift", "additive", "normalized"]
+"""How the embedding (s, b) enters a residual block. scale_shift: (1 + s) norm(h) + b in its second norm. additive:
+added to h before it. normalized: pnorm(s) norm(h) + pnorm(b), which bounds time derivatives (sCM, section 4.1)."""
 
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-5
@@ -36,19 +36,19 @@ NORM_EPSILON = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """In what the blocks of one family of U-Nets differ from another's; the defaults are the ADM U-Net's."""
+    """Settings of blocks that differ between families of U-Nets. The defaults are those of the ADM U-Net."""
 
-    least_group: int = 1
-    """Channels in a norm group, at least; beyond that there are 32 groups."""
+    min_group_size: int = 1
+    """Smallest number of channels in a norm group; there are at most 32 groups."""
     epsilon: float = NORM_EPSILON
     residual_scale: float = 1.0
-    """Of the sum of a block's input and its work."""
+    """Factor applied to the sum of skip and residual branch."""
     resampling: Filter = "plain"
-    resampled_skip: bool = False
-    """A block that resamples has a 1x1 convolution on its skip, whatever its channels."""
+    skip_conv: bool = False
+    """Whether a resampling block has a 1x1 convolution on its skip even if the channels stay the same."""
 
     def groups(self, channels: int) -> int:
-        return min(NORM_GROUPS, channels // self.least_group)
+        return min(NORM_GROUPS, channels // self.min_group_size)
 
 
 ADM = Style()
@@ -65,14 +65,14 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Array:
     found = module.get_variable("params", name)
     if found.shape != shape:
         path = "/".join((*module.path, name))
-        raise InputError(f"The parameter {path} has shape {list(found.shape)}, and this network wants {list(shape)}.")
+        raise InputError(f"Expected parameter {path} of shape {list(shape)}, got {list(found.shape)}.")
     return found
 
 
 def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
-    """[cos(t w_k), sin(t w_k)] with w_k = 10000^(-k / half), k = 0 ... half - 1; a zero closes an odd width.
+    """[cos(t w_k), sin(t w_k)] with w_k = 10000^(-k / half), k = 0 ... half - 1; an odd width is padded with a zero.
 
-    The exponents are rounded to float32 as PyTorch rounds them: t reaches 1500, so their last bit is visible.
+    The exponents are rounded to float32 as in PyTorch: t reaches 1500, so their last bit affects the result.
     """
     half = width // 2
     exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
@@ -88,33 +88,34 @@ def downsample(x: Features) -> Outputs:
 
 
 def upsample(x: Features) -> Outputs:
-    """Every pixel becomes a 2x2 square."""
+    """Repeat every pixel in a 2x2 square."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 def resampled(x: Features, resample: Resample | None, by: Filter = "plain") -> Outputs:
+    """Downsampled, upsampled or unchanged features."""
     if resample is None:
         return x
-    halve, double = (fir_downsample, fir_upsample) if by == "fir" else (downsample, upsample)
-    return halve(x) if resample == "down" else double(x)
+    down, up = (fir_downsample, fir_upsample) if by == "fir" else (downsample, upsample)
+    return down(x) if resample == "down" else up(x)
 
 
 def pixel_norm(values: Float[Array, "b c"]) -> Float[Array, "b c"]:
-    """Values over their root mean square, image by image."""
+    """Values divided by their root mean square over channels."""
     return values * jax.lax.rsqrt(jnp.square(values).mean(-1, keepdims=True) + 1e-8)
 
 
-def dropped_out(x: Features, rate: float, keys: Keys | None, place: int) -> Features:
-    """Inverted dropout, every image with its own key; `place` numbers the layers. No keys: the identity."""
+def dropout(x: Features, rate: float, keys: Keys | None, layer: int) -> Features:
+    """Inverted dropout with one key per image; `layer` is folded into the keys. Without keys: the identity."""
     if keys is None or rate == 0:
         return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:]))(keys)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:]))(keys)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 class Dense(nn.Module):
-    """x W + b over the last axis; over pixels it is a 1x1 convolution."""
+    """x W + b over the last axis; on feature maps a 1x1 convolution."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -127,18 +128,18 @@ class Dense(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution with bias; `down` halves the image by stride, `up` doubles it beforehand."""
+    """A 3x3 convolution with bias; `down` has stride 2, `up` upsamples first."""
 
     features: int
     resample: Resample | None = None
     dtype: DTypeLike = jnp.float32
 
     def __call__(self, x: Features) -> Outputs:
-        result, bias = self.apart(x)
+        result, bias = self.without_bias(x)
         return result + bias.astype(self.dtype)
 
-    def apart(self, x: Features) -> tuple[Outputs, Float[Array, " c2"]]:
-        """What has no bias yet, and the bias, for a norm that adds it."""
+    def without_bias(self, x: Features) -> tuple[Outputs, Float[Array, " c2"]]:
+        """(the convolution without its bias, the bias), for a norm that adds the bias."""
         kernel = parameter(self, "kernel", (3, 3, x.shape[-1], self.features))
         bias = parameter(self, "bias", (self.features,))
         x = upsample(x) if self.resample == "up" else x
@@ -147,7 +148,7 @@ class Convolution(nn.Module):
 
 
 class SmoothedConvolution(nn.Module):
-    """A filter, then a 3x3 convolution with stride 2; zeros are put around the image once, for both (StyleGAN2)."""
+    """A binomial filter, then a 3x3 convolution with stride 2; the image is zero-padded once for both (StyleGAN2)."""
 
     features: int
     by: Filter
@@ -162,7 +163,7 @@ class SmoothedConvolution(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation of x + offset, then scale y + shift per channel where those are given, then SiLU if asked."""
+    """Group normalization of x + offset, then optionally scale y + shift per channel, then optionally SiLU."""
 
     style: Style = ADM
 
@@ -181,16 +182,16 @@ class GroupNorm(nn.Module):
         bias = parameter(self, "bias", (channels,))
         if scale is not None and shift is not None:
             gain, bias = gain * scale, bias * scale + shift
-        whole = (jnp.broadcast_to(each, (b, channels)) for each in (gain, bias))
+        gain, bias = (jnp.broadcast_to(values, (b, channels)) for values in (gain, bias))
         groups, epsilon = self.style.groups(channels), self.style.epsilon
-        return group_norm(x, offset, *whole, groups=groups, epsilon=epsilon, silu=silu)
+        return group_norm(x, offset, gain, bias, groups=groups, epsilon=epsilon, silu=silu)
 
 
 class ResidualBlock(nn.Module):
     """skip(x) + conv(act(norm(conv(act(norm(x))), embedding))), resampled before the first convolution."""
 
     features: int
-    place: int
+    dropout_layer: int
     resample: Resample | None = None
     modulation: Modulation = "scale_shift"
     dropout: float = 0.0
@@ -202,7 +203,7 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Features, embedding: Embedding, dropout_keys: Keys | None = None) -> Outputs:
         style = self.style
         h = resampled(GroupNorm(style, name="norm_1")(x, silu=True), self.resample, style.resampling)
-        h, bias = Convolution(self.features, dtype=self.dtype, name="conv_1").apart(h)
+        h, bias = Convolution(self.features, dtype=self.dtype, name="conv_1").without_bias(h)
         offset = jnp.broadcast_to(bias, (h.shape[0], self.features))
 
         width = self.features if self.modulation == "additive" else 2 * self.features
@@ -212,25 +213,25 @@ class ResidualBlock(nn.Module):
             h = norm(h, offset=offset + modulation, silu=True)
         else:
             scale, shift = jnp.split(modulation, 2, axis=1)
-            normalised = self.modulation == "normalised"
-            scale, shift = (pixel_norm(scale), pixel_norm(shift)) if normalised else (1 + scale, shift)
+            normalized = self.modulation == "normalized"
+            scale, shift = (pixel_norm(scale), pixel_norm(shift)) if normalized else (1 + scale, shift)
             h = norm(h, scale, shift, offset=offset, silu=True)
         if self.dropout_size is None or max(h.shape[1:3]) <= self.dropout_size:
-            h = dropped_out(h, self.dropout, dropout_keys, self.place)
+            h = dropout(h, self.dropout, dropout_keys, self.dropout_layer)
         h = Convolution(self.features, dtype=self.dtype, name="conv_2")(h)
 
         skip = Dense(self.features, dtype=self.dtype, name="skip")
-        if x.shape[-1] == self.features and not (self.resample and style.resampled_skip):
+        if x.shape[-1] == self.features and not (self.resample and style.skip_conv):
             x = resampled(x, self.resample, style.resampling)
         elif self.resample == "up" and style.resampling == "plain":
-            x = resampled(skip(x), "up")  # the same, with a quarter of the products
+            x = resampled(skip(x), "up")  # equal, with a quarter of the multiplications
         else:
             x = skip(resampled(x, self.resample, style.resampling))
         return (x + h) * style.residual_scale
 
 
 class AttentionBlock(nn.Module):
-    """x + projection(attention(norm(x))) over all pixels; queries, keys and values are equal thirds, head by head."""
+    """x + projection(attention(norm(x))) over all pixels. Channels of qkv: queries, keys, values, each head by head."""
 
     heads: int
     implementation: Implementation = "auto"
@@ -240,6 +241,6 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Features) -> Features:
         b, h, w, c = x.shape
-        thirds = Dense(3 * c, dtype=self.dtype, name="qkv")(GroupNorm(self.style, name="norm")(x).reshape(b, h * w, c))
-        mixed = attend(thirds, self.heads, self.implementation).reshape(b, h, w, c)
+        qkv = Dense(3 * c, dtype=self.dtype, name="qkv")(GroupNorm(self.style, name="norm")(x).reshape(b, h * w, c))
+        mixed = attend(qkv, self.heads, self.implementation).reshape(b, h, w, c)
         return (x + Dense(c, dtype=self.dtype, name="projection")(mixed)) * self.style.residual_scale

@@ -1,0 +1,175 @@
+"""Settings that all U-Nets share, and the plan of their blocks."""
+
+import abc
+import dataclasses
+from collections.abc import Iterator
+
+import flax.linen as nn
+
+from cm_jax.errors import InputError
+from cm_jax.networks.attention import Implementation
+from cm_jax.networks.layers import Modulation, Style
+from cm_jax.networks.plan import Block, UNetPlan, Unit
+from cm_jax.types import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(abc.ABC):
+    """Settings of a U-Net, and the plan of its blocks that follows from them.
+
+    Raises InputError for settings that cannot be built.
+    """
+
+    image_size: int
+    """Height and width of the training images. The network accepts any multiple of 2^(levels - 1)."""
+    image_channels: int
+    """Channels of the images."""
+    base_channels: int
+    """Channels at multiplier 1. The time embedding has four times as many."""
+    channel_mult: tuple[float, ...]
+    """Channels of each level divided by base_channels. Each level halves the image of the one before."""
+    blocks_per_level: int
+    """Residual blocks per level."""
+    attention_factors: tuple[int, ...]
+    """Downsampling factors of the levels with attention: at 64 pixels, 2 means attention at resolution 32."""
+    classes: int | None = dataclasses.field(default=None, kw_only=True)
+    """Number of classes; None for an unconditional network."""
+    interval_embedding: bool = dataclasses.field(default=False, kw_only=True)
+    """Embed the length of a time interval as well, and add it to the time embedding (MeanFlow)."""
+    modulation: Modulation = dataclasses.field(default="scale_shift", kw_only=True)
+    """How the embedding enters a residual block: scale_shift, additive, or normalized (sCM)."""
+    dropout: float = dataclasses.field(default=0.0, kw_only=True)
+    """Dropout rate in residual blocks."""
+    dropout_size: int | None = dataclasses.field(default=None, kw_only=True)
+    """Largest feature-map size with dropout, in pixels (iCT and ECT on ImageNet-64: 16). None: no limit."""
+    precision: Precision = dataclasses.field(default="float32", kw_only=True)
+    """Precision of matrix products and convolutions. Norms, softmax, embeddings and the head stay in float32."""
+    attention: Implementation = dataclasses.field(default="auto", kw_only=True)
+    """Attention implementation: plain (supports forward-mode derivatives), cudnn, or auto."""
+    rematerialize: bool = dataclasses.field(default=False, kw_only=True)
+    """Recompute activations in the backward pass instead of storing them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        object.__setattr__(self, "attention_factors", tuple(self.attention_factors))
+        problems = list(self._size_problems()) or [*self._problems(), *self._shared_problems()]
+        if problems:
+            raise InputError("This network cannot be built: " + "; ".join(problems) + ".")
+
+    def _size_problems(self) -> Iterator[str]:
+        """Sizes outside the allowed range, without which nothing else can be checked."""
+        sizes = {
+            "image_size": (self.image_size, 2**13),
+            "image_channels": (self.image_channels, 2**20),
+            "base_channels": (self.base_channels, 2**20),
+            "blocks_per_level": (self.blocks_per_level, 64),
+            "the number of levels": (len(self.channel_mult), 12),
+        }
+        for name, (size, most) in sizes.items():
+            if not 1 <= size <= most:
+                yield f"{name} must lie in [1, {most}] (got {size})"
+        if self.classes is not None and not 1 <= self.classes <= 2**20:
+            yield f"classes must lie in [1, {2**20}], or be None for an unconditional network (got {self.classes})"
+        multipliers = self.channel_mult or (1,)
+        if min(multipliers) <= 0 or max(multipliers) * self.base_channels > 2**20:
+            yield f"channel_mult must be positive with at most {2**20} channels per level (got {self.channel_mult})"
+
+    @abc.abstractmethod
+    def _problems(self) -> Iterator[str]:
+        """Every way in which the fields of the network's own family contradict each other."""
+
+    def _shared_problems(self) -> Iterator[str]:
+        if not 0 <= self.dropout < 1:
+            yield f"dropout must lie in [0, 1) (got {self.dropout})"
+        if self.dropout_size is not None and self.dropout_size < 1:
+            yield f"dropout_size must be positive, or None for every feature map (got {self.dropout_size})"
+        if self.image_size % self.reduction:
+            yield (
+                f"{len(self.channel_mult)} levels halve the image {len(self.channel_mult) - 1} times, so its size must "
+                f"be a multiple of {self.reduction} (got {self.image_size})"
+            )
+
+    @property
+    @abc.abstractmethod
+    def style(self) -> Style:
+        """Settings of the blocks that differ between families of U-Nets."""
+
+    @property
+    @abc.abstractmethod
+    def stem_channels(self) -> int:
+        """Channels of the first convolution."""
+
+    @abc.abstractmethod
+    def heads_for(self, channels: int) -> int:
+        """Number of attention heads in a block with this many channels."""
+
+    @abc.abstractmethod
+    def downsample_units(self, channels: int, pyramid_channels: int) -> tuple[Unit, ...]:
+        """The units that halve the image; `pyramid_channels` are those of the input pyramid so far."""
+
+    @abc.abstractmethod
+    def decoder_attention(self, index: int) -> bool:
+        """Whether decoder block `index` of a level with attention has attention."""
+
+    @abc.abstractmethod
+    def upsample_unit(self, channels: int) -> Unit:
+        """The unit that doubles the image."""
+
+    @abc.abstractmethod
+    def embedder(self, name: str = "embedding") -> nn.Module:
+        """The module that embeds c_noise and labels."""
+
+    def plan(self) -> UNetPlan:
+        """The blocks in the order they are applied, after the stem and before the head."""
+        channels, pyramid_channels = self.stem_channels, self.image_channels
+        skips, encoder, decoder = [channels], [], []
+
+        def attention(level: int, width: int) -> tuple[Unit, ...]:
+            attends = 2**level in self.attention_factors
+            return (Unit("attention", "attention", width, width),) if attends else ()
+
+        deepest = len(self.channel_mult) - 1
+        for level, width in enumerate(self.level_channels):
+            for index in range(self.blocks_per_level):
+                units = (Unit("residual", "residual", channels, width), *attention(level, width))
+                encoder.append(Block(f"down_{level}_{index}", units))
+                channels = width
+                skips.append(channels)
+            if level < deepest:
+                units = self.downsample_units(channels, pyramid_channels)
+                pyramid_channels = channels
+                encoder.append(Block(f"down_{level}_{self.blocks_per_level}", units))
+                skips.append(channels)
+
+        middle = (
+            Unit("residual", "residual_1", channels, channels),
+            Unit("attention", "attention", channels, channels),
+            Unit("residual", "residual_2", channels, channels),
+        )
+
+        for level, width in reversed(list(enumerate(self.level_channels))):
+            for index in range(self.blocks_per_level + 1):
+                units = (Unit("residual", "residual", channels + skips.pop(), width),)
+                channels = width
+                if self.decoder_attention(index):
+                    units = (*units, *attention(level, width))
+                if level > 0 and index == self.blocks_per_level:
+                    units = (*units, self.upsample_unit(channels))
+                decoder.append(Block(f"up_{level}_{index}", units))
+
+        return UNetPlan(tuple(encoder), Block("middle", middle), tuple(decoder))
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(round(multiplier * self.base_channels) for multiplier in self.channel_mult)
+
+    @property
+    def reduction(self) -> int:
+        """Image size divided by the size of the deepest feature map."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the training images."""
+        return (self.image_size, self.image_size, self.image_channels)

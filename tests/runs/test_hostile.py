@@ -33,7 +33,7 @@ from tools.fuzz.fuzzing import run as fuzz
 from tools.fuzz.fuzzing import workplace
 from tools.fuzz.watching import inside, watched
 
-SLOW = ("our checkpoint", "run, any", "run, metrics", "run, JSON", "jcm", "Inception")
+SLOW = ("native checkpoint", "run, any", "run, metrics", "run, JSON", "jcm", "Inception")
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +50,22 @@ def good(place):
 @pytest.mark.parametrize("name", [target.name for target in readers.READERS])
 def test_damaged_files_are_read_or_refused(place, name):
     faults: list[str] = []
-    tally = fuzz(place, [name], seed=0, each=2 if name.startswith(SLOW) else 15, told=faults.append)[name]
+    tally = fuzz(place, [name], seed=0, each=2 if name.startswith(SLOW) else 15, report=faults.append)[name]
     assert not faults
     assert not tally.outcomes["fault"]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(command=st.sampled_from(commands.COMMANDS), dice=st.randoms(use_true_random=False))
-def test_command_lines_are_obeyed_or_refused(place, command, dice):
-    found, words = place.obeyed(command.line(dice))
+@given(command=st.sampled_from(commands.COMMANDS), rng=st.randoms(use_true_random=False))
+def test_command_lines_run_or_are_refused(place, command, rng):
+    found, words = place.run_line(command.line(rng))
     assert found.outcome != "fault", f"{words}\n{found.why}"
 
 
 @pytest.mark.parametrize(
     ("use", "why"),
     [
-        (lambda: pickle.loads(payloads.pickles()[0]), "code of the file ran"),
+        (lambda: pickle.loads(payloads.pickles()[0]), "code in the file was executed"),
         (lambda: {}["x"], "KeyError"),
         (lambda: Path("left").touch(), "on the disk this was written, changed or removed: left"),
         (lambda: Path("there").write_text("more"), "changed or removed: there"),
@@ -141,7 +141,7 @@ def test_storages_that_cannot_be_unpacked_are_refused(good, tmp_path, patch, mes
     written[entry + patch[0]] = patch[1]
     (tmp_path / "model.pt").write_bytes(written)
     with pytest.raises(InputError, match=f"is damaged: .*{message}"):
-        read(tmp_path / "model.pt", readers.TOLD)
+        read(tmp_path / "model.pt", readers.HINTS)
 
 
 def test_a_small_file_does_not_unpack_to_a_large_one(tmp_path):
@@ -156,10 +156,10 @@ def test_a_file_that_cannot_be_read_is_refused(capsys):
 
 def test_a_damaged_checkpoint_is_one_line(good, tmp_path):
     """Threads of Orbax's store go on after the first failure, and used to print a traceback each."""
-    shutil.copytree(good / "ours", tmp_path / "ours")
-    for file in (tmp_path / "ours" / "params").glob("d/*"):
+    shutil.copytree(good / "native", tmp_path / "native")
+    for file in (tmp_path / "native" / "params").glob("d/*"):
         file.write_bytes(file.read_bytes()[:-20])
-    done = run("sample.py", str(tmp_path / "ours"), "--output", str(tmp_path / "s.png"))
+    done = run("sample.py", str(tmp_path / "native"), "--output", str(tmp_path / "s.png"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: The parameters in ")
     assert done.stderr.count("\n") == 1
@@ -170,17 +170,17 @@ def test_a_flipped_bit_in_our_checkpoint_is_noticed_or_changes_no_weight(tmp_pat
 
     Where its files lie depends on its threads, and now and then a bit is one that no weight depends on.
     """
-    source, dice = read(EMOJI), random.Random(0)
-    native.save(tmp_path / "ours", source.config, source.params)
-    largest = max((tmp_path / "ours" / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    source, rng = read(EMOJI), random.Random(0)
+    native.save(tmp_path / "native", source.config, source.params)
+    largest = max((tmp_path / "native" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     content = largest.read_bytes()
     noticed = []
     for _ in range(3):
         damaged = bytearray(content)
-        damaged[dice.randrange(len(damaged))] ^= 1 << dice.randrange(8)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
         largest.write_bytes(damaged)
         try:
-            _, params = native.restore(tmp_path / "ours")
+            _, params = native.restore(tmp_path / "native")
         except InputError as error:
             noticed.append(str(error))
         else:
@@ -188,7 +188,7 @@ def test_a_flipped_bit_in_our_checkpoint_is_noticed_or_changes_no_weight(tmp_pat
     assert noticed
     assert all(re.search(r"damaged or incomplete \(the checksum of .* is not that", message) for message in noticed)
     largest.write_bytes(content)
-    assert native.restore(tmp_path / "ours")[0] == source.config
+    assert native.restore(tmp_path / "native")[0] == source.config
 
 
 def test_a_message_does_not_repeat_a_whole_file(tmp_path):
@@ -254,10 +254,10 @@ def test_a_link_to_itself_is_no_destination(capsys, tmp_path):
 
 
 def test_names_in_files_do_not_command_the_terminal(good, tmp_path, capsys):
-    shutil.copytree(good / "ours", tmp_path / "ours")
-    config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    (tmp_path / "ours" / "config.json").write_text(json.dumps({**config, "\x1b[2J": 1}))
-    said = failed(capsys, cli.main_sample, tmp_path / "ours")
+    shutil.copytree(good / "native", tmp_path / "native")
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    (tmp_path / "native" / "config.json").write_text(json.dumps({**config, "\x1b[2J": 1}))
+    said = failed(capsys, cli.main_sample, tmp_path / "native")
     assert "\x1b" not in said
     assert r"\x1b[2J" in said
 

@@ -11,8 +11,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--targets", nargs="*", help="those whose names have one of these in them; default: all")
-    parser.add_argument("--number", type=int, help="one input alone")
+    parser.add_argument("--targets", nargs="*", help="targets whose names contain one of these; default: all")
+    parser.add_argument("--number", type=int, help="run this input only")
     asked = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     faulthandler.enable()
@@ -28,7 +28,7 @@ def main() -> int:
             seconds=asked.seconds,
             each=None if asked.number is None else 1,
             first=asked.number or 0,
-            told=lambda line: print(line, flush=True),
+            report=lambda line: print(line, flush=True),
         )
     print(table(tallies))
     print(f"{time.monotonic() - began:.0f} seconds, seed {asked.seed}.")

@@ -1,7 +1,7 @@
-"""Command lines: good ones of every command, with some of their words made nonsense.
+"""Command lines: valid ones of every command, with some words mutated.
 
-Drawing, measuring, training and serving are replaced by `Reached`, so that a line that would be obeyed costs no minute;
-whatever comes before them, reading the checkpoint and the data among it, is done.
+Sampling, evaluation, training and serving are replaced by `Reached`, so a valid line costs little time. Everything
+before them runs, such as reading the checkpoint and the data.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from cm_jax.presets import PRESETS
 from tools.fuzz.watching import Reached
 
 FILES = (
-    "ours",
+    "native",
     "diffusers",
     "openai.pt",
     "run",
@@ -40,9 +40,19 @@ FILES = (
     "folder",
     "jcm",
 )
-"""Of seeds.write, in the working folder."""
+"""Files of seeds.write to copy into the working folder."""
 _PATHS = (
-    *("nothing.pt", "picture.png/below", "ours", "folder", "run", "run/best", "openai.pt", "picture.png", "images.npz"),
+    *(
+        "nothing.pt",
+        "picture.png/below",
+        "native",
+        "folder",
+        "run",
+        "run/best",
+        "openai.pt",
+        "picture.png",
+        "images.npz",
+    ),
     *("", ".", "..", "/", "//", "/dev/null", "/dev/full", "/proc/self/mem", "/proc/self/nothing.png", "~", "~nobody/x"),
     *(
         "~/nothing",
@@ -65,7 +75,7 @@ _PATHS = (
         "tfds:nothing",
         "tfds:",
         "lpips.safetensors",
-        "ours.safetensors",
+        "native.safetensors",
     ),
 )
 _NUMBERS = (
@@ -185,69 +195,69 @@ _WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command, lines that it would obey, and the options that it knows."""
+    """A command, valid lines and its options."""
 
     name: str
     lines: tuple[str, ...]
     options: Callable[[str], Sequence[str]]
-    """Given the line."""
+    """Options that fit the given line."""
 
-    def line(self, dice: random.Random) -> list[str]:
-        """Words after the name of the program: a good line, and up to four injuries."""
-        good = dice.choice(self.lines)
+    def line(self, rng: random.Random) -> list[str]:
+        """Words after the name of the program: a valid line with up to four mutations."""
+        good = rng.choice(self.lines)
         words, options = good.split(), list(self.options(good))
-        for _ in range(dice.choice([0, 1, 1, 1, 2, 2, 3, 4])):
-            words = dice.choice(_INJURIES)(words, options, dice)
-        first = [] if dice.random() < 0.01 else [self.name]
+        for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 4])):
+            words = rng.choice(_MUTATIONS)(words, options, rng)
+        first = [] if rng.random() < 0.01 else [self.name]
         return [*first, *(word.replace("\0", "") for word in words)]
 
 
-def hostile(dice: random.Random) -> str:
-    """A value that somebody might give for anything."""
-    return dice.choice(dice.choice([_PATHS, _NUMBERS, _NUMBERS, _LISTS, _WORDS]))
+def malformed_value(rng: random.Random) -> str:
+    """A malformed or unusual value for any option."""
+    return rng.choice(rng.choice([_PATHS, _NUMBERS, _NUMBERS, _LISTS, _WORDS]))
 
 
 Words = list[str]
 
 
-def _given(words: Words, options: Sequence[str], dice: random.Random) -> Words:
-    option = dice.choice(options)
-    value = hostile(dice)
-    return [*words, *dice.choice([[option, value], [option, value], [f"{option}={value}"], [option], [option] * 2])]
+def _given(words: Words, options: Sequence[str], rng: random.Random) -> Words:
+    option = rng.choice(options)
+    value = malformed_value(rng)
+    return [*words, *rng.choice([[option, value], [option, value], [f"{option}={value}"], [option], [option] * 2])]
 
 
-def _changed(words: Words, options: Sequence[str], dice: random.Random) -> Words:
-    place = dice.randrange(len(words) + 1)
-    return [*words[:place], hostile(dice), *words[place + 1 :]]
+def _changed(words: Words, options: Sequence[str], rng: random.Random) -> Words:
+    place = rng.randrange(len(words) + 1)
+    return [*words[:place], malformed_value(rng), *words[place + 1 :]]
 
 
-def _inserted(words: Words, options: Sequence[str], dice: random.Random) -> Words:
-    place = dice.randrange(len(words) + 1)
-    return [*words[:place], dice.choice([hostile(dice), dice.choice(options)]), *words[place:]]
+def _inserted(words: Words, options: Sequence[str], rng: random.Random) -> Words:
+    place = rng.randrange(len(words) + 1)
+    return [*words[:place], rng.choice([malformed_value(rng), rng.choice(options)]), *words[place:]]
 
 
-def _removed(words: Words, options: Sequence[str], dice: random.Random) -> Words:
-    place = dice.randrange(len(words) + 1)
+def _removed(words: Words, options: Sequence[str], rng: random.Random) -> Words:
+    place = rng.randrange(len(words) + 1)
     return words[:place] + words[place + 1 :]
 
 
-def _mistyped(words: Words, options: Sequence[str], dice: random.Random) -> Words:
+def _mistyped(words: Words, options: Sequence[str], rng: random.Random) -> Words:
     if not words:
         return words
-    place = dice.randrange(len(words))
+    place = rng.randrange(len(words))
     word = words[place]
-    cut = dice.randrange(len(word) + 1)
-    other = dice.choice(
-        [word[:cut] + word[cut + 1 :], word[:cut], word[:cut] + dice.choice("x-=.,é0 ") + word[cut:], word.upper()]
+    cut = rng.randrange(len(word) + 1)
+    other = rng.choice(
+        [word[:cut] + word[cut + 1 :], word[:cut], word[:cut] + rng.choice("x-=.,é0 ") + word[cut:], word.upper()]
     )
     return [*words[:place], other, *words[place + 1 :]]
 
 
-def _shuffled(words: Words, options: Sequence[str], dice: random.Random) -> Words:
-    return dice.sample(words, len(words))
+def _shuffled(words: Words, options: Sequence[str], rng: random.Random) -> Words:
+    return rng.sample(words, len(words))
 
 
-_INJURIES = (*(_given,) * 6, _changed, _changed, _inserted, _removed, _mistyped, _mistyped, _shuffled)
+_MUTATIONS = (*(_given,) * 6, _changed, _changed, _inserted, _removed, _mistyped, _mistyped, _shuffled)
 
 
 def _fields(*kinds: type) -> tuple[str, ...]:
@@ -257,7 +267,7 @@ def _fields(*kinds: type) -> tuple[str, ...]:
 
 @functools.cache
 def _training_options(line: str) -> tuple[str, ...]:
-    """Every value in the settings of the line's preset, and every part."""
+    """Every field and component of the settings of the line's preset."""
 
     def places(part: Any, path: str) -> Iterator[str]:
         pairs = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
@@ -280,8 +290,8 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "sample",
         (
-            "ours",
-            "ours --count 6 --labels 0,1 --output new.npz",
+            "native",
+            "native --count 6 --labels 0,1 --output new.npz",
             "openai.pt --steps 2",
             "run/best --labels a --seed 3",
             "diffusers --timesteps 8,0 --output new",
@@ -292,23 +302,23 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "edit",
         (
-            "inpaint picture.png --checkpoint ours --labels 0 --mask mask.png",
-            "inpaint picture.png --checkpoint ours --labels a --box 2,2,9,9",
-            "colourise picture.png --checkpoint ours --labels 0 --sigmas 80",
-            "superres picture.png --checkpoint ours --labels b --patch 2",
+            "inpaint picture.png --checkpoint native --labels 0 --mask mask.png",
+            "inpaint picture.png --checkpoint native --labels a --box 2,2,9,9",
+            "colourise picture.png --checkpoint native --labels 0 --sigmas 80",
+            "superres picture.png --checkpoint native --labels b --patch 2",
             "repaint picture.png mask.png --checkpoint run --labels 0,1 --folder new",
-            "denoise picture.png --sigma 0.5 --add --checkpoint ours --labels 0",
-            "interpolate picture.png mask.png --checkpoint ours --labels 0",
-            "interpolate --seeds 3,8 --frames 4 --checkpoint ours --labels 0",
+            "denoise picture.png --sigma 0.5 --add --checkpoint native --labels 0",
+            "interpolate picture.png mask.png --checkpoint native --labels 0",
+            "interpolate --seeds 3,8 --frames 4 --checkpoint native --labels 0",
         ),
         _of(*editing._KINDS.values()),
     ),
     Command(
         "convert",
         (
-            "ours new.pt",
+            "native new.pt",
             "openai.pt new --image-size 8 --head-dim 16 --scalings consistency --levels 18",
-            "ours new --to diffusers",
+            "native new --to diffusers",
             "jcm new --image-size 8 --scalings consistency --levels 18",
             "diffusers new --levels 9",
             "run/best new --check",
@@ -322,7 +332,7 @@ COMMANDS: tuple[Command, ...] = (
             "emoji32-sct --dry-run --batch-size 8 --network.base-channels 32",
             "emoji32-ict --dry-run --network.channel-mult 1 2",
             "cifar10-edm --dry-run --data ImageFolder --data.path folder",
-            "emoji32-cd --dry-run --teacher ours",
+            "emoji32-cd --dry-run --teacher native",
             "emoji32-edm --dry-run --data NpzData --data.path images.npz --objective ConsistencyTraining",
         ),
         _training_options,
@@ -332,35 +342,35 @@ COMMANDS: tuple[Command, ...] = (
         (
             "images.npz images.npz",
             "folder folder --metrics fid,kid --output new.json",
-            "ours images.npz --count 4 --steps 2",
-            "ours images.npz --metrics bpd",
+            "native images.npz --count 4 --steps 2",
+            "native images.npz --metrics bpd",
             "images.npz statistics.npz --save-reference new.npz",
         ),
         _of(Evaluate),
     ),
-    Command("tune", ("ours images.npz --count 4", "run folder --steps 3 --count 3"), _of(Tune)),
-    Command("demo", ("ours", "ours openai.pt --port 8000", "--host 127.0.0.1"), _of(Demo)),
+    Command("tune", ("native images.npz --count 4", "run folder --steps 3 --count 3"), _of(Tune)),
+    Command("demo", ("native", "native openai.pt --port 8000", "--host 127.0.0.1"), _of(Demo)),
     Command(
-        "", ("sample ours", "edit inpaint picture.png", "--help", "train --help", "sampel"), lambda line: ("--help",)
+        "", ("sample native", "edit inpaint picture.png", "--help", "train --help", "sampel"), lambda line: ("--help",)
     ),
 )
 
 
-def arrange(folder: Path) -> None:
-    """What a working folder has beside good files: an empty one, a link in a circle, one to nothing."""
+def add_special_files(folder: Path) -> None:
+    """Add an empty folder, a link to itself and a dangling link."""
     (folder / "empty").mkdir()
     (folder / "loop").symlink_to("loop")
     (folder / "dangling").symlink_to("nothing")
 
 
-def obey(words: Sequence[str]) -> None:
-    """`cm-jax words`, up to where the work would begin."""
+def run_command(words: Sequence[str]) -> None:
+    """Run `cm-jax words` up to the point where the work would start."""
     cli.main(words)
 
 
 @contextlib.contextmanager
 def without_work(cache: Path) -> Iterator[None]:
-    """With `Reached` in the places where work begins, and with the folders of caches in `cache`."""
+    """Raise `Reached` where work would start, and keep all caches in `cache`."""
 
     def reached(*_: Any, **__: Any) -> Any:
         raise Reached
@@ -371,7 +381,7 @@ def without_work(cache: Path) -> Iterator[None]:
         return load_inception(weights) if weights else FeatureExtractor(reached, {"x": np.zeros(1)}, "a toy", "none")
 
     def keep(folder: str) -> None:
-        """What use_compilation_cache makes, without leaving it behind in this process."""
+        """use_compilation_cache without changes to the settings of this process."""
         with mock.patch("jax.config.update"):
             real(folder if folder in ("", "off") else str(cache / "named"))
 

@@ -1,4 +1,4 @@
-"""The run: every target in turn, input after input, until the time is over."""
+"""The fuzzing loop: inputs of all targets until the time is over."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from tools.fuzz.watching import Found, inside, watched
 
 @dataclasses.dataclass
 class Tally:
-    """What became of the inputs of one target."""
+    """Outcomes of the inputs of one target."""
 
     outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
     slowest: float = 0.0
@@ -35,7 +35,7 @@ def names() -> list[str]:
 
 
 class Workplace:
-    """Good files, and two working folders: one that each damaged input gets anew, one in which commands are given."""
+    """Valid files and two working folders: one recreated for each damaged file, one for commands."""
 
     def __init__(self, top: Path) -> None:
         self.good, self.work, self.pristine, self.desk, self.cache = (
@@ -46,42 +46,42 @@ class Workplace:
         for name in commands.FILES:
             copy = shutil.copytree if (self.good / name).is_dir() else shutil.copyfile
             copy(self.good / name, self.pristine / name)
-        commands.arrange(self.pristine)
+        commands.add_special_files(self.pristine)
         self.cache.mkdir()
         self._tidy = False
 
     def attempt(self, name: str, seed: int, number: int) -> tuple[Found, str]:
-        """Try input `number` of a target; (what became of it, the input in words)."""
-        dice = random.Random(f"{seed} {name} {number}")
+        """Try input `number` of a target. Returns the outcome and a description of the input."""
+        rng = random.Random(f"{seed} {name} {number}")
         command = next((each for each in commands.COMMANDS if name == f"cm-jax {each.name}"), None)
         if command is not None:
-            return self.obeyed(command.line(dice))
+            return self.run_line(command.line(rng))
         target = next(target for target in readers.READERS if target.name == name)
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        target.prepare(self.good, self.work, dice)
+        target.prepare(self.good, self.work, rng)
         with inside(self.work):
-            return watched(lambda: target.use(self.work, dice), self.work, target.may_write), name
+            return watched(lambda: target.use(self.work, rng), self.work, target.may_write), name
 
-    def obeyed(self, words: Sequence[str]) -> tuple[Found, str]:
+    def run_line(self, words: Sequence[str]) -> tuple[Found, str]:
         """Try a command line."""
         if not self._tidy:
             shutil.rmtree(self.desk, ignore_errors=True)
             shutil.copytree(self.pristine, self.desk, symlinks=True)
         with inside(self.desk), commands.without_work(self.cache):
-            found = watched(lambda: commands.obey(words), self.desk, self._may_write)
+            found = watched(lambda: commands.run_command(words), self.desk, self._may_write)
         self._tidy = found.untouched
         return found, "cm-jax " + " ".join(map(repr, words))[:2000]
 
     def _may_write(self, name: str, outcome: str) -> bool:
-        """A command that was obeyed writes something new; `convert` also replaces .pt and .safetensors files."""
+        """A successful command writes new files; `convert` also replaces .pt and .safetensors files."""
         there = (self.pristine / Path(name).parts[0]).exists()
         return outcome == "used" and (not there or name.endswith((".pt", ".safetensors")))
 
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Workplace]:
-    shapes = functools.lru_cache(maxsize=64)(UNet.shapes)  # of the same few networks, again and again
+    shapes = functools.lru_cache(maxsize=64)(UNet.shapes)  # for a few networks, many times
     with tempfile.TemporaryDirectory(prefix="cm_jax-fuzz-") as folder, mock.patch.object(UNet, "shapes", shapes):
         yield Workplace(Path(folder).resolve())
 
@@ -94,11 +94,11 @@ def run(
     seconds: float = float("inf"),
     each: int | None = None,
     first: int = 0,
-    told: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Tally]:
-    """Try inputs `first`, `first` + 1, ... of every target, until `seconds` are over or each had `each` of them.
+    """Try inputs `first`, `first` + 1, ... of every target for `seconds`, or `each` inputs per target.
 
-    The time is shared out evenly, but that commands, of which there are fewer, get three shares each.
+    Each command gets three times as much time as each reader.
     """
     end = time.monotonic() + seconds
     tallies = {name: Tally() for name in targets}
@@ -112,14 +112,14 @@ def run(
         found, words = place.attempt(name, seed, number[name])
         spent[name] += time.perf_counter() - began
         if found.outcome == "fault":
-            told(f"FAULT: --seed {seed} --targets {name!r} --number {number[name]}: {words}\n{found.why}\n")
+            report(f"FAULT: --seed {seed} --targets {name!r} --number {number[name]}: {words}\n{found.why}\n")
         tallies[name].add(found)
         number[name] += 1
     return tallies
 
 
 def table(tallies: dict[str, Tally]) -> str:
-    """The counts, a row for each target, as Markdown."""
+    """Counts as a Markdown table with one row per target."""
     rows = [("target", "inputs", "used", "refused", "faults", "slowest"), ("---", *("---:",) * 5)]
     total: Counter[str] = Counter()
     for name, tally in tallies.items():

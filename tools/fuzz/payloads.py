@@ -1,4 +1,4 @@
-"""Pickles that would run code: whatever of it runs makes a file called CANARY in the working folder."""
+"""Pickles that would execute code, which creates the file CANARY in the working folder."""
 
 import functools
 import io
@@ -21,7 +21,7 @@ CANARY = "CANARY"
 
 
 class _Calls:
-    """What is pickled as a call of `function`."""
+    """An object that is pickled as a call of `function`."""
 
     def __init__(self, function: Callable, *arguments: Any, state: Any = None) -> None:
         self.call = (function, arguments) if state is None else (function, arguments, state)
@@ -64,7 +64,7 @@ def _calls() -> list[Any]:
 
 
 def pickles() -> list[bytes]:
-    """Each of the calls in every protocol that can say it, and some that are written by hand."""
+    """Each of the calls in every protocol that can express it, and some handwritten pickles."""
     found = [
         f"cposix\nsystem\n(S'touch {CANARY}'\ntR.".encode(),
         f"(S'touch {CANARY}'\niposix\nsystem\n.".encode(),
@@ -87,22 +87,22 @@ def pickles() -> list[bytes]:
         for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
             try:
                 found.append(pickle.dumps(call, protocol))
-            except Exception:  # an old protocol cannot say it
+            except Exception:  # an old protocol cannot express it
                 continue
     return found
 
 
-def injected(content: bytes, dice: random.Random, choices: list[bytes]) -> bytes:
-    """A pickle in the place of a good one, or before its end, where its result is dropped and the good one goes on."""
-    payload = dice.choice(choices)
-    if dice.random() < 0.5 or not content.endswith(b"."):
+def injected(content: bytes, rng: random.Random, choices: list[bytes]) -> bytes:
+    """A payload instead of a valid pickle, or inside it, where its result is dropped and the valid one continues."""
+    payload = rng.choice(choices)
+    if rng.random() < 0.5 or not content.endswith(b"."):
         return payload
     bare = payload[2:] if payload[:1] == b"\x80" else payload
     return content[:-1] + bare[:-1] + b"0."
 
 
 def bomb(folder: str, count: int) -> bytes:
-    """A .pt file of some kilobytes whose one storage unpacks to `count` numbers of 4 bytes, all of them zero."""
+    """A .pt file of some kilobytes with one storage that unpacks to `count` numbers of 4 bytes, all of them zero."""
     instructions = (
         b"\x80\x02ccollections\nOrderedDict\n)RX\x01\x00\x00\x00xctorch._utils\n_rebuild_tensor_v2\n("
         b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"

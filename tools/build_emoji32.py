@@ -2,7 +2,7 @@
 
 EMOJI64.npz holds the 64-pixel images of the npm packages emoji-datasource-google and emoji-datasource-twitter 16.0.0 on
 white: images, labels, label_names, vendor, unified (code points), is_base (no skin tone). The emoji without skin tones
-are halved: the mean of each 2 x 2 pixels of the 8-bit numbers as they are, halves rounded up. An emoji is held out if
+are downsampled: the mean of each 2 x 2 pixels of the 8-bit values, halves rounded up. An emoji is held out if
 the SHA-256 of its code points, as a number, is divisible by 10.
 """
 
@@ -18,7 +18,7 @@ from cm_jax.io.atomic import atomic_write
 DESTINATION = Path(__file__).resolve().parent.parent / "cm_jax" / "assets" / "emoji32.npz"
 
 
-def halved(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n half_h half_w c"]:
+def downsampled(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n half_h half_w c"]:
     """The mean of each 2 x 2 pixels, halves rounded up."""
     x = images.astype(np.uint16)
     total = x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]
@@ -31,10 +31,10 @@ def is_held_out(unified: str) -> bool:
 
 
 def build(source: Path) -> dict[str, np.ndarray]:
-    """The arrays of the bundle, without images that are the same at 32 pixels (there are none)."""
+    """The arrays of the data set, without duplicates at 32 pixels (there are none)."""
     with np.load(source, allow_pickle=False) as file:
         base = file["is_base"]
-        images = halved(file["images"][base])
+        images = downsampled(file["images"][base])
         labels, vendor, unified = file["labels"][base], file["vendor"][base], file["unified"][base]
         names = file["label_names"]
     _, first = np.unique(images.reshape(len(images), -1), axis=0, return_index=True)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a user without a checkout gets: the wheel alone, in an empty environment, without PyTorch and TensorFlow, at work.
+# Test the wheel alone, in an empty environment without PyTorch and TensorFlow.
 #   tools/check_wheel.sh [PYTHON ...]     e.g. python3.11 python3.13; default: python3
-# Builds the wheel, and tries it with every PYTHON: installation, import, sample, train, edit, convert, and what is refused.
-# Needs the package index that pip knows; one to two minutes and 800 MB of $TMPDIR for each, gone afterwards.
+# Builds the wheel and tests it with each PYTHON: installation, import, sample, train, edit, convert, error messages.
+# Needs a package index; takes one to two minutes and 800 MB of $TMPDIR per PYTHON, removed afterwards.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 started="$PWD"
@@ -12,16 +12,16 @@ pythons=("$@")
 [ $# -gt 0 ] || pythons=(python3)
 
 say() { printf '%s\n' "$*"; }
-fail() { say "WRONG: $*" >&2 && exit 1; }
+fail() { say "FAILED: $*" >&2 && exit 1; }
 
-# refused MESSAGE COMMAND...: the command exits with 2 and says the message, without a traceback.
+# refused MESSAGE COMMAND...: the command must exit with 2 and print MESSAGE, without a traceback.
 refused() {
 	local message="$1" said code=0
 	shift
 	said="$("$@" 2>&1)" || code=$?
 	[ "$code" = 2 ] || fail "$* exited with $code: $said"
 	case "$said" in *Traceback*) fail "$* gave a traceback: $said" ;; esac
-	case "$said" in *"$message"*) ;; *) fail "$* said: $said" ;; esac
+	case "$said" in *"$message"*) ;; *) fail "$* printed: $said" ;; esac
 }
 
 "${pythons[0]}" -m venv "$place/builder"
@@ -41,7 +41,7 @@ for python in "${pythons[@]}"; do
 	cd "$started"
 	env="$place/env" work="$place/work"
 	rm -rf "$env" "$work" && mkdir "$work"
-	"$python" -m venv "$env" || fail "$python makes no environment"
+	"$python" -m venv "$env" || fail "$python cannot create an environment"
 	cd "$work"
 	bin="$env/bin"
 	before="$(du -sm "$env" | cut -f1)"
@@ -71,17 +71,17 @@ for python in "${pythons[@]}"; do
 	)"
 	say "$("$bin/cm-jax" --version): $((after - before)) MB installed; import of jax $seconds s (median of 5)."
 
-	"$bin/cm-jax" sample >sample.txt && [ -s samples.png ] || fail "sample drew nothing"
+	"$bin/cm-jax" sample >sample.txt && [ -s samples.png ] || fail "sample wrote no image"
 	"$bin/cm-jax" train emoji32-edm --images 160 "${small[@]}" >train.txt
 	grep -q "^Finished: 20 batches" train.txt || fail "train did not finish: $(tail -n 1 train.txt)"
 	"$bin/cm-jax" sample runs/emoji32-edm --steps 2 --output run.png >>sample.txt
 	"$bin/cm-jax" edit colourise "$root/docs/images/emoji/cat.png" --labels 2 >edit.txt && [ -s edited.png ] || fail "edit"
-	"$bin/cm-jax" convert emoji16_cd ours >convert.txt
-	"$bin/cm-jax" convert ours diffusers --to diffusers >>convert.txt
+	"$bin/cm-jax" convert emoji16_cd native >convert.txt
+	"$bin/cm-jax" convert native diffusers --to diffusers >>convert.txt
 	"$bin/cm-jax" sample emoji16_cd --output known.png >>sample.txt
-	for model in ours diffusers; do
+	for model in native diffusers; do
 		"$bin/cm-jax" sample "$model" --output "$model.png" >>sample.txt
-		cmp -s known.png "$model.png" || fail "$model draws other images"
+		cmp -s known.png "$model.png" || fail "$model samples other images"
 	done
 	refused "torch is not installed" "$bin/cm-jax" convert emoji16_cd other --check
 	refused "CM_JAX_INCEPTION is not set" "$bin/cm-jax" evaluate emoji16_cd emoji --count 10
@@ -90,5 +90,5 @@ for python in "${pythons[@]}"; do
 	for command in sample edit convert train evaluate tune demo; do
 		"$bin/cm-jax" "$command" --help >/dev/null || fail "$command --help"
 	done
-	say "sample, train 20 steps, edit, convert there and on: done. What is missing is refused in a line."
+	say "sample, train (20 steps), edit, convert: passed. Commands with missing dependencies fail with one message."
 done

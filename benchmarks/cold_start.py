@@ -1,7 +1,7 @@
-"""A program that draws one image: python cold_start.py CHECKPOINT PRECISION IMAGE.png FOLDER
+"""Sample one image in a new process: python -m benchmarks.cold_start CHECKPOINT PRECISION IMAGE.png CACHE
 
-`gpu` times it from its start to its end. It does what `python sample.py --count 1` does, without the command line, for
-machines that lack tyro. FOLDER is where compiled programs are kept.
+`benchmarks.gpu` times this program. It does the work of `python sample.py --count 1` without the command line, for
+machines without tyro. CACHE is the folder of compiled programs.
 """
 
 import sys
@@ -13,8 +13,8 @@ from cm_jax import load
 from cm_jax.io.images import grid, quantize, save_grid
 
 
-def main(checkpoint: str, precision: str, image: str, folder: str) -> None:
-    jax.config.update("jax_compilation_cache_dir", folder)
+def main(checkpoint: str, precision: str, image: str, cache: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model = load(checkpoint, precision=precision)  # type: ignore[arg-type]
     save_grid(Path(image), grid(quantize(model.sample(0, 1)), 1))

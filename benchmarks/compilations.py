@@ -1,11 +1,10 @@
-"""Programs that a command compiles, and what that takes: python -m benchmarks.compilations
+"""Number of programs that a command compiles, and compilation time: python -m benchmarks.compilations
 
-Each command runs in a process of its own, first with an empty folder for compiled programs, then with what the first
-run left there. Counted are JAX's own events: every program that is traced and lowered, and the seconds of each stage;
-with programs at hand the last is that of reading them. The kernels for CPUs are compiled beforehand, and timed apart.
+Each command runs twice in its own process: with an empty compilation cache and with the cache of the first run. Counts
+and times come from JAX's monitoring events. With a warm cache, "compiling" is the time to load the programs. The CPU
+kernels are compiled first and timed separately.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -14,36 +13,37 @@ import tempfile
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.common import ROOT, header, load_average, parser, row
+
 COMMANDS = {
     "sample, 64 images in one step": ["sample", "--count", "64"],
-    "sample, two steps": ["sample", "--count", "64", "--steps", "2"],
+    "sample, 64 images in two steps": ["sample", "--count", "64", "--steps", "2"],
     "train emoji32-edm, 2 steps": [
         *["train", "emoji32-edm", "--images", "128", "--batch-size", "64", "--sample-every", "1000"],
         *["--network.channel-mult", "1", "2", "4", "--network.base-channels", "32", "--network.blocks-per-level", "1"],
     ],
 }
 
-COUNTING = """
+COUNTER = """
 import collections, sys
 import jax
-found = collections.defaultdict(list)
-jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: found[event].append(seconds))
+durations = collections.defaultdict(list)
+jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: durations[event].append(seconds))
 from cm_jax.cli import main
 try:
     main(sys.argv[1:])
 finally:
-    stages = [found[f"/jax/core/compile/{name}_duration"] for name in (
+    stages = [durations[f"/jax/core/compile/{name}_duration"] for name in (
         "jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")]
     print("COUNTED", len(stages[2]), *map(sum, stages), file=sys.stderr)
 """
 
 
-def counted(command: list[str], folder: Path) -> list[str]:
-    """Number of programs, and seconds of tracing, lowering and compiling."""
+def compile_counts(command: list[str], folder: Path) -> list[str]:
+    """Number of programs; seconds of tracing, lowering and compiling."""
     out = ["--run", str(folder / "run")] if command[0] == "train" else ["--output", str(folder / "images.npz")]
-    words = [sys.executable, "-c", COUNTING, *command, *out, "--compilation-cache", str(folder / "compiled")]
-    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+    words = [sys.executable, "-c", COUNTER, *command, *out, "--compilation-cache", str(folder / "compiled")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     lines = [line.split() for line in done.stderr.splitlines() if line.startswith("COUNTED")]
     if done.returncode or not lines:
         sys.exit(done.stderr[-2000:])
@@ -53,25 +53,23 @@ def counted(command: list[str], folder: Path) -> list[str]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
-        own = {**os.environ, "XDG_CACHE_HOME": name}
-        begun = time.perf_counter()
+        environment = {**os.environ, "XDG_CACHE_HOME": name}
+        began = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import jax"], check=True)
-        started = time.perf_counter()
-        script = "from cm_jax import native; print(native.available())"
-        subprocess.run([sys.executable, "-c", script], check=True, env=own, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-        print(f"Kernels for CPUs: {time.perf_counter() - started - (started - begun):.1f} s, once a machine.\n")
-    print(
-        "| command | compiled programs | programs | tracing s | lowering s | compiling s |\n|---|---|---|---|---|---|"
-    )
-    for row, command in COMMANDS.items():
-        with tempfile.TemporaryDirectory() as name:
-            for cache in ("none", "at hand"):
-                count, *seconds = counted(command, Path(name))
-                rounded = " | ".join(f"{float(each):.2f}" for each in seconds)
-                print(f"| {row} | {cache} | {count} | {rounded} |", flush=True)
-    print(f"\nLoad average {os.getloadavg()[0]:.1f}; this program's own work counts in it.")
+        import_seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        script = "from cm_jax import kernels; print(kernels.available())"
+        subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+        print(f"CPU kernels: {time.perf_counter() - began - import_seconds:.1f} s, once per machine.\n")
+    print(header("Command", "Cache", "Programs", "Tracing s", "Lowering s", "Compiling s"))
+    for name, command in COMMANDS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for cache in ("empty", "warm"):
+                count, *seconds = compile_counts(command, Path(folder))
+                print(row(name, cache, count, *(f"{float(each):.2f}" for each in seconds)), flush=True)
+    print(f"\n{load_average()}")
 
 
 if __name__ == "__main__":

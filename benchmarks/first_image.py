@@ -1,11 +1,9 @@
-"""Time from starting the program to the first image on disk: python -m benchmarks.first_image
+"""Time from process start to the first image on disk: python -m benchmarks.first_image
 
-Every run is a process of its own, `python sample.py --count 1`, which draws from the bundled model: once with an empty
-folder for compiled programs, and once more with what the first run left there. Exits with 1 if that exceeds the bound.
+Each run is a new process of `python sample.py --count 1` with the bundled model: one with an empty compilation cache,
+then one with the cache of the first. Exits with 1 if the median with a warm cache exceeds 10 s.
 """
 
-import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -13,16 +11,17 @@ import tempfile
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.common import ROOT, header, load_average, parser, row
+
 BOUND = 10.0
-"""Seconds allowed for the median with compiled programs at hand, on a CPU."""
+"""Seconds allowed for the median with a warm compilation cache on CPU."""
 
 
-def seconds(folder: Path, output: Path) -> float:
-    """One run, with compiled programs kept in `folder`."""
-    command = [sys.executable, "sample.py", "--count", "1", "--output", str(output), "--compilation-cache", str(folder)]
+def seconds(cache: Path, output: Path) -> float:
+    """Duration of one process."""
+    command = [sys.executable, "sample.py", "--count", "1", "--output", str(output), "--compilation-cache", str(cache)]
     began = time.perf_counter()
-    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     elapsed = time.perf_counter() - began
     assert output.is_file()
     output.unlink()
@@ -30,21 +29,21 @@ def seconds(folder: Path, output: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=5, help="Number of processes per row.")
+    repeats = options.parse_args().repeats
     times: dict[str, list[float]] = {"empty": [], "warm": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             for cache, measured in times.items():
                 measured.append(seconds(Path(folder) / "compiled", Path(folder) / "image.png"))
                 print(f"{cache}: {measured[-1]:.1f} s", flush=True)
-    print(f"\nLoad average of the last minutes: {', '.join(f'{load:.1f}' for load in os.getloadavg())}.\n")
-    print("| compiled programs | median s | fastest s | slowest s |\n|---|---|---|---|")
+    print(f"\n{load_average()}\n")
+    print(header("Compilation cache", "Median s", "Fastest s", "Slowest s"))
     for cache, measured in times.items():
-        print(f"| {cache} | {statistics.median(measured):.1f} | {min(measured):.1f} | {max(measured):.1f} |")
+        print(row(cache, *(f"{value:.1f}" for value in (statistics.median(measured), min(measured), max(measured)))))
     passed = statistics.median(times["warm"]) <= BOUND
-    print(f"\nBound for warm: {BOUND:g} s: {'PASS' if passed else 'FAIL'}")
+    print(f"\nBound for the warm cache: {BOUND:g} s: {'PASS' if passed else 'FAIL'}")
     sys.exit(not passed)
 
 

@@ -1,4 +1,4 @@
-"""What devices send each other, read off a compiled program."""
+"""Communication between devices, parsed from a compiled program."""
 
 import re
 
@@ -8,7 +8,7 @@ _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|col
 
 
 def collectives(program: str) -> list[tuple[str, int]]:
-    """(kind, bytes) of every collective in the text of a compiled program."""
+    """(kind, bytes) of each collective operation in the text of a compiled program."""
     found = []
     for shapes, kind in re.findall(rf"= (.*?) ({_KINDS})(?:-start)?\(", program):
         arrays = [

@@ -1,9 +1,8 @@
-"""Gradients of convolutions inside a loop and outside, on this machine: python -m benchmarks.loop_gradients
+"""Time of convolution gradients inside and outside `lax.scan`: python -m benchmarks.loop_gradients
 
-Why `Parallelism.scan` writes loops out on CPUs.
+XLA on CPU is far slower inside a loop, so `Parallelism.scan` unrolls loops on CPU.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from benchmarks.common import header, parser, row
 
 REPEATS = 7
 
@@ -30,12 +31,12 @@ def step(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return kernel - jax.grad(lambda k: jnp.square(convolution(jax.nn.silu(convolution(x, k)), k)).mean())(kernel)
 
 
-def looped(once: Callable[..., jax.Array]) -> Callable[..., Any]:
-    return lambda kernel, x: jax.lax.scan(lambda k, _: (once(k, x), None), kernel, None, length=1)[0]
+def looped(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    return lambda kernel, x: jax.lax.scan(lambda k, _: (function(k, x), None), kernel, None, length=1)[0]
 
 
 def milliseconds(function: Callable[..., Any], *inputs: jax.Array) -> float:
-    """The median of `REPEATS` calls after the first."""
+    """Median duration of `REPEATS` calls after the first."""
     compiled = jax.jit(function)
     jax.block_until_ready(compiled(*inputs))
     spent = []
@@ -47,17 +48,15 @@ def milliseconds(function: Callable[..., Any], *inputs: jax.Array) -> float:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser(__doc__).parse_args()
     x = jax.random.normal(jax.random.key(0), (16, 32, 32, 32))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 32, 32))
-    print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}; two 3x3 convolutions, 16 images of 32x32x32, float32\n"
-    )
-    print("| | ms outside a loop | ms inside | ratio |")
-    print("|---|---|---|---|")
-    for name, once in (("forward", forward), ("gradient step", step)):
-        outside, inside = milliseconds(once, kernel, x), milliseconds(looped(once), kernel, x)
-        print(f"| {name} | {outside:.1f} | {inside:.1f} | {inside / outside:.1f} |")
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {device}; two 3x3 convolutions, 16 images of 32x32x32, float32\n")
+    print(header("Function", "Outside a loop, ms", "Inside, ms", "Ratio"))
+    for name, function in (("forward", forward), ("gradient step", step)):
+        outside, inside = milliseconds(function, kernel, x), milliseconds(looped(function), kernel, x)
+        print(row(name, f"{outside:.1f}", f"{inside:.1f}", f"{inside / outside:.1f}"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a function multiplies, read off its trace: the same on every backend, and nothing is compiled or run."""
+"""Operation count of a function from its trace: independent of the backend, without compiling or running it."""
 
 import collections
 import math
@@ -12,16 +12,16 @@ from cm_jax import kernels
 
 
 def products(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
-    """Operations (a multiplication and an addition are two) of all convolutions and matrix products, by the precision
-    of what is multiplied. Multiplications with padding are not counted, as XLA does not count them.
+    """Operations of all convolutions and matrix products, by the dtype of the operands.
 
-    XLA's own count of a lowered program is not to be had on GPUs. A kernel of cuDNN is not seen: trace plain attention.
+    A multiply-add counts as two operations. Multiplications with padding do not count, as in XLA's own count, which is
+    not available on GPU. cuDNN attention is not counted: trace plain attention.
     """
     found: dict[str, float] = collections.defaultdict(float)
     with kernels.off():
         trace = jax.make_jaxpr(function)(*arguments)
-    for precision, operations in _walk(trace.jaxpr):
-        found[precision] += operations
+    for dtype, operations in _walk(trace.jaxpr):
+        found[dtype] += operations
     return dict(found)
 
 
@@ -31,17 +31,17 @@ def _walk(jaxpr: Any) -> Iterator[tuple[str, float]]:
         if name == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            yield _precision(equation), 2.0 * equation.outvars[0].aval.size * depth
+            yield _dtype(equation), 2.0 * equation.outvars[0].aval.size * depth
         elif name == "conv_general_dilated":
-            yield _precision(equation), _convolution(equation)
+            yield _dtype(equation), _convolution(equation)
         times = parameters["length"] if name == "scan" else 1
         for inner in _inner(parameters.values()):
-            for precision, operations in _walk(inner):
-                yield precision, times * operations
+            for dtype, operations in _walk(inner):
+                yield dtype, times * operations
 
 
 def _inner(values: Any) -> Iterator[Any]:
-    """The programs among an operation's parameters."""
+    """Jaxprs among the parameters of an equation."""
     for value in values:
         if hasattr(value, "eqns"):
             yield value
@@ -49,7 +49,7 @@ def _inner(values: Any) -> Iterator[Any]:
             yield from _inner(value)
 
 
-def _precision(equation: Any) -> str:
+def _dtype(equation: Any) -> str:
     return str(np.dtype(equation.invars[0].aval.dtype))
 
 
@@ -71,8 +71,8 @@ def _convolution(equation: Any) -> float:
         outputs, taps = (
             np.arange(shape[spec[2 + axis]]) for shape, spec in ((result, numbers.out_spec), (kernel, numbers.rhs_spec))
         )
-        places = outputs[:, None] * stride + taps * kernel_dilation - before
+        positions = outputs[:, None] * stride + taps * kernel_dilation - before
         last = (image[numbers.lhs_spec[2 + axis]] - 1) * dilation
-        pairs *= int(((places >= 0) & (places <= last) & (places % dilation == 0)).sum())
-    batch, features = (result[numbers.out_spec[place]] for place in (0, 1))
+        pairs *= int(((positions >= 0) & (positions <= last) & (positions % dilation == 0)).sum())
+    batch, features = (result[numbers.out_spec[axis]] for axis in (0, 1))
     return 2.0 * pairs * batch * features * kernel[numbers.rhs_spec[1]]

@@ -1,4 +1,4 @@
-"""Parameters in which every layer counts, for networks that nobody trained."""
+"""Random parameters for networks without trained weights."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from cm_jax.types import Params
 
 
 def random_params(network: ADMUNet | SongUNet, seed: int = 0) -> Params:
-    """Seeded float32 arrays: kernels that keep the variance, scales near one, no layer at zero."""
+    """Seeded float32 parameters: variance-preserving kernels, scales near 1, no layer at zero."""
     rng = np.random.default_rng(seed)
 
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:

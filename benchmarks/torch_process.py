@@ -1,7 +1,8 @@
-"""A PyTorch program that draws in one step: python torch_process.py NETWORK.pt INPUTS.npz OUTPUT.npz
+"""Sample in one step with PyTorch: python torch_process.py NETWORK.pt INPUTS.npz OUTPUT.npz
 
-It imports PyTorch and NumPy alone; whole_process times it from its start to its end. NETWORK.pt is the consistency
-function in TorchScript, so that no time goes to building layers; INPUTS.npz has `noise` (normals, NHWC) and `labels`.
+Imports only PyTorch and NumPy; `benchmarks.whole_process` times the whole process. NETWORK.pt is the consistency
+function in TorchScript, so that no time is spent on building layers. INPUTS.npz holds `noise` (standard normal, NHWC)
+and `labels`.
 """
 
 import sys
@@ -11,11 +12,11 @@ import torch
 
 
 def main(network: str, inputs: str, output: str) -> None:
-    given = np.load(inputs)
+    arrays = np.load(inputs)
     function = torch.jit.load(network)
     with torch.inference_mode():
-        noise = torch.from_numpy(given["noise"]).permute(0, 3, 1, 2).contiguous()
-        images = function(noise, torch.from_numpy(given["labels"])).clamp(-1, 1)
+        noise = torch.from_numpy(arrays["noise"]).permute(0, 3, 1, 2).contiguous()
+        images = function(noise, torch.from_numpy(arrays["labels"])).clamp(-1, 1)
         pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     np.savez(output, pixels.numpy())
 

@@ -1,11 +1,10 @@
-"""One-step images by a whole process, start-up included, ours beside PyTorch's: python -m benchmarks.whole_process
+"""Time of one-step sampling as a whole process, compared with PyTorch: python -m benchmarks.whole_process
 
-Ours is `python sample.py --count 64` with compiled programs at hand, PyTorch's the program in torch_process.py, which
-has the network ready in TorchScript, labels and noise. Both draw from the bundled model, in turn, and write 8-bit
-images into an .npz file; the program ends with status 1 where these are more than one level apart.
+Compares `python sample.py --count 64` with a warm compilation cache with torch_process.py, which loads its network
+from TorchScript and has noise and labels prepared. Both use the bundled model and write 8-bit images into an .npz file.
+Processes alternate. Exits with 1 if pixels differ by more than 1 of 255.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -19,16 +18,16 @@ import jax
 import numpy as np
 import torch
 
+from benchmarks.common import ROOT, header, load_average, parser, row
 from benchmarks.torch_unet import OneStep
 from cm_jax import load
 from cm_jax.samplers.generation import image_keys, noise_from
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SEED = 0
 
 
 def prepare(count: int, folder: Path) -> tuple[Path, Path]:
-    """PyTorch's network and its inputs, which are those that `sample.py` will draw."""
+    """Write the PyTorch network and the noise and labels that `sample.py` uses; returns both paths."""
     model, key = load(), jax.random.key(SEED)
     noise = np.asarray(noise_from(image_keys(key, np.arange(count)), model.config.network.image_shape)(0))
     labels = np.asarray(model.draw_labels(key, count), np.int64)
@@ -44,41 +43,42 @@ def prepare(count: int, folder: Path) -> tuple[Path, Path]:
 
 def seconds(command: list[str]) -> float:
     began = time.perf_counter()
-    subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
-    asked = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--count", type=int, default=64, help="Number of images.")
+    options.add_argument("--repeats", type=int, default=7, help="Number of timed processes per row.")
+    args = options.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        network, inputs = prepare(asked.count, folder)
-        ours, theirs = folder / "ours.npz", folder / "theirs.npz"
-        cache = ["--compilation-cache", str(folder / "compiled")]
+        network, inputs = prepare(args.count, folder)
+        outputs = {"cm_jax": folder / "cm_jax.npz", "PyTorch": folder / "torch.npz"}
+        sample = ["sample.py", "--count", str(args.count), "--seed", str(SEED), "--output", str(outputs["cm_jax"])]
         commands = {
-            "ours": ["sample.py", "--count", str(asked.count), "--seed", str(SEED), "--output", str(ours), *cache],
-            "PyTorch": ["benchmarks/torch_process.py", str(network), str(inputs), str(theirs)],
+            "cm_jax": [*sample, "--compilation-cache", str(folder / "compiled")],
+            "PyTorch": ["benchmarks/torch_process.py", str(network), str(inputs), str(outputs["PyTorch"])],
         }
         for command in commands.values():
-            seconds(command)  # compiles, and brings files into memory
-        apart = np.abs(np.load(ours)["arr_0"].astype(int) - np.load(theirs)["arr_0"]).max()
-        times: dict[str, list[float]] = {row: [] for row in commands}
-        for _ in range(asked.repeats):
-            ours.unlink()  # sample.py writes over nothing
-            for row, command in commands.items():
-                times[row].append(seconds(command))
-    print(f"{os.cpu_count()} cores; jax {jax.__version__}, torch {torch.__version__}; {asked.count} images.")
-    print("| process | median s | fastest s | ratio of medians |\n|---|---|---|---|")
-    best = statistics.median(times["PyTorch"])
-    for row, measured in times.items():
+            seconds(command)  # compiles, and loads files into the page cache
+        images = [np.load(path)["arr_0"].astype(int) for path in outputs.values()]
+        difference = np.abs(images[0] - images[1]).max()
+        times: dict[str, list[float]] = {process: [] for process in commands}
+        for _ in range(args.repeats):
+            outputs["cm_jax"].unlink()  # sample.py does not overwrite files
+            for process, command in commands.items():
+                times[process].append(seconds(command))
+    print(f"{os.cpu_count()} cores; jax {jax.__version__}, torch {torch.__version__}; {args.count} images.")
+    print(header("Process", "Median s", "Fastest s", "Time / PyTorch"))
+    reference = statistics.median(times["PyTorch"])
+    for process, measured in times.items():
         median = statistics.median(measured)
-        print(f"| {row} | {median:.2f} | {min(measured):.2f} | {median / best:.2f} |")
-    print(f"Load average {os.getloadavg()[0]:.1f}. Largest difference: {apart} of 255 levels.")
-    if apart > 1:
-        sys.exit("The images differ: the times are not of the same work.")
+        print(row(process, f"{median:.2f}", f"{min(measured):.2f}", f"{median / reference:.2f}"))
+    print(f"{load_average()} Largest difference: {difference} of 255.")
+    if difference > 1:
+        sys.exit(f"Expected images that differ by at most 1 of 255, got {difference}: the times are not comparable.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Convolutions for CPUs in C++, compiled on this machine at first use: XLA's own are the slow part of a network there.
+"""float32 CPU kernels in C++ as JAX primitives, compiled on first use with the machine's C++ compiler.
 
-`convolve` is the 3x3 convolution in float32 as a JAX primitive: it differentiates in both modes to any order, and maps.
-Where there is no C++ compiler, or the environment says CM_JAX_KERNELS=off, `available()` is False, and networks take
-XLA's convolutions.
+They differentiate in both modes to any order and support vmap. Without a compiler, or with CM_JAX_KERNELS=off in the
+environment, `available()` is False and networks use XLA.
 """
 
 from cm_jax.kernels.building import available, off, suits

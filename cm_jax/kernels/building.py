@@ -1,4 +1,4 @@
-"""The C++ sources compiled for this machine's processor, kept in the user's cache folder, and known to XLA."""
+"""Compiles the C++ sources for this machine's processor into the user's cache folder and registers them with XLA."""
 
 import concurrent.futures
 import contextlib
@@ -30,11 +30,11 @@ TARGETS = (
     "cm_jax_norm_gradient",
     "cm_jax_product_gradient",
 )
-"""The functions that XLA calls."""
+"""Functions that XLA calls."""
 
 _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC")
-_PATIENCE = 300
-"""Seconds that a compiler may take; it needs one to three for each source."""
+_TIMEOUT = 300
+"""Seconds allowed per compiler call; usually one to three."""
 _switched_off = jax.make_user_context(False)
 _temporary: list[tempfile.TemporaryDirectory[str]] = []
 _log = logging.getLogger(__name__)
@@ -42,9 +42,10 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def available() -> bool:
-    """Whether the functions can be called: the first call compiles them (seconds) where that was not done before.
+    """Whether the kernels can be used. The first call on a machine compiles them, which takes seconds.
 
-    False without a C++ compiler ($CXX, c++, g++ or clang++), where it fails, and with CM_JAX_KERNELS=off.
+    False without a C++ compiler ($CXX, c++, g++ or clang++), if compilation fails, on Windows, and with
+    CM_JAX_KERNELS=off.
     """
     if os.environ.get("CM_JAX_KERNELS", "").lower() in ("off", "0") or sys.platform == "win32":
         return False
@@ -53,26 +54,26 @@ def available() -> bool:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(_library(), target)), platform="cpu")
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
-        _log.warning("Convolutions are XLA's, which are slower: ours could not be compiled. %s", str(reason)[-500:])
+        _log.warning("The CPU kernels could not be compiled; using XLA, which is slower. %s", str(reason)[-500:])
         return False
     return True
 
 
 @functools.cache
 def lanes() -> int:
-    """What numbers of channels must be multiples of."""
+    """Vector width: numbers of channels must be multiples of it."""
     return int(_library().cm_jax_lanes())
 
 
 def off() -> contextlib.AbstractContextManager[None]:
-    """A context in which XLA's forms are taken: what is called there is traced and compiled apart."""
+    """A context manager that turns the kernels off: functions called in it are traced with XLA operations."""
     return _switched_off(True)
 
 
 def suits(x: Array, channels: int | None = None) -> bool:
-    """Whether the functions take such images, and are to be preferred: float32 on a CPU, in whole vectors of channels.
+    """Whether the kernels support x: non-empty float32 on a CPU with channels in multiples of `lanes()`.
 
-    channels: of the output, where it has others.
+    channels: number of output channels if it differs from that of x.
     """
     return (
         x.dtype == jnp.float32
@@ -87,7 +88,7 @@ def suits(x: Array, channels: int | None = None) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The compiled library. Raises OSError where there is no compiler, SubprocessError where it fails."""
+    """The compiled library. Raises OSError without a compiler, SubprocessError if compilation fails."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise FileNotFoundError("There is no C++ compiler (c++, g++ or clang++).")
@@ -99,14 +100,14 @@ def _library() -> ctypes.CDLL:
         _processor(),
     )
     name = f"kernels-{_digest(repr(identity).encode())[:20]}.so"
-    place = _folder() / name
-    if not _whole(place):
-        _compile(compiler, place)
-    return ctypes.CDLL(str(place))
+    path = _folder() / name
+    if not _intact(path):
+        _compile(compiler, path)
+    return ctypes.CDLL(str(path))
 
 
 def _folder() -> Path:
-    """In the user's cache; where that cannot be written to, a new one, until the process ends."""
+    """A folder in the user's cache, or a temporary one if that is not writable."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm_jax" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,35 +115,35 @@ def _folder() -> Path:
             return folder
     except (OSError, RuntimeError):
         pass
-    _temporary.append(tempfile.TemporaryDirectory(prefix="cm_jax_native_", ignore_cleanup_errors=True))
+    _temporary.append(tempfile.TemporaryDirectory(prefix="cm_jax_kernels_", ignore_cleanup_errors=True))
     return Path(_temporary[-1].name)
 
 
-def _compile(compiler: str, place: Path) -> None:
-    """Beside its place, then renamed: processes that begin together do not see each other's halves."""
-    with tempfile.TemporaryDirectory(dir=place.parent) as beside:
+def _compile(compiler: str, path: Path) -> None:
+    """Compile into a temporary folder, then rename, so that concurrent processes never load a partial library."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as workspace:
 
-        def run(*words: str) -> None:
-            command = [*compiler.split(), *_FLAGS, *words]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)
+        def run(*arguments: str) -> None:
+            command = [*compiler.split(), *_FLAGS, *arguments]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
 
-        objects = {source: str(Path(beside) / f"{source.stem}.o") for source in SOURCES}
+        objects = {source: str(Path(workspace) / f"{source.stem}.o") for source in SOURCES}
         headers = ("-isystem", jax.ffi.include_dir())
         with concurrent.futures.ThreadPoolExecutor() as pool:
             list(pool.map(lambda source: run("-c", *headers, str(source), "-o", objects[source]), SOURCES))
-        made = Path(beside) / place.name
-        run("-shared", *objects.values(), "-o", str(made))
-        _checksum(place).write_text(_digest(made.read_bytes()))
-        made.replace(place)
+        library = Path(workspace) / path.name
+        run("-shared", *objects.values(), "-o", str(library))
+        _checksum(path).write_text(_digest(library.read_bytes()))
+        library.replace(path)
 
 
-def _whole(place: Path) -> bool:
-    """Whether the library is there as it was made: a process that calls a damaged one is ended by the system."""
-    return _checksum(place).exists() and place.exists() and _checksum(place).read_text() == _digest(place.read_bytes())
+def _intact(path: Path) -> bool:
+    """Whether the library exists and matches its checksum: a damaged one would crash the process."""
+    return _checksum(path).exists() and path.exists() and _checksum(path).read_text() == _digest(path.read_bytes())
 
 
-def _checksum(place: Path) -> Path:
-    return place.with_suffix(".sha256")
+def _checksum(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 def _digest(data: bytes) -> str:
@@ -150,9 +151,9 @@ def _digest(data: bytes) -> str:
 
 
 def _processor() -> str:
-    """What tells processors apart for which a compiler makes different programs: a cache may be shared by machines."""
-    described = Path("/proc/cpuinfo")
-    if not described.exists():
+    """Processor model and features, so that machines with different processors can share a cache folder."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
         return platform.processor() + platform.machine()
-    first = described.read_text().split("\n\n")[0].splitlines()
+    first = cpuinfo.read_text().split("\n\n")[0].splitlines()
     return "\n".join(line for line in first if line.split("\t")[0] in ("model name", "flags", "Features", "CPU part"))

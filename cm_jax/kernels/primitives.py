@@ -1,4 +1,4 @@
-"""Functions of the library as JAX primitives that differentiate in both modes."""
+"""C++ functions as JAX primitives that differentiate in both modes."""
 
 import functools
 from collections.abc import Callable
@@ -17,15 +17,15 @@ Function = Callable[..., Any]
 
 
 def primitive(name: str, plain: Function, shapes: Function, *, several: bool = False) -> Primitive:
-    """A primitive that is a call into the library on one CPU, and what XLA makes of `plain` elsewhere.
+    """A primitive that calls C++ function `name` on one CPU device and lowers `plain` elsewhere.
 
-    shapes: that of the result, from the arguments and settings. several: there is a list of results, and of shapes.
+    shapes: function from arguments and settings to the shape of the result (with `several`, a list of shapes).
     """
-    made = Primitive(name)
-    made.multiple_results = several
-    made.def_impl(lambda *args, **settings: jax.jit(functools.partial(made.bind, **settings))(*args))
+    result = Primitive(name)
+    result.multiple_results = several
+    result.def_impl(lambda *args, **settings: jax.jit(functools.partial(result.bind, **settings))(*args))
 
-    @made.def_abstract_eval
+    @result.def_abstract_eval
     def _(*args: Any, **settings: Any) -> Any:
         found = shapes(*args, **settings)
         return [args[0].update(shape=shape) for shape in found] if several else args[0].update(shape=found)
@@ -33,31 +33,31 @@ def primitive(name: str, plain: Function, shapes: Function, *, several: bool = F
     by_xla = mlir.lower_fun(plain, multiple_results=several)
 
     def lower(context: mlir.LoweringRuleContext, *args: Any, **settings: Any) -> Any:
-        # A program that XLA divides among devices by itself cannot divide a call.
-        divided = getattr(context.module_context.axis_context, "num_devices", 1) > 1
-        if divided or name not in building.TARGETS or not building.available():
+        # XLA cannot partition a custom call over devices.
+        partitioned = getattr(context.module_context.axis_context, "num_devices", 1) > 1
+        if partitioned or name not in building.TARGETS or not building.available():
             return by_xla(context, *args, **settings)
         attributes = {key: np.float32(value) if isinstance(value, float) else value for key, value in settings.items()}
         return jax.ffi.ffi_lowering(name)(context, *args, **attributes)
 
-    mlir.register_lowering(made, by_xla)
-    mlir.register_lowering(made, lower, platform="cpu")
-    return made
+    mlir.register_lowering(result, by_xla)
+    mlir.register_lowering(result, lower, platform="cpu")
+    return result
 
 
 def differentiable(name: str, plain: Function, shape: Function) -> Function:
-    """`plain(*arrays, **settings)`, an array, by the library's functions `name` and `name`_gradient; `shape`, of it.
+    """`plain(*arrays, **settings) -> array` computed by the C++ functions `name` and `name`_gradient.
 
-    The second takes the arrays and the result's gradient, and gives theirs. Of forward mode, and of second derivatives,
-    only the first function is the library's; the rest is what XLA makes of `plain`. All arrays are mapped by their
-    first axis, and images there do not mix.
+    shape: function from arguments and settings to the shape of the result. `name`_gradient maps the arrays and the
+    result's cotangent to the arrays' cotangents. Forward mode and second derivatives use XLA's form of `plain`, apart
+    from the primal value. All arrays have the batch as first axis, along which `plain` is independent.
     """
 
-    def pulled_back(*args: Array, **settings: Any) -> list[Array]:
+    def vjp_of_plain(*args: Array, **settings: Any) -> list[Array]:
         *arrays, seen = args
         return list(jax.vjp(functools.partial(plain, **settings), *arrays)[1](seen))
 
-    def pushed_forward(*args: Array, **settings: Any) -> Array:
+    def tangent_of_plain(*args: Array, **settings: Any) -> Array:
         half = len(args) // 2
         return jax.jvp(functools.partial(plain, **settings), args[:half], args[half:])[1]
 
@@ -68,12 +68,12 @@ def differentiable(name: str, plain: Function, shape: Function) -> Function:
         return [arg.shape for arg in args[:-1]]
 
     function = primitive(name, plain, shape)
-    tangent = primitive(f"{name}_tangent", pushed_forward, half_shape)
-    gradient = primitive(f"{name}_gradient", pulled_back, shapes, several=True)
+    tangent = primitive(f"{name}_tangent", tangent_of_plain, half_shape)
+    gradient = primitive(f"{name}_gradient", vjp_of_plain, shapes, several=True)
 
     def jvp(primals: Any, tangents: Any, **settings: Any) -> Any:
-        ema_update = map(ad.instantiate_zeros, tangents)
-        return function.bind(*primals, **settings), tangent.bind(*primals, *ema_update, **settings)
+        filled = map(ad.instantiate_zeros, tangents)
+        return function.bind(*primals, **settings), tangent.bind(*primals, *filled, **settings)
 
     def transposed(seen: Any, *args: Any, **settings: Any) -> Any:
         half = len(args) // 2
@@ -83,35 +83,35 @@ def differentiable(name: str, plain: Function, shape: Function) -> Function:
 
     ad.primitive_jvps[function] = jvp
     ad.primitive_transposes[tangent] = transposed
-    for other, by_jax in ((tangent, pushed_forward), (gradient, pulled_back)):
+    for other, by_jax in ((tangent, tangent_of_plain), (gradient, vjp_of_plain)):
         ad.primitive_jvps[other] = functools.partial(_jvp_of_plain, by_jax)
     for each in (function, tangent, gradient):
-        batching.primitive_batchers[each] = functools.partial(_folded, each)
+        batching.primitive_batchers[each] = functools.partial(_map_batch, each)
     return function.bind
 
 
 def _jvp_of_plain(plain: Function, primals: Any, tangents: Any, **settings: Any) -> Any:
-    ema_update = tuple(map(ad.instantiate_zeros, tangents))
-    return jax.jvp(functools.partial(plain, **settings), tuple(primals), ema_update)
+    filled = tuple(map(ad.instantiate_zeros, tangents))
+    return jax.jvp(functools.partial(plain, **settings), tuple(primals), filled)
 
 
-def _folded(made: Primitive, args: Any, axes: Any, **settings: Any) -> Any:
-    """The mapped axis goes into the first one."""
+def _map_batch(primitive_: Primitive, args: Any, axes: Any, **settings: Any) -> Any:
+    """vmap rule: the mapped axis joins the batch axis."""
     size = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
     whole = [
         jnp.broadcast_to(arg, (size, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0)
         for arg, axis in zip(args, axes, strict=True)
     ]
-    found = made.bind(*[arg.reshape(-1, *arg.shape[2:]) for arg in whole], **settings)
-    apart = [each.reshape(size, -1, *each.shape[1:]) for each in (found if made.multiple_results else [found])]
-    return (apart, [0] * len(apart)) if made.multiple_results else (apart[0], 0)
+    found = primitive_.bind(*[arg.reshape(-1, *arg.shape[2:]) for arg in whole], **settings)
+    apart = [each.reshape(size, -1, *each.shape[1:]) for each in (found if primitive_.multiple_results else [found])]
+    return (apart, [0] * len(apart)) if primitive_.multiple_results else (apart[0], 0)
 
 
-def one_by_one(made: Primitive, args: Any, axes: Any, **settings: Any) -> Any:
-    """A rule for `jax.vmap`: a loop over the mapped axis."""
+def one_by_one(primitive_: Primitive, args: Any, axes: Any, **settings: Any) -> Any:
+    """vmap rule: a loop over the mapped axis."""
     mapped = {i: jnp.moveaxis(args[i], axis, 0) for i, axis in enumerate(axes) if axis is not None}
 
     def one(some: dict[int, Array]) -> Any:
-        return made.bind(*[some.get(i, arg) for i, arg in enumerate(args)], **settings)
+        return primitive_.bind(*[some.get(i, arg) for i, arg in enumerate(args)], **settings)
 
     return jax.lax.map(one, mapped), 0

@@ -1,6 +1,6 @@
-"""The product of pixels and a matrix, XLA's, whose matrix has its gradient from product.cc.
+"""Matrix product of pixels as a JAX primitive: XLA forward, product.cc for the gradient of the matrix.
 
-XLA transposes the pixels first, and multiplies them at half its speed.
+For that gradient XLA transposes the pixels first and runs at half its speed.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ ad.defbilinear(
 
 
 def _map_multiply(args: Any, axes: Any) -> Any:
-    """Pixels that are mapped are more pixels; matrices that are mapped are taken one by one."""
+    """vmap rule: mapped pixels become more pixels; mapped matrices are looped over."""
     (x, matrix), (x_axis, matrix_axis) = args, axes
     if matrix_axis is not None:
         return one_by_one(_multiply_p, args, axes)

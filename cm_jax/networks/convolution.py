@@ -1,4 +1,4 @@
-"""The 3x3 convolution, where nearly all of the work is: one function, so that it can be replaced in one place."""
+"""The 3x3 convolution, which takes most of the compute."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ from cm_jax.networks.precision import product_precision
 def convolve_3x3(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], *, stride: int = 1, padding: int = 1
 ) -> Float[Array, "b h2 w2 o"]:
-    """3x3 convolution with `padding` rows of zeros on every side, in x's precision.
+    """3x3 convolution with `padding` rows of zeros on every side, in the precision of x.
 
-    The padding is PyTorch's: with stride 2 on even sizes it differs from XLA's "SAME", which pads (0, 1).
+    Padding follows PyTorch: with stride 2 and even sizes it differs from XLA's "SAME", which pads (0, 1).
     """
     if max(x.shape[1:3]) <= 2 and stride == padding == 1:
-        return _among_all_pixels(x, kernel.astype(x.dtype))
+        return _tiny_convolution(x, kernel.astype(x.dtype))
     if stride == padding == 1 and min(x.shape[1:3]) > 2 and kernels.suits(x, kernel.shape[-1]):
         return kernels.convolve(x, kernel.astype(x.dtype))
     return jax.lax.conv_general_dilated(
@@ -29,11 +29,11 @@ def convolve_3x3(
     )
 
 
-def _among_all_pixels(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
-    """The same for images of at most 2x2 pixels: every pixel sees every other, so that it is one matrix product.
+def _tiny_convolution(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
+    """3x3 convolution of images of at most 2x2 pixels, as one matrix product.
 
-    On CPUs XLA has only its slowest convolution for images that are smaller than the kernel: 240 ms in place of 8 in
-    the last stage of LPIPS at 32 pixels.
+    XLA on CPUs is slow for images smaller than the kernel: 240 ms instead of 8 ms in the last stage of LPIPS at 32
+    pixels.
     """
     height, width = x.shape[1:3]
     rows = jnp.stack([kernel[1 - above : 1 - above + height] for above in range(height)])

@@ -1,7 +1,7 @@
-"""Resampling with a short binomial filter, without aliasing (StyleGAN2; NCSN++, Song et al. 2021, appendix H).
+"""Anti-aliased resampling with a binomial filter (StyleGAN2; NCSN++, Song et al. 2021, appendix H).
 
-Along each axis the filter is [1, 3, 3, 1] / 8, and what lies outside of an image is zero. Everything is shifts and sums
-of whole images, which XLA fuses, and which have derivatives of every mode and order.
+The filter is [1, 3, 3, 1] / 8 along each axis, with zero padding. It is written as shifts and sums of whole images,
+which XLA fuses and which have derivatives of every mode and order.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ TAPS: dict[Filter, tuple[int, ...]] = {"fir": (1, 3, 3, 1), "plain": (1, 1)}
 
 
 def smoothed(x: Float[Array, "b h w c"], taps: Filter = "fir") -> Float[Array, "b h+1 w+1 c"]:
-    """Weighted means at every corner between four pixels, those of the border too, so one more than pixels."""
+    """Filtered values at the corners between pixels, borders included: one more than pixels along each axis."""
     weights = TAPS[taps]
     edge = len(weights) // 2
     for axis in (1, 2):
@@ -29,12 +29,12 @@ def smoothed(x: Float[Array, "b h w c"], taps: Filter = "fir") -> Float[Array, "
 
 
 def fir_downsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
-    """Every second corner: out[i] = (x[2i-1] + 3 x[2i] + 3 x[2i+1] + x[2i+2]) / 8 along each axis."""
+    """Downsample: out[i] = (x[2i-1] + 3 x[2i] + 3 x[2i+1] + x[2i+2]) / 8 along each axis."""
     return smoothed(x)[:, 1::2, 1::2]
 
 
 def fir_upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-    """out[2i] = (x[i-1] + 3 x[i]) / 4 and out[2i+1] = (3 x[i] + x[i+1]) / 4 along each axis."""
+    """Upsample: out[2i] = (x[i-1] + 3 x[i]) / 4 and out[2i+1] = (3 x[i] + x[i+1]) / 4 along each axis."""
     for axis in (1, 2):
         count = x.shape[axis]
         padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(4)])

@@ -1,4 +1,4 @@
-"""Group normalisation, what follows it at once, and its form for CPUs."""
+"""Group normalization, fused with modulation and SiLU."""
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ def group_norm(
     epsilon: float,
     silu: bool = False,
 ) -> Float[Array, "b h w c"]:
-    """act(gain n + bias), where n is x + offset with mean 0 and variance 1 in every group of channels of an image.
+    """act(gain n + bias), where n is x + offset with mean 0 and variance 1 in every group of channels per image.
 
-    In x's precision, and inside in float32. The activation is SiLU, or none. On CPUs it is one pass through the cache.
+    Computed in float32, returned in the precision of x. act is SiLU or the identity. On CPUs it is one C++ kernel.
     """
     if kernels.suits(x) and x.shape[-1] % groups == 0:
         offset = jnp.zeros_like(gain) if offset is None else offset
@@ -32,9 +32,7 @@ def group_norm(
 def _plain(
     x: Array, offset: Array | None, gain: Array, bias: Array, *, groups: int, epsilon: float, silu: bool
 ) -> Array:
-    """Means and squared deviations are taken per channel and then per group. The deviations are those from the
-    channel's mean, because sums of squares would cancel in float32.
-    """
+    """Combine means and variances per channel into those per group. Sums of squares would cancel in float32."""
     moved = x if offset is None else x + offset[:, None, None].astype(x.dtype)
     pixels = moved.astype(jnp.float32)
     mean = pixels.mean((1, 2))
@@ -51,7 +49,7 @@ _fused = kernels.differentiable("cm_jax_norm", _plain, lambda x, *_, **__: x.sha
 
 
 def _group_mean(values: PerImage, groups: int) -> PerImage:
-    """Every channel's value replaced by the mean over its group of neighbouring channels."""
+    """Each channel's value replaced by the mean over its group of adjacent channels."""
     b, c = values.shape
     means = values.reshape(b, groups, c // groups).mean(-1)
     return jnp.repeat(means, c // groups, axis=1)

@@ -230,10 +230,10 @@ def test_a_compiler_that_fails_leaves_xlas_forms_and_one_warning(tmp_path):
 EVERYTHING = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from tests.laws import test_native
-for case in test_native.EACH:
-    test_native.test_gradients(case)
-print(test_native.building.lanes())
+from tests.laws import test_kernels
+for case in test_kernels.EACH:
+    test_kernels.test_gradients(case)
+print(test_kernels.building.lanes())
 """
 
 

@@ -1,4 +1,4 @@
-"""What Inception-V3 sees in images of any size, and where its weights come from."""
+"""Inception-V3 features of 8-bit images of any size, and the weight file they need."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
@@ -18,28 +18,28 @@ FILE = WeightFile(
 
 
 def load(weights: str = "") -> Params:
-    """The weights from the file that `weights` names, else from the one that CM_JAX_INCEPTION names.
+    """The weights from file `weights`, or from the file that CM_JAX_INCEPTION names; with the classifier if present.
 
-    With a classifier where the file has one. Raises InputError, with how to get them, where there are none.
+    Raises InputError, with instructions, if there is no such file.
     """
     return FILE.load(weights, inception_v3.shapes(classifier=False), inception_v3.shapes(classifier=True))
 
 
 def features(params: Params, images: UInt8[Array, "b h w 3"]) -> Features:
-    """Of 8-bit RGB images of any size, resized as TensorFlow 1 did and scaled to [-1, 1)."""
+    """Features of 8-bit RGB images of any size, resized as in TensorFlow 1 and scaled to [-1, 1)."""
     return inception_v3.features(params, (resized(images.astype(jnp.float32)) - 128) / 128)
 
 
 def resized(images: Float[Array, "b h w c"]) -> Float[Array, "b 299 299 c"]:
-    """Bilinear as TensorFlow 1 had it: pixel i lies at i h / 299, not (i + 1/2) h / 299 - 1/2; no antialiasing.
+    """Bilinear resizing as in TensorFlow 1: pixel i lies at i h / 299, not (i + 1/2) h / 299 - 1/2; no antialiasing.
 
-    Half-pixel centres would change the features of 64-pixel images by a tenth and more.
+    Half-pixel centers would change the features of 64-pixel images by 10 % and more.
     """
     for axis in (1, 2):
         size = images.shape[axis]
-        places = jnp.arange(SIZE, dtype=jnp.float32) * jnp.float32(size / SIZE)
-        before = jnp.floor(places).astype(jnp.int32)
-        share = (places - before).reshape([-1 if i == axis else 1 for i in range(4)])
+        positions = jnp.arange(SIZE, dtype=jnp.float32) * jnp.float32(size / SIZE)
+        before = jnp.floor(positions).astype(jnp.int32)
+        weight = (positions - before).reshape([-1 if i == axis else 1 for i in range(4)])
         low = jnp.take(images, before, axis)
-        images = low + share * (jnp.take(images, jnp.minimum(before + 1, size - 1), axis) - low)
+        images = low + weight * (jnp.take(images, jnp.minimum(before + 1, size - 1), axis) - low)
     return images

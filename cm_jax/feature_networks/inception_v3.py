@@ -1,6 +1,7 @@
-"""Inception-V3 as in TensorFlow's graph of 2015-12-05 (Szegedy et al. 2015), by which image sets are compared.
+"""Inception-V3 of TensorFlow's graph of 2015-12-05 (Szegedy et al. 2015), the feature extractor of FID.
 
-The names are the graph's. Its layers are convolution, normalisation by stored statistics without a scale, ReLU.
+Parameter names follow the graph. A layer is a convolution, normalization by stored statistics without a scale, and
+ReLU.
 """
 
 import functools
@@ -15,31 +16,31 @@ from jaxtyping import Array, Float
 from cm_jax.types import Params
 
 SIZE = 299
-"""Height and width of the images that the graph sees."""
+"""Height and width of the input images."""
 CHANNELS = 2048
 CLASSES = 1008
 SPATIAL_CHANNELS = 7
-"""Of mixed_6/conv, 17 x 17 pixels: sFID looks at this many (Nash et al. 2021)."""
+"""Channels of mixed_6/conv (17 x 17 pixels) that sFID uses (Nash et al. 2021)."""
 
 Maps = Float[Array, "b h w c"]
 Outputs = Float[Array, "b h2 w2 c2"]
 
 
 class Features(NamedTuple):
-    """What the network sees in images."""
+    """Features of a batch of images."""
 
     pool: Float[Array, "b 2048"]
     """pool_3: FID, KID, precision and recall."""
     first: Float[Array, "b 64"]
-    """Means after the first maximum pooling: torch-fidelity's 64 features, by which it is checked without long runs."""
+    """Means after the first max pooling: torch-fidelity's 64 features, used by fast tests."""
     spatial: Float[Array, "b 2023"]
-    """The first channels of mixed_6/conv, pixel by pixel: sFID."""
+    """First channels of mixed_6/conv at every pixel: sFID."""
     logits: Float[Array, "b 1008"] | None
-    """Without their bias, as the evaluator of ADM takes the Inception score; None where the weights have none."""
+    """Class logits without bias, as in ADM's Inception score; None if the weights have no classifier."""
 
 
 def shapes(*, classifier: bool) -> Params:
-    """The parameter tree, with or without the matrix of the classes."""
+    """The parameter tree as jax.ShapeDtypeStruct, with or without the classifier."""
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
     params = jax.eval_shape(_Inception().init, jax.random.key(0), images)["params"]
     if classifier:
@@ -48,7 +49,7 @@ def shapes(*, classifier: bool) -> Params:
 
 
 def features(params: Params, images: Float[Array, "b 299 299 3"]) -> Features:
-    """Of RGB images in [-1, 1) at 299 pixels."""
+    """Features of RGB images in [-1, 1) at 299 pixels."""
     layers = {name: branch for name, branch in params.items() if name != "logits"}
     outputs: Any = _Inception().apply({"params": layers}, images)
     pool, first, spatial = outputs
@@ -59,7 +60,8 @@ def features(params: Params, images: Float[Array, "b 299 299 3"]) -> Features:
 
 
 class _Layer(nn.Module):
-    """relu((W * x - mean) / sqrt(variance + 0.001) + shift); "SAME" with stride 1 pads evenly, as PyTorch does."""
+    """relu((W * x - mean) / sqrt(variance + 0.001) + shift); "SAME" with stride 1 pads both sides alike, as in
+    PyTorch."""
 
     channels: int
     size: tuple[int, int] = (1, 1)
@@ -78,10 +80,11 @@ class _Layer(nn.Module):
 
 
 def _convolved(x: Maps, kernel: Float[Array, "kh kw c c2"], stride: int, padding: str) -> Outputs:
-    """The convolution in the form that is fastest on CPUs: half the time of XLA's own (benchmarks/NOTES.md)."""
+    """Convolution in the form that is fastest on CPUs: half the time of a plain XLA convolution
+    (benchmarks/NOTES.md)."""
     highest = jax.lax.Precision.HIGHEST
     if stride == 2:  # 3x3 without padding
-        x = jnp.concatenate([column for row in _thirds(x, 1, 2) for column in _thirds(row, 2, 2)], -1)
+        x = jnp.concatenate([column for row in _windows(x, 1, 2) for column in _windows(row, 2, 2)], -1)
         kernel = kernel.reshape(1, 1, -1, kernel.shape[-1])
     if kernel.shape[:2] == (1, 1):
         return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0], precision=highest)
@@ -91,47 +94,47 @@ def _convolved(x: Maps, kernel: Float[Array, "kh kw c c2"], stride: int, padding
     return y[:, 1:-1, 1:-1] if padding == "VALID" else y
 
 
-def _thirds(x: Maps, axis: int, stride: int = 1) -> list[Outputs]:
-    """What a window of three along an axis sees first, second and third, wherever it stands."""
+def _windows(x: Maps, axis: int, stride: int = 1) -> list[Outputs]:
+    """First, second and third element of every window of three along an axis."""
     reach = (x.shape[axis] - 3) // stride * stride + 1
     return [jax.lax.slice_in_dim(x, at, at + reach, stride, axis) for at in range(3)]
 
 
-def _mean_of_neighbours(x: Maps) -> Maps:
-    """Over 3 x 3 pixels; at the border over those that there are."""
+def _mean_pool(x: Maps) -> Maps:
+    """Mean over 3 x 3 pixels; at the border over the pixels inside the image."""
     for axis in (1, 2):
-        there = np.full(x.shape[axis], 3, np.float32)
-        there[[0, -1]] = 2
-        total = functools.reduce(jnp.add, _thirds(_margin(x, axis, 0), axis))
-        x = total / jnp.asarray(there.reshape([-1 if i == axis else 1 for i in range(4)]))
+        count = np.full(x.shape[axis], 3, np.float32)
+        count[[0, -1]] = 2
+        total = functools.reduce(jnp.add, _windows(_pad(x, axis, 0), axis))
+        x = total / jnp.asarray(count.reshape([-1 if i == axis else 1 for i in range(4)]))
     return x
 
 
-def _maximum_of_neighbours(x: Maps) -> Maps:
+def _max_pool(x: Maps) -> Maps:
     for axis in (1, 2):
-        x = functools.reduce(jnp.maximum, _thirds(_margin(x, axis, -jnp.inf), axis))
+        x = functools.reduce(jnp.maximum, _windows(_pad(x, axis, -jnp.inf), axis))
     return x
 
 
-def _margin(x: Maps, axis: int, value: float) -> Outputs:
+def _pad(x: Maps, axis: int, value: float) -> Outputs:
     return jnp.pad(x, [(int(i == axis),) * 2 for i in range(4)], constant_values=value)
 
 
-def _halved(x: Maps) -> Outputs:
+def _strided_max_pool(x: Maps) -> Outputs:
     for axis in (1, 2):
-        x = functools.reduce(jnp.maximum, _thirds(x, axis, 2))
+        x = functools.reduce(jnp.maximum, _windows(x, axis, 2))
     return x
 
 
 def _tower(x: Maps, name: str, *layers: tuple) -> Outputs:
-    """Layers in a row: name, name_1, name_2, ..."""
+    """Consecutive layers: name, name_1, name_2, ..."""
     for number, layer in enumerate(layers):
         x = _Layer(*layer, name=f"{name}_{number}" if number else name)(x)
     return x
 
 
-class _Fine(nn.Module):
-    """At 35 pixels: 1x1, 5x5, twice 3x3, and a mean of neighbours."""
+class _InceptionA(nn.Module):
+    """At 35 pixels: branches of 1x1, 5x5, two 3x3, and mean pooling."""
 
     pooled: int
 
@@ -141,12 +144,12 @@ class _Fine(nn.Module):
             _tower(x, "conv", (64,)),
             _tower(x, "tower_conv", (48,), (64, (5, 5))),
             _tower(x, "tower_1_conv", (64,), (96, (3, 3)), (96, (3, 3))),
-            _tower(_mean_of_neighbours(x), "tower_2_conv", (self.pooled,)),
+            _tower(_mean_pool(x), "tower_2_conv", (self.pooled,)),
         )
         return jnp.concatenate(branches, -1)
 
 
-class _Halving(nn.Module):
+class _ReductionA(nn.Module):
     """From 35 to 17 pixels."""
 
     @nn.compact
@@ -154,13 +157,14 @@ class _Halving(nn.Module):
         branches = (
             _tower(x, "conv", (384, (3, 3), 2, "VALID")),
             _tower(x, "tower_conv", (64,), (96, (3, 3)), (96, (3, 3), 2, "VALID")),
-            _halved(x),
+            _strided_max_pool(x),
         )
         return jnp.concatenate(branches, -1)
 
 
-class _Middle(nn.Module):
-    """At 17 pixels: 1x1, 7x7 in two parts, twice that, and a mean of neighbours. The first branch is returned too."""
+class _InceptionB(nn.Module):
+    """At 17 pixels: branches of 1x1, 7x7 as 1x7 and 7x1, two of those, and mean pooling. Also returns the first
+    branch."""
 
     width: int
 
@@ -173,12 +177,12 @@ class _Middle(nn.Module):
             first,
             _tower(x, "tower_conv", (width,), (width, across), (192, down)),
             _tower(x, "tower_1_conv", (width,), (width, down), (width, across), (width, down), (192, across)),
-            _tower(_mean_of_neighbours(x), "tower_2_conv", (192,)),
+            _tower(_mean_pool(x), "tower_2_conv", (192,)),
         )
         return jnp.concatenate(branches, -1), first
 
 
-class _HalvingAgain(nn.Module):
+class _ReductionB(nn.Module):
     """From 17 to 8 pixels."""
 
     @nn.compact
@@ -186,22 +190,22 @@ class _HalvingAgain(nn.Module):
         branches = (
             _tower(x, "tower_conv", (192,), (320, (3, 3), 2, "VALID")),
             _tower(x, "tower_1_conv", (192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, "VALID")),
-            _halved(x),
+            _strided_max_pool(x),
         )
         return jnp.concatenate(branches, -1)
 
 
-class _Coarse(nn.Module):
-    """At 8 pixels: branches that end in 1x3 and 3x1 side by side, and a pooled one."""
+class _InceptionC(nn.Module):
+    """At 8 pixels: branches that end in parallel 1x3 and 3x1 convolutions, and a pooled one."""
 
     maximum: bool
-    """The last branch takes the maximum of neighbours: a slip of the graph's, which all its users keep."""
+    """Max pooling in the last branch: an error in the graph that all implementations of FID keep."""
 
     @nn.compact
     def __call__(self, x: Maps) -> Outputs:
         once = _tower(x, "tower_conv", (384,))
         twice = _tower(x, "tower_1_conv", (448,), (384, (3, 3)))
-        pooled = _maximum_of_neighbours(x) if self.maximum else _mean_of_neighbours(x)
+        pooled = _max_pool(x) if self.maximum else _mean_pool(x)
         branches = (
             _tower(x, "conv", (320,)),
             _tower(once, "tower_mixed_conv", (384, (1, 3))),
@@ -214,24 +218,24 @@ class _Coarse(nn.Module):
 
 
 class _Inception(nn.Module):
-    """pool_3, means after the first pooling, and the beginning of mixed_6/conv."""
+    """pool_3, means after the first pooling, and the first channels of mixed_6/conv."""
 
     @nn.compact
     def __call__(self, x: Maps) -> tuple[Float[Array, "b 2048"], Float[Array, "b 64"], Float[Array, "b 17 17 7"]]:
         x = _Layer(32, (3, 3), 2, "VALID", name="conv")(x)
         x = _Layer(32, (3, 3), padding="VALID", name="conv_1")(x)
-        x = _halved(_Layer(64, (3, 3), name="conv_2")(x))
+        x = _strided_max_pool(_Layer(64, (3, 3), name="conv_2")(x))
         first = x.mean((1, 2))
         x = _Layer(80, name="conv_3")(x)
-        x = _halved(_Layer(192, (3, 3), padding="VALID", name="conv_4")(x))
+        x = _strided_max_pool(_Layer(192, (3, 3), padding="VALID", name="conv_4")(x))
         for name, pooled in (("mixed", 32), ("mixed_1", 64), ("mixed_2", 64)):
-            x = _Fine(pooled, name=name)(x)
-        x = _Halving(name="mixed_3")(x)
-        x, _ = _Middle(128, name="mixed_4")(x)
-        x, _ = _Middle(160, name="mixed_5")(x)
-        x, spatial = _Middle(160, name="mixed_6")(x)
-        x, _ = _Middle(192, name="mixed_7")(x)
-        x = _HalvingAgain(name="mixed_8")(x)
-        x = _Coarse(maximum=False, name="mixed_9")(x)
-        x = _Coarse(maximum=True, name="mixed_10")(x)
+            x = _InceptionA(pooled, name=name)(x)
+        x = _ReductionA(name="mixed_3")(x)
+        x, _ = _InceptionB(128, name="mixed_4")(x)
+        x, _ = _InceptionB(160, name="mixed_5")(x)
+        x, spatial = _InceptionB(160, name="mixed_6")(x)
+        x, _ = _InceptionB(192, name="mixed_7")(x)
+        x = _ReductionB(name="mixed_8")(x)
+        x = _InceptionC(maximum=False, name="mixed_9")(x)
+        x = _InceptionC(maximum=True, name="mixed_10")(x)
         return x.mean((1, 2)), first, spatial[..., :SPATIAL_CHANNELS]

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018): the perceptual distance by the features of VGG16, from weights that the user has."""
+"""LPIPS (Zhang et al. 2018): a perceptual distance from VGG16 features. The user provides the weight file."""
 
 import dataclasses
 import functools
@@ -14,10 +14,10 @@ from cm_jax.feature_networks.weight_file import WeightFile
 from cm_jax.types import Images, Params
 
 TAPS = {"relu1_2": 64, "relu2_2": 128, "relu3_3": 256, "relu4_3": 512, "relu5_3": 512}
-"""The layers that are compared, and their channels, each of which has a weight."""
+"""Compared layers and their numbers of channels; each channel has a weight."""
 
 _LARGE = 256
-"""From this width on, images are compared as they are (CM's code)."""
+"""Images at least this wide are not resized (OpenAI's implementation)."""
 
 FILE = WeightFile(
     "lpips_vgg16",
@@ -30,56 +30,58 @@ FILE = WeightFile(
 
 @dataclasses.dataclass(frozen=True)
 class LPIPS(Distance):
-    """LPIPS by VGG16 and the heads of version 0.1. It has weights: `with_weights(load_weights())` is what to call.
+    """LPIPS with VGG16 and the heads of version 0.1. Call `with_weights(load_weights())` to get the distance.
 
-    The defaults are CM's training loss: averages in place of VGG16's maxima (as piq has it), seen at 224 pixels.
-    LPIPS(pooling="max", size=0) is the metric of the paper and of the package lpips; LPIPS(pooling="max") is the loss
+    The defaults are CM's training loss: average pooling instead of max pooling (as in piq), at 224 pixels.
+    LPIPS(pooling="max", size=0) is the metric of the paper and of the lpips package; LPIPS(pooling="max") is the loss
     of CM's CIFAR-10 models.
     """
 
     pooling: vgg16.Pooling = "average"
     size: int = 224
-    """Images narrower than 256 pixels are resized to this; 0: none are."""
+    """Size to which images narrower than 256 pixels are resized; 0: no resizing."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of VGG16's convolutions."""
+    """Precision of the convolutions."""
     weights: str = ""
-    """A file that `cm-jax convert ... --to lpips` wrote. Empty: the one that CM_JAX_LPIPS names."""
+    """Weight file written by `cm-jax convert ... --to lpips`. Default: the file that CM_JAX_LPIPS names."""
 
     def __post_init__(self) -> None:
-        if self.size and self.size < vgg16.LEAST_SIZE:
-            raise InputError(f"LPIPS looks at {vgg16.LEAST_SIZE} pixels or more (0: as they are), got {self.size}.")
+        if self.size and self.size < vgg16.MIN_SIZE:
+            raise InputError(
+                f"Expected an LPIPS size of at least {vgg16.MIN_SIZE}, or 0 for no resizing, got {self.size}."
+            )
 
     def __call__(self, x: Images, y: Images) -> Values:
-        raise InputError("LPIPS was asked for a distance before it had weights: call with_weights(load_weights()).")
+        raise InputError("LPIPS has no weights yet: call with_weights(load_weights()).")
 
     def load_weights(self) -> Params:
-        """Raises InputError, with how to get them, where there are none."""
+        """VGG16 and the heads from the weight file. Raises InputError, with instructions, if there is none."""
         return FILE.load(self.weights, shapes())
 
     def with_weights(self, params: Params | None) -> Distance:
         if params is None:
-            raise InputError("LPIPS needs its weights: give what load_weights() returns.")
+            raise InputError("LPIPS needs weights: pass the result of load_weights().")
         return _Weighted(self, jax.tree.map(jnp.asarray, params))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Weighted(Distance):
-    """LPIPS with its weights, which may be traced: they are arguments of a compiled step, not constants in it."""
+    """LPIPS with weights, which may be traced: they are arguments of a compiled step, not constants."""
 
-    setting: LPIPS
+    config: LPIPS
     params: Params
 
     def __call__(self, x: Images, y: Images) -> Values:
-        setting = self.setting
+        config = self.config
         features = functools.partial(
-            vgg16.features, self.params["vgg16"], pooling=setting.pooling, precision=setting.precision
+            vgg16.features, self.params["vgg16"], pooling=config.pooling, precision=config.precision
         )
         distance = Perceptual(features, [self.params["heads"][tap] for tap in TAPS])
-        resized = setting.size and x.shape[2] < _LARGE
-        return (Resized(distance, setting.size) if resized else distance)(x, y)
+        resized = config.size and x.shape[2] < _LARGE
+        return (Resized(distance, config.size) if resized else distance)(x, y)
 
 
 def shapes() -> Params:
-    """The parameter tree of LPIPS: VGG16's convolutions, and one weight per channel of each layer compared."""
+    """The parameter tree: the convolutions of VGG16, and one weight per channel of each compared layer."""
     heads = {tap: jax.ShapeDtypeStruct((channels,), jnp.float32) for tap, channels in TAPS.items()}
     return {"vgg16": vgg16.shapes(), "heads": heads}

@@ -12,15 +12,15 @@ from cm_jax.networks.convolution import convolve_3x3
 from cm_jax.types import Images, Params
 
 Pooling = Literal["max", "average"]
-"""Between stages, over squares of 2x2: max as the network was trained, average as piq's LPIPS has it."""
+"""2x2 pooling between stages: max as in training, average as in piq's LPIPS."""
 
 STAGES = {1: (64, 64), 2: (128, 128), 3: (256, 256, 256), 4: (512, 512, 512), 5: (512, 512, 512)}
-"""Stage: the output channels of its 3x3 convolutions, conv1_1, conv1_2, conv2_1, ..."""
-LEAST_SIZE = 16
+"""Stage -> output channels of its 3x3 convolutions conv1_1, conv1_2, conv2_1, ..."""
+MIN_SIZE = 16
 """Smaller images have no pixel left in the fifth stage."""
 
-_MEAN, _DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""ImageNet's, per channel, for images in [-1, 1]."""
+_MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+"""Mean and standard deviation per channel of ImageNet images in [-1, 1]."""
 
 
 def layers() -> dict[str, tuple[int, int]]:
@@ -34,7 +34,7 @@ def layers() -> dict[str, tuple[int, int]]:
 
 
 def shapes() -> Params:
-    """Kernel and bias of every convolution."""
+    """Kernel and bias of every convolution as jax.ShapeDtypeStruct."""
     return {
         name: {
             "kernel": jax.ShapeDtypeStruct((3, 3, *channels), jnp.float32),
@@ -47,17 +47,17 @@ def shapes() -> Params:
 def features(
     params: Params, images: Images, *, pooling: Pooling = "max", precision: Literal["float32", "bfloat16"] = "float32"
 ) -> list[Float[Array, "b _ _ _"]]:
-    """Outputs of relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 in float32, of RGB images in [-1, 1].
+    """float32 outputs of relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 for RGB images in [-1, 1].
 
-    Raises InputError for images that are not RGB, or too small for five stages.
+    Raises InputError for images that are not RGB or too small for five stages.
     """
     _, height, width, channels = images.shape
-    if channels != 3 or min(height, width) < LEAST_SIZE:
+    if channels != 3 or min(height, width) < MIN_SIZE:
         raise InputError(
-            f"VGG16 sees RGB images of at least {LEAST_SIZE} x {LEAST_SIZE} pixels, got {height} x {width} with "
-            f"{channels} channels: repeat grey ones three times, and resize small ones."
+            f"VGG16 expects RGB images of at least {MIN_SIZE} x {MIN_SIZE} pixels, got {height} x {width} with "
+            f"{channels} channels. Repeat gray images three times; resize small ones."
         )
-    x = ((images - jnp.array(_MEAN)) / jnp.array(_DEVIATION)).astype(precision)
+    x = ((images - jnp.array(_MEAN)) / jnp.array(_STD)).astype(precision)
     outputs = []
     for stage, convolutions in STAGES.items():
         x = x if stage == 1 else _pooled(x, pooling)
@@ -69,7 +69,7 @@ def features(
 
 
 def _pooled(x: Float[Array, "b h w c"], pooling: Pooling) -> Float[Array, "b h//2 w//2 c"]:
-    """Of every 2x2 square one value; an odd last row or column is left out, as PyTorch does."""
+    """2x2 pooling; an odd last row or column is dropped, as in PyTorch."""
     height, width = (size // 2 * 2 for size in x.shape[1:3])
     corners = [x[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
     return functools.reduce(jnp.maximum, corners) if pooling == "max" else sum(corners[1:], corners[0]) / 4

@@ -1,7 +1,7 @@
-"""Weights of the networks that judge images: one safetensors file each, which the user converts once.
+"""Weight files of feature networks: one safetensors file each, which the user converts once.
 
-Its tensors are the leaves of a parameter tree, named by their paths ("vgg16/conv1_1/kernel"); its metadata say the
-format and the kind. Nothing is fetched: where there is no file, the message says how to get one.
+Tensors are named by their paths in the parameter tree ("vgg16/conv1_1/kernel"); metadata hold format and kind. Nothing
+is downloaded: if the file is missing, the error says how to get it.
 """
 
 import dataclasses
@@ -21,56 +21,57 @@ _FORMAT = "1"
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """One kind of weight file, and where the user may keep it."""
+    """A kind of weight file and the environment variable that locates it."""
 
     kind: str
-    """As its metadata say it."""
+    """Kind in the metadata."""
     variable: str
-    """The environment variable that names it."""
+    """Environment variable with the path of the file."""
     recipe: str
-    """How to get it: commands, one a line."""
+    """Commands that create the file, one per line."""
 
     def find(self, given: str) -> Path:
-        """The file that `given` names, else the environment variable. Raises InputError, with the recipe, for none."""
+        """The file `given`, or the one in the environment variable. Raises InputError, with the recipe, if there is
+        none."""
         name = given or os.environ.get(self.variable, "")
         if not name:
-            found = f"no file was named, and {self.variable} is not set"
+            problem = f"no file was given, and {self.variable} is not set"
         elif not (path := user_path(name)).is_file():
-            found = f"there is no file {path}" + ("" if given else f", which {self.variable} names")
+            problem = f"there is no file {path}" + ("" if given else f" (from {self.variable})")
         else:
             return path
         raise InputError(
-            f"The weights of {self.kind} are not part of cm_jax; {found}. Get them once:\n  "
+            f"The weights of {self.kind} are not part of cm_jax; {problem}. Create the file once:\n  "
             + self.recipe.replace("\n", "\n  ")
-            + f"\nThen name the file, or set {self.variable} to it."
+            + f"\nThen pass the file, or set {self.variable} to its path."
         )
 
     def save(self, path: Path, params: Params) -> None:
-        """Write a parameter tree. Raises InputError where it cannot be written."""
+        """Write a parameter tree. Raises InputError if the file cannot be written."""
         tensors = {name: np.ascontiguousarray(leaf) for name, leaf in leaves(params)}
         with atomic_write(path) as beside, write_errors(path):
             beside.write_bytes(safetensors.numpy.save(tensors, metadata={"format": _FORMAT, "kind": self.kind}))
 
     def load(self, given: str, shapes: Params, fuller: Params | None = None) -> Params:
-        """The parameter tree of these shapes, or of the `fuller` ones, as NumPy arrays in their dtype.
+        """The parameter tree with these shapes, or with the `fuller` ones if the file has them, as NumPy arrays.
 
-        Raises InputError for a file that has another.
+        Raises InputError for a missing, damaged or different file.
         """
         path = self.find(given)
         try:
             with safetensors.safe_open(path, framework="np") as archive:
                 metadata = archive.metadata() or {}
-                found = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118  it is no dictionary
-        except Exception as error:  # safetensors raises several kinds; all of them mean this file
+                found = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118  not a dictionary
+        except Exception as error:  # safetensors raises several kinds; all of them concern this file
             raise InputError(
                 f"{path} ({path.stat().st_size:,} bytes) is not a complete weight file of {self.kind}: {error}. "
                 f"Convert it again:\n  " + self.recipe.replace("\n", "\n  ")
             ) from error
-        told = (metadata.get("format"), metadata.get("kind"))
-        if told != (_FORMAT, self.kind):
+        kind = (metadata.get("format"), metadata.get("kind"))
+        if kind != (_FORMAT, self.kind):
             raise InputError(
-                f"{path} says that it is {told[1] or 'of another program'} in format {told[0]}; wanted {self.kind} in "
-                f"format {_FORMAT}, which is written so:\n  " + self.recipe.replace("\n", "\n  ")
+                f"Expected {path} to hold {self.kind} in format {_FORMAT}, got "
+                f"{kind[1] or 'another kind of file'} in format {kind[0]}. Create it again:\n  " + self.recipe.replace("\n", "\n  ")
             )
         wanted = {name: leaf.shape for name, leaf in leaves(shapes)}
         more = {name: leaf.shape for name, leaf in leaves(fuller or {})}

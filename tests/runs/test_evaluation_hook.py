@@ -283,5 +283,5 @@ def test_without_weights_one_is_told_how_to_get_them(tmp_path, capsys, monkeypat
     monkeypatch.delenv("CM_JAX_INCEPTION", raising=False)
     run = tmp_path / "run"
     said = failed(capsys, main_train, "emoji32-edm", "--run", run, *SMALL_WORDS, "--evaluation", "evaluating")
-    assert "CM_JAX_INCEPTION is not set. Get them once:" in said
+    assert "CM_JAX_INCEPTION is not set. Create the file once:" in said
     assert not run.exists()

@@ -70,8 +70,8 @@ class WeightFile:
         kind = (metadata.get("format"), metadata.get("kind"))
         if kind != (_FORMAT, self.kind):
             raise InputError(
-                f"Expected {path} to hold {self.kind} in format {_FORMAT}, got "
-                f"{kind[1] or 'another kind of file'} in format {kind[0]}. Create it again:\n  " + self.recipe.replace("\n", "\n  ")
+                f"Expected {path} to hold {self.kind} in format {_FORMAT}, got {kind[1] or 'another kind of file'} in "
+                f"format {kind[0]}. Create it again:\n  " + self.recipe.replace("\n", "\n  ")
             )
         wanted = {name: leaf.shape for name, leaf in leaves(shapes)}
         more = {name: leaf.shape for name, leaf in leaves(fuller or {})}

@@ -107,7 +107,7 @@ def test_what_it_cannot_see_is_refused(narrow, monkeypatch):
     for images in (X[..., :1], X[:, :15]):
         with pytest.raises(InputError, match="RGB images of at least 16 x 16"):
             LPIPS(size=0).with_weights(narrow)(images, images)
-    with pytest.raises(InputError, match="16 pixels or more"):
+    with pytest.raises(InputError, match="at least 16, or 0"):
         LPIPS(size=8)
     with pytest.raises(InputError, match="has no weights yet"):
         LPIPS()(X, Y)
@@ -135,7 +135,7 @@ def test_a_weight_file_holds_every_bit_and_others_are_refused(whole, tmp_path, m
         setting.load_weights()
     tensors = dict(leaves(whole))
     safetensors.numpy.save_file(tensors, path)
-    with pytest.raises(InputError, match="of another program"):
+    with pytest.raises(InputError, match="another kind of file"):
         setting.load_weights()
     del tensors["heads/relu3_3"]
     tensors["vgg16/conv1_1/bias"] = np.zeros(3, np.float32)
@@ -264,5 +264,5 @@ def test_an_objective_gets_the_weights_among_its_helpers(narrow):
     compiled = jax.jit(losses)
     assert (compiled(narrow, times, 0.5 * times) > 1e-4).all()
     assert (compiled(narrow, times, times) < 1e-12).all()
-    with pytest.raises(InputError, match="LPIPS needs its weights"):
+    with pytest.raises(InputError, match="LPIPS needs weights"):
         losses(None, times, times)

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.training_rows import resident
 from cm_jax.conversion.metric_networks import inception_rules
-from cm_jax.conversion.rules import to_theirs
+from cm_jax.conversion.rules import to_source
 from cm_jax.feature_networks import inception, inception_v3
 from cm_jax.types import Params
 from tests.torch_inception import Graph
@@ -66,7 +66,7 @@ def ours(params: Params) -> See:
 
 def pytorch(params: Params, layout: torch.memory_format) -> See:
     graph, device = Graph(), "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = to_theirs(inception_rules("nvidia", classifier="logits" in params), params)
+    tensors = to_source(inception_rules("nvidia", classifier="logits" in params), params)
     graph.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}, strict=False)
     layers: Any = graph.layers.eval()
     layers = layers.to(device, memory_format=layout)

@@ -42,7 +42,8 @@ from cm_jax.evaluation import (
 from cm_jax.evaluation.references import default_cache, summarised
 from cm_jax.feature_networks.lpips import LPIPS
 from cm_jax.io.images import grid, quantize
-from cm_jax.model import Model, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 from cm_jax.presets import PRESETS
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.loop import train

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import cm_jax
-from cm_jax.conversion.diffusers_config import unet_config
+from cm_jax.conversion.diffusers import unet_config
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 

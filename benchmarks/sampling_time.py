@@ -100,11 +100,11 @@ def pytorch(
 
 def on_cpu(network: ADMUNet, params: Params) -> dict[str, Contender]:
     """Float32: ours as `Model` draws, and by XLA alone; diffusers' in both memory layouts, and compiled."""
+    from cm_jax.conversion.diffusers import DIFFUSERS
     from cm_jax.conversion.parity import reference_network
-    from cm_jax.conversion.rules import to_theirs
-    from cm_jax.conversion.unet_formats import DIFFUSERS
+    from cm_jax.conversion.rules import to_source
 
-    planar = reference_network(network, to_theirs(DIFFUSERS.rules(network), params))
+    planar = reference_network(network, to_source(DIFFUSERS.rules(network), params))
     interleaved = copy.deepcopy(planar).to(memory_format=torch.channels_last)
     compiled: Any = torch.compile(copy.deepcopy(interleaved), dynamic=False)
     return {

@@ -30,12 +30,12 @@ class DiffusersADM(nn.Module):
     """diffusers' UNet2DModel with these parameters, called as TorchUNet is."""
 
     def __init__(self, network: ADMUNet, params: Params) -> None:
+        from cm_jax.conversion.diffusers import DIFFUSERS
         from cm_jax.conversion.parity import reference_network
-        from cm_jax.conversion.rules import to_theirs
-        from cm_jax.conversion.unet_formats import DIFFUSERS
+        from cm_jax.conversion.rules import to_source
 
         super().__init__()
-        self.unet = reference_network(network, to_theirs(DIFFUSERS.rules(network), params))
+        self.unet = reference_network(network, to_source(DIFFUSERS.rules(network), params))
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.unet(x, c_noise, class_labels=labels).sample

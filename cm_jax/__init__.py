@@ -1,12 +1,13 @@
 """Consistency models in JAX.
 
 import cm_jax
-model = cm_jax.load("cd_imagenet64_lpips.pt")                  # or a diffusers folder, or one of ours
+model = cm_jax.load("cd_imagenet64_lpips.pt")                  # or a diffusers folder, or a native checkpoint
 images = model.sample(0, 4, labels="king penguin", steps=2)    # NHWC float32 in [-1, 1]
 """
 
 from cm_jax.errors import InputError
-from cm_jax.model import Model, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Model", "load"]

@@ -1,10 +1,9 @@
-"""The three names that stay: `load` a model, `denoise` with it, `sample` from it."""
+"""Class Model: denoise, sample, edit, interpolate, save."""
 
 import dataclasses
 import difflib
 import functools
 import re
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from cm_jax import conversion
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.checkpoints.published import BUNDLED, DEFAULT, bundled_path, published, published_cifar10
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing import (
     EDIT_STEPS,
@@ -33,7 +30,7 @@ from cm_jax.editing import (
 from cm_jax.errors import InputError, check_int
 from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
 from cm_jax.samplers.generation import default_batch_size, draw_labels, generate, replay
-from cm_jax.types import Keys, Params, Precision
+from cm_jax.types import Keys, Params
 
 Label = int | str
 """A class by number or by name."""
@@ -342,70 +339,6 @@ class Model:
         if noise.shape[0] < needed:
             raise InputError(f"This sampler makes {needed} draws of noise in {steps} steps; got {noise.shape[0]}.")
         return replay(self.config.function, plan.sampler, self.params, plan.levels, noise, self.labels(labels, count))
-
-
-def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
-    """A model from a checkpoint: ours, the originals' `.pt` or jcm file, a diffusers folder, or a bundled name.
-
-    The folder of a run of training means its newest checkpoint, and RUN/best the best of those that were evaluated.
-
-    precision: of the products inside the network (float32 is float32 on every device; bfloat16 and float16 are faster
-    on accelerators and take half the memory). Raises InputError where there is no such checkpoint, or it is damaged.
-    """
-    if precision not in typing.get_args(Precision):
-        raise InputError(f"precision must be one of {', '.join(typing.get_args(Precision))}, got {precision!r}.")
-    source = conversion.read(find(path_or_name))
-    config = dataclasses.replace(source.config, network=source.config.network.at_precision(precision))
-    return Model(config, config.network.prepare(source.params))
-
-
-def find(path_or_name: str | Path) -> Path:
-    """The checkpoint that a path or a bundled name means: of a run of training, the newest one; of RUN/best, the best.
-
-    Raises InputError, with advice, where there is none.
-    """
-    path, name = Path(path_or_name), str(path_or_name)
-    try:
-        path = path.expanduser()
-        if (path / "checkpoints").is_dir() and not native.is_checkpoint(path):
-            return _newest(path)
-        if path.name == "best" and (path.parent / "checkpoints").is_dir() and not path.exists():
-            return _best(path.parent)
-        if path.is_file() or path.is_dir():
-            return path
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{name[:80]} cannot be a path: {error}.") from error
-    if name in BUNDLED:
-        return bundled_path(name)
-    elsewhere = {name: entry for name, entry in published().items() if name not in BUNDLED} | published_cifar10()
-    if name.removesuffix(".pt") in elsewhere:
-        raise InputError(
-            f"{name} is a published checkpoint, not part of this package: download "
-            f"{elsewhere[name.removesuffix('.pt')].url} and give the file's path."
-        )
-    close = difflib.get_close_matches(name, BUNDLED | elsewhere, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise InputError(
-        f"There is no checkpoint {name}: wanted a .pt file, a diffusers folder, a jcm file, a cm_jax checkpoint, or "
-        f"the name of a bundled one ({', '.join(BUNDLED)}).{hint}"
-    )
-
-
-def _newest(run: Path) -> Path:
-    found = native.of_run(run)
-    if not found:
-        raise InputError(f"The run in {run} has saved no checkpoint yet: train it on, and sample then.")
-    return found[max(found)]
-
-
-def _best(run: Path) -> Path:
-    batches = native.best_of_run(run)
-    if batches is None:
-        raise InputError(f"No checkpoint of {run} is the best: it was not evaluated (--evaluation). Give {run} itself.")
-    found = native.of_run(run).get(batches)
-    if found is None:
-        raise InputError(f"The best checkpoint of {run}, after {batches} batches, is gone. Give {run} itself.")
-    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)

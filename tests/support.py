@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cm_jax.conversion import CheckpointHints, read
-from cm_jax.conversion.rules import to_ours
-from cm_jax.conversion.unet_formats import Format
+from cm_jax.conversion.rules import from_source, source_shapes
+from cm_jax.conversion.unet_format import UNetFormat
 from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import ADMUNet
-from cm_jax.types import Denoiser, Network, Params, leaves
+from cm_jax.types import Denoiser, Network, Params
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
@@ -57,21 +57,18 @@ def adm_golden(name: str) -> tuple[ADMUNet, Params, dict[str, np.ndarray]]:
         return network, network.prepare(source.params), dict(recorded)
 
 
-def filled(spelling: Format, network: ADMUNet, fill) -> Params:
-    """Parameters of `network` with fill(position, name, shape) for every tensor of a foreign spelling."""
-    shapes = network.shapes()
-    rules = spelling.rules(network)
-    ours = {path: leaf.shape for path, leaf in leaves(shapes)}
-    tensors = {}
-    for rule in rules:
-        for name in rule.theirs:
-            shape = rule.their_shape(ours[rule.ours])
-            tensors[name] = LazyTensor(shape, np.dtype(np.float32), functools.partial(fill, name, shape))
-    return network.prepare(to_ours(rules, shapes, tensors, source="a formula"))
+def filled(format: UNetFormat, network: ADMUNet, fill) -> Params:
+    """Parameters of `network` with fill(name, shape) for every source tensor of a third-party format."""
+    rules, shapes = format.rules(network), network.shapes()
+    tensors = {
+        name: LazyTensor(shape, np.dtype(np.float32), functools.partial(fill, name, shape))
+        for name, shape in source_shapes(rules, shapes).items()
+    }
+    return network.prepare(from_source(rules, shapes, tensors, source="a formula"))
 
 
-def tensor_names(spelling: Format, network: ADMUNet) -> list[str]:
-    return [name for rule in spelling.rules(network) for name in rule.theirs]
+def tensor_names(format: UNetFormat, network: ADMUNet) -> list[str]:
+    return [name for rule in format.rules(network) for name in rule.sources]
 
 
 def random_params(network: Network, seed: int = 0) -> Params:

@@ -67,7 +67,7 @@ def is_checkpoint(directory: Path) -> bool:
     return (directory / "config.json").is_file() and (directory / "params").is_dir()
 
 
-def of_run(run: Path) -> dict[int, Path]:
+def run_checkpoints(run: Path) -> dict[int, Path]:
     """The checkpoints in a run's folder by their number of batches, rising; empty where it is no run's folder."""
     try:
         entries = list((run / "checkpoints").iterdir())
@@ -77,7 +77,7 @@ def of_run(run: Path) -> dict[int, Path]:
     return {batches: found[batches] for batches in sorted(found) if is_checkpoint(found[batches])}
 
 
-def best_of_run(run: Path) -> int | None:
+def best_checkpoint(run: Path) -> int | None:
     """The number of batches of the checkpoint that is marked as the best, if one is."""
     file = run / "best.json"
     return check_int(f"{file}: batches", read_json(file).get("batches"), 0, 10**18) if file.exists() else None

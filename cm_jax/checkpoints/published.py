@@ -1,6 +1,6 @@
-"""The published checkpoints: what their file names say that their tensors cannot.
+"""Published and bundled checkpoints: the settings that belong to a file name.
 
-Levels and tuned timesteps are those of the originals' sampling commands (openai/consistency_models, scripts/launch.sh;
+N and tuned timesteps are those of OpenAI's sampling commands (openai/consistency_models, scripts/launch.sh;
 openai/consistency_models_cifar10, launch.sh and its notebook).
 """
 
@@ -9,6 +9,8 @@ import functools
 import importlib.resources
 from pathlib import Path
 
+_ASSETS = importlib.resources.files("cm_jax.assets")
+_URL = "https://openaipublic.blob.core.windows.net/consistency"
 _EMOJI_CLASSES = (
     "Smileys & Emotion",
     "People & Body",
@@ -24,17 +26,19 @@ _EMOJI_CLASSES = (
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A checkpoint that people know by name."""
+    """A published checkpoint."""
 
     name: str
-    image_size: int
-    levels: int
-    parameters: int
-    """Of its network: what else has its name is another checkpoint."""
-    head_dim: int = 64
+    num_levels: int = 40
     timesteps: tuple[int, ...] = ()
-    """Tuned levels for two steps, as diffusers writes them; empty where none were published."""
+    """Tuned timesteps for two steps, in diffusers' notation; empty where none were published."""
+    image_size: int = 32
+    parameters: int = 0
+    """Parameter count of its network; 0 if unchecked. A file of this name with another count is another checkpoint."""
+    head_dim: int = 64
     class_names: tuple[str, ...] = ()
+    file: str = ""
+    """Path below the address of OpenAI's checkpoints; by default the name and ".pt"."""
 
     @property
     def preconditioning(self) -> str:
@@ -42,100 +46,87 @@ class Published:
 
     @property
     def url(self) -> str:
-        return f"https://openaipublic.blob.core.windows.net/consistency/{self.name}.pt"
+        return f"{_URL}/{self.file or f'{self.name}.pt'}"
 
 
 @functools.cache
 def imagenet_classes() -> tuple[str, ...]:
-    """Names of the 1000 ImageNet classes in the order of their WordNet ids, as the published networks number them."""
-    text = importlib.resources.files("cm_jax.assets").joinpath("imagenet_classes.txt").read_text("utf-8")
-    return tuple(text.splitlines())
+    """Names of the 1000 ImageNet classes in the order of their WordNet ids: the numbers of the published networks."""
+    return tuple(_ASSETS.joinpath("imagenet_classes.txt").read_text("utf-8").splitlines())
 
 
 @functools.cache
 def published() -> dict[str, Published]:
-    """Every checkpoint that is known by name: the twelve of OpenAI, and the bundled one of the same code."""
+    """OpenAI's twelve PyTorch checkpoints and the bundled one from the same code, by name."""
     imagenet = {"image_size": 64, "parameters": 295_899_267, "class_names": imagenet_classes()}
-    lsun = 526_304_771
+    lsun = {"image_size": 256, "parameters": 526_304_771}
+    emoji = {"image_size": 16, "parameters": 1_923_907, "head_dim": 32, "class_names": _EMOJI_CLASSES}
     known = [
-        Published("edm_imagenet64_ema", levels=40, **imagenet),
-        Published("cd_imagenet64_l2", levels=40, timesteps=(22, 0), **imagenet),
-        Published("cd_imagenet64_lpips", levels=40, timesteps=(22, 0), **imagenet),
-        Published("ct_imagenet64", levels=201, timesteps=(106, 0), **imagenet),
-        Published("edm_bedroom256_ema", 256, levels=40, parameters=lsun),
-        Published("cd_bedroom256_l2", 256, levels=40, parameters=lsun, timesteps=(18, 0)),
-        Published("cd_bedroom256_lpips", 256, levels=40, parameters=lsun, timesteps=(17, 0)),
-        Published("ct_bedroom256", 256, levels=151, parameters=lsun, timesteps=(67, 0)),
-        Published("edm_cat256_ema", 256, levels=40, parameters=lsun),
-        Published("cd_cat256_l2", 256, levels=40, parameters=lsun),
-        Published("cd_cat256_lpips", 256, levels=40, parameters=lsun),
-        Published("ct_cat256", 256, levels=151, parameters=lsun, timesteps=(62, 0)),
-        Published("emoji16_cd", 16, 18, 1_923_907, head_dim=32, timesteps=(8, 0), class_names=_EMOJI_CLASSES),
+        Published("edm_imagenet64_ema", **imagenet),
+        Published("cd_imagenet64_l2", timesteps=(22, 0), **imagenet),
+        Published("cd_imagenet64_lpips", timesteps=(22, 0), **imagenet),
+        Published("ct_imagenet64", 201, timesteps=(106, 0), **imagenet),
+        Published("edm_bedroom256_ema", **lsun),
+        Published("cd_bedroom256_l2", timesteps=(18, 0), **lsun),
+        Published("cd_bedroom256_lpips", timesteps=(17, 0), **lsun),
+        Published("ct_bedroom256", 151, timesteps=(67, 0), **lsun),
+        Published("edm_cat256_ema", **lsun),
+        Published("cd_cat256_l2", **lsun),
+        Published("cd_cat256_lpips", **lsun),
+        Published("ct_cat256", 151, timesteps=(62, 0), **lsun),
+        Published("emoji16_cd", 18, timesteps=(8, 0), **emoji),
+    ]
+    return {entry.name: entry for entry in known}
+
+
+@functools.cache
+def published_cifar10() -> dict[str, Published]:
+    """The ten checkpoints of openai/consistency_models_cifar10, by name.
+
+    N of the continuous-time models is that of OpenAI's samplers for them.
+    """
+
+    def entry(name: str, step: int | None = None, num_levels: int = 18, timesteps: tuple[int, ...] = ()) -> Published:
+        file = f"jcm_checkpoints/{name}" + ("" if step is None else f"/checkpoints/checkpoint_{step}")
+        return Published(name, num_levels, timesteps, file=file)
+
+    known = [
+        entry("edm_cifar10_ema"),
+        entry("cd-l1", 80),
+        entry("cd-l2", 80),
+        entry("cd-lpips", 80, timesteps=(11, 0)),
+        entry("ct-lpips", 74, num_levels=151),
+        entry("cifar10-continuous-cd-l2", 40),
+        entry("cifar10-continuous-cd-l2-stopgrad", 40),
+        entry("cifar10-continuous-cd-lpips-stopgrad", 40),
+        entry("continuous-ct-l2", 80),
+        entry("continuous-ct-lpips", 40),
     ]
     return {entry.name: entry for entry in known}
 
 
 def recognize(path: Path) -> Published | None:
-    """The published checkpoint that a file or folder is by its name: "ct_cat256.pt", "diffusers-cd_cat256_l2"."""
+    """The published checkpoint whose name a file or folder contains: "ct_cat256.pt", "diffusers-cd_cat256_l2"."""
     stems = (path.name.removesuffix(".pt").removesuffix(".bin"), path.resolve().name.removesuffix(".pt"))
     matches = [entry for name, entry in published().items() if any(name in stem for stem in stems)]
     return max(matches, key=lambda entry: len(entry.name), default=None)
 
 
-@dataclasses.dataclass(frozen=True)
-class PublishedCIFAR10:
-    """A CIFAR-10 checkpoint of openai/consistency_models_cifar10: an NCSN++ at 32 pixels."""
+def recognize_cifar10(path: Path) -> Published | None:
+    """The published CIFAR-10 checkpoint with the name of a file or of its folder ("cd-l2/checkpoints/...").
 
-    name: str
-    step: int | None = None
-    """Number of its file, checkpoints/checkpoint_{step}; None for the teacher, which is a file itself."""
-    levels: int = 18
-    timesteps: tuple[int, ...] = ()
-    """Tuned levels for two steps; empty where none were published."""
-
-    @property
-    def preconditioning(self) -> str:
-        return "edm" if self.name.startswith("edm_") else "consistency"
-
-    @property
-    def url(self) -> str:
-        inside = "" if self.step is None else f"/checkpoints/checkpoint_{self.step}"
-        return f"https://openaipublic.blob.core.windows.net/consistency/jcm_checkpoints/{self.name}{inside}"
-
-
-@functools.cache
-def published_cifar10() -> dict[str, PublishedCIFAR10]:
-    """The ten CIFAR-10 checkpoints of OpenAI. Levels of the continuous-time ones are those of its samplers."""
-    known = [
-        PublishedCIFAR10("edm_cifar10_ema"),
-        PublishedCIFAR10("cd-l1", 80),
-        PublishedCIFAR10("cd-l2", 80),
-        PublishedCIFAR10("cd-lpips", 80, timesteps=(11, 0)),
-        PublishedCIFAR10("ct-lpips", 74, levels=151),
-        PublishedCIFAR10("cifar10-continuous-cd-l2", 40),
-        PublishedCIFAR10("cifar10-continuous-cd-l2-stopgrad", 40),
-        PublishedCIFAR10("cifar10-continuous-cd-lpips-stopgrad", 40),
-        PublishedCIFAR10("continuous-ct-l2", 80),
-        PublishedCIFAR10("continuous-ct-lpips", 40),
-    ]
-    return {entry.name: entry for entry in known}
-
-
-def recognize_cifar10(path: Path) -> PublishedCIFAR10 | None:
-    """The published CIFAR-10 checkpoint that a file is: by its own name, or its folder's ("cd-l2/checkpoints/...").
-
-    The whole name must agree, because these are short.
+    The whole name must match, because these names are short.
     """
-    parts = [place for spelling in (path.absolute(), path.resolve()) for place in spelling.parts[-3:]]
+    parts = [part for spelling in (path.absolute(), path.resolve()) for part in spelling.parts[-3:]]
     return next((entry for name, entry in published_cifar10().items() if name in parts or name == path.stem), None)
 
 
 BUNDLED = {"emoji32": "emoji32.safetensors", "emoji16_cd": "emoji16_cd.pt"}
-"""The files of the checkpoints in this package: one that was trained by it, and one by the original's code."""
+"""Files of the bundled checkpoints: emoji32 was trained with this package, emoji16_cd with OpenAI's code."""
 DEFAULT = "emoji32"
-"""The bundled checkpoint that is used where none is named."""
+"""The checkpoint that `load` reads by default."""
 
 
 def bundled_path(name: str) -> Path:
-    """Where a bundled checkpoint lies on disk."""
-    return Path(str(importlib.resources.files("cm_jax.assets").joinpath(BUNDLED[name])))
+    """Path of a bundled checkpoint."""
+    return Path(str(_ASSETS.joinpath(BUNDLED[name])))

@@ -56,7 +56,7 @@ def _checksum(text: str, params: Params) -> str:
     return f"{total:08x}"
 
 
-def halved(params: Params, source: str) -> Params:
+def to_float16(params: Params, source: str) -> Params:
     """The same parameters rounded to float16. Raises InputError for numbers beyond its range."""
     rounded = {}
     for name, leaf in leaves(params):

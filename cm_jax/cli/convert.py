@@ -10,13 +10,13 @@ import jax
 import tyro
 
 from cm_jax import conversion
-from cm_jax.checkpoints.single_file import halved
+from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.single_file import to_float16
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import say
-from cm_jax.conversion.read import PreconditioningName
+from cm_jax.conversion import PreconditioningName
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import check_writable, user_path
-from cm_jax.model import find
 from cm_jax.networks.fir import Filter
 
 
@@ -35,7 +35,7 @@ class Convert:
     checkpoint), or a bundled model's name."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """What to write. It must not exist yet, unless it is a .pt or .safetensors file."""
-    to: Literal["", "ours", "openai", "diffusers", "lpips", "inception"] = ""
+    to: Literal["", "native", "openai", "diffusers", "lpips", "inception"] = ""
     """Default: openai for a destination that ends in .pt, else ours: a folder, or one file where the destination ends
     in .safetensors. lpips, inception: a .safetensors file with the
     weights of the distance or of the metrics; docs/conversion.md tells where SOURCE comes from."""
@@ -71,8 +71,8 @@ def convert(arguments: Convert) -> None:
     if arguments.lpips_heads is not None:
         raise InputError("--lpips-heads belongs to --to lpips: say that too, or leave it out.")
     suffix = arguments.destination.suffix.lower()
-    kind = arguments.to or ("openai" if suffix == ".pt" else "ours")
-    file = kind == "openai" or (kind == "ours" and suffix == ".safetensors")
+    kind = arguments.to or ("openai" if suffix == ".pt" else "native")
+    file = kind == "openai" or (kind == "native" and suffix == ".safetensors")
     if not file and user_path(arguments.destination).exists():
         raise InputError(f"{arguments.destination} exists already: name another destination, or remove it first.")
     if not file and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
@@ -88,7 +88,7 @@ def convert(arguments: Convert) -> None:
         arguments.resampling,
     )
     began = time.perf_counter()
-    source = conversion.read(find(arguments.source), hints)
+    source = conversion.read(resolve(arguments.source), hints)
     network = source.config.network
     parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
     say(f"Read {arguments.source}: {_architecture(source)}; {parameters:,} parameters.")
@@ -99,12 +99,12 @@ def convert(arguments: Convert) -> None:
         say(parity.report())
         if not parity.passed:
             raise InputError(f"The two networks disagree, so {arguments.destination} was not written.")
-    params = halved(source.params, arguments.source) if arguments.half else source.params
+    params = to_float16(source.params, arguments.source) if arguments.half else source.params
     conversion.write(arguments.destination, kind, source.config, params)
     say(f"Wrote {arguments.destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
     if kind == "diffusers" and not source.config.distilled:
         say("It holds the network alone: ConsistencyModelPipeline would take a denoiser for a consistency function.")
-    if kind == "ours":
+    if kind == "native":
         say(
             f"Draw from it: cm-jax sample {shlex.quote(str(arguments.destination))}"
             + (" --labels 0" if network.classes else "")

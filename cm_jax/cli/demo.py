@@ -10,9 +10,9 @@ from typing import Annotated
 import tyro
 
 from cm_jax.checkpoints.published import BUNDLED
+from cm_jax.checkpoints.resolve import resolve
 from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError, check_int
-from cm_jax.model import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def demo(arguments: Demo) -> None:
     """Serve the page until interrupted."""
     check_int("--port", arguments.port, 1, 2**16 - 1)
     names = arguments.checkpoints or tuple(BUNDLED)
-    checkpoints = {name: find(name) for name in names}
+    checkpoints = {name: resolve(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="cm_jax-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and pictures go there, and go with the page
         _serve(checkpoints, arguments)

@@ -13,13 +13,15 @@ import tyro
 from PIL import Image
 
 from cm_jax.checkpoints.published import DEFAULT
+from cm_jax.checkpoints.resolve import resolve
 from cm_jax.cli.parsing import chosen, numbers, parsed
 from cm_jax.cli.running import compilation_time, say, use_compilation_cache
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.io.images import grid, quantize, save_grid
-from cm_jax.model import Model, find, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 from cm_jax.types import Precision
 
 _LARGEST_GRID = 4096
@@ -285,7 +287,7 @@ def _check_output(output: Path, folder: Path | None) -> None:
 
 def _model(arguments: _Edit) -> Model:
     use_compilation_cache(arguments.compilation_cache)
-    model = load(find(arguments.checkpoint), precision=arguments.precision)
+    model = load(resolve(arguments.checkpoint), precision=arguments.precision)
     photos.square_side(model.config.network.image_shape)
     return model
 

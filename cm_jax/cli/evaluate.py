@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from cm_jax.checkpoints.resolve import resolve
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import devices, progress, say, use_compilation_cache
 from cm_jax.errors import InputError
@@ -16,7 +17,8 @@ from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.references import default_cache, open_reference, write_statistics
 from cm_jax.evaluation.report import Report, to_json
 from cm_jax.io.atomic import atomic_write, check_writable
-from cm_jax.model import Model, find, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 from cm_jax.types import Precision
 
 _COUNT = 50_000
@@ -80,7 +82,7 @@ def evaluate_command(arguments: Evaluate) -> None:
     unknown = [metric for metric in metrics if metric not in (*NEEDS, "bpd")]
     if unknown:
         raise InputError(f"There is no metric {unknown[0]!r}: choose of {', '.join(NEEDS)}, bpd.")
-    model = None if _are_images(arguments) else load(find(arguments.samples), precision=arguments.precision)
+    model = None if _are_images(arguments) else load(resolve(arguments.samples), precision=arguments.precision)
     others = tuple(metric for metric in metrics if metric != "bpd")
     if arguments.save_reference is not None and not {"fid", "sfid"} & set(others):
         raise InputError("--save-reference writes what fid or sfid needs: add one of them to --metrics.")

@@ -9,12 +9,14 @@ import numpy as np
 import tyro
 
 from cm_jax.checkpoints.published import DEFAULT
+from cm_jax.checkpoints.resolve import resolve
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import compilation_time, devices, progress, say, use_compilation_cache
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import check_writable
 from cm_jax.io.images import Quantization, grid, quantize, save_folder, save_grid, save_npz
-from cm_jax.model import Model, Plan, find, load
+from cm_jax.loading import load
+from cm_jax.model import Model, Plan
 from cm_jax.samplers import SAMPLERS
 from cm_jax.types import Precision
 
@@ -63,7 +65,7 @@ class Sample:
 def sample(arguments: Sample) -> None:
     """Load, draw, write, and say what was done."""
     use_compilation_cache(arguments.compilation_cache)
-    path = find(arguments.checkpoint)
+    path = resolve(arguments.checkpoint)
     _check_output(arguments.output, arguments.count)
     began = time.perf_counter()
     model = load(path, precision=arguments.precision)

@@ -7,13 +7,14 @@ from typing import Annotated
 import tyro
 
 from cm_jax.checkpoints import native
+from cm_jax.checkpoints.resolve import resolve
 from cm_jax.cli.running import progress, say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.evaluation.feature_extractor import load_inception
 from cm_jax.evaluation.image_sets import of_dataset, open_images
 from cm_jax.evaluation.level_search import tune
 from cm_jax.evaluation.references import default_cache
-from cm_jax.model import find, load
+from cm_jax.loading import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Tune:
 def tune_command(arguments: Tune) -> None:
     """Search, say every probe, and write the result into config.json."""
     use_compilation_cache(arguments.compilation_cache)
-    path = find(arguments.checkpoint)
+    path = resolve(arguments.checkpoint)
     if not native.is_checkpoint(path):
         raise InputError(
             f"{arguments.checkpoint} has no place for tuned levels: make one of our checkpoints of it first, with "

@@ -1,6 +1,7 @@
-"""Conversion between PyTorch checkpoints and ours in every direction, and from those of CIFAR-10, without loss."""
+"""Conversion between native checkpoints and third-party formats: OpenAI's .pt, diffusers folders, jcm checkpoints."""
 
-from cm_jax.conversion.read import CheckpointHints, Source, read
+from cm_jax.conversion.hints import CheckpointHints, PreconditioningName
+from cm_jax.conversion.read import Source, read
 from cm_jax.conversion.write import Kind, write
 
-__all__ = ["CheckpointHints", "Kind", "Source", "read", "write"]
+__all__ = ["CheckpointHints", "Kind", "PreconditioningName", "Source", "read", "write"]

@@ -1,38 +1,35 @@
-"""The names of openai/consistency_models_cifar10 ("jcm"): a Flax program whose modules are numbered as they are made.
+"""Tensor names of openai/consistency_models_cifar10 ("jcm"), a Flax program that numbers modules in order of creation.
 
-The same two things as in `formats`: the rules of a network, and the networks that a file's names and shapes allow.
+As for the PyTorch formats: the rules of a network, and the networks that match the names and shapes of a file.
 """
 
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from cm_jax.conversion.rules import Layout, Rule
+from cm_jax.conversion.rules import Layout, Rule, Shapes, source_shapes
 from cm_jax.errors import InputError, shape_complaints
 from cm_jax.networks import SongUNet
-from cm_jax.types import leaves
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 BRANCH = "params_ema"
-"""Where a checkpoint of theirs keeps the weights that they sample with."""
+"""The branch of a checkpoint that holds the EMA weights, which OpenAI samples with."""
 
 _RESIDUAL, _ATTENTION, _PYRAMID = "ResnetBlockBigGANpp", "AttnBlockpp", "Downsample"
 
 
 def rules(network: SongUNet) -> list[Rule]:
-    """The rules of all leaves of an unconditional network with additive modulation, as all of theirs are."""
+    """Rules of all parameters of an unconditional network with additive modulation, as all jcm networks are."""
     return list(_rules(network))
 
 
 def _rules(network: SongUNet) -> Iterator[Rule]:
     def layer(
-        ours: str, theirs: str, weight: str = "kernel", bias: str = "bias", layout: Layout = Layout.SAME
+        path: str, source: str, weight: str = "kernel", bias: str = "bias", layout: Layout = Layout.SAME
     ) -> Iterator[Rule]:
         leaf = "scale" if weight == "scale" else "kernel"
-        yield Rule(f"{ours}/{leaf}", (f"{theirs}/{weight}",), layout)
-        yield Rule(f"{ours}/bias", (f"{theirs}/{bias}",), Layout.SAME)
+        yield Rule(f"{path}/{leaf}", (f"{source}/{weight}",), layout)
+        yield Rule(f"{path}/bias", (f"{source}/{bias}",), Layout.SAME)
 
     if network.embedding == "fourier":
         yield Rule("embedding/frequencies", ("GaussianFourierProjection_0/W",), Layout.SAME)
@@ -42,68 +39,66 @@ def _rules(network: SongUNet) -> Iterator[Rule]:
     numbers = {kind: itertools.count() for kind in (_RESIDUAL, _ATTENTION, _PYRAMID)}
     for block in network.plan().blocks:
         for unit in block.units:
-            ours = f"{block.name}/{unit.name}"
+            path = f"{block.name}/{unit.name}"
             match unit.kind:
                 case "residual":
-                    theirs = f"{_RESIDUAL}_{next(numbers[_RESIDUAL])}"
-                    yield from layer(f"{ours}/norm_1", f"{theirs}/GroupNorm_0", "scale")
-                    yield from layer(f"{ours}/conv_1", f"{theirs}/Conv_0")
-                    yield from layer(f"{ours}/embedding", f"{theirs}/Dense_0")
-                    yield from layer(f"{ours}/norm_2", f"{theirs}/GroupNorm_1", "scale")
-                    yield from layer(f"{ours}/conv_2", f"{theirs}/Conv_1")
+                    source = f"{_RESIDUAL}_{next(numbers[_RESIDUAL])}"
+                    yield from layer(f"{path}/norm_1", f"{source}/GroupNorm_0", "scale")
+                    yield from layer(f"{path}/conv_1", f"{source}/Conv_0")
+                    yield from layer(f"{path}/embedding", f"{source}/Dense_0")
+                    yield from layer(f"{path}/norm_2", f"{source}/GroupNorm_1", "scale")
+                    yield from layer(f"{path}/conv_2", f"{source}/Conv_1")
                     if unit.resample or unit.channels_in != unit.channels_out:
-                        yield from layer(f"{ours}/skip", f"{theirs}/Conv_2", layout=Layout.FLAX_POINTWISE)
+                        yield from layer(f"{path}/skip", f"{source}/Conv_2", layout=Layout.FLAX_POINTWISE)
                 case "attention":
-                    theirs = f"{_ATTENTION}_{next(numbers[_ATTENTION])}"
-                    yield from layer(f"{ours}/norm", f"{theirs}/GroupNorm_0", "scale")
+                    source = f"{_ATTENTION}_{next(numbers[_ATTENTION])}"
+                    yield from layer(f"{path}/norm", f"{source}/GroupNorm_0", "scale")
                     for leaf, name in (("kernel", "W"), ("bias", "b")):
-                        thirds = tuple(f"{theirs}/NIN_{third}/{name}" for third in range(3))
-                        yield Rule(f"{ours}/qkv/{leaf}", thirds, Layout.SAME)
-                    yield from layer(f"{ours}/projection", f"{theirs}/NIN_3", "W", "b")
+                        thirds = tuple(f"{source}/NIN_{third}/{name}" for third in range(3))
+                        yield Rule(f"{path}/qkv/{leaf}", thirds, Layout.SAME)
+                    yield from layer(f"{path}/projection", f"{source}/NIN_3", "W", "b")
                 case "pyramid":
-                    yield from layer(ours, f"{_PYRAMID}_{next(numbers[_PYRAMID])}/Conv2d_0", "weight")
+                    yield from layer(path, f"{_PYRAMID}_{next(numbers[_PYRAMID])}/Conv2d_0", "weight")
     yield from layer("head/norm", "GroupNorm_0", "scale")
     yield from layer("head/output", "Conv_1")
 
 
 def candidates(shapes: Shapes, source: str, *, image_size: int) -> list[SongUNet]:
-    """The networks that these names and shapes fit best, alike but for what cannot be read off them.
+    """The networks that match these names and shapes best; they differ only in what tensors do not determine.
 
-    That is where attention stands among levels of equal width, and the filter of a network without a pyramid. Raises
-    InputError where they are not an NCSN++'s at all; a few missing or damaged tensors do not matter here.
+    That is which of several equally wide levels have attention, and the filter of a network without an input pyramid.
+    Raises InputError where the tensors are not those of an NCSN++. A few missing or damaged tensors do not matter here.
     """
     blocks, attentions, pyramids = (_count(shapes, kind) for kind in (_RESIDUAL, _ATTENTION, _PYRAMID))
     scored = []
     for levels in range(1, blocks + 1):
-        per_level, odd = divmod(
-            blocks // levels - 3, 2
-        )  # each level: b down, b + 1 up, two that resample or stand amid
+        # A level with b blocks has 2 b + 3 residual blocks: b in the encoder, b + 1 in the decoder, and two that
+        # resample, in place of which the last level has those in the middle.
+        per_level, odd = divmod(blocks // levels - 3, 2)
         if blocks % levels or odd or per_level < 1 or (attentions - 1) % (per_level + 1):
             continue
+        fields = _fields(shapes, levels, per_level)
+        if fields is None:
+            continue
         for attending in itertools.combinations(range(levels), (attentions - 1) // (per_level + 1)):
-            fields = _fields(shapes, levels, per_level)
-            if fields is None:
-                continue
+            factors = tuple(2**level for level in attending)
             try:
-                network = SongUNet(
-                    image_size=image_size, attention_factors=tuple(2**level for level in attending), **fields
-                )
+                network = SongUNet(image_size=image_size, attention_factors=factors, **fields)
             except InputError:
                 continue
-            ours = {name: leaf.shape for name, leaf in leaves(network.shapes())}
-            wanted = {name: rule.their_shape(ours[rule.ours]) for rule in rules(network) for name in rule.theirs}
-            filters = ("fir",) if pyramids else ("fir", "plain")
-            scored.append((len(shape_complaints(wanted, shapes)), network, filters))
+            expected = source_shapes(rules(network), network.shapes())
+            scored.append((len(shape_complaints(expected, shapes)), network))
     if not scored:
         raise InputError(
-            f"{source} is not a network of openai/consistency_models_cifar10: of its {len(shapes)} tensors, {blocks} "
-            f"blocks are named {_RESIDUAL}_i and {attentions} {_ATTENTION}_i. Wanted: a checkpoint of its ncsnpp model."
+            f"Expected a checkpoint of the ncsnpp model of openai/consistency_models_cifar10, got {len(shapes)} "
+            f"tensors in {source}, with {blocks} blocks named {_RESIDUAL}_i and {attentions} named {_ATTENTION}_i."
         )
-    best = min(score for score, _, _ in scored)
+    best = min(score for score, _ in scored)
+    filters = ("fir",) if pyramids else ("fir", "plain")
     return [
-        dataclasses.replace(network, resampling=by)
-        for score, network, filters in scored
-        for by in filters
+        dataclasses.replace(network, resampling=resampling)
+        for score, network in scored
+        for resampling in filters
         if score == best
     ]
 
@@ -114,7 +109,7 @@ def _count(shapes: Shapes, kind: str) -> int:
 
 
 def _fields(shapes: Shapes, levels: int, per_level: int) -> dict | None:
-    """The fields that shapes tell; None where what would tell them is not there."""
+    """The fields that shapes determine; None where a tensor that determines one is missing."""
 
     def channels(name: str) -> int:
         found = (shapes[f"{name}/{leaf}"] for leaf in ("bias", "kernel") if f"{name}/{leaf}" in shapes)

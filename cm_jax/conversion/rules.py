@@ -1,7 +1,7 @@
-"""One table of rules between a foreign checkpoint and ours, applied in either direction without loss.
+"""Rules that map the tensors of a third-party checkpoint to the parameters of a network and back, without loss.
 
-A rule says: these tensors of theirs, laid out our way and joined along the last axis, are that leaf of ours. The
-rules of a network name every leaf of ours and every tensor of theirs exactly once, so that a conversion is a bijection.
+A rule says which source tensors, transposed and concatenated along the last axis, form one parameter. The rules of a
+network name every parameter and every source tensor exactly once, so that a conversion is a bijection.
 """
 
 import dataclasses
@@ -13,12 +13,15 @@ import numpy as np
 from cm_jax.io.safetensors import LazyTensor, check_finite, check_tensors
 from cm_jax.types import Params, leaves, nested
 
+Shapes = Mapping[str, tuple[int, ...]]
+Tensors = Mapping[str, LazyTensor]
+
 
 class Layout(enum.Enum):
-    """How others lay a leaf out: (from theirs to ours, from ours to theirs)."""
+    """Layouts of source tensors: (source -> parameter, parameter -> source)."""
 
     SAME = (lambda a: a, lambda a: a)
-    """Norms, biases, class tables; of Flax programs nearly everything."""
+    """Norms, biases, class embeddings; nearly all tensors of Flax programs."""
     DENSE = (lambda a: a.T, lambda a: a.T)
     """[out, in] <-> [in, out]."""
     POINTWISE = (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])
@@ -30,55 +33,57 @@ class Layout(enum.Enum):
     FLAX_HEAD = (lambda a: a[0, 0, :, 0], lambda a: a[None, None, :, None])
     """A 1x1 convolution to one channel [1, 1, in, 1] <-> [in]."""
     TORCH_HEAD = (lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
-    """The same [1, in, 1, 1] <-> [in]."""
+    """A 1x1 convolution to one channel [1, in, 1, 1] <-> [in]."""
 
-    def __init__(self, to_ours: Callable, to_theirs: Callable) -> None:
-        self.to_ours, self.to_theirs = to_ours, to_theirs
+    def __init__(self, from_source: Callable, to_source: Callable) -> None:
+        self.from_source, self.to_source = from_source, to_source
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Leaf `ours` ("middle/attention/qkv/kernel") is the tensors `theirs` in `layout`, joined."""
+    """The parameter `path` ("middle/attention/qkv/kernel") is the tensors `sources` in `layout`, concatenated."""
 
-    ours: str
-    theirs: tuple[str, ...]
+    path: str
+    sources: tuple[str, ...]
     layout: Layout
 
-    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of each of their tensors for our leaf of `shape`."""
-        part = (*shape[:-1], shape[-1] // len(self.theirs))
-        return self.layout.to_theirs(np.broadcast_to(np.float32(0), part)).shape
+    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of each source tensor for a parameter of `shape`."""
+        part = (*shape[:-1], shape[-1] // len(self.sources))
+        return self.layout.to_source(np.broadcast_to(np.float32(0), part)).shape
 
 
-Tensors = Mapping[str, LazyTensor]
+def source_shapes(rules: list[Rule], shapes: Params) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every source tensor of a network, in the order of the rules; `shapes` is `network.shapes()`."""
+    flat = dict(leaves(shapes))
+    return {name: rule.source_shape(flat[rule.path].shape) for rule in rules for name in rule.sources}
 
 
-def to_ours(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: str) -> Params:
-    """Our parameter tree, as NumPy arrays in their dtype, from all of `tensors`.
+def from_source(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: str) -> Params:
+    """The parameter tree, as NumPy arrays in their stored dtype, from all of `tensors`.
 
-    `shapes` is what `network.shapes()` returns. One tensor is in memory beside the result at a time. Raises InputError
-    with every missing, superfluous and wrong-shaped tensor in one message that starts with `source`.
+    `shapes` is `network.shapes()`. Holds one source tensor in memory beside the result at a time. Raises InputError
+    that lists all missing, unexpected and wrong-shaped tensors in one message that starts with `source`.
     """
-    expected = dict(leaves(shapes))
-    assert sorted(expected) == sorted(rule.ours for rule in rules), "the rules do not cover our leaves"
-    wanted = {name: rule.their_shape(expected[rule.ours].shape) for rule in rules for name in rule.theirs}
-    check_tensors(wanted, tensors, source)
+    paths = [path for path, _ in leaves(shapes)]
+    assert sorted(paths) == sorted(rule.path for rule in rules), "the rules do not cover the parameters"
+    check_tensors(source_shapes(rules, shapes), tensors, source)
     flat, not_finite = {}, []
     for rule in rules:
-        parts = [tensors[name].read() for name in rule.theirs]
-        not_finite += [name for name, part in zip(rule.theirs, parts, strict=True) if not np.isfinite(part).all()]
-        laid_out = [rule.layout.to_ours(part) for part in parts]
-        flat[rule.ours] = np.ascontiguousarray(laid_out[0] if len(parts) == 1 else np.concatenate(laid_out, axis=-1))
+        parts = [tensors[name].read() for name in rule.sources]
+        not_finite += [name for name, part in zip(rule.sources, parts, strict=True) if not np.isfinite(part).all()]
+        laid_out = [rule.layout.from_source(part) for part in parts]
+        flat[rule.path] = np.ascontiguousarray(laid_out[0] if len(parts) == 1 else np.concatenate(laid_out, axis=-1))
     check_finite(not_finite, source)
     return nested(flat)
 
 
-def to_theirs(rules: list[Rule], params: Params) -> dict[str, np.ndarray]:
-    """Their tensors by name, in the order of the rules: the inverse of `to_ours`, bit for bit."""
-    ours = dict(leaves(params))
+def to_source(rules: list[Rule], params: Params) -> dict[str, np.ndarray]:
+    """Source tensors by name, in the order of the rules: the inverse of `from_source`, bitwise."""
+    flat = dict(leaves(params))
     result = {}
     for rule in rules:
-        parts = np.split(np.asarray(ours[rule.ours]), len(rule.theirs), axis=-1)
-        for name, part in zip(rule.theirs, parts, strict=True):
-            result[name] = np.ascontiguousarray(rule.layout.to_theirs(part))
+        parts = np.split(np.asarray(flat[rule.path]), len(rule.sources), axis=-1)
+        for name, part in zip(rule.sources, parts, strict=True):
+            result[name] = np.ascontiguousarray(rule.layout.to_source(part))
     return result

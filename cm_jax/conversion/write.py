@@ -1,4 +1,4 @@
-"""Writing a checkpoint as ours, as the original's .pt, or as a diffusers folder."""
+"""Writing a checkpoint in the native format, as OpenAI's .pt, or as a diffusers folder."""
 
 import dataclasses
 import json
@@ -7,10 +7,10 @@ from typing import Literal
 
 from cm_jax.checkpoints import native, single_file
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.conversion.diffusers_config import model_index, scheduler_config, unet_config
-from cm_jax.conversion.rules import to_theirs
-from cm_jax.conversion.tensor_files import write_torch
-from cm_jax.conversion.unet_formats import DIFFUSERS, OPENAI
+from cm_jax.conversion.diffusers import DIFFUSERS, model_index, scheduler_config, unet_config
+from cm_jax.conversion.openai import OPENAI
+from cm_jax.conversion.rules import to_source
+from cm_jax.conversion.torch_files import write_torch
 from cm_jax.diffusion.noise_schedule import ADM_TIME, KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
@@ -18,26 +18,25 @@ from cm_jax.io.atomic import atomic_write, write_errors
 from cm_jax.io.safetensors import write_safetensors
 from cm_jax.types import Params
 
-Kind = Literal["ours", "openai", "diffusers"]
+Kind = Literal["native", "openai", "diffusers"]
 
 
 def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
-    """Write a model as `kind` at `path`: a folder for ours and diffusers, a file for openai, and for ours too where
-    `path` ends in .safetensors.
+    """Write a model at `path`: a file for openai, and for native where `path` ends in .safetensors; else a folder.
 
-    Every tensor keeps its numbers and precision. A denoiser with EDM scalings becomes a diffusers folder with the
-    network alone, because ConsistencyModelPipeline would take it for a consistency function. Raises InputError where
-    the format has no room for this network, or the destination cannot be written.
+    Values and precision of all parameters are preserved. The diffusers folder of a denoiser holds the network alone,
+    because ConsistencyModelPipeline would sample from it as from a consistency model. Raises InputError where the
+    format cannot represent the model, or `path` cannot be written.
     """
-    if kind == "ours":
+    if kind == "native":
         (single_file.write if path.suffix.lower() == ".safetensors" else native.save)(path, config, params)
         return
     network = config.adm
-    _check_room(kind, config)
+    _check_representable(kind, config)
     rules = (OPENAI if kind == "openai" else DIFFUSERS).rules(network)
     with atomic_write(path) as beside, write_errors(path):
         if kind == "openai":
-            write_torch(beside, to_theirs(rules, params))
+            write_torch(beside, to_source(rules, params))
             return
         files = {"unet/config.json": unet_config(network)}
         if config.distilled:
@@ -46,20 +45,20 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             (beside / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         weights = beside / "unet" / "diffusion_pytorch_model.safetensors"
-        write_safetensors(weights, to_theirs(rules, params), {"format": "pt"})
+        write_safetensors(weights, to_source(rules, params), {"format": "pt"})
 
 
-def _check_room(kind: Kind, config: ModelConfig) -> None:
-    """Raise InputError for settings that a foreign format cannot hold, and that would silently become its defaults."""
+def _check_representable(kind: Kind, config: ModelConfig) -> None:
+    """Raise InputError for settings that a third-party format would silently replace by its defaults."""
     preconditioning, grid = config.log_sigma_preconditioning, config.grid
     lost = []
     if preconditioning.time_factor != ADM_TIME:
-        lost.append(f"the clock {preconditioning.time_factor:g} ln sigma (it is always {ADM_TIME:g} ln sigma)")
+        lost.append(f"c_noise = {preconditioning.time_factor:g} ln sigma (it is always {ADM_TIME:g} ln sigma)")
     if config.distilled and not isinstance(preconditioning, ConsistencyPreconditioning):
-        lost.append("a consistency model with the scalings of a denoiser")
+        lost.append("a consistency model with EDM preconditioning")
     if isinstance(preconditioning, ConsistencyPreconditioning) and preconditioning.sigma_min != grid.sigma_min:
-        lost.append("a boundary apart from the grid's sigma_min")
+        lost.append("a boundary condition at another sigma_min than the schedule's")
     if kind == "openai" and (preconditioning.sigma_data, dataclasses.replace(grid, levels=40)) != (0.5, KarrasGrid()):
         lost.append("other sigma_data, sigma_min, sigma_max or rho than 0.5, 0.002, 80 and 7")
     if lost:
-        raise InputError(f"The format {kind} has no room for {' nor '.join(lost)}: write it as ours.")
+        raise InputError(f"The {kind} format cannot represent {' nor '.join(lost)}; use --to native.")

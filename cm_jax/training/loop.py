@@ -47,7 +47,9 @@ def train(chosen: TrainConfig, folder: str | Path, say: Say = print, progress: A
     Raises InputError for settings that do not go together, or that differ from those the folder was begun with.
     """
     run = prepare(chosen, progress)
-    fresh = None if native.of_run(Path(folder)) else run.fresh_state()  # a refused start leaves no folder behind
+    fresh = (
+        None if native.run_checkpoints(Path(folder)) else run.fresh_state()
+    )  # a refused start leaves no folder behind
     with RunFolder(folder, Retention(chosen.keep_last, chosen.keep_every, chosen.keep_hours)) as opened:
         _agree(opened.path, chosen)
         found = opened.resume(run.abstract_state())

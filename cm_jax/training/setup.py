@@ -11,11 +11,11 @@ import numpy as np
 
 from cm_jax import conversion
 from cm_jax.checkpoints import serialization
+from cm_jax.checkpoints.resolve import resolve
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset
 from cm_jax.diffusion.distances import Distance
 from cm_jax.errors import InputError, indented_list
-from cm_jax.model import find
 from cm_jax.objectives import Objective
 from cm_jax.training import prefetch
 from cm_jax.training.config import TrainConfig
@@ -127,7 +127,7 @@ def prepare(chosen: TrainConfig, progress: Callable[[int, int], None] | None = N
 def _read(name: str, flag: str) -> Source:
     """A checkpoint that the settings name."""
     try:
-        return conversion.read(find(name))
+        return conversion.read(resolve(name))
     except InputError as error:
         folder = name.removesuffix("/best")
         run = folder.removeprefix("runs/")

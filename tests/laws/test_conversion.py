@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import BUNDLED, imagenet_classes, published, recognize
 from cm_jax.conversion import CheckpointHints, read, write
-from cm_jax.conversion.diffusers_config import scheduler_config, unet_config
-from cm_jax.conversion.rules import to_ours, to_theirs
-from cm_jax.conversion.unet_formats import DIFFUSERS, OPENAI
+from cm_jax.conversion.diffusers import DIFFUSERS, scheduler_config, unet_config
+from cm_jax.conversion.openai import OPENAI
+from cm_jax.conversion.rules import from_source, source_shapes, to_source
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
@@ -28,10 +28,9 @@ PUBLISHED = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
 KEYS = DATA / "keys"
 
 
-def shapes_of(spelling, network):
-    """Name and shape of every foreign tensor, without making any."""
-    ours = dict(leaves(network.shapes()))
-    return {name: rule.their_shape(ours[rule.ours].shape) for rule in spelling.rules(network) for name in rule.theirs}
+def shapes_of(format, network):
+    """Name and shape of every source tensor, without creating any."""
+    return source_shapes(format.rules(network), network.shapes())
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("imagenet64", 295_899_267), ("lsun256", 526_304_771)])
@@ -63,13 +62,13 @@ def test_every_tensor_of_diffusers_files(name, tensors):
 def test_the_two_spellings_meet_where_diffusers_own_converter_puts_them(name):
     """Composed through ours, the rules are the recorded map of diffusers' conversion script."""
     recorded = json.loads((KEYS / f"diffusers_unet_{name}_openai_map.json").read_text())
-    theirs = {rule.ours: rule.theirs for rule in OPENAI.rules(PUBLISHED[name])}
+    theirs = {rule.path: rule.sources for rule in OPENAI.rules(PUBLISHED[name])}
     for rule in DIFFUSERS.rules(PUBLISHED[name]):
-        for part, tensor in enumerate(rule.theirs):
-            (expected,) = theirs[rule.ours]
+        for part, tensor in enumerate(rule.sources):
+            (expected,) = theirs[rule.path]
             source = recorded[tensor]["openai"]
             assert source.split("[")[0].split("|")[0] == expected
-            if len(rule.theirs) == 3:
+            if len(rule.sources) == 3:
                 assert f"[{part}/3 of dim0]" in source
 
 
@@ -114,7 +113,7 @@ def test_any_network_is_inferred_and_goes_there_and_back_bit_for_bit(chosen, dty
         assert inferred == network
         rules = spelling.rules(network)
         tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
-        back = to_theirs(rules, to_ours(rules, network.shapes(), tensors, source="a file"))
+        back = to_source(rules, from_source(rules, network.shapes(), tensors, source="a file"))
         assert list(back) == list(arrays)
         for name, array in arrays.items():
             assert back[name].dtype == array.dtype
@@ -122,7 +121,7 @@ def test_any_network_is_inferred_and_goes_there_and_back_bit_for_bit(chosen, dty
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("kind", ["ours", "openai", "diffusers"])
+@pytest.mark.parametrize("kind", ["native", "openai", "diffusers"])
 @pytest.mark.parametrize(
     "preconditioning", [ConsistencyPreconditioning(), EDMPreconditioning()], ids=["consistency", "edm"]
 )
@@ -132,7 +131,7 @@ def test_files_there_and_back_bit_for_bit(tmp_path, dtype, kind, preconditioning
     destination = tmp_path / ("model.pt" if kind == "openai" else "model")
     write(destination, kind, config, nested(params))
     edm = "edm" if isinstance(preconditioning, EDMPreconditioning) else "consistency"
-    source = read(destination, CheckpointHints(16, None, edm, 18, 16) if kind != "ours" else CheckpointHints())
+    source = read(destination, CheckpointHints(16, None, edm, 18, 16) if kind != "native" else CheckpointHints())
     assert source.config == config
     back = dict(leaves(source.params))
     assert sorted(back) == sorted(params)
@@ -171,7 +170,7 @@ def test_all_complaints_come_in_one_message():
     arrays["extra.weight"] = np.zeros(3, np.float32)
     tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
     with pytest.raises(InputError) as caught:
-        to_ours(OPENAI.rules(SMALL), SMALL.shapes(), tensors, source="model.pt")
+        from_source(OPENAI.rules(SMALL), SMALL.shapes(), tensors, source="model.pt")
     message = str(caught.value)
     assert message.startswith("model.pt")
     for line in (

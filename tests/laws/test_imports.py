@@ -21,6 +21,7 @@ ORDER = [
     "objectives",
     "editing",
     "model",
+    "loading",
     "evaluation",
     "training",
     "presets",

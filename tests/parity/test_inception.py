@@ -11,8 +11,8 @@ import torch
 
 from cm_jax.cli import main_convert
 from cm_jax.conversion.metric_networks import inception_rules, read_inception
-from cm_jax.conversion.pickles import read_torch
-from cm_jax.conversion.rules import to_theirs
+from cm_jax.conversion.rules import to_source
+from cm_jax.conversion.torch_files import read_torch
 from cm_jax.errors import InputError
 from cm_jax.feature_networks import inception, inception_v3
 from cm_jax.types import leaves
@@ -55,7 +55,7 @@ def test_torchscript_is_read_without_its_program_and_every_tensor_is_used(publis
     graph, _, path = published
     tensors = {name: tensor.numpy() for name, tensor in graph.state_dict().items()}
     assert {name: tensor.shape for name, tensor in read_torch(path).items()} == {n: a.shape for n, a in tensors.items()}
-    back = to_theirs(inception_rules("nvidia", classifier=True), params)
+    back = to_source(inception_rules("nvidia", classifier=True), params)
     assert sorted(back) == sorted(tensors.keys() - {"output.bias"})
     assert all(back[name].tobytes() == tensors[name].tobytes() for name in back)
     assert sum(leaf.size for name, leaf in leaves(params) if not name.startswith("logits")) == 21_802_784
@@ -65,7 +65,7 @@ def test_pytorch_fids_names_give_the_same_weights(params, tmp_path):
     """Its names are torchvision's, all 377 of which were compared with the program once."""
     tensors = {
         name: torch.from_numpy(a.copy())
-        for name, a in to_theirs(inception_rules("pytorch-fid", classifier=True), params).items()
+        for name, a in to_source(inception_rules("pytorch-fid", classifier=True), params).items()
     }
     assert tensors["Mixed_6b.branch7x7dbl_2.conv.weight"].shape == (128, 128, 7, 1)
     assert tensors["Mixed_7c.branch3x3dbl_3b.conv.weight"].shape == (384, 384, 3, 1)

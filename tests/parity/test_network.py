@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from cm_jax.conversion.diffusers import DIFFUSERS
+from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.parity import reference_network
-from cm_jax.conversion.rules import to_theirs
-from cm_jax.conversion.unet_formats import DIFFUSERS, OPENAI
+from cm_jax.conversion.rules import to_source
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
@@ -111,7 +112,7 @@ def test_formula_filled_networks(name, key, preconditioning):
 
 def float64_output(network, params, x, time, labels):
     """What diffusers' PyTorch network puts out in float64 for the same float32 weights and inputs."""
-    reference = reference_network(network, to_theirs(DIFFUSERS.rules(network), params)).double()
+    reference = reference_network(network, to_source(DIFFUSERS.rules(network), params)).double()
     chosen = {} if labels is None else {"class_labels": torch.from_numpy(np.array(labels))}
     nchw = torch.from_numpy(np.array(x, np.float64).transpose(0, 3, 1, 2).copy())
     with torch.no_grad():

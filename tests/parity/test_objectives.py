@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cm_jax.conversion import CheckpointHints, read
-from cm_jax.conversion.unet_formats import OPENAI
+from cm_jax.conversion.openai import OPENAI
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Halving, Progressive
 from cm_jax.diffusion.distances import Absolute, Distance, Resized, Squared
@@ -116,7 +116,7 @@ def replayed(name):
         list(DISTANCES).index(distance),
     )
     flat = dict(leaves(gradients))
-    names = {rule.ours: rule.theirs[0] for rule in OPENAI.rules(network)}
+    names = {rule.path: rule.sources[0] for rule in OPENAI.rules(network)}
     norms = {names[path]: (float(value), float(golden[f"grad_norm/{names[path]}"])) for path, value in flat.items()}
     assert len(norms) == sum(key.startswith("grad_norm/") for key in golden)
     return (np.asarray(ours), golden["loss"]), norms

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cm_jax.conversion import jcm
-from cm_jax.conversion.rules import to_ours, to_theirs
+from cm_jax.conversion.rules import from_source, to_source
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
@@ -61,7 +61,7 @@ def formula(path, position, shape):
 def params(name):
     network = NETWORKS[name]
     lazy = {path: LazyTensor(a.shape, a.dtype, lambda a=a: a) for path, a in tensors(name).items()}
-    return network.prepare(to_ours(jcm.rules(network), network.shapes(), lazy, source="a formula"))
+    return network.prepare(from_source(jcm.rules(network), network.shapes(), lazy, source="a formula"))
 
 
 def truth(name, quantity, weights):
@@ -142,7 +142,7 @@ def test_deeper_networks_than_the_goldens(fir):
         pyramid=fir,
     )
     ours = random_params(network)
-    theirs = to_theirs(jcm.rules(network), ours)
+    theirs = to_source(jcm.rules(network), ours)
     x, times = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([1.1, -0.4])
     exact = jcm_float64.network(
         theirs,

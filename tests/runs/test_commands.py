@@ -20,9 +20,9 @@ from cm_jax import conversion
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main, main_convert, main_sample
 from cm_jax.conversion import CheckpointHints, read
+from cm_jax.conversion.diffusers import DIFFUSERS
 from cm_jax.conversion.parity import compare
-from cm_jax.conversion.rules import to_theirs
-from cm_jax.conversion.unet_formats import DIFFUSERS
+from cm_jax.conversion.rules import to_source
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
@@ -150,7 +150,7 @@ def test_sampling_straight_from_a_diffusers_folder(folder, tmp_path, capsys):
 def test_conversions_in_a_circle(tmp_path, capsys):
     """.pt -> diffusers -> ours -> .pt, and PyTorch reads the same numbers."""
     stops = [EMOJI, tmp_path / "emoji16_cd_diffusers", tmp_path / "emoji16_cd_ours", tmp_path / "emoji16_cd.pt"]
-    kinds = ["diffusers", "ours", "openai"]
+    kinds = ["diffusers", "native", "openai"]
     for source, destination, kind in zip(stops, stops[1:], kinds, strict=False):
         succeeded(capsys, main_convert, source, destination, "--to", kind)
     before, after = (torch.load(path, weights_only=True) for path in (stops[0], stops[-1]))
@@ -247,7 +247,7 @@ def test_the_check_names_the_unit_that_differs():
 
 def compare_with_damage(source):
     """The check, where the JAX side has lost a bias that the PyTorch side has."""
-    arrays = to_theirs(DIFFUSERS.rules(source.config.network), source.params)
+    arrays = to_source(DIFFUSERS.rules(source.config.network), source.params)
     tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
     layer = source.params["down_1_0"]["residual"]["conv_2"]
     layer["bias"] = layer["bias"] + np.float16(0.1)
@@ -468,4 +468,4 @@ def test_outputs_that_cannot_be_written(tmp_path, capsys):
     assert "is no folder" in failed(capsys, main_sample, "--output", tmp_path / "file")
     assert "from 2 to" in failed(capsys, main_convert, EMOJI, tmp_path / "new", "--levels", 0)
     assert "exists already" in failed(capsys, main_convert, EMOJI, tmp_path / "full")
-    assert "--to ours writes a folder" in failed(capsys, main_convert, EMOJI, tmp_path / "x.pt", "--to", "ours")
+    assert "--to native writes a folder" in failed(capsys, main_convert, EMOJI, tmp_path / "x.pt", "--to", "native")

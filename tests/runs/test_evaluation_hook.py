@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 import cm_jax
+from cm_jax.checkpoints.resolve import resolve
 from cm_jax.cli import main_train
 from cm_jax.data import EmojiData
 from cm_jax.errors import InputError
 from cm_jax.evaluation import FeatureExtractor, evaluate, load_inception, of_dataset, of_model
-from cm_jax.model import find
 from cm_jax.training import loop
 from cm_jax.training.loop import train
 from cm_jax.training.parallelism import OneDevice
@@ -115,7 +115,7 @@ def test_what_an_evaluated_run_leaves(unbroken):
 def test_the_best_checkpoint_has_the_numbers_that_it_was_kept_for(unbroken):
     folder, _ = unbroken
     batches = json.loads((folder / "best.json").read_text())["batches"]
-    assert find(folder / "best") == folder / "checkpoints" / f"{batches:08d}"
+    assert resolve(folder / "best") == folder / "checkpoints" / f"{batches:08d}"
     model = cm_jax.load(folder / "best")
     reference = of_dataset(EmojiData().open(8), "emoji")
     again, _ = evaluate(toy(), of_model(model, model.plan(steps=2), 16), reference)
@@ -173,9 +173,9 @@ def test_a_run_that_is_stopped_and_killed_around_evaluations_becomes_the_unbroke
 def test_evaluations_can_begin_later_and_not_change(unbroken, tmp_path):
     run, short = tmp_path / "run", dataclasses.replace(EVALUATED, images=8 * 3)
     train(dataclasses.replace(short, evaluation=None), run, quiet)
-    assert find(run).name == "00000003"
+    assert resolve(run).name == "00000003"
     with pytest.raises(InputError, match=r"it was not evaluated \(--evaluation\)"):
-        find(run / "best")
+        resolve(run / "best")
     train(short, run, quiet)
     assert table(run) == table(unbroken[0])[:1]
     train(dataclasses.replace(short, evaluation=None), run, quiet)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import cm_jax
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.resolve import resolve
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
@@ -155,7 +156,7 @@ def test_a_checkpoint_of_a_run_is_a_model_to_draw_from(tmp_path):
     save(tmp_path, 5, 20)
     with RunFolder(tmp_path) as folder:
         folder.mark_best(5, 1.5)
-    assert cm_jax.model.find(tmp_path) == tmp_path / "checkpoints" / "00000020"
+    assert resolve(tmp_path) == tmp_path / "checkpoints" / "00000020"
     model = cm_jax.load(str(tmp_path / "checkpoints" / "00000005"))
     assert model.config == cm_jax.load(tmp_path).config == CONFIG
     assert jax.tree.all(jax.tree.map(np.array_equal, model.params, PARAMS))

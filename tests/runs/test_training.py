@@ -407,7 +407,7 @@ def test_the_original_s_checkpoint_is_a_teacher(tmp_path):
         prepare(dataclasses.replace(STUDENT, teacher=str(file)))
     described = json.loads((DATA / "openai" / "adm_unconditional.json").read_text())
     source = read(file, CheckpointHints(described.get("num_head_channels"), described.get("num_heads"), "edm", 40, 16))
-    write(tmp_path / "teacher", "ours", source.config, source.params)
+    write(tmp_path / "teacher", "native", source.config, source.params)
     settings = dataclasses.replace(
         STUDENT,
         network=source.config.network,

@@ -15,15 +15,16 @@ import jax
 import numpy as np
 
 from cm_jax.checkpoints import serialization
+from cm_jax.checkpoints.resolve import resolve
 from cm_jax.conversion import CheckpointHints, metric_networks, read
-from cm_jax.conversion.pickles import read_arrays, read_torch
+from cm_jax.conversion.pickles import read_arrays
+from cm_jax.conversion.torch_files import read_torch
 from cm_jax.data import ImageFolder, NpzData
 from cm_jax.editing import photos
 from cm_jax.errors import InputError
 from cm_jax.evaluation import references
 from cm_jax.evaluation.image_sets import open_images
 from cm_jax.feature_networks import lpips
-from cm_jax.model import find
 from cm_jax.presets import PRESETS
 from cm_jax.training import loop
 from cm_jax.training.config import TrainConfig
@@ -187,8 +188,8 @@ def _run(folder: Path, rng: random.Random) -> None:
     """Every way to resume a run or to load from it."""
     run = folder / "run"
     ways: list[Callable[[], Any]] = [
-        lambda: read(find(run)),
-        lambda: read(find(run / "best")),
+        lambda: read(resolve(run)),
+        lambda: read(resolve(run / "best")),
         lambda: read_metrics(run / METRICS),
         lambda: read_metrics(run / EVALUATIONS),
         lambda: record_start(run, 10, ["train.py"]),

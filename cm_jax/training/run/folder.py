@@ -162,7 +162,7 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """The numbers of batches of the checkpoints that are here, rising."""
-        return [batches for batches, path in native.of_run(self.path).items() if (path / _STATE).is_file()]
+        return [batches for batches, path in native.run_checkpoints(self.path).items() if (path / _STATE).is_file()]
 
     def latest(self) -> int | None:
         """The newest checkpoint's number of batches; None where there is none yet."""
@@ -170,7 +170,7 @@ class RunFolder:
 
     def best(self) -> int | None:
         """The number of batches of the checkpoint marked as the best, if one is."""
-        return native.best_of_run(self.path)
+        return native.best_checkpoint(self.path)
 
     def restore(self, batches: int, template: Any) -> Any:
         """The state after so many batches, in the structure of `template`; every leaf is placed on the devices as the

@@ -1,0 +1,223 @@
+"""Folders of diffusers' ConsistencyModelPipeline: tensor names of UNet2DModel, and the JSON files.
+
+Missing keys and old spellings are read; files are written as diffusers 0.42 writes them.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.conversion.rules import Layout, Shapes
+from cm_jax.conversion.unet_format import UNetFormat
+from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.errors import InputError
+from cm_jax.io.validation import check_value, read_json
+from cm_jax.networks import ADMUNet
+from cm_jax.networks.layers import NORM_EPSILON, NORM_GROUPS
+from cm_jax.networks.plan import Unit
+
+
+class _Diffusers(UNetFormat):
+    def unit(self, stage: str, block: int, position: int, unit: Unit, blocks_per_level: int) -> str:
+        if stage == "middle":
+            return "mid_block.attentions.0" if unit.kind == "attention" else f"mid_block.resnets.{position // 2}"
+        level, index = divmod(block, blocks_per_level + 1)
+        prefix = f"down_blocks.{level}" if stage == "encoder" else f"up_blocks.{level}"
+        if unit.resample:
+            return f"{prefix}.{unit.resample}samplers.0"
+        return f"{prefix}.{'attentions' if unit.kind == 'attention' else 'resnets'}.{index}"
+
+    def depth(self, shapes: Shapes) -> tuple[int, int]:
+        found = [re.match(r"(down|up)_blocks\.(\d{1,6})\.resnets\.(\d{1,6})\.", name) for name in shapes]
+        levels = {int(part[2]) + 1 for part in found if part}
+        blocks = {int(part[3]) + (1 if part[1] == "down" else 0) for part in found if part}
+        return max(levels, default=0), max(blocks, default=0)
+
+
+DIFFUSERS = _Diffusers(
+    title="diffusers",
+    input_layers={
+        "stem": ("conv_in", Layout.CONVOLUTION),
+        "embedding/dense_1": ("time_embedding.linear_1", Layout.DENSE),
+        "embedding/dense_2": ("time_embedding.linear_2", Layout.DENSE),
+        "embedding/table": ("class_embedding", Layout.SAME),
+    },
+    output_layers={"head/norm": ("conv_norm_out", Layout.SAME), "head/output": ("conv_out", Layout.CONVOLUTION)},
+    residual={
+        "norm_1": ("norm1", Layout.SAME),
+        "conv_1": ("conv1", Layout.CONVOLUTION),
+        "embedding": ("time_emb_proj", Layout.DENSE),
+        "norm_2": ("norm2", Layout.SAME),
+        "conv_2": ("conv2", Layout.CONVOLUTION),
+        "skip": ("conv_shortcut", Layout.POINTWISE),
+    },
+    attention={
+        "norm": ("group_norm", Layout.SAME),
+        "qkv": (("to_q", "to_k", "to_v"), Layout.DENSE),
+        "projection": ("to_out.0", Layout.DENSE),
+    },
+    convolution={"down": "conv", "up": "conv"},
+)
+
+_VERSION = "0.42.1"
+_FIXED = {
+    "act_fn": "silu",
+    "add_attention": True,
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "norm_eps": NORM_EPSILON,
+    "norm_num_groups": NORM_GROUPS,
+    "time_embedding_type": "positional",
+}
+"""Fields of UNet2DModel with the same value in every ADM U-Net."""
+
+
+def unet_config(network: ADMUNet) -> dict[str, Any]:
+    """unet/config.json for a network. Raises InputError for a network that UNet2DModel cannot represent."""
+    if network.level_channels[0] != network.base_channels:
+        raise InputError(
+            f"Expected base_channels {network.level_channels[0]} for diffusers, whose UNet2DModel ties the embedding to "
+            f"the channels of the first level; got {network.base_channels}. Use --to native or --to openai."
+        )
+    residual = network.resampling == "residual"
+    attends = [2**level in network.attention_factors for level in range(len(network.channel_mult))]
+    attending = {channels for channels, here in zip(network.level_channels, attends, strict=True) if here}
+    head_dims = {channels // network.heads_for(channels) for channels in attending | {network.level_channels[-1]}}
+    if len(head_dims) > 1:
+        raise InputError(
+            f"Expected one head_dim for all levels, as diffusers' UNet2DModel has; got {sorted(head_dims)} from "
+            f"{network.heads} heads. Use --to native or --to openai."
+        )
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if residual else ("DownBlock2D", "UpBlock2D")
+    kind = "resnet" if residual else "conv"
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": _VERSION,
+        **_FIXED,
+        "attention_head_dim": head_dims.pop(),
+        "attn_norm_num_groups": NORM_GROUPS,
+        "block_out_channels": list(network.level_channels),
+        "down_block_types": ["AttnDownBlock2D" if here else plain[0] for here in attends],
+        "downsample_type": kind,
+        "dropout": network.dropout,
+        "in_channels": network.image_channels,
+        "layers_per_block": network.blocks_per_level,
+        "mid_block_type": "UNetMidBlock2D",
+        "num_class_embeds": network.classes,
+        "num_train_timesteps": None,
+        "out_channels": network.image_channels,
+        "resnet_time_scale_shift": "scale_shift" if network.modulation == "scale_shift" else "default",
+        "sample_size": network.image_size,
+        "time_embedding_dim": None,
+        "up_block_types": ["AttnUpBlock2D" if here else plain[1] for here in reversed(attends)],
+        "upsample_type": kind,
+    }
+
+
+def scheduler_config(config: ModelConfig) -> dict[str, Any]:
+    """scheduler/scheduler_config.json: the noise schedule of a consistency model."""
+    return {
+        "_class_name": "CMStochasticIterativeScheduler",
+        "_diffusers_version": _VERSION,
+        "clip_denoised": True,
+        "num_train_timesteps": config.grid.levels,
+        "rho": config.grid.rho,
+        "s_noise": 1.0,
+        "sigma_data": config.log_sigma_preconditioning.sigma_data,
+        "sigma_max": config.grid.sigma_max,
+        "sigma_min": config.grid.sigma_min,
+    }
+
+
+def model_index() -> dict[str, Any]:
+    """model_index.json of a ConsistencyModelPipeline."""
+    return {
+        "_class_name": "ConsistencyModelPipeline",
+        "_diffusers_version": _VERSION,
+        "scheduler": ["diffusers", "CMStochasticIterativeScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusersMetadata:
+    """Settings from the JSON files of a diffusers folder; None where the files do not contain them."""
+
+    head_dim: int | None = None
+    heads: int | None = None
+    image_size: int | None = None
+    grid: KarrasGrid | None = None
+    sigma_data: float = 0.5
+
+
+def read_metadata(unet: Path, scheduler: Path) -> DiffusersMetadata:
+    """Read both JSON files. Either may be missing; missing keys take the defaults of diffusers.
+
+    Raises InputError for values of the wrong type, and for networks or schedulers that consistency models do not use.
+    """
+    fields: dict[str, Any] = {}
+    if unet.exists():
+        config = read_json(unet)
+        _require(unet, config, {"_class_name": "UNet2DModel"})
+        head_dim = check_value(config.get("attention_head_dim", 8), int | None, f"{unet}: attention_head_dim")
+        fields |= {"head_dim": head_dim, "heads": 1 if head_dim is None else None}
+        fields["image_size"] = check_value(config.get("sample_size"), int | None, f"{unet}: sample_size")
+    if scheduler.exists():
+        config = read_json(scheduler)
+        fixed = {"_class_name": "CMStochasticIterativeScheduler", "clip_denoised": True, "s_noise": 1.0}
+        _require(scheduler, config, fixed)
+
+        def value(name: str, default: float) -> Any:
+            return check_value(config.get(name, default), type(default), f"{scheduler}: {name}")
+
+        known = {
+            "levels": value("num_train_timesteps", 40),
+            "sigma_min": value("sigma_min", 0.002),
+            "sigma_max": value("sigma_max", 80.0),
+            "rho": value("rho", 7.0),
+        }
+        try:
+            fields["grid"] = KarrasGrid(**known)
+        except InputError as error:
+            raise InputError(f"{scheduler}: {error}") from error
+        fields["sigma_data"] = value("sigma_data", 0.5)
+    return DiffusersMetadata(**fields)
+
+
+def _require(path: Path, config: dict[str, Any], fixed: dict[str, Any]) -> None:
+    for name, value in fixed.items():
+        if name in config and config[name] != value:
+            got = json.dumps(config[name])[:60]
+            raise InputError(
+                f"{path}: expected {name} {json.dumps(value)}, got {got}; use the folder of a consistency model."
+            )
+
+
+def check_agreement(path: Path, config: dict[str, Any], network: ADMUNet) -> None:
+    """Raise InputError where a unet/config.json contradicts the network that its tensors form.
+
+    Missing keys are ignored, because old configs lack many. So is attn_norm_num_groups: the norm of the middle
+    attention is used wherever its tensors exist (diffusers issue 4414).
+    """
+    ignored = {"_class_name", "_diffusers_version", "attn_norm_num_groups", "dropout", "num_train_timesteps"}
+    ignored |= {"sample_size", "attention_head_dim"}
+    try:
+        expected = unet_config(network)
+    except InputError:
+        expected = dict(_FIXED)
+    implied = {"time_embedding_dim": 4 * network.base_channels}
+    complaints = [
+        f"{name}: expected {json.dumps(value)}, got {json.dumps(config[name])[:60]}"
+        for name, value in expected.items()
+        if name in config and name not in ignored and config[name] not in (value, implied.get(name, value))
+    ]
+    if complaints:
+        lines = "\n  ".join(complaints)
+        raise InputError(f"{path} contradicts the weights; use the config of the same checkpoint:\n  {lines}")

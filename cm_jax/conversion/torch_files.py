@@ -1,0 +1,273 @@
+"""PyTorch files: reading without PyTorch and without running code, and writing .pt files.
+
+A `.pt` file is a zip archive: a pickle that describes the tensors, and one raw entry per storage. Before PyTorch 1.6 it
+was five pickles followed by the storages. A TorchScript file is an archive that also holds a program, which is ignored.
+"""
+
+import collections
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from cm_jax.conversion.pickles import RestrictedUnpickler
+from cm_jax.errors import InputError
+from cm_jax.io.safetensors import LazyTensor
+
+STORAGES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_LARGEST_DESCRIPTION = 64 * 2**20
+"""Bytes of the pickle that describes the tensors; 0.2 MB for a thousand tensors."""
+_LARGEST_RATIO = 20
+"""Of unpacked to packed bytes. torch.save does not compress, and compressed weights stay near 1."""
+_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""Pickled magic number of torch.save before PyTorch 1.6."""
+
+
+def is_torch(path: Path) -> bool:
+    """Whether a file starts with the bytes of a torch.save file."""
+    with path.open("rb") as file:
+        return file.read(len(_LEGACY)).startswith((b"PK", _LEGACY))
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive of tensors with a program."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def read_torch(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of a torch.save state dict, or of the modules in a TorchScript file, by name.
+
+    Raises InputError for a damaged file, and for a file with anything but tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            legacy = file.read(len(_LEGACY)) == _LEGACY
+        content = _read_legacy(path) if legacy else _read_zip(path)
+        if isinstance(content, _Module):
+            content = dict(content.tensors())
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, EOFError) as error:
+        size = path.stat().st_size
+        hint = "It is empty." if size == 0 else "Download it again, or save it again with torch.save."
+        raise InputError(
+            f"{path} ({size:,} bytes) is not a complete file of torch.save: {str(error)[:300]}. {hint}"
+        ) from error
+    except Exception as error:  # a pickle can fail in any way
+        raise InputError(
+            f"{path} is damaged: its description of tensors cannot be read ({str(error)[:300]})."
+        ) from error
+    if not (isinstance(content, dict) and content and all(isinstance(each, LazyTensor) for each in content.values())):
+        kind = type(content).__name__
+        found = f"a {kind} with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else f"a {kind}"
+        raise InputError(
+            f"Expected one state dict (tensors by name) in {path}, got {found}; save that part alone with torch.save."
+        )
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+    numbers: int
+
+
+class _TensorUnpickler(RestrictedUnpickler):
+    """Builds LazyTensors; `read` returns the bytes of a storage on demand."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(RestrictedUnpickler.dispatch)
+
+    def __init__(self, path: Path, file: io.BufferedIOBase, read: Callable[[_Storage], bytes]) -> None:
+        super().__init__(path, file)
+        self._read = read
+        self.storages: dict[str, _Storage] = {}
+
+    def load_build(self) -> None:
+        """Drop the attributes of a state dict."""
+        self.stack.pop()  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, count, *views = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(count, int) or any(views):
+            raise ValueError(f"storage {key} is not {count} numbers")
+        storage = _Storage(str(key), dtype, count)
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise ValueError(f"storage {key} has two descriptions")
+        return storage
+
+    def _tensor(self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+        shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and last >= storage.numbers):
+            raise ValueError(f"a tensor of shape {list(shape)} reaches outside its storage")
+
+        def read() -> np.ndarray:
+            try:
+                content = self._read(storage)
+            except Exception as error:  # zip and zlib raise several kinds
+                raise InputError(f"{self._path} is damaged: {str(error)[:300]}. Download it again.") from error
+            numbers = np.frombuffer(content, storage.dtype)
+            steps = [stride * storage.dtype.itemsize for stride in strides]
+            return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)
+
+        return LazyTensor(shape, storage.dtype, read)
+
+
+class _Module:
+    """Attributes of a TorchScript module, without its code."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, Any] = {}
+
+    def tensors(self, path: str = "") -> Iterator[tuple[str, LazyTensor]]:
+        for name, value in self.attributes.items():
+            if isinstance(value, _Module):
+                yield from value.tensors(f"{path}{name}.")
+            elif isinstance(value, LazyTensor):
+                yield f"{path}{name}", value
+
+
+class _ModuleUnpickler(_TensorUnpickler):
+    """Builds the modules of a TorchScript file and ignores their classes."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_TensorUnpickler.dispatch)
+
+    def load_newobj(self) -> None:
+        kind, arguments = self.stack[-2:]  # type: ignore[attr-defined]
+        if kind is not _Module or arguments != ():
+            raise ValueError("an object that is not a module")
+        self.stack[-2:] = [_Module()]  # type: ignore[attr-defined]
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+
+    def load_build(self) -> None:
+        attributes = self.stack.pop()  # type: ignore[attr-defined]
+        self.stack[-1].attributes = dict(attributes)  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__."):
+            return _Module
+        if (module, name) == ("torch.jit._pickle", "build_intlist"):
+            return list
+        return super().find_class(module, name)
+
+
+def _read_zip(path: Path) -> Any:
+    """Content of a zip archive of torch.save."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        unpacked, size = sum(entry.file_size for entry in entries.values()), path.stat().st_size
+        if unpacked > _LARGEST_DESCRIPTION + _LARGEST_RATIO * size:
+            raise InputError(
+                f"Expected weights of about {size:,} bytes in {path}, got an archive that unpacks to {unpacked:,}; "
+                "save it again with torch.save."
+            )
+        description = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
+        if description is None or entries[description].file_size > _LARGEST_DESCRIPTION:
+            raise zipfile.BadZipFile("it has no description of tensors")
+        folder = description.removesuffix("data.pkl")
+        if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little":
+            raise InputError(
+                f"Expected little-endian numbers in {path}, got big-endian; save it again on a little-endian machine."
+            )
+        instructions = archive.read(description)
+
+    def read(storage: _Storage) -> bytes:
+        with zipfile.ZipFile(path) as again:
+            return again.read(f"{folder}data/{storage.key}")
+
+    kind = _ModuleUnpickler if is_torchscript(path) else _TensorUnpickler
+    unpickler = kind(path, io.BytesIO(instructions), read)
+    content = unpickler.load()
+    for key, dtype, count in unpickler.storages.values():
+        if entries[f"{folder}data/{key}"].file_size != count * dtype.itemsize:
+            raise ValueError(f"storage {key} is not {count} numbers")
+    return content
+
+
+def _read_legacy(path: Path) -> Any:
+    """Content of a torch.save file before PyTorch 1.6.
+
+    Pickles of magic number, version, machine, tensors and storage keys; then each storage: its size in 8 bytes, and
+    its numbers.
+    """
+    places: dict[str, int] = {}
+
+    def read(storage: _Storage) -> bytes:
+        with path.open("rb") as again:
+            again.seek(places[storage.key])
+            return again.read(storage.numbers * storage.dtype.itemsize)
+
+    with path.open("rb") as file:
+        _, version, machine = (RestrictedUnpickler(path, file).load() for _ in range(3))
+        if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
+            raise InputError(
+                f"Expected a little-endian torch.save file of version 1001 in {path}, got version {version}."
+            )
+        unpickler = _TensorUnpickler(path, file, read)
+        content = unpickler.load()
+        for key in RestrictedUnpickler(path, file).load():
+            storage = unpickler.storages[key]
+            if file.read(8) != storage.numbers.to_bytes(8, "little"):
+                raise ValueError(f"storage {key} is not {storage.numbers} numbers")
+            places[key] = file.tell()
+            file.seek(storage.numbers * storage.dtype.itemsize, io.SEEK_CUR)
+        if file.tell() != path.stat().st_size or places.keys() != unpickler.storages.keys():
+            raise EOFError("its storages are truncated, or too long")
+    return content
+
+
+def write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a state dict with torch.save. Raises InputError where PyTorch is not installed."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            "Writing a .pt file requires PyTorch: pip install torch, or write a diffusers folder (--to diffusers)."
+        ) from error
+    torch.save(collections.OrderedDict((name, as_torch(array)) for name, array in tensors.items()), path)
+
+
+def as_torch(array: np.ndarray) -> Any:
+    """A torch tensor with the values and dtype of an array, bfloat16 included."""
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

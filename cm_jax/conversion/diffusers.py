@@ -83,8 +83,8 @@ def unet_config(network: ADMUNet) -> dict[str, Any]:
     """unet/config.json for a network. Raises InputError for a network that UNet2DModel cannot represent."""
     if network.level_channels[0] != network.base_channels:
         raise InputError(
-            f"Expected base_channels {network.level_channels[0]} for diffusers, whose UNet2DModel ties the embedding to "
-            f"the channels of the first level; got {network.base_channels}. Use --to native or --to openai."
+            f"Expected base_channels {network.level_channels[0]} for diffusers, whose UNet2DModel ties the embedding "
+            f"to the channels of the first level; got {network.base_channels}. Use --to native or --to openai."
         )
     residual = network.resampling == "residual"
     attends = [2**level in network.attention_factors for level in range(len(network.channel_mult))]

@@ -186,7 +186,7 @@ def test_all_complaints_come_in_one_message():
 def test_networks_that_diffusers_cannot_express_are_refused():
     with pytest.raises(InputError, match="ties the embedding"):
         unet_config(dataclasses.replace(SMALL, base_channels=64, channel_mult=(0.5, 1)))
-    with pytest.raises(InputError, match="one head width"):
+    with pytest.raises(InputError, match="one head_dim"):
         unet_config(dataclasses.replace(SMALL, attention_factors=(1, 2), heads=4, head_dim=None))
 
 

@@ -174,7 +174,7 @@ def test_evaluations_can_begin_later_and_not_change(unbroken, tmp_path):
     run, short = tmp_path / "run", dataclasses.replace(EVALUATED, images=8 * 3)
     train(dataclasses.replace(short, evaluation=None), run, quiet)
     assert resolve(run).name == "00000003"
-    with pytest.raises(InputError, match=r"it was not evaluated \(--evaluation\)"):
+    with pytest.raises(InputError, match=r"has been evaluated \(--evaluation\)"):
         resolve(run / "best")
     train(short, run, quiet)
     assert table(run) == table(unbroken[0])[:1]

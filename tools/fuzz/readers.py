@@ -34,8 +34,8 @@ from cm_jax.training.run.provenance import record_start
 from tools.fuzz import payloads, seeds
 from tools.fuzz.damage import damaged, json_damaged, npy_damaged, safetensors_damaged, zip_damaged
 
-HINTS = CheckpointHints(head_dim=16, preconditioning="consistency", levels=18, image_size=8)
-_JCM_HINTS = CheckpointHints(preconditioning="consistency", levels=18, image_size=8)
+HINTS = CheckpointHints(head_dim=16, preconditioning="consistency", num_levels=18, image_size=8)
+_JCM_HINTS = CheckpointHints(preconditioning="consistency", num_levels=18, image_size=8)
 
 
 @dataclasses.dataclass(frozen=True)

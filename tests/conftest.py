@@ -22,7 +22,7 @@ install_import_hook("cm_jax", "tests.typechecker.checked")
 
 
 @pytest.fixture
-def optimised():
+def optimized():
     """Programs compiled as users compile them, with all optimizations."""
     import jax
 

@@ -72,7 +72,7 @@ def tensor_names(format: UNetFormat, network: ADMUNet) -> list[str]:
 
 
 def random_params(network: Network, seed: int = 0) -> Params:
-    """Random numbers in every leaf, the usually zero ones too, of the size that initialisation gives.
+    """Random numbers in every leaf, the usually zero ones too, of the size that initialization gives.
 
     NumPy's, because JAX would compile a program for every shape of a leaf.
     """

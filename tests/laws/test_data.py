@@ -1,4 +1,4 @@
-"""Data: every image once an epoch, batches by number alone, shares of hosts, and the original's centre crop."""
+"""Data: every image once an epoch, batches by number alone, shares of hosts, and the original's center crop."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ def png(pixels, format="PNG", **options):
 
 
 class Files(Encoded):
-    """PNG files in memory, image i all of grey level i; some of them may be damaged."""
+    """PNG files in memory, image i all of gray level i; some of them may be damaged."""
 
     place = "files"
     classes = 3
@@ -138,7 +138,7 @@ def test_too_many_unreadable_images_end_the_stream():
     few = Streamed(Files(10, damaged=[1, 2, 3]), 6, most_corrupt=3).batches(10)
     assert sorted(next(few).images[:, 0, 0, 0]) == [0, 4, 4, 4, 4, 5, 6, 7, 8, 9]
     few.close()
-    with pytest.raises(InputError, match="not one of its images can be read"):
+    with pytest.raises(InputError, match="none of its images can be read"):
         next(Streamed(Files(2, damaged=[0, 1]), 6, most_corrupt=3).batches(2))
 
 
@@ -255,10 +255,10 @@ def resampled(pixels, shape, kernel, reach):
         count = pixels.shape[axis]
         ratio = count / shape[axis]
         width = max(ratio, 1)
-        centre = (np.arange(shape[axis])[:, None] + 0.5) * ratio
+        center = (np.arange(shape[axis])[:, None] + 0.5) * ratio
         taps = np.arange(count)
-        inside = (taps >= np.floor(centre - reach * width + 0.5)) & (taps < np.floor(centre + reach * width + 0.5))
-        weights = np.where(inside, kernel((taps - centre + 0.5) * (1 / width)), 0)
+        inside = (taps >= np.floor(center - reach * width + 0.5)) & (taps < np.floor(center + reach * width + 0.5))
+        weights = np.where(inside, kernel((taps - center + 0.5) * (1 / width)), 0)
         weights /= weights.sum(axis=1, keepdims=True)
         product = np.moveaxis(np.tensordot(weights, pixels, (1, axis)), 0, axis)
         pixels = np.clip(np.floor(product + 0.5), 0, 255)
@@ -351,7 +351,7 @@ def test_decoding_other_kinds_of_pixels():
     file = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
     np.testing.assert_allclose(decode(file.getvalue(), 8)[0], np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=3)
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     for format in ("GIF", "WEBP", "PNG"):
         file = io.BytesIO()
         frames[0].save(file, format, save_all=True, append_images=frames[1:], lossless=True)

@@ -69,8 +69,8 @@ def test_streamed_moments_are_those_of_all_at_once(sizes):
         found = found.merged(Moments.of(part))
     exact = features.astype(np.longdouble)
     np.testing.assert_allclose(found.mean, exact.mean(0).astype(float), rtol=1e-13)
-    centred = exact - exact.mean(0)
-    covariance = (centred.T @ centred / 499).astype(float)
+    centered = exact - exact.mean(0)
+    covariance = (centered.T @ centered / 499).astype(float)
     np.testing.assert_allclose(found.gaussian().covariance, covariance, rtol=1e-10, atol=1e-12)
 
 
@@ -109,7 +109,7 @@ def test_frechet_distance_beside_a_plain_implementation(counts):
     assert frechet_distance(gaussian(y), gaussian(x)) == pytest.approx(found, rel=1e-9)
 
 
-# ----------------------------------------------------------------------------------------------- kernels and neighbours
+# ----------------------------------------------------------------------------------------------- kernels and neighbors
 def test_squared_mmd_beside_its_definition():
     x, y = random_features(5, 7, 5).astype(np.float64), random_features(6, 9, 5).astype(np.float64)
 

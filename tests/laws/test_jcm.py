@@ -35,7 +35,7 @@ def shapes_of(network):
 
 
 def state(network, dtype=np.float32, seed=0):
-    """What a run of theirs saves, with other numbers in the online weights and in the optimiser."""
+    """What a run of theirs saves, with other numbers in the online weights and in the optimizer."""
     rng = np.random.default_rng(seed)
 
     def numbers():

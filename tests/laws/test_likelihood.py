@@ -85,9 +85,9 @@ def model(preconditioning=DENOISER, classes=None):
 def test_bits_of_a_gaussian_model():
     images = np.random.default_rng(0).integers(60, 200, (300, 4, 4, 3)).astype(np.uint8)
     bits = bits_per_dimension(model(), images, seed=1)
-    centres = images / 127.5 - 1
+    centers = images / 127.5 - 1
     variance = 0.3**2 + 0.002**2
-    second_moment = centres**2 + 1 / (12 * 127.5**2)  # of a pixel spread over its cell
+    second_moment = centers**2 + 1 / (12 * 127.5**2)  # of a pixel spread over its cell
     nats = (second_moment / variance + np.log(2 * np.pi * variance)).mean((1, 2, 3)) / 2
     expected = nats / np.log(2) + np.log2(127.5)
     np.testing.assert_allclose(bits, expected, atol=0.02)

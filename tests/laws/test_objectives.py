@@ -136,7 +136,7 @@ def test_the_tiny_network_is_a_network():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_images_stand_alone(name):
-    """Losses and metrics of an image do not depend on its neighbours, so devices do not matter."""
+    """Losses and metrics of an image do not depend on its neighbors, so devices do not matter."""
     objective = OBJECTIVES[name]
     whole = objective(FUNCTIONS[name], everything(objective), HELPERS, BATCH, KEYS, LATE)
     order = jnp.array([4, 1])

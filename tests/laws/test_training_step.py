@@ -188,7 +188,7 @@ def test_a_target_without_a_rate_is_the_student():
     assert farthest(none.params, zero.params) < 1e-6
 
 
-def test_the_teacher_is_replaced_when_the_curriculum_moves_on(optimised):
+def test_the_teacher_is_replaced_when_the_curriculum_moves_on(optimized):
     step = distilling(TOY, objective=ProgressiveDistillation(Halving(8, steps_per_stage=3)), target=None)
     step = dataclasses.replace(step, models=Models(step.models.teacher, step.models.teacher))
     batches = raw_batches(TOY, 4, 4)

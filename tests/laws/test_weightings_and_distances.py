@@ -72,7 +72,7 @@ def test_resizing_keeps_constants_and_resizes_as_pytorch_does(size):
 
 
 def test_halving_the_image_averages_squares_of_four():
-    """Without antialiasing, 16 to 8 pixels is the mean over 2x2 squares; with it, neighbours would enter."""
+    """Without antialiasing, 16 to 8 pixels is the mean over 2x2 squares; with it, neighbors would enter."""
     x, y = (jnp.repeat(jnp.repeat(images, 2, 1), 2, 2) for images in (X, Y))
     np.testing.assert_allclose(Resized(Squared(), 8)(x, y), Squared()(X, Y), rtol=1e-6)
 

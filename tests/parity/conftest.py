@@ -4,5 +4,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _as_users_do(optimised):
+def _as_users_do(optimized):
     """See tests/conftest.py."""

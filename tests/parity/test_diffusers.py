@@ -18,27 +18,27 @@ from cm_jax.io.images import quantize
 from cm_jax.model import Model
 from cm_jax.samplers import Consistency, choose_levels
 from cm_jax.types import per_image
-from tests.parity.test_network import FLAVOURS, flavour_params
+from tests.parity.test_network import FLAVORS, flavor_params
 from tests.support import DATA, EMOJI, SMALL, nhwc, random_params
 
 GRID = KarrasGrid()
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavor", FLAVORS)
 @pytest.mark.parametrize(("key", "asked"), [("1step", {"steps": 1}), ("22_0", {"timesteps": (22, 0)})])
-def test_recorded_images_of_the_pipeline(flavour, key, asked):
+def test_recorded_images_of_the_pipeline(flavor, key, asked):
     golden = np.load(DATA / "diffusers" / "diffusers_golden.npz")
-    network = FLAVOURS[flavour]
-    model = Model(ModelConfig(network, ConsistencyPreconditioning(), GRID), flavour_params(flavour))
+    network = FLAVORS[flavor]
+    model = Model(ModelConfig(network, ConsistencyPreconditioning(), GRID), flavor_params(flavor))
     noise = np.broadcast_to(nhwc(golden["Z"]), (3, 2, 32, 32, 3))
     labels = [7, 999] if network.classes else None
     images = model.sample(0, 2, labels=labels, noise=noise, **asked)
     # relative to the scale of f, which these weights make 3 to 4.4 before clipping
     scale = np.abs(model.denoise(80 * noise[0], 80.0, labels)).max()
     assert 1 < scale < 10
-    np.testing.assert_allclose(images / 2 + 0.5, golden[f"{flavour}_pipe_{key}"], atol=1e-5 * scale)
+    np.testing.assert_allclose(images / 2 + 0.5, golden[f"{flavor}_pipe_{key}"], atol=1e-5 * scale)
     if key == "22_0":
-        ours, theirs = quantize(images).astype(int), golden[f"{flavour}_pipe_22_0_uint8"]
+        ours, theirs = quantize(images).astype(int), golden[f"{flavor}_pipe_22_0_uint8"]
         assert np.abs(ours - theirs).max() <= 1  # where rounding falls on the other side of a half
         assert (ours != theirs).mean() < 1e-3
 

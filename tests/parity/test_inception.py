@@ -76,7 +76,7 @@ def test_pytorch_fids_names_give_the_same_weights(params, tmp_path):
     torch.save(tensors | extra | ones, path, _use_new_zipfile_serialization=False)
     assert {n: a.tobytes() for n, a in leaves(read_inception(path))} == {n: a.tobytes() for n, a in leaves(params)}
     torch.save(tensors | extra | ones | {"Mixed_5b.branch1x1.bn.weight": torch.full((64,), 2.0)}, path)
-    with pytest.raises(InputError, match="scales what it normalises"):
+    with pytest.raises(InputError, match="scales what it normalizes"):
         read_inception(path)
 
 
@@ -101,7 +101,7 @@ def test_the_command_and_its_complaints(published, params, tmp_path, capsys):
 
 
 def test_resizing_is_tensorflow_1s():
-    """Pixel i lies at i h / 299 and stays in the image: a ramp shows it; no half-pixel centres."""
+    """Pixel i lies at i h / 299 and stays in the image: a ramp shows it; no half-pixel centers."""
     for height, width in ((64, 32), (299, 299), (512, 300)):
         rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
         ramp = (rows + 1000.0 * columns)[None, :, :, None]

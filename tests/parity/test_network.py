@@ -143,7 +143,7 @@ def test_sinusoid_scalings_and_grid_of_the_original():
         np.testing.assert_allclose(KarrasGrid().descending(count), golden[f"karras{count}"][:-1], rtol=2e-6)
 
 
-# diffusers' small test network in its three flavours, filled as goldens/FORMULA_WEIGHTS.md says.
+# diffusers' small test network in its three flavors, filled as goldens/FORMULA_WEIGHTS.md says.
 TEST_NETWORK = ADMUNet(
     image_size=32,
     base_channels=32,
@@ -153,7 +153,7 @@ TEST_NETWORK = ADMUNet(
     head_dim=8,
     classes=1000,
 )
-FLAVOURS = {
+FLAVORS = {
     "cond": TEST_NETWORK,
     "uncond": ADMUNet(**{**vars(TEST_NETWORK), "classes": None}),
     "default_shift": ADMUNet(**{**vars(TEST_NETWORK), "classes": None, "modulation": "additive"}),
@@ -161,8 +161,8 @@ FLAVOURS = {
 
 
 @functools.cache
-def flavour_params(flavour):
-    network = FLAVOURS[flavour]
+def flavor_params(flavor):
+    network = FLAVORS[flavor]
     order = {tensor: position for position, tensor in enumerate(sorted(tensor_names(DIFFUSERS, network)))}
 
     def fill(tensor, shape):
@@ -177,11 +177,11 @@ def flavour_params(flavour):
     return filled(DIFFUSERS, network, fill)
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavor", FLAVORS)
 @pytest.mark.parametrize(("key", "time"), [("t1095", 1095.506658668), ("t80", 80.949484823), ("t-1553", -1553.652)])
-def test_diffusers_networks(flavour, key, time):
-    network, golden = FLAVOURS[flavour], np.load(DATA / "diffusers" / "diffusers_golden.npz")
+def test_diffusers_networks(flavor, key, time):
+    network, golden = FLAVORS[flavor], np.load(DATA / "diffusers" / "diffusers_golden.npz")
     labels = jnp.array([7, 999]) if network.classes else None
-    x, params = jnp.asarray(nhwc(golden["X"])), flavour_params(flavour)
+    x, params = jnp.asarray(nhwc(golden["X"])), flavor_params(flavor)
     out = compiled(network).predict(params, x, jnp.full(2, time), labels)
-    assert relative(out, nhwc(golden[f"{flavour}_unet_{key}"])) < BOUND
+    assert relative(out, nhwc(golden[f"{flavor}_unet_{key}"])) < BOUND

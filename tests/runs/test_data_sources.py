@@ -1,4 +1,4 @@
-"""Data from folders, TensorFlow Datasets and npz files: what is read, how it is labelled, and what is refused."""
+"""Data from folders, TensorFlow Datasets and npz files: what is read, how it is labeled, and what is refused."""
 
 import io
 import itertools
@@ -19,7 +19,7 @@ from tests.support import ROOT
 
 
 def write(path, level, shape=(8, 8), **options):
-    """An image file all of one grey level, 0 ... 255."""
+    """An image file all of one gray level, 0 ... 255."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((*shape, 3), level, np.uint8)).save(path, **options)
 
@@ -30,7 +30,7 @@ def levels(data):
 
 @pytest.fixture
 def folder(tmp_path):
-    """b/0 ... b/4 and a/5 ... a/9, each image of the grey level 10 times its number."""
+    """b/0 ... b/4 and a/5 ... a/9, each image of the gray level 10 times its number."""
     for index in range(10):
         write(tmp_path / "images" / ("b" if index < 5 else "a") / f"{index}.png", 10 * index)
     return tmp_path / "images"
@@ -252,7 +252,7 @@ def strays(path):
         (an_empty_folder, {}, "no files at all"),
         (a_file, {}, "is a file; wanted: a folder"),
         (no_images, {}, "2 other files, such as a.csv"),
-        (all_corrupt, {}, r"(?s)not one of its images can be read.*a.png.*b.png"),
+        (all_corrupt, {}, r"(?s)none of its images can be read.*a.png.*b.png"),
         (all_corrupt, {"most_corrupt": 1}, "2 images cannot be read, and at most 1 may be left out"),
         (one_class, {"labels": "folder"}, "all images are of one class, a;.*labels: none"),
         (one_class, {"labels": "prefix"}, "all images are of one class, x;"),
@@ -354,7 +354,7 @@ def test_files_that_are_no_npz(tmp_path):
 
 
 def prepare(folder, extra=()):
-    """A data set of 20 + 5 PNG files in the array_record format; image i has the grey level i and the class i % 2."""
+    """A data set of 20 + 5 PNG files in the array_record format; image i has the gray level i and the class i % 2."""
     import tensorflow_datasets as tfds
 
     def png(level):
@@ -483,7 +483,7 @@ def test_damaged_data_sets(copied):
         TFDSData(data_dir=str(copied)).open(8)
     (copied / "features.json").write_text(features)
     (copied / "tiny-train.array_record-00000-of-00001").unlink()
-    with pytest.raises(InputError, match="not one of its images can be read"):
+    with pytest.raises(InputError, match="none of its images can be read"):
         TFDSData(data_dir=str(copied)).open(8)
 
 

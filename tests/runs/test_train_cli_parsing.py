@@ -99,7 +99,7 @@ class TrainConfig:
     network: ADMUNet | SongUNet = dataclasses.field(default_factory=SongUNet)
     preconditioning: Preconditioning = ConsistencyPreconditioning()
     objective: Objective = ConsistencyTraining()
-    """What is minimised."""
+    """What is minimized."""
     optimizer: Optimizer = Optimizer()
     target: TargetEMA | None = None
     grid: KarrasGrid = KarrasGrid()

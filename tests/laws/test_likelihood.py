@@ -76,7 +76,7 @@ def model(preconditioning=DENOISER, classes=None):
     network = ToyNetwork(classes=classes)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), network.shapes())
     config = object.__new__(ModelConfig)  # whose kinds of networks have no place for a toy
-    fields = {"network": network, "scaling": preconditioning, "grid": KarrasGrid(), "consistency": None}
+    fields = {"network": network, "preconditioning": preconditioning, "grid": KarrasGrid(), "consistency": None}
     for name, value in (fields | {"class_names": (), "tuned_timesteps": ()}).items():
         object.__setattr__(config, name, value)
     return Model(config, params)

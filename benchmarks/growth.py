@@ -1,8 +1,8 @@
-"""How the cost of a training step grows: python -m benchmarks.growth --plot docs/images/growth.png
+"""Cost of a training step against batch size, N, image size and devices: python -m benchmarks.growth --plot growth.png
 
-Consistency distillation of a small network on a CPU: time of a step against the batch, the number of levels N and the
-image's size, and the bytes that 1, 2, 4 and 8 devices send each other, read off the compiled program for pmap and for
-sharded state. Every point has a process of its own.
+Consistency distillation of a small network on CPU. Measures the time of a step, and for 1, 2, 4 and 8 devices the
+bytes sent, from the collectives of the compiled program for pmap and for sharded state. Each point runs in its own
+process.
 """
 
 import argparse
@@ -16,17 +16,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-SIZE, BATCH, LEVELS = 32, 8, 40
+from benchmarks.common import header, parser, row
+
+SIZE, BATCH, NUM_LEVELS = 32, 8, 40
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (4, 8, 16, 32),
-    "levels": (10, 40, 160, 640),
+    "num_levels": (10, 40, 160, 640),
     "size": (16, 32, 64),
     "devices": (1, 2, 4, 8),
 }
 
 
 def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
-    """One point, in this process."""
+    """Measure one point in this process."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", value if axis == "devices" else 1)
@@ -35,8 +37,8 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
 
     from benchmarks.hlo import collectives
     from benchmarks.random_params import random_params
-    from benchmarks.step_time import setting
-    from benchmarks.training_rows import Ours
+    from benchmarks.step_time import train_config
+    from benchmarks.training_rows import JaxStep
     from cm_jax.diffusion.consistency_function import ConsistencyFunction
     from cm_jax.diffusion.curricula import Constant
     from cm_jax.diffusion.noise_schedule import KarrasGrid
@@ -46,9 +48,11 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
     from cm_jax.training.parallelism import Pmap, Sharded
     from cm_jax.training.state import Constants, RawBatch
 
-    chosen = {"size": SIZE, "batch": BATCH, "levels": LEVELS} | ({axis: value} if axis != "devices" else {"batch": 16})
+    settings = {"size": SIZE, "batch": BATCH, "num_levels": NUM_LEVELS} | (
+        {axis: value} if axis != "devices" else {"batch": 16}
+    )
     network = ADMUNet(
-        image_size=chosen["size"],
+        image_size=settings["size"],
         base_channels=32,
         channel_mult=(1, 2),
         blocks_per_level=1,
@@ -56,15 +60,15 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
         classes=10,
     )
     training = dataclasses.replace(
-        setting("imagenet64", "CD", chosen["batch"], network),
-        objective=ConsistencyDistillation(Constant(chosen["levels"])),
-        grid=KarrasGrid(levels=chosen["levels"]),
+        train_config("imagenet64", "CD", settings["batch"], network),
+        objective=ConsistencyDistillation(Constant(settings["num_levels"])),
+        grid=KarrasGrid(levels=settings["num_levels"]),
     )
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (chosen["batch"], *network.image_shape), np.uint8)
-    labels = rng.integers(0, 10, chosen["batch"], np.int32)
+    images = rng.integers(0, 256, (settings["batch"], *network.image_shape), np.uint8)
+    labels = rng.integers(0, 10, settings["batch"], np.int32)
     if axis != "devices":
-        step = Ours(training, images, labels)
+        step = JaxStep(training, images, labels)
         began = time.perf_counter()
         step(None)
         first, seconds = time.perf_counter() - began, []
@@ -75,13 +79,13 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
         return {"ms": 1000 * statistics.median(seconds), "fastest": 1000 * min(seconds), "first_s": first}
 
     sent = {}
-    for name, across in (("pmap", Pmap(value)), ("sharded", Sharded(value))):
+    for name, parallelism in (("pmap", Pmap(value)), ("sharded", Sharded(value))):
         training_step = training.step(ConsistencyFunction(network, EDMPreconditioning()))
         params = random_params(network)
-        state = across.place_state(training_step.initial(params))
-        constants = across.place_constants(Constants(teacher=params))
-        program = across.compile(functools.partial(training_step.many, across), state, constants)
-        batches = across.place_batches(RawBatch(images[None], labels[None]))
+        state = parallelism.place_state(training_step.initial(params))
+        constants = parallelism.place_constants(Constants(teacher=params))
+        program = parallelism.compile(functools.partial(training_step.many, parallelism), state, constants)
+        batches = parallelism.place_batches(RawBatch(images[None], labels[None]))
         text = program.lower(state, constants, batches, jax.random.key(0)).compile().as_text()  # type: ignore[attr-defined]
         kinds: dict[str, int] = {}
         for kind, size in collectives(text):
@@ -91,14 +95,14 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
 
 
 def plot(found: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
-    """Four panels: three of time, one of traffic."""
+    """Three panels of step time, one of bytes sent."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-    names = {"batch": "images in a batch", "levels": "levels N", "size": "pixels across", "devices": "devices"}
+    names = {"batch": "batch size", "num_levels": "discretization steps N", "size": "image size", "devices": "devices"}
     for panel, (axis, points) in zip(panels, found.items(), strict=True):
         values = list(points)
         panel.set_xscale("log", base=2)
@@ -109,14 +113,14 @@ def plot(found: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
             for name, marker in (("pmap", "o"), ("sharded", "s")):
                 total = [sum(entry["sent"][name].values()) / entry["parameters"] for entry in points.values()]
                 panel.plot(values, total, marker=marker, label=name)
-            panel.set_ylabel("sent a step / size of the parameters")
+            panel.set_ylabel("bytes sent per step / bytes of parameters")
             panel.set_ylim(bottom=0)
             panel.legend()
         else:
             times = [entry["ms"] for entry in points.values()]
             panel.plot(values, times, marker="o")
-            panel.set_ylabel("ms a step")
-            if axis == "levels":
+            panel.set_ylabel("ms per step")
+            if axis == "num_levels":
                 panel.set_ylim(bottom=0)
             else:
                 panel.set_yscale("log", base=2)
@@ -127,34 +131,34 @@ def plot(found: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each point")
-    parser.add_argument("--plot", type=Path, help="a PNG")
-    parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.point:
-        print(json.dumps(point(arguments.point[0], int(arguments.point[1]), arguments.repeats)))
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=9, help="Number of timed steps per point.")
+    options.add_argument("--plot", type=Path, help="PNG file to write.")
+    options.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.point:
+        print(json.dumps(point(args.point[0], int(args.point[1]), args.repeats)))
         return
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    print("| axis | value | median ms | fastest ms | first step s |\n|---|---|---|---|---|")
+    print(header("Axis", "Value", "Median ms", "Fastest ms", "First step s"))
     for axis, values in AXES.items():
         found[axis] = {}
         for value in values:
             command = [sys.executable, "-m", "benchmarks.growth", "--point", axis, str(value)]
-            command += ["--repeats", str(arguments.repeats)]
+            command += ["--repeats", str(args.repeats)]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             entry = found[axis][value] = json.loads(out.splitlines()[-1])
             if axis == "devices":
                 for name, kinds in entry["sent"].items():
-                    told = ", ".join(f"{kind} {size / entry['parameters']:.3f}" for kind, size in kinds.items())
-                    print(f"| {axis}, {name} | {value} | times the parameters: {told or 'nothing'} | | |", flush=True)
+                    sent = ", ".join(f"{kind} {size / entry['parameters']:.3f}" for kind, size in kinds.items())
+                    print(row(f"{axis}, {name}", value, f"{sent or 'nothing'} (x parameters)", "", ""), flush=True)
             else:
                 print(
-                    f"| {axis} | {value} | {entry['ms']:.0f} | {entry['fastest']:.0f} | {entry['first_s']:.1f} |",
+                    row(axis, value, f"{entry['ms']:.0f}", f"{entry['fastest']:.0f}", f"{entry['first_s']:.1f}"),
                     flush=True,
                 )
-    if arguments.plot:
-        plot(found, arguments.plot)
+    if args.plot:
+        plot(found, args.plot)
 
 
 if __name__ == "__main__":

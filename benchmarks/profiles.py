@@ -1,4 +1,4 @@
-"""What a compiled program spends its time on: a profile and the program's text, put together into a table."""
+"""Costs of a compiled program: combines a profile with the program's text into a table."""
 
 import collections
 import gzip
@@ -11,27 +11,31 @@ from typing import Any, NamedTuple
 
 import jax
 
+from benchmarks.common import header, row
+
 
 class Ceilings(NamedTuple):
-    """What the machine can do at most."""
+    """Measured limits of the machine."""
 
     operations: float
-    """Of bfloat16 products, a second."""
+    """Operations per second of bfloat16 products."""
     bytes: float
-    """To and from memory, a second."""
+    """Bytes per second to and from memory."""
 
 
 class Work(NamedTuple):
-    """Of one instruction: what it must move if it reads and writes everything once, and the operations of its products;
-    None where that cannot be told."""
+    """Work of one instruction: bytes read and written (each array once) and operations of its products.
+
+    None if unknown.
+    """
 
     label: str
     bytes: float | None = None
     operations: float | None = None
 
 
-class Spent(NamedTuple):
-    """All instructions with one label, in one pass of the program."""
+class Cost(NamedTuple):
+    """Cost of all instructions with one label, per pass of the program."""
 
     label: str
     times: float
@@ -45,9 +49,9 @@ class Spent(NamedTuple):
 _LINE = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
 )
-_BEGIN = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
-_PASSED_ON = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"))
+_FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"))
 """Instructions that take no time."""
 
 
@@ -57,11 +61,11 @@ class Instruction(NamedTuple):
     shape: str
     operands: tuple[str, ...]
     rest: str
-    """The line after the operands' parenthesis was opened."""
+    """The line after the opening parenthesis of the operands."""
 
 
 class Program:
-    """The text of a compiled program, as `jax.stages.Compiled.as_text` gives it."""
+    """A compiled program, parsed from the text of `jax.stages.Compiled.as_text`."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, list[Instruction]] = {}
@@ -69,7 +73,7 @@ class Program:
         self._by_name: dict[str, Instruction] = {}
         current: list[Instruction] = []
         for line in text.splitlines():
-            if begun := _BEGIN.match(line):
+            if begun := _COMPUTATION.match(line):
                 current = self.computations.setdefault(begun["name"], [])
                 self.entry = begun["name"] if begun["entry"] else self.entry
             elif found := _LINE.match(line):
@@ -79,12 +83,12 @@ class Program:
                 self._by_name[each.name] = each
 
     def counts(self) -> dict[str, int]:
-        """How often each opcode stands in the program, inside fusions too; kernels of libraries by their names."""
-        every = [each for body in self.computations.values() for each in body if each.opcode not in _PASSED_ON]
-        return dict(collections.Counter(_target(each) or each.opcode for each in every).most_common())
+        """Number of instructions by opcode, including those in fusions; library kernels by their names."""
+        instructions = [each for body in self.computations.values() for each in body if each.opcode not in _FREE]
+        return dict(collections.Counter(_target(each) or each.opcode for each in instructions).most_common())
 
     def converted(self) -> dict[str, int]:
-        """Bytes that conversions put out, by "from -> to"; within fusions they cost no memory traffic."""
+        """Bytes written by dtype conversions, by "from -> to". Conversions in fusions cause no memory traffic."""
         found: dict[str, int] = collections.Counter()
         for each in (each for body in self.computations.values() for each in body if each.opcode == "convert"):
             source = self._by_name.get(each.operands[0]) if each.operands else None
@@ -93,21 +97,23 @@ class Program:
         return dict(found)
 
     def work(self, name: str) -> Work | None:
-        """Of the instruction with this name; None where there is none."""
+        """Work of the instruction with this name; None if it does not exist."""
         each = self._by_name.get(name)
         if each is None:
             return None
-        result = each.shape.split("]")[0] + "]" if _target(each) else each.shape  # what follows is a kernel's scratch
-        ema_update = _bytes(result) + sum(_bytes(self._by_name[o].shape) for o in each.operands if o in self._by_name)
+        result = (
+            each.shape.split("]")[0] + "]" if _target(each) else each.shape
+        )  # without the scratch space of a library kernel
+        size = _bytes(result) + sum(_bytes(self._by_name[o].shape) for o in each.operands if o in self._by_name)
         operations = self._operations(each)
         kind = _target(each) or each.opcode
         if kind == "fusion":
             kind = "fusion with a product" if operations else "fusion, " + (_called_by(each) or "")
         arrays = _ARRAY.search(each.shape)
-        return Work(f"{kind} -> {arrays[0] if arrays else each.shape[:40]}", ema_update, operations)
+        return Work(f"{kind} -> {arrays[0] if arrays else each.shape[:40]}", size, operations)
 
     def _operations(self, each: Instruction) -> float | None:
-        """Of its products; 0 where it has none."""
+        """Operations of its products; 0 without products, None if unknown."""
         shapes = [_dimensions(self._by_name[o].shape) for o in each.operands if o in self._by_name]
         result = _dimensions(each.shape)
         target = _target(each)
@@ -117,7 +123,7 @@ class Program:
         if each.opcode == "convolution" or "onv" in target:
             if len(shapes) < 2 or not (labels := re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)):
                 return None
-            # The forward convolution's result and kernel, wherever they stand in a gradient
+            # Output and kernel of the forward convolution, also for its gradients
             output, kernel = (
                 (shapes[0], shapes[1]) if "BackwardInput" in target
                 else (shapes[1], result) if "BackwardFilter" in target
@@ -145,7 +151,7 @@ def _closing(rest: str) -> int:
 def _target(each: Instruction) -> str:
     found = re.search(r'custom_call_target="([^"]*)"', each.rest)
     if found is None and each.opcode == "fusion":
-        found = re.search(r'"kind":"(__[^"]*)"', each.rest)  # a kernel of Triton or cuDNN made from a fusion
+        found = re.search(r'"kind":"(__[^"]*)"', each.rest)  # a Triton or cuDNN kernel for a fusion
     return found[1] if found else ""
 
 
@@ -155,12 +161,12 @@ def _called(rest: str) -> str:
 
 
 def _called_by(each: Instruction) -> str:
-    """A fusion's name says what it does at its end: "loop_convert_fusion.12"."""
+    """The kind of a fusion, from its name: "loop_convert_fusion" for "loop_convert_fusion.12"."""
     return re.sub(r"[.\d]+$", "", each.name)
 
 
 def _dimensions(shape: str) -> tuple[int, ...]:
-    """Of the first array."""
+    """Dimensions of the first array."""
     found = _ARRAY.search(shape)
     return tuple(int(size) for size in found[3].split(",") if size) if found else ()
 
@@ -176,7 +182,7 @@ def _bytes(shape: str) -> int:
 
 
 def _events(folder: Path) -> Iterator[tuple[str, str, float]]:
-    """(kernel, instruction, seconds) of everything that ran on a GPU; of every instruction, where there is none."""
+    """(kernel, instruction, seconds) of each GPU kernel; without a GPU, of each instruction."""
     newest = max(folder.glob("**/*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     with gzip.open(newest, "rt") as file:
         events: list[dict[str, Any]] = json.load(file)["traceEvents"]
@@ -191,20 +197,20 @@ def _events(folder: Path) -> Iterator[tuple[str, str, float]]:
     kernels = [event for event in ran if on_gpu(event)]
     for event in kernels or [event for event in ran if "hlo_op" in event.get("args", {})]:
         name = event["args"].get("hlo_op", "") if "args" in event else ""
-        if not re.match(r"(while|call|conditional)\b", name):  # these hold others
+        if not re.match(r"(while|call|conditional)\b", name):  # these contain other instructions
             yield event["name"], name, event["dur"] / 1e6
 
 
-def spent(folder: Path, program: Program, passes: int) -> list[Spent]:
-    """What took time in a pass, largest first, from the profile of so many that `jax.profiler` left in a folder."""
+def costs(folder: Path, program: Program, passes: int) -> list[Cost]:
+    """Costs per pass, largest first, from a `jax.profiler` trace of `passes` passes in `folder`."""
     seconds: dict[str, list[float]] = collections.defaultdict(list)
     works: dict[str, list[Work]] = collections.defaultdict(list)
-    for kernel, name, took in _events(folder):
+    for kernel, name, duration in _events(folder):
         work = program.work(name) or Work(re.sub(r"<.*", "", kernel)[:60])
-        seconds[work.label].append(took)
+        seconds[work.label].append(duration)
         works[work.label].append(work)
     found = [
-        Spent(
+        Cost(
             label,
             len(seconds[label]) / passes,
             sum(seconds[label]) / passes,
@@ -221,23 +227,24 @@ def _total(values: list[float | None], passes: int) -> float | None:
     return sum(known) / passes if len(known) == len(values) else None
 
 
-def profiled(run: Any, program: Program, folder: Path, passes: int = 3) -> list[Spent]:
-    """`run()` so often under JAX's profiler."""
+def profile(run: Any, program: Program, folder: Path, passes: int = 3) -> list[Cost]:
+    """Profile `passes` calls of `run`; traces go to `folder`."""
     with jax.profiler.trace(str(folder)):
         for _ in range(passes):
             run()
-    return spent(folder, program, passes)
+    return costs(folder, program, passes)
 
 
-def table(found: list[Spent], ceilings: Ceilings | None, most: int = 5) -> list[str]:
-    """The largest ones, and how near they come to the ceilings: 1 would be all that memory or the matrix units give."""
+def table(found: list[Cost], ceilings: Ceilings | None, most: int = 5) -> list[str]:
+    """Table of the `most` largest costs, with throughput as a fraction of the two ceilings."""
     whole = sum(each.seconds for each in found)
     lines = [
-        "| kernel | times a pass | ms a pass | share | of memory's ceiling | of the matrix ceiling |",
-        "|---|---|---|---|---|---|",
+        *header(
+            "Kernel", "Calls per pass", "ms per pass", "Fraction", "Of the memory ceiling", "Of the matrix ceiling"
+        ).splitlines(),
     ]
     for each in found[:most]:
-        near = [
+        fractions = [
             f"{done / each.seconds / most_possible:.2f}" if done and each.seconds and ceilings else ""
             for done, most_possible in (
                 (each.bytes, ceilings.bytes if ceilings else 1),
@@ -245,7 +252,9 @@ def table(found: list[Spent], ceilings: Ceilings | None, most: int = 5) -> list[
             )
         ]
         lines.append(
-            f"| `{each.label}` | {each.times:.1f} | {1000 * each.seconds:.3f} | {each.seconds / whole:.2f} | "
-            f"{near[0]} | {near[1]} |"
+            row(
+                *(f"`{each.label}`", f"{each.times:.1f}", f"{1000 * each.seconds:.3f}"),
+                *(f"{each.seconds / whole:.2f}", *fractions),
+            )
         )
-    return [*lines, f"All of it: {1000 * whole:.3f} ms of device time a pass, {len(found)} kinds of kernels."]
+    return [*lines, f"Total: {1000 * whole:.3f} ms of device time per pass, {len(found)} kinds of kernels."]

@@ -1,16 +1,16 @@
-"""Time of a training step, ours beside PyTorch's, in one run: python -m benchmarks.step_time
+"""Time of a training step, compared with PyTorch: python -m benchmarks.step_time
 
-On a CPU: EDM's denoising and consistency distillation in float32, PyTorch in eager mode (diffusers' UNet2DModel; for
-emoji32 the network in torch_unet.py) in both memory layouts, and that network compiled, steps interleaved. On a GPU:
-EDM, CD, ECT and sCM on the ImageNet-64 and CIFAR-10 networks of the presets in bfloat16 and float32, and for EDM and CD
-of ImageNet-64 PyTorch in eager mode and compiled (the network in torch_unet.py), one after the other. All begin with
-the same random weights. The first steps get the same noise, and on a CPU nothing is timed unless their losses agree.
-Ours is the program that train.py runs, which also checks that gradients are finite and takes their norm. Every row has
-a process of its own, whose peak of memory is what it adds on a CPU, what lies on a GPU. Compilation is by how much the
-first step is longer than the median one.
+On CPU: EDM and consistency distillation (CD) in float32. PyTorch runs the UNet2DModel of diffusers in eager mode, NCHW
+and channels last, and compiled (emoji32: the network of torch_unet.py). Steps alternate. On GPU: EDM, CD, ECT and sCM
+with the ImageNet-64 and CIFAR-10 networks in bfloat16 and float32; for EDM and CD on ImageNet-64 also PyTorch, eager
+and compiled (the network of torch_unet.py), one row after another.
+
+All implementations start from the same random weights, and get the same noise in the first steps; on CPU the program
+exits if their losses differ. The cm_jax row is the compiled step of train.py, including the gradient norm and the
+check for finite gradients. Each row runs in its own process. Peak memory is the increase of the process on CPU and the
+peak of the allocator on GPU. Compilation time is the first step minus the median step.
 """
 
-import argparse
 import dataclasses
 import os
 import statistics
@@ -21,13 +21,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import torch
 
+from benchmarks.common import header, load_average, parser, row
 from benchmarks.training_rows import (
     CHANNELS_LAST,
+    CM_JAX,
     COMPILED,
     EAGER,
     NCHW,
-    OURS,
-    Measured,
+    Measurement,
     Row,
     measure,
 )
@@ -44,18 +45,18 @@ SMALL = ADMUNet(
 EMOJI = dataclasses.replace(
     PRESETS["emoji32-edm"]().network, base_channels=32, channel_mult=(1, 2, 4), blocks_per_level=1
 )
-"""That of the bundled model."""
+"""The network of the bundled model."""
 METHODS = {"EDM": "edm", "CD": "cd", "ECT": "ect", "sCM": "sct"}
-"""Ends of the presets' names."""
+"""Suffix of the preset's name."""
 
 
-def setting(family: str, method: str, batch: int, network: ADMUNet | SongUNet | None = None) -> TrainConfig:
-    """A preset with one optimizer and one average for all, and with nothing random that PyTorch could not repeat."""
+def train_config(family: str, method: str, batch: int, network: ADMUNet | SongUNet | None = None) -> TrainConfig:
+    """The preset with RAdam, one EMA, no dropout and no flips, so that PyTorch can reproduce it."""
     preset = PRESETS[f"{family}-{METHODS[method]}"]()
     return dataclasses.replace(
         preset,
         network=dataclasses.replace(network or preset.network, dropout=0.0, precision="float32"),
-        optimizer=RAdam(ConstantRate(1e-3)),  # so that its steps show in the losses that are checked
+        optimizer=RAdam(ConstantRate(1e-3)),  # large enough to change the checked losses
         averages=(0.9999,),
         power_averages=(),
         batch_size=batch,
@@ -64,90 +65,90 @@ def setting(family: str, method: str, batch: int, network: ADMUNet | SongUNet | 
     )
 
 
-HEADER = """\
-| network | loss | precision | batch | step | median ms | ratio | fastest ms | ratio | images/s | peak GB |\
- compile s | difference |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+HEADER = header(
+    *("Network", "Loss", "Precision", "Batch", "Implementation", "Median ms", "Ratio", "Fastest ms", "Ratio"),
+    *("Images/s", "Peak GB", "Compile s", "Difference"),
+)
 
 
-def lines(measured: dict[Row, Measured]) -> Iterator[str]:
-    """The table's lines; ratios are to the best of PyTorch, differences are those of the losses, to ours."""
-    done = {row: entry for row, entry in measured.items() if entry.seconds}
-    theirs = [entry.seconds for row, entry in done.items() if row.step != OURS]
-    for row, entry in measured.items():
-        chosen = row.chosen
-        start = f"| {row.network} | {row.method} | {chosen.network.precision} | {chosen.batch_size} | {row.step} |"
-        if row not in done:
-            yield f"{start} {entry.failure} | | | | | | | |"
+def lines(measured: dict[Row, Measurement]) -> Iterator[str]:
+    """Rows of the table. Ratios are to the fastest PyTorch row, differences to the losses of cm_jax."""
+    done = {each: entry for each, entry in measured.items() if entry.seconds}
+    torch_seconds = [entry.seconds for each, entry in done.items() if each.implementation != CM_JAX]
+    reference = next((entry for each, entry in done.items() if each.implementation == CM_JAX), None)
+    for each, entry in measured.items():
+        batch = each.config.batch_size
+        cells = [each.network, each.method, each.config.network.precision, batch, each.implementation]
+        if each not in done:
+            yield row(*cells, entry.failure, *[""] * 7)
             continue
-        parts = [start]
         for take in (statistics.median, min):
             value = take(entry.seconds)
-            ratio = f"{value / min(map(take, theirs)):.2f}" if theirs else ""
-            parts.append(f" {1000 * value:.0f} | {ratio} |")
+            ratio = f"{value / min(map(take, torch_seconds)):.2f}" if torch_seconds else ""
+            cells += [f"{1000 * value:.0f}", ratio]
         median = statistics.median(entry.seconds)
-        reference = next((other for row, other in done.items() if row.step == OURS), entry)
-        difference = "" if entry is reference else f"{entry.difference(reference):.1e}"
         compilation = max(0.0, entry.first - median)
-        parts.append(f" {chosen.batch_size / median:.1f} | {entry.peak / 1e9:.2f} | {compilation:.1f} | {difference} |")
-        yield "".join(parts)
+        difference = f"{entry.difference(reference):.1e}" if reference and entry is not reference else ""
+        yield row(*cells, f"{batch / median:.1f}", f"{entry.peak / 1e9:.2f}", f"{compilation:.1f}", difference)
 
 
-def one_by_one(rows: list[Row], repeats: int, limit: float) -> dict[Row, Measured]:
-    """Each row's steps before the next row begins: only one is in memory."""
-    return {row: entry for row in rows for entry in measure([row], repeats, limit).values()}
+def one_by_one(rows: list[Row], repeats: int, limit: float) -> dict[Row, Measurement]:
+    """Measure one row after another, so that only one is in memory."""
+    return {each: entry for each in rows for entry in measure([each], repeats, limit).values()}
 
 
 def cpu_rows(name: str, batch: int, layouts: tuple[str, ...]) -> Iterator[list[Row]]:
-    """Groups of rows that are compared."""
+    """Groups of rows to compare."""
     family = "emoji32" if name == "emoji32" else "imagenet64"
     network = {"small": SMALL, "imagenet64": ADMUNet(), "emoji32": EMOJI}[name]
     for method in ("EDM", "CD"):
-        chosen = setting(family, method, batch, network)
-        yield [Row(name, method, step, chosen) for step in (OURS, *layouts)]
+        config = train_config(family, method, batch, network)
+        yield [Row(name, method, step, config) for step in (CM_JAX, *layouts)]
 
 
 def gpu_rows(families: list[str], methods: list[str], precisions: list[Precision], batch: int) -> Iterator[list[Row]]:
     for family in families:
         for precision in precisions:
             for method in methods:
-                chosen = setting(family, method, batch or {"imagenet64": 32, "cifar10": 128}[family])
-                chosen = dataclasses.replace(chosen, network=chosen.network.at_precision(precision))
+                config = train_config(family, method, batch or {"imagenet64": 32, "cifar10": 128}[family])
+                config = dataclasses.replace(config, network=config.network.at_precision(precision))
                 rivals = (EAGER, COMPILED) if family == "imagenet64" and method in ("EDM", "CD") else ()
-                yield [Row(family, method, step, chosen) for step in (OURS, *rivals)]
+                yield [Row(family, method, step, config) for step in (CM_JAX, *rivals)]
 
 
 def main() -> None:
     gpu = jax.devices()[0].platform == "gpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--network", help="small (default), emoji32 or imagenet64 on a CPU; imagenet64,cifar10 on a GPU"
+    options = parser(__doc__)
+    options.add_argument(
+        "--network",
+        help="CPU: small (default), emoji32 or imagenet64. GPU: imagenet64,cifar10 (default) or one of them.",
     )
-    parser.add_argument("--methods", default=",".join(METHODS), help="on a GPU: with commas between")
-    parser.add_argument("--precisions", default="bfloat16,float32", help="on a GPU: with commas between")
-    parser.add_argument("--one-layout", action="store_true", help="on a CPU: PyTorch's channels last alone, for memory")
-    parser.add_argument("--one-by-one", action="store_true", help="on a CPU: rows one after the other, for memory")
-    parser.add_argument("--batch", type=int, default=0, help="images in a step; 0 is what suits the network")
-    parser.add_argument("--repeats", type=int, default=20 if gpu else 9, help="timed steps of each row")
-    parser.add_argument("--limit", type=float, default=300 if gpu else 3600, help="seconds that a row may take")
-    arguments = parser.parse_args()
+    options.add_argument("--methods", default=",".join(METHODS), help="Methods on GPU, comma-separated.")
+    options.add_argument("--precisions", default="bfloat16,float32", help="Precisions on GPU, comma-separated.")
+    options.add_argument(
+        "--one-layout", action="store_true", help="On CPU, run PyTorch only in channels last, to save memory."
+    )
+    options.add_argument("--one-by-one", action="store_true", help="On CPU, run one row after another, to save memory.")
+    options.add_argument("--batch", type=int, default=0, help="Batch size; 0 selects a default for the network.")
+    options.add_argument("--repeats", type=int, default=20 if gpu else 9, help="Number of timed steps per row.")
+    options.add_argument("--limit", type=float, default=300 if gpu else 3600, help="Time limit of a row in seconds.")
+    args = options.parse_args()
 
     device = jax.devices()[0].device_kind if gpu else f"{os.cpu_count()} cores and threads"
-    print(f"On {device}; jax {jax.__version__}, torch {torch.__version__}; {arguments.repeats} steps.")
+    print(f"On {device}; jax {jax.__version__}, torch {torch.__version__}; {args.repeats} steps.")
     print(HEADER, flush=True)
     before = os.getloadavg()[0]
     if gpu:
-        families = str(arguments.network or "imagenet64,cifar10").split(",")
-        methods, precisions = arguments.methods.split(","), arguments.precisions.split(",")
-        for rows in gpu_rows(families, methods, precisions, arguments.batch):
-            print(*lines(one_by_one(rows, arguments.repeats, arguments.limit)), sep="\n", flush=True)
+        families = str(args.network or "imagenet64,cifar10").split(",")
+        for rows in gpu_rows(families, args.methods.split(","), args.precisions.split(","), args.batch):
+            print(*lines(one_by_one(rows, args.repeats, args.limit)), sep="\n", flush=True)
     else:
-        name = arguments.network or "small"
-        layouts = (CHANNELS_LAST,) if arguments.one_layout else (NCHW, CHANNELS_LAST, COMPILED)
-        for rows in cpu_rows(name, arguments.batch or {"small": 16, "imagenet64": 2, "emoji32": 64}[name], layouts):
-            taken = one_by_one if arguments.one_by_one else measure
-            print(*lines(taken(rows, arguments.repeats, arguments.limit)), sep="\n", flush=True)
-    print(f"Load average {before:.1f} before and {os.getloadavg()[0]:.1f} after; this program's own work counts in it.")
+        name = args.network or "small"
+        layouts = (CHANNELS_LAST,) if args.one_layout else (NCHW, CHANNELS_LAST, COMPILED)
+        for rows in cpu_rows(name, args.batch or {"small": 16, "imagenet64": 2, "emoji32": 64}[name], layouts):
+            run = one_by_one if args.one_by_one else measure
+            print(*lines(run(rows, args.repeats, args.limit)), sep="\n", flush=True)
+    print(load_average(before))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `gpu` measures can be measured, on a CPU by tiny networks; its counts and tables are right."""
+"""All parts of `benchmarks.gpu` run with tiny networks on a CPU; operation counts, profiles and goals are correct."""
 
 import argparse
 import gzip
@@ -13,20 +13,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.gpu import COMPILED, EAGER, SHARES, goals, run_parts
-from benchmarks.gpu_parts import PARTS, TINY
+from benchmarks.common import ROOT
+from benchmarks.gpu import COMPILED, EAGER, TIME_SHARES, goals, run_parts
+from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_task import TINY
 from benchmarks.products import products
-from benchmarks.profiles import Ceilings, Program, spent, table
+from benchmarks.profiles import Ceilings, Program, costs, table
 from cm_jax import kernels
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 ABSENT = ("tyro", "grain", "tensorflow_datasets", "diffusers")
-"""Packages that a machine with a GPU may lack."""
+"""Packages that `benchmarks.gpu` must not need."""
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padding", [0, 1, 2])
-def test_products_of_a_convolution_are_counted_as_xla_counts_them(stride: int, padding: int) -> None:
+def test_operations_of_a_convolution_match_xla(stride: int, padding: int) -> None:
     def convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
         numbers = ("NHWC", "HWIO", "NHWC")
         around = [(padding, padding)] * 2
@@ -46,16 +47,16 @@ def test_products_of_a_convolution_are_counted_as_xla_counts_them(stride: int, p
         assert sum(products(function, *arguments).values()) == counted["flops"]
 
 
-def test_products_of_a_network_are_nearly_all_of_its_operations() -> None:
+def test_products_are_most_operations_of_a_network() -> None:
     shapes = TINY.shapes()
     x, times = jax.ShapeDtypeStruct((2, *TINY.image_shape), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
     arguments = shapes, x, times, jax.ShapeDtypeStruct((2,), jnp.int32)
-    with kernels.off():  # XLA does not count what is done outside of it
+    with kernels.off():  # XLA does not count operations of custom kernels
         counted: Any = jax.jit(TINY.predict).lower(*arguments).cost_analysis()
     assert 0.9 < sum(products(TINY.predict, *arguments).values()) / counted["flops"] < 1
 
 
-def test_products_in_loops_count_as_often_as_they_run() -> None:
+def test_products_in_loops_count_once_per_iteration() -> None:
     def powers(x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda c, _: (jnp.dot(c, x), None), x, length=5)[0]
 
@@ -86,7 +87,7 @@ ENTRY %main (x: bf16[8,16,16,32], k: bf16[3,3,32,64], s: f32[8,64]) -> bf16[8,16
 CONVOLUTION = 2 * 8 * 16 * 16 * 64 * 9 * 32
 
 
-def test_a_program_of_a_gpu_is_read() -> None:
+def test_gpu_program_is_parsed() -> None:
     program = Program(GPU_PROGRAM)
     for name, label in (("conv.2", "convForward"), ("grad.1", "convBackwardFilter"), ("back.1", "convBackwardInput")):
         work = program.work(name)
@@ -103,7 +104,7 @@ def test_a_program_of_a_gpu_is_read() -> None:
     assert program.converted() == {"bf16 -> f32": 4 * 8 * 16 * 16 * 64}
 
 
-def test_a_profile_of_a_gpu_becomes_a_table(tmp_path: Path) -> None:
+def test_table_of_a_gpu_profile(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "/device:GPU:0"}},
         {"ph": "M", "pid": 2, "name": "process_name", "args": {"name": "/host:CPU"}},
@@ -119,7 +120,7 @@ def test_a_profile_of_a_gpu_becomes_a_table(tmp_path: Path) -> None:
     (tmp_path / "plugins").mkdir()
     with gzip.open(tmp_path / "plugins" / "machine.trace.json.gz", "wt") as file:
         json.dump({"traceEvents": events}, file)
-    found = spent(tmp_path, Program(GPU_PROGRAM), passes=2)
+    found = costs(tmp_path, Program(GPU_PROGRAM), passes=2)
     assert [each.times for each in found] == [1, 1, 0.5]
     assert [round(1e6 * each.seconds, 3) for each in found] == [30, 10, 2]
     assert [each.operations for each in found] == [CONVOLUTION, 0, None]
@@ -131,7 +132,7 @@ def test_a_profile_of_a_gpu_becomes_a_table(tmp_path: Path) -> None:
 
 
 def test_goals() -> None:
-    assert set(SHARES) == set(PARTS)
+    assert set(TIME_SHARES) == set(PARTS)
     assert {goal.outcome for goal in goals({})} == {"not measured"}
     found: dict[str, Any] = {
         "sampling": {
@@ -141,31 +142,31 @@ def test_goals() -> None:
         "cd": {"batch": 32, "images/s": 260.0, f"to {EAGER}": 0.6, "peak": float("nan"), f"peak of {EAGER}": 1.0},
         "ect": {"images/s": 2100.0},
         "sct": {"images/s": 2000.0},
-        "start": {"bundled, none": 9.0, "bundled, kept": 4.0},
+        "start": {"bundled, empty": 9.0, "bundled, warm": 4.0},
     }  # fmt: skip
     outcomes = [goal.outcome for goal in goals(found)]
     assert outcomes == [
         "met", "missed", "missed", "met", "met", "not measured", "not measured", "met", "met", "met", "missed",
         "not measured", "not measured", "met", "not measured",
     ]  # fmt: skip
-    to_pytorch = next(goal for goal in goals(found) if goal.what == "the same, to PyTorch")
-    assert to_pytorch.line() == "| the same, to PyTorch | 0.75 or less | 0.8 | missed | eager 0.30, compiled 0.80 |"
+    to_pytorch = next(goal for goal in goals(found) if goal.name == "ImageNet-64, one step, time / PyTorch")
+    assert to_pytorch.line().endswith("time / PyTorch | 0.75 or less | 0.8 | missed | eager 0.30, compiled 0.80 |")
     assert "compiled not measured" in [*goals(found)][5].note
 
 
-def test_a_part_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+def test_part_is_ended_at_its_time_limit(tmp_path: Path) -> None:
     found: dict[str, Any] = {}
-    asked = argparse.Namespace(small=True, folder=None)
-    assert run_parts(["cd"], 0.5, asked, tmp_path, found) == "ended after its 0 s"
+    args = argparse.Namespace(small=True, folder=None)
+    assert run_parts(["cd"], 0.5, args, tmp_path, found) == "ended after 0 s"
     assert found == {"cd": {}}
 
 
-def test_the_whole_on_a_cpu(tmp_path: Path) -> None:
-    """Without the packages that a machine with a GPU may lack: each of them fails to import in every process."""
+def test_all_parts_on_a_cpu(tmp_path: Path) -> None:
+    """Runs without the packages in ABSENT: their import fails in every process."""
     for name in ABSENT:
         (tmp_path / "absent" / name).mkdir(parents=True)
-        (tmp_path / "absent" / name / "__init__.py").write_text(f'raise ImportError("no {name} here")\n')
-    own = {**os.environ, "PYTHONPATH": f"{tmp_path / 'absent'}{os.pathsep}{REPOSITORY}", "JAX_PLATFORMS": "cpu"}
+        (tmp_path / "absent" / name / "__init__.py").write_text(f'raise ImportError("{name} is absent")\n')
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'absent'}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"}
     command = [
         sys.executable,
         "-m",
@@ -176,20 +177,20 @@ def test_the_whole_on_a_cpu(tmp_path: Path) -> None:
         "--folder",
         str(tmp_path / "kept"),
     ]
-    done = subprocess.run(command, cwd=REPOSITORY, env=own, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kept = json.loads((tmp_path / "kept" / "results.json").read_text())
-    assert kept["failures"] == dict.fromkeys(SHARES, ""), done.stdout + done.stderr
+    report = json.loads((tmp_path / "kept" / "results.json").read_text())
+    assert report["failures"] == dict.fromkeys(TIME_SHARES, ""), done.stdout + done.stderr
     unmeasured = [line for line in done.stdout.splitlines() if "not measured" in line]
-    assert all("peak memory" in line or "ImageNet-64 network, programs kept" in line for line in unmeasured)
+    assert all("Peak memory" in line or "ImageNet-64 network, warm cache" in line for line in unmeasured)
     assert len(unmeasured) == 4
     assert "No profile" not in done.stdout
     for name in ("sampling", "cd"):
         assert f"Largest costs of `{name}`" in done.stdout
-        profile = kept["found"][name][f"{name}: profile"]
+        profile = report["found"][name][f"{name}: profile"]
         assert any(each["operations"] for each in profile)
         with gzip.open(tmp_path / "kept" / f"{name}.hlo.txt.gz", "rt") as file:
             assert file.read().startswith("HloModule")
     rivals = [line for line in done.stdout.splitlines() if f"| {COMPILED} |" in line]
     assert len(rivals) == 3
-    assert kept["found"]["sampling"]["share"] > 0
+    assert report["found"]["sampling"]["share"] > 0

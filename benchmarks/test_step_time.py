@@ -1,4 +1,4 @@
-"""Both training steps of step_time compute the same losses, and its tables come out: python -m pytest benchmarks"""
+"""Both training steps of step_time compute the same losses, and its table is correct."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,20 +7,20 @@ import jax
 import pytest
 import torch
 
-from benchmarks.step_time import HEADER, METHODS, gpu_rows, lines, setting
+from benchmarks.step_time import HEADER, METHODS, gpu_rows, lines, train_config
 from benchmarks.training_rows import (
     BOUND,
     CHANNELS_LAST,
     CHECKED_STEPS,
+    CM_JAX,
     COMPILED,
     EAGER,
     NCHW,
-    OURS,
-    Measured,
+    Measurement,
     Row,
-    begin,
-    draws_of_ours,
+    build_step,
     measure,
+    step_noise,
 )
 from cm_jax.networks import ADMUNet
 
@@ -30,8 +30,8 @@ TINY = ADMUNet(
 
 
 @pytest.fixture(autouse=True)
-def in_a_hurry() -> Iterator[None]:
-    """Compilation is nearly all that these tests do."""
+def fast_compilation() -> Iterator[None]:
+    """Disable optimizations, because compilation takes most of the time."""
     torch.set_num_threads(1)
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
@@ -40,50 +40,52 @@ def in_a_hurry() -> Iterator[None]:
 
 
 def row(method: str, step: str) -> Row:
-    return Row("tiny", method, step, setting("imagenet64", method, 2, dataclasses.replace(TINY, attention="plain")))
+    return Row(
+        "tiny", method, step, train_config("imagenet64", method, 2, dataclasses.replace(TINY, attention="plain"))
+    )
 
 
 @pytest.mark.parametrize(("method", "rivals"), [("EDM", (EAGER, NCHW)), ("CD", (CHANNELS_LAST, COMPILED))])
 def test_first_losses_agree(method: str, rivals: tuple[str, ...]) -> None:
-    drawn = [draws_of_ours(row(method, OURS).chosen, batch) for batch in range(CHECKED_STEPS)]
-    ours, *theirs = (begin(row(method, name)) for name in (OURS, *rivals))
-    losses = [ours(values) for values in drawn]
+    samples = [step_noise(row(method, CM_JAX).config, batch) for batch in range(CHECKED_STEPS)]
+    jax_step, *torch_steps = (build_step(row(method, name)) for name in (CM_JAX, *rivals))
+    losses = [jax_step(sample) for sample in samples]
     assert len(set(losses)) == CHECKED_STEPS
-    for step in theirs:
-        measured = Measured([step(values) for values in drawn])
-        assert measured.difference(Measured(losses)) < BOUND / 2
+    for step in torch_steps:
+        measured = Measurement([step(sample) for sample in samples])
+        assert measured.difference(Measurement(losses)) < BOUND / 2
         assert step(None) > 0
 
 
-def test_the_table() -> None:
+def test_table() -> None:
     measured = {
-        row("EDM", OURS): Measured([1.0, 2.0], first=3.0, seconds=[0.3, 0.2, 0.4], peak=2e9),
-        row("EDM", NCHW): Measured([1.0, 2.002], first=0.5, seconds=[0.6, 0.5, 0.7], peak=3e9),
-        row("EDM", EAGER): Measured(failure="out of memory"),
+        row("EDM", CM_JAX): Measurement([1.0, 2.0], first=3.0, seconds=[0.3, 0.2, 0.4], peak=2e9),
+        row("EDM", NCHW): Measurement([1.0, 2.002], first=0.5, seconds=[0.6, 0.5, 0.7], peak=3e9),
+        row("EDM", EAGER): Measurement(failure="out of memory"),
     }
-    ours, theirs, failed = lines(measured)
-    assert ours == "| tiny | EDM | float32 | 2 | ours | 300 | 0.50 | 200 | 0.40 | 6.7 | 2.00 | 2.7 |  |"
+    cm_jax, pytorch, failed = lines(measured)
+    assert cm_jax == "| tiny | EDM | float32 | 2 | cm_jax | 300 | 0.50 | 200 | 0.40 | 6.7 | 2.00 | 2.7 |  |"
     assert (
-        theirs == "| tiny | EDM | float32 | 2 | PyTorch, NCHW | 600 | 1.00 | 500 | 1.00 | 3.3 | 3.00 | 0.0 | 1.0e-03 |"
+        pytorch == "| tiny | EDM | float32 | 2 | PyTorch, NCHW | 600 | 1.00 | 500 | 1.00 | 3.3 | 3.00 | 0.0 | 1.0e-03 |"
     )
     assert "| out of memory |" in failed
-    assert {line.count("|") for line in (ours, theirs, failed)} == {HEADER.splitlines()[0].count("|")}
+    assert {line.count("|") for line in (cm_jax, pytorch, failed)} == {HEADER.splitlines()[0].count("|")}
 
 
-def test_every_row_of_a_gpu_can_be_made() -> None:
+def test_all_gpu_rows_are_built() -> None:
     groups = list(gpu_rows(["imagenet64", "cifar10"], list(METHODS), ["bfloat16", "float32"], 0))
     assert len(groups) == 16
     assert sum(map(len, groups)) == 24
 
 
 @pytest.mark.parametrize("method", ["ECT", "sCM"])
-def test_other_methods_are_made_ready(method: str) -> None:
-    chosen = row(method, OURS).chosen
-    half = dataclasses.replace(chosen, network=chosen.network.at_precision("bfloat16"))
-    assert callable(begin(Row("tiny", method, OURS, half)))
+def test_other_methods_are_built(method: str) -> None:
+    config = row(method, CM_JAX).config
+    half = dataclasses.replace(config, network=config.network.at_precision("bfloat16"))
+    assert callable(build_step(Row("tiny", method, CM_JAX, half)))
 
 
-def test_a_row_in_a_process_of_its_own() -> None:
+def test_row_in_a_subprocess() -> None:
     ((_, measured),) = measure([row("EDM", EAGER)], 1, limit=300).items()
     assert not measured.failure
     assert len(measured.losses) == CHECKED_STEPS
@@ -91,6 +93,6 @@ def test_a_row_in_a_process_of_its_own() -> None:
     assert measured.peak > 0
 
 
-def test_a_row_that_takes_too_long_says_so() -> None:
-    ((_, measured),) = measure([row("EDM", OURS)], 9, limit=0.2).items()
-    assert measured.failure == "it took too long"
+def test_row_reports_a_timeout() -> None:
+    ((_, measured),) = measure([row("EDM", CM_JAX)], 9, limit=0.2).items()
+    assert measured.failure == "time limit exceeded"

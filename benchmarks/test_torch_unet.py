@@ -1,4 +1,4 @@
-"""The PyTorch network of the benchmarks puts out what ours does: python -m pytest benchmarks"""
+"""The PyTorch networks of the benchmarks match cm_jax."""
 
 import jax
 import numpy as np
@@ -43,20 +43,20 @@ SONG = SongUNet(
 
 
 @pytest.mark.parametrize("network", [CONDITIONAL, UNCONDITIONAL, SONG], ids=["conditional", "unconditional", "song"])
-def test_torch_network_agrees_with_ours(network: ADMUNet | SongUNet) -> None:
+def test_torch_network_matches_cm_jax(network: ADMUNet | SongUNet) -> None:
     rng = np.random.default_rng(1)
     params = random_params(network)
     x = rng.standard_normal((3, *network.image_shape), np.float32)
     times = np.array([1095.5, 80.9, -1553.7], np.float32)
     labels = None if network.classes is None else np.array([0, 4, 2])
 
-    ours = jax.jit(network.predict)(params, x, times, labels)
+    output = jax.jit(network.predict)(params, x, times, labels)
     with torch.no_grad():
-        theirs = TorchUNet(network, params)(
+        torch_output = TorchUNet(network, params)(
             torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
             torch.from_numpy(times),
             None if labels is None else torch.from_numpy(labels),
         )
-    reference = theirs.numpy().transpose(0, 2, 3, 1)
+    reference = torch_output.numpy().transpose(0, 2, 3, 1)
     assert 0.1 < reference.std() < 10
-    np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+    np.testing.assert_allclose(output, reference, rtol=0, atol=1e-5 * np.abs(reference).max())

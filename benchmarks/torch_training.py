@@ -1,4 +1,4 @@
-"""A training step in PyTorch: what step_time compares ours with. The same losses, RAdam and averages."""
+"""A training step in PyTorch with the losses, RAdam and EMA of cm_jax; used by step_time."""
 
 import copy
 import functools
@@ -18,8 +18,8 @@ from cm_jax.types import Params
 SIGMA_DATA, SIGMA_MIN = 0.5, 0.002
 
 
-class Drawn(NamedTuple):
-    """What chance decides in a batch: levels t and r of every image (r = 0 for a denoiser), and NHWC noise."""
+class NoiseSample(NamedTuple):
+    """Random values of a batch: noise levels t and r per image (r = 0 for EDM), and NHWC standard normal noise."""
 
     t: np.ndarray
     r: np.ndarray
@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
 
 
 class DiffusersADM(nn.Module):
-    """diffusers' UNet2DModel with these parameters, called as TorchUNet is."""
+    """The UNet2DModel of diffusers with the parameters of `network` and the call signature of TorchUNet."""
 
     def __init__(self, network: ADMUNet, params: Params) -> None:
         from cm_jax.conversion.diffusers import DIFFUSERS
@@ -41,16 +41,16 @@ class DiffusersADM(nn.Module):
         return self.unet(x, c_noise, class_labels=labels).sample
 
 
-class TorchTraining:
-    """EDM's denoising, or consistency distillation by Heun's teacher steps, as `chosen` says; the model is the student.
+class TorchStep:
+    """EDM denoising, or consistency distillation with a Heun ODE step, as configured by `config`.
 
-    Parameters and averages are float32; with bfloat16, autocast chooses what is computed in it. `compiled`: what
-    torch.compile is told, for the student, the teacher and the target.
+    `model` is the student's initial network. Parameters and EMA are float32; bfloat16 uses autocast. `compiled` holds
+    the options of `torch.compile` for student, teacher and target.
     """
 
     def __init__(
         self,
-        chosen: TrainConfig,
+        config: TrainConfig,
         model: nn.Module,
         images: np.ndarray,
         labels: np.ndarray | None,
@@ -59,53 +59,53 @@ class TorchTraining:
         layout: torch.memory_format = torch.contiguous_format,
         compiled: dict[str, str] | Literal[False] = False,
     ) -> None:
-        objective, preconditioning = cast(Any, chosen.objective), cast(Any, chosen.preconditioning)
-        self.scaled = functools.partial(_scaled, preconditioning.time_factor)
-        (average,) = chosen.all_averages
+        objective, preconditioning = cast(Any, config.objective), cast(Any, config.preconditioning)
+        self.preconditioned = functools.partial(_preconditioned, preconditioning.time_factor)
+        (average,) = config.all_averages
         assert isinstance(average, ConstantEMA)
         student = copy.deepcopy(model).requires_grad_(True).train()
         for parameter in student.parameters():
-            parameter.data = parameter.data.contiguous()  # they were transposed views
+            parameter.data = parameter.data.contiguous()  # transposed views otherwise
         student = student.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.student = student
 
-        def ready(module: nn.Module) -> Any:
+        def wrapped(module: nn.Module) -> Any:
             return module if compiled is False else torch.compile(module, dynamic=False, **cast(Any, compiled))
 
-        self.forward = ready(student)
-        self.average = _fixed(student)
-        self.keep = get_ema_multi_avg_fn(average.beta)
+        self.forward = wrapped(student)
+        self.ema = _frozen(student)
+        self.update_ema = get_ema_multi_avg_fn(average.beta)
         self.teacher = None
         if objective.has_teacher:
-            assert chosen.target is not None
-            self.teacher, self.target = _fixed(student), _fixed(student)
-            self.teach, self.lag = ready(self.teacher), ready(self.target)
-            self.follow = get_ema_multi_avg_fn(float(chosen.target(0)))
+            assert config.target is not None
+            self.teacher, self.target = _frozen(student), _frozen(student)
+            self.teacher_forward, self.target_forward = wrapped(self.teacher), wrapped(self.target)
+            self.update_target = get_ema_multi_avg_fn(float(config.target(0)))
             grid = KarrasGrid(levels=int(objective.curriculum(0)))
             self.grid = torch.from_numpy(grid.descending(grid.levels)).to(device)
         else:
             self.noise_distribution = objective.noise_distribution
-        optimizer = chosen.optimizer
+        optimizer = config.optimizer
         self.optimizer = torch.optim.RAdam(
             student.parameters(), optimizer.learning_rate.peak, (optimizer.beta1, optimizer.beta2), optimizer.epsilon
         )
-        self.device, self.layout, self.half = device, layout, chosen.network.precision == "bfloat16"
+        self.device, self.layout, self.autocast = device, layout, config.network.precision == "bfloat16"
         self.images, self.labels = images, labels
 
-    def __call__(self, drawn: Drawn | None = None) -> float:
-        """One step, with these draws or its own; its loss."""
+    def __call__(self, sample: NoiseSample | None = None) -> float:
+        """Perform a step with the given or newly sampled noise; returns the loss."""
         clean = _planar(torch.from_numpy(self.images).to(self.device).float() / 127.5 - 1, self.layout)
         labels = None if self.labels is None else torch.from_numpy(self.labels).long().to(self.device)
-        t, r, noise = self._draw(clean) if drawn is None else self._given(drawn)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
+        t, r, noise = self._sample(clean) if sample is None else self._to_device(sample)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             loss = self._loss(clean, t, r, noise, labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            self._move(self.average, self.keep)
+            self._update_ema(self.ema, self.update_ema)
             if self.teacher is not None:
-                self._move(self.target, self.follow)
+                self._update_ema(self.target, self.update_target)
         if self.device == "cuda":
             torch.cuda.synchronize()
         return loss.item()
@@ -114,16 +114,16 @@ class TorchTraining:
         x = clean + _per_image(t) * noise
         if self.teacher is None:
             weight = t**-2 + SIGMA_DATA**-2
-            return (weight * (self.scaled(self.forward, x, t, labels) - clean).square().mean((1, 2, 3))).mean()
+            return (weight * (self.preconditioned(self.forward, x, t, labels) - clean).square().mean((1, 2, 3))).mean()
         with torch.no_grad():
-            first = (x - self.scaled(self.teach, x, t, labels)) / _per_image(t)
+            first = (x - self.preconditioned(self.teacher_forward, x, t, labels)) / _per_image(t)
             euler = x + _per_image(r - t) * first
-            second = (euler - self.scaled(self.teach, euler, r, labels)) / _per_image(r)
+            second = (euler - self.preconditioned(self.teacher_forward, euler, r, labels)) / _per_image(r)
             x_r = x + _per_image(r - t) * (first + second) / 2
-            behind = self.scaled(self.lag, x_r, r, labels, SIGMA_MIN)
-        return (self.scaled(self.forward, x, t, labels, SIGMA_MIN) - behind).square().mean()
+            target = self.preconditioned(self.target_forward, x_r, r, labels, SIGMA_MIN)
+        return (self.preconditioned(self.forward, x, t, labels, SIGMA_MIN) - target).square().mean()
 
-    def _draw(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         noise = torch.randn_like(clean)
         if self.teacher is None:
             t = (
@@ -133,15 +133,15 @@ class TorchTraining:
         index = torch.randint(len(self.grid) - 1, (len(clean),), device=self.device)
         return self.grid[index], self.grid[index + 1], noise
 
-    def _given(self, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor]:
-        t, r, noise = (torch.from_numpy(np.array(values)).to(self.device) for values in drawn)
+    def _to_device(self, sample: NoiseSample) -> tuple[Tensor, Tensor, Tensor]:
+        t, r, noise = (torch.from_numpy(np.array(values)).to(self.device) for values in sample)
         return t, r, _planar(noise, self.layout)
 
-    def _move(self, average: nn.Module, move: Any) -> None:
-        move(list(average.parameters()), list(self.student.parameters()), None)
+    def _update_ema(self, ema: nn.Module, update: Any) -> None:
+        update(list(ema.parameters()), list(self.student.parameters()), None)
 
 
-def _fixed(model: nn.Module) -> nn.Module:
+def _frozen(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False)
 
 
@@ -153,11 +153,11 @@ def _per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def _scaled(
-    time_factor: float, model: Any, x: Tensor, sigma: Tensor, labels: Tensor | None, least: float = 0.0
+def _preconditioned(
+    time_factor: float, model: Any, x: Tensor, sigma: Tensor, labels: Tensor | None, sigma_min: float = 0.0
 ) -> Tensor:
-    """c_skip x + c_out F(c_in x, factor times ln sigma): a denoiser, or with `least` = sigma_min consistent."""
+    """c_skip x + c_out F(c_in x, time_factor ln sigma): a denoiser (sigma_min = 0) or a consistency function."""
     root = _per_image((sigma**2 + SIGMA_DATA**2).sqrt())
-    above = _per_image(sigma - least)
+    above = _per_image(sigma - sigma_min)
     raw = model(x / root, time_factor * sigma.log(), labels).float()
     return SIGMA_DATA**2 / (above**2 + SIGMA_DATA**2) * x + above * SIGMA_DATA / root * raw

@@ -1,4 +1,4 @@
-"""The U-Nets in PyTorch, from a network's plan and parameter tree: what our times are compared with."""
+"""The U-Nets of cm_jax in PyTorch, built from the same plan and parameters; used by the benchmarks."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ from cm_jax.types import Params
 
 
 def _filled(layer: nn.Module, weight: np.ndarray, bias: np.ndarray) -> nn.Module:
-    """A layer with these numbers and no gradients."""
+    """Load the weights into a layer and freeze it."""
     state = {"weight": torch.from_numpy(np.array(weight)), "bias": torch.from_numpy(np.array(bias))}
     layer.load_state_dict(state, strict=True, assign=True)
     return layer.requires_grad_(False)
@@ -102,9 +102,9 @@ class _Resampling(nn.Module):
 
 
 class TorchUNet(nn.Module):
-    """The network with these parameters, NCHW; `.to(torch.bfloat16)` takes all of it, norms too, to half precision.
+    """An ADMUNet or SongUNet in NCHW; `.to(torch.bfloat16)` converts all of it, including norms.
 
-    A SongUNet must be of DDPM++'s kind: a positional embedding, plain resampling, no pyramid, additive modulation.
+    A SongUNet must be DDPM++: positional embedding, plain resampling, no pyramid, additive modulation.
     """
 
     def __init__(self, network: ADMUNet | SongUNet, params: Params) -> None:
@@ -168,9 +168,9 @@ def _applied(block: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
 
 
 class OneStep(nn.Module):
-    """Images [b, c, h, w] from standard normals: a consistency function at one level of noise, clipped.
+    """One-step sampling: standard normal noise [b, c, h, w] to images clipped to [-1, 1].
 
-    The network may be in half precision; what is around it is float32.
+    `sigma` is the noise level. The network runs in `dtype`, preconditioning and clipping in float32.
     """
 
     def __init__(
@@ -180,8 +180,8 @@ class OneStep(nn.Module):
         network: Any = function.network
         self.network = TorchUNet(network, params)
         preconditioning, level = function.preconditioning, jnp.float32(sigma)
-        parts = (preconditioning.c_skip, preconditioning.c_out, preconditioning.c_in, preconditioning.c_noise)
-        self.sigma, self.coefficients = sigma, [float(part(level)) for part in parts]
+        coefficients = (preconditioning.c_skip, preconditioning.c_out, preconditioning.c_in, preconditioning.c_noise)
+        self.sigma, self.coefficients = sigma, [float(part(level)) for part in coefficients]
         self.dtype = dtype
         self.network.to(dtype)
 

@@ -1,12 +1,10 @@
-"""Conversion and sampling at the size that people use, against diffusers: python -m benchmarks.published_size
+"""Conversion and sampling of published-size networks, compared with diffusers: python -m benchmarks.published_size
 
-Builds a network of the published size with random weights, writes it as the original's .pt and as diffusers' own
-folder, converts both on the command line, draws images from the same noise with diffusers and with ours, and converts
-back.
-Every phase runs in a process of its own, so that only one holds a model. Exits with 1 where a bound is exceeded.
+Builds a network of the published size with random weights, writes it as OpenAI's .pt and as a diffusers folder,
+converts both with `python -m convert`, samples images from the same noise with diffusers and with cm_jax, and converts
+back. Each phase runs in its own process, so that only one model is in memory. Exits with 1 if a bound is exceeded.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import multiprocessing
@@ -24,17 +22,17 @@ from typing import Any
 import numpy as np
 
 import cm_jax
+from benchmarks.common import ROOT, header, parser, row
 from cm_jax.conversion.diffusers import unet_config
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 MEMORY_BOUND = 3.0
-"""Peak resident memory of a conversion over the size of the file of tensors."""
+"""Peak resident memory of a conversion / size of the tensor file."""
 CHECK_BOUND = 1e-5
-"""Difference of the networks' outputs that --check allows, relative to the largest output."""
+"""Maximum difference of network outputs reported by --check, relative to the largest output."""
 IMAGE_BOUND = 1e-4
-"""Largest difference of two images, in the pipeline's scale of [0, 1]."""
+"""Maximum difference of images in [0, 1]."""
 TIMESTEPS = (22, 0)
 SEED = 1
 
@@ -74,8 +72,8 @@ LAYERS = {
 }
 
 
-def original_state(state: dict[str, Any], network: ADMUNet) -> dict[str, Any]:
-    """The original's names and shapes for the tensors of UNet2DModel, spelt out apart from cm_jax's own tables."""
+def openai_state(state: dict[str, Any], network: ADMUNet) -> dict[str, Any]:
+    """OpenAI's names and shapes for the tensors of a UNet2DModel, independent of the tables in cm_jax."""
     import torch
 
     result = {}
@@ -87,11 +85,11 @@ def original_state(state: dict[str, Any], network: ADMUNet) -> dict[str, Any]:
             tensor = torch.cat([state[f"{module[:-1]}{part}.{kind}"] for part in "qkv"])
         if kind == "weight" and module.endswith((".to_q", ".to_out.0")):
             tensor = tensor[:, :, None, None]
-        result[f"{_original_module(module, network)}.{kind}"] = tensor
+        result[f"{_openai_module(module, network)}.{kind}"] = tensor
     return result
 
 
-def _original_module(module: str, network: ADMUNet) -> str:
+def _openai_module(module: str, network: ADMUNet) -> str:
     if module in ENDS:
         return ENDS[module]
     found = re.fullmatch(
@@ -115,7 +113,7 @@ def _original_module(module: str, network: ADMUNet) -> str:
 
 
 def build(case: Case, folder: Path) -> int:
-    """Write both sources with the same random weights: no layer is zero, and outputs are of order one."""
+    """Write both source formats with the same random weights; no layer is zero, and outputs are of order 1."""
     import torch
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.pipelines.consistency_models.pipeline_consistency_models import ConsistencyModelPipeline
@@ -131,12 +129,12 @@ def build(case: Case, folder: Path) -> int:
         unet.conv_out.weight.mul_(3)
     pipeline = ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler(num_train_timesteps=40))
     pipeline.save_pretrained(folder / f"diffusers-{case.name}")
-    torch.save(original_state(unet.state_dict(), case.network), folder / f"{case.name}.pt")
+    torch.save(openai_state(unet.state_dict(), case.network), folder / f"{case.name}.pt")
     return sum(parameter.numel() for parameter in unet.parameters())
 
 
-def their_images(case: Case, source: Path) -> np.ndarray:
-    """diffusers' images, NHWC in [0, 1]."""
+def diffusers_images(case: Case, source: Path) -> np.ndarray:
+    """Two-step images of the diffusers pipeline, NHWC in [0, 1]."""
     import torch
     from diffusers.pipelines.consistency_models.pipeline_consistency_models import ConsistencyModelPipeline
     from diffusers.utils.logging import disable_progress_bar
@@ -153,50 +151,48 @@ def their_images(case: Case, source: Path) -> np.ndarray:
     ).images
 
 
-def our_images(case: Case, checkpoint: Path) -> np.ndarray:
-    """Our images from the normals that the pipeline's generator gives, in the pipeline's scale."""
+def cm_jax_images(case: Case, checkpoint: Path) -> np.ndarray:
+    """Two-step images of cm_jax from the same noise, NHWC in [0, 1]."""
     import torch
 
     height, width, channels = case.network.image_shape
     generator = torch.Generator().manual_seed(SEED)
-    draws = [torch.randn((1, channels, height, width), generator=generator) for _ in range(1 + len(TIMESTEPS))]
-    noise = torch.stack(draws).numpy().transpose(0, 1, 3, 4, 2)
+    noises = [torch.randn((1, channels, height, width), generator=generator) for _ in range(1 + len(TIMESTEPS))]
+    noise = torch.stack(noises).numpy().transpose(0, 1, 3, 4, 2)
     images = cm_jax.load(checkpoint).sample(0, 1, labels=case.label, timesteps=TIMESTEPS, noise=noise)
     return np.clip(images / 2 + 0.5, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What one run of `python -m convert` took."""
+    """Output and memory of a run of `python -m convert`."""
 
-    said: str
+    output: str
     peak: int
-    """Largest resident memory in bytes."""
+    """Peak resident memory in bytes."""
 
 
 def convert(source: Path, destination: Path, *flags: str) -> Conversion:
-    """Run `python -m convert` and wait for it. Raises RuntimeError where it fails.
+    """Run `python -m convert`. Raises RuntimeError if it fails.
 
-    The peak that Linux reports includes what this process held when it started the other: some 0.2 GB, far below it.
+    The peak that Linux reports includes some 0.2 GB of this process.
     """
     began = time.perf_counter()
     command = [sys.executable, "-m", "convert", str(source), str(destination), *flags]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout
-        said = process.stdout.read()
+        output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{said}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{output}")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{said}  {time.perf_counter() - began:.0f} s, peak memory {peak / 1e9:.2f} GB", flush=True)
-    return Conversion(said, peak)
+    print(f"{output}  {time.perf_counter() - began:.0f} s, peak memory {peak / 1e9:.2f} GB", flush=True)
+    return Conversion(output, peak)
 
 
-def apart(phase: Callable[..., Any], *arguments: Any) -> Any:
-    """phase(*arguments) in a process of its own, which gives its memory back."""
+def in_subprocess(phase: Callable[..., Any], *arguments: Any) -> Any:
+    """Call phase(*arguments) in a new process, which frees its memory."""
     began = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
@@ -206,23 +202,23 @@ def apart(phase: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def differing_tensors(first: Path, second: Path) -> int:
-    """Number of tensors that are not the same, bit for bit, in two .pt or two safetensors files."""
+    """Number of tensors that are not bitwise identical in two .pt or two safetensors files."""
     import safetensors.torch
     import torch
 
     def read(path: Path) -> dict[str, torch.Tensor]:
         return torch.load(path, weights_only=True) if path.suffix == ".pt" else safetensors.torch.load_file(path)
 
-    ones, others = read(first), read(second)
-    same = (name in ones and name in others and torch.equal(ones[name], others[name]) for name in ones | others)
+    a, b = read(first), read(second)
+    same = (name in a and name in b and torch.equal(a[name], b[name]) for name in a | b)
     return sum(not equal for equal in same)
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A line of the table: what was measured must be at most the bound."""
+class Result:
+    """A measured quantity and its upper bound."""
 
-    what: str
+    name: str
     measured: float
     bound: float
 
@@ -231,51 +227,54 @@ class Row:
         return self.measured <= self.bound
 
     def __str__(self) -> str:
-        return f"| {self.what} | {self.measured:.3g} | {self.bound:g} | {'PASS' if self.passed else 'FAIL'} |"
+        return row(self.name, f"{self.measured:.3g}", f"{self.bound:g}", "PASS" if self.passed else "FAIL")
 
 
-def prove(case: Case, folder: Path) -> Iterator[Row]:
-    """Every phase in turn."""
-    print(f"{case.name}: {apart(build, case, folder):,} parameters", flush=True)
+def measure(case: Case, folder: Path) -> Iterator[Result]:
+    """Run every phase."""
+    print(f"{case.name}: {in_subprocess(build, case, folder):,} parameters", flush=True)
     pt, pipeline = folder / f"{case.name}.pt", folder / f"diffusers-{case.name}"
-    theirs = apart(their_images, case, pipeline)
-    yield Row("share of pixels that the pipeline clips", float(((theirs <= 0) | (theirs >= 1)).mean()), 0.5)
+    reference = in_subprocess(diffusers_images, case, pipeline)
+    clipped = float(((reference <= 0) | (reference >= 1)).mean())
+    yield Result("fraction of pixels clipped by the pipeline", clipped, 0.5)
 
     for kind, source in {"openai": pt, "diffusers": pipeline}.items():
-        ours, checked = folder / "converted", folder / "checked"
+        native, checked = folder / "converted", folder / "checked"
         back = folder / ("back.pt" if kind == "openai" else "back")
         weights, weights_back = (
             path if kind == "openai" else path / "unet" / "diffusion_pytorch_model.safetensors"
             for path in (source, back)
         )
         size = weights.stat().st_size
-        yield Row(f"{kind} to ours: peak memory / file size", convert(source, ours).peak / size, MEMORY_BOUND)
-        found = re.search(r"relative difference (\S+),", convert(source, checked, "--check").said)
+        yield Result(f"{kind} to native: peak memory / file size", convert(source, native).peak / size, MEMORY_BOUND)
+        found = re.search(r"relative difference (\S+),", convert(source, checked, "--check").output)
         assert found
-        yield Row(f"{kind} to ours with --check: relative difference of outputs", float(found[1]), CHECK_BOUND)
-        images = apart(our_images, case, ours)
-        yield Row(f"{kind} to ours: difference of two-step images", float(np.abs(images - theirs).max()), IMAGE_BOUND)
-        yield Row(
-            f"ours to {kind}: peak memory / file size", convert(ours, back, "--to", kind).peak / size, MEMORY_BOUND
-        )
-        yield Row(f"{kind} to ours and back: tensors that differ", apart(differing_tensors, weights, weights_back), 0)
-        for done in (ours, checked):
+        yield Result(f"{kind} to native with --check: output difference", float(found[1]), CHECK_BOUND)
+        difference = float(np.abs(in_subprocess(cm_jax_images, case, native) - reference).max())
+        yield Result(f"{kind} to native: difference of two-step images", difference, IMAGE_BOUND)
+        peak = convert(native, back, "--to", kind).peak
+        yield Result(f"native to {kind}: peak memory / file size", peak / size, MEMORY_BOUND)
+        differing = in_subprocess(differing_tensors, weights, weights_back)
+        yield Result(f"{kind} to native and back: differing tensors", differing, 0)
+        for done in (native, checked):
             shutil.rmtree(done)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=CASES, default="imagenet64")
-    parser.add_argument("--folder", type=Path, help="empty or new, for some GB of weights; default: a temporary one")
-    arguments = parser.parse_args()
-    if arguments.folder and arguments.folder.exists() and any(arguments.folder.iterdir()):
-        parser.error(f"{arguments.folder} is not empty")
+    options = parser(__doc__)
+    options.add_argument("--network", choices=CASES, default="imagenet64", help="Published network.")
+    options.add_argument(
+        "--folder", type=Path, help="Empty or new folder for several GB of weights. Default: a temporary folder."
+    )
+    args = options.parse_args()
+    if args.folder and args.folder.exists() and any(args.folder.iterdir()):
+        options.error(f"Expected an empty or new folder, but {args.folder} contains files.")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
+        folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = list(prove(CASES[arguments.network], folder.resolve()))
-    print(f"\n| {arguments.network} | measured | at most | |\n|---|---|---|---|", *rows, sep="\n")
-    sys.exit(not all(row.passed for row in rows))
+        results = list(measure(CASES[args.network], folder.resolve()))
+    print("\n" + header(args.network, "Measured", "Bound", "Outcome"), *results, sep="\n")
+    sys.exit(not all(result.passed for result in results))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Every method under the same budget, on the bundled emoji, with small networks:
+"""All training methods with the same budget on the emoji data, with small networks:
 
-    python -m benchmarks.methods train --images 200000          # the teacher must be there: --teacher runs/emoji32-edm
+    python -m benchmarks.methods train --images 200000     # needs the run of the teacher, see --teacher
     python -m benchmarks.methods measure --count 1000 --picture methods.png --curves methods_curves.png
 
-Students that distil begin with the teacher's weights, as do ECT and sCT; the others begin with nothing. The settings
-are the presets' but for the network (the teacher's, with no more dropout than it had), the batch, the averages (of a
-tenth of the run), curricula and warm-ups (laid out for the run's own steps), and --rate, by which all learning rates
-are multiplied. Runs go on where they were stopped, and what is finished is not done again. Measured are FID, KID,
-precision and recall in one step and in two, against the images that all learned from and against those that none saw;
-with --evaluations also one-step FID and KID in training. LPIPS looks at the images' own size: at 224 pixels, as in the
-papers, there are 49 times as many as at 32. Students of runs/NAME-edm are NAME-METHOD.
+The distilled methods, ECT and sCT start from the teacher's weights, the others from random ones. Settings are those of
+the presets except: the teacher's network with at most its dropout, the batch size, an EMA over 10 % of the run,
+curricula and warm-ups scaled to the number of steps, and learning rates scaled by --lr-scale. LPIPS compares images at
+their own size, not at 224 pixels as in the papers, which would be 49 times as many pixels at 32x32.
+
+`train` resumes interrupted runs and skips finished ones. The student of runs/NAME-edm is runs/NAME-METHOD. `measure`
+prints FID, KID, precision and recall in one and two steps, against the training split and the held-out split. With
+--num-evaluations, training also records one-step FID and KID.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.common import header, parser, row
+from benchmarks.methods_plot import plot_curves
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import EmojiData
 from cm_jax.diffusion.distances import PseudoHuber
@@ -48,42 +51,41 @@ from cm_jax.presets import PRESETS
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.loop import train
 from cm_jax.training.run.evaluation_hook import PeriodicEvaluation
-from cm_jax.training.run.metrics_log import EVALUATIONS, read_metrics
 
 replace = dataclasses.replace
 
 METHODS = ("cd", "cd-lpips", "cd-huber", "ect", "scd", "sct", "ct", "ict", "meanflow")
 TEACHER_STEPS = 18
 TWO_STEPS = (80.0, 0.8)
-"""Levels of two steps where none were tuned (`cm-jax tune`): those of iCT and ECT at 32 pixels."""
-PROTOCOL = EvalConfig(("fid", "kid", "pr"))
+"""Noise levels of two-step sampling without tuned timesteps: those of iCT and ECT at 32x32."""
+EVAL_CONFIG = EvalConfig(("fid", "kid", "pr"))
 REFERENCES = ("train", "held_out")
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What every student is given."""
+    """Training budget of every student."""
 
     images: int
     batch_size: int
-    rate: float
-    """Times the preset's learning rate."""
-    evaluations: int
-    """Points of a curve; 0 for none."""
-    evaluated: int
-    """Images drawn for a point."""
+    lr_scale: float
+    """Factor of the learning rate of the preset."""
+    num_evaluations: int
+    """Number of evaluations during training; 0 disables them."""
+    eval_count: int
+    """Number of images per evaluation."""
 
     @property
     def batches(self) -> int:
         return -(-self.images // self.batch_size)
 
 
-def settings(method: str, teacher: Path, budget: Budget, network: Any) -> TrainConfig:
-    """The preset of a method, with the teacher's network, and all that counts steps laid out for the budget's."""
+def train_config(method: str, teacher: Path, budget: Budget, network: Any) -> TrainConfig:
+    """The preset of a method with the network of the teacher, scaled to the budget."""
     name, _, distance = method.partition("-")
     preset = PRESETS[f"emoji32-{name}"]()
-    own = {field: getattr(preset.network, field) for field in ("attention", "interval_embedding")}
-    chosen = laid_out(preset, budget.batches / preset.batches)
+    fields = {field: getattr(preset.network, field) for field in ("attention", "interval_embedding")}
+    chosen = scale_steps(preset, budget.batches / preset.batches)
     rate = chosen.optimizer.learning_rate
     if distance:
         objective: Any = chosen.objective
@@ -91,36 +93,39 @@ def settings(method: str, teacher: Path, budget: Budget, network: Any) -> TrainC
             chosen, objective=replace(objective, distance={"lpips": LPIPS(size=0), "huber": PseudoHuber()}[distance])
         )
     evaluation = PeriodicEvaluation(
-        every=budget.images // max(1, budget.evaluations), count=budget.evaluated, steps=(1,), metrics=("fid", "kid")
+        every=budget.images // max(1, budget.num_evaluations),
+        count=budget.eval_count,
+        steps=(1,),
+        metrics=("fid", "kid"),
     )
     return replace(
         chosen,
-        network=replace(network, **own, dropout=min(network.dropout, preset.network.dropout)),
-        optimizer=replace(chosen.optimizer, learning_rate=replace(rate, peak=budget.rate * rate.peak)),
+        network=replace(network, **fields, dropout=min(network.dropout, preset.network.dropout)),
+        optimizer=replace(chosen.optimizer, learning_rate=replace(rate, peak=budget.lr_scale * rate.peak)),
         teacher=str(teacher) if preset.teacher else "",
         start=str(teacher) if preset.start else "",
         batch_size=budget.batch_size,
         images=budget.images,
         averages=(round(1 - 10 / max(20, budget.batches), 4),),
         power_averages=(),
-        evaluation=evaluation if budget.evaluations else None,
+        evaluation=evaluation if budget.num_evaluations else None,
     )
 
 
-def laid_out(part: Any, factor: float) -> Any:
-    """The same settings with everything that lasts a number of steps made longer by a factor."""
+def scale_steps(component: Any, factor: float) -> Any:
+    """Multiply every duration in steps of a config by `factor`."""
     changes: dict[str, Any] = {}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
+    for field in dataclasses.fields(component):
+        value = getattr(component, field.name)
         if dataclasses.is_dataclass(value):
-            changes[field.name] = laid_out(value, factor)
-        elif field.name == "warm_up" or (hasattr(part, "lasts") and field.name in ("steps", "steps_per_stage")):
+            changes[field.name] = scale_steps(value, factor)
+        elif field.name == "warm_up" or (hasattr(component, "lasts") and field.name in ("steps", "steps_per_stage")):
             changes[field.name] = max(min(1, value), int(value * factor))
-    return replace(part, **changes)
+    return replace(component, **changes)
 
 
-def levels(model: Model) -> dict[str, dict[str, Any]]:
-    """The ways in which a model is drawn from, by name."""
+def sampling_plans(model: Model) -> dict[str, dict[str, Any]]:
+    """Arguments of `Model.sample` by name: one and two steps for a student, Heun for the teacher."""
     if not model.config.distilled:
         return {f"{TEACHER_STEPS} steps of Heun": {"steps": TEACHER_STEPS}}
     tuned = any(len(steps) == 2 for steps in model.config.tuned_timesteps)
@@ -129,38 +134,41 @@ def levels(model: Model) -> dict[str, dict[str, Any]]:
 
 
 Scores = dict[str, dict[str, float]]
-"""Of a set of images: the metrics by name, against every split of the emoji."""
+"""Metrics by name, for each split of the emoji data."""
 
 
 def scores(extractor: FeatureExtractor, samples: ImageSet) -> Scores:
-    """Every image is drawn and seen once."""
-    seen = summarize(extractor, samples.batches(), PROTOCOL.needs)
-    return {split: compare(seen, _known(extractor, split, samples.shape[0]), PROTOCOL) for split in REFERENCES}
+    """Metrics of the samples against every split; each image is sampled once."""
+    statistics = summarize(extractor, samples.batches(), EVAL_CONFIG.needs)
+    return {
+        split: compare(statistics, _reference(extractor, split, samples.shape[0]), EVAL_CONFIG) for split in REFERENCES
+    }
 
 
 @functools.cache
-def _known(extractor: FeatureExtractor, split: Any, size: int) -> FeatureStatistics:
+def _reference(extractor: FeatureExtractor, split: Any, size: int) -> FeatureStatistics:
     real = of_dataset(EmojiData(split).open(size), f"emoji:{split}")
-    return summarised(extractor, real, PROTOCOL.reference_needs, cache=default_cache())
+    return summarised(extractor, real, EVAL_CONFIG.reference_needs, cache=default_cache())
 
 
-def measured(extractor: FeatureExtractor, folder: Path, count: int) -> dict[str, Any]:
-    """Scores of a run in every way, kept beside it until it goes on."""
-    model, kept = load(folder), folder / "scores.json"
-    seen, minutes = spent(folder)
-    known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    ways = known["ways"] if (known.get("images"), known.get("count")) == (seen, count) else {}
-    result = {"images": seen, "minutes": minutes, "count": count, "ways": {}}
-    for way, plan in levels(model).items():
-        result["ways"][way] = ways.get(way) or scores(
+def evaluate_run(extractor: FeatureExtractor, folder: Path, count: int) -> dict[str, Any]:
+    """Scores of a run for every sampling plan, cached in its scores.json until the run is trained further."""
+    model, cache = load(folder), folder / "scores.json"
+    seen, minutes = training_time(folder)
+    cached = json.loads(cache.read_text("utf-8")) if cache.exists() else {}
+    same = (cached.get("images"), cached.get("count")) == (seen, count)
+    plans = cached.get("plans", {}) if same else {}
+    result = {"images": seen, "minutes": minutes, "count": count, "plans": {}}
+    for name, plan in sampling_plans(model).items():
+        result["plans"][name] = plans.get(name) or scores(
             extractor, of_model(model, model.plan(**plan), count, seed=0, name=folder.name)
         )
-        kept.write_text(json.dumps(result, indent=2), "utf-8")
+        cache.write_text(json.dumps(result, indent=2), "utf-8")
     return result
 
 
-def spent(folder: Path) -> tuple[int, float]:
-    """(images seen, minutes that they took, without compilation, samples and stops)."""
+def training_time(folder: Path) -> tuple[int, float]:
+    """(training images, minutes of training without compilation, sample grids and interruptions)."""
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
     seen = [0.0, *(row["images"] for row in rows)]
@@ -168,136 +176,115 @@ def spent(folder: Path) -> tuple[int, float]:
     return int(seen[-1]), float(np.nansum(np.diff(seen) / rates) / 60)
 
 
-HEADER = """\
-| run | images | minutes | drawn in | FID | KID | precision | recall | held out: FID | KID |
-|---|---|---|---|---|---|---|---|---|---|"""
+HEADER = header(
+    *("Run", "Images", "Minutes", "Sampling", "FID", "KID", "Precision", "Recall", "FID, held out", "KID, held out")
+)
 
 
 def lines(name: str, result: dict[str, Any]) -> Iterator[str]:
-    for way, found in result["ways"].items():
-        parts = (name, f"{result['images']:,}", f"{result['minutes']:.0f}", way)
-        yield f"| {' | '.join(parts)} | {_four(found['train'])} | {_two(found['held_out'])} |"
+    for plan, found in result["plans"].items():
+        cells = (name, f"{result['images']:,}", f"{result['minutes']:.0f}", plan)
+        yield row(*cells, *_all_metrics(found["train"]), *_fid_kid(found["held_out"]))
 
 
-def _four(values: dict[str, float]) -> str:
-    return f"{_two(values)} | {values['precision']:.2f} | {values['recall']:.2f}"
+def _all_metrics(values: dict[str, float]) -> tuple[str, ...]:
+    return (*_fid_kid(values), f"{values['precision']:.2f}", f"{values['recall']:.2f}")
 
 
-def _two(values: dict[str, float]) -> str:
-    return f"{values['fid']:.1f} | {values['kid']:.4f}"
+def _fid_kid(values: dict[str, float]) -> tuple[str, str]:
+    return f"{values['fid']:.1f}", f"{values['kid']:.4f}"
 
 
-def bounds(extractor: FeatureExtractor, shape: tuple[int, int, int], count: int) -> Iterator[str]:
-    """Between which the models lie: real images that they did not see, against those that they did; and noise."""
+def reference_rows(extractor: FeatureExtractor, shape: tuple[int, int, int], count: int) -> Iterator[str]:
+    """Rows of the best and worst expected scores: held-out images and noise, against the training split."""
     real = of_dataset(EmojiData("held_out").open(shape[0]), "emoji:held_out")
-    seen = summarize(extractor, real.batches(), PROTOCOL.needs)
-    floor = compare(seen, _known(extractor, "train", shape[0]), PROTOCOL)
-    yield f"| {real.count} held-out images, to the train split | | | | {_four(floor)} | | |"
+    statistics = summarize(extractor, real.batches(), EVAL_CONFIG.needs)
+    best = compare(statistics, _reference(extractor, "train", shape[0]), EVAL_CONFIG)
+    yield row(f"{real.count} held-out images", "", "", "", *_all_metrics(best), "", "")
     found = scores(extractor, noise(shape, count))
-    yield f"| noise | | | | {_four(found['train'])} | {_two(found['held_out'])} |"
+    yield row("noise", "", "", "", *_all_metrics(found["train"]), *_fid_kid(found["held_out"]))
 
 
 def noise(shape: tuple[int, int, int], count: int) -> ImageSet:
-    """Standard normal pixels, clipped as images are."""
+    """Standard normal pixels, clipped to the range of images."""
 
     def batches() -> Iterator[np.ndarray]:
-        dice = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         for start in range(0, count, 64):
-            yield quantize(dice.standard_normal((min(64, count - start), *shape)).astype(np.float32))
+            yield quantize(rng.standard_normal((min(64, count - start), *shape)).astype(np.float32))
 
     return ImageSet("noise", count, shape, batches)
 
 
 def picture(models: dict[str, Model]) -> Image.Image:
-    """A row for every way of every run, a column for every class, from the same noise."""
+    """Image grid with a row for each run and sampling plan, a column for each class, from the same noise."""
     rows, names = [], []
     for name, model in models.items():
         classes = range(model.config.network.classes or 1)
-        for way, plan in levels(model).items():
-            rows.append(quantize(model.sample(0, len(classes), labels=classes, **plan)))
-            names.append(f"{name}, {way}")
+        for plan, arguments in sampling_plans(model).items():
+            rows.append(quantize(model.sample(0, len(classes), labels=classes, **arguments)))
+            names.append(f"{name}, {plan}")
     return grid(np.concatenate(rows), len(rows[0]), names)
 
 
-def curves(folders: dict[str, Path], teacher: dict[str, float], file: Path) -> None:
-    """One-step FID and KID against images seen, a line for every run that was evaluated; the teacher's are level."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    for axes, metric in zip(panels, ("fid", "kid"), strict=True):
-        for number, (name, folder) in enumerate(folders.items()):
-            if (folder / EVALUATIONS).exists():
-                columns, rows = read_metrics(folder / EVALUATIONS)
-                images, values = (
-                    [float(row[columns.index(column)]) for row in rows] for column in ("images", f"{metric}_1_step")
-                )
-                axes.plot(images, values, marker="osD^v<>Px"[number % 9], markersize=5, label=name)
-        axes.axhline(teacher[metric], color="black", linestyle="--", linewidth=1, label="teacher")
-        axes.set(title=f"{metric.upper()} in one step", xlabel="images seen", yscale="log")
-        axes.grid(alpha=0.25, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "measure"))
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the students' runs")
-    parser.add_argument("--rate", type=float, default=1.0, help="times the presets' learning rates")
-    parser.add_argument(
-        "--evaluations", type=int, default=0, help="in training, of one step; they need CM_JAX_INCEPTION"
+    options = parser(__doc__)
+    options.add_argument("action", choices=("train", "measure"))
+    options.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of the runs.")
+    options.add_argument("--teacher", type=Path, default=Path("runs/emoji32-edm"), help="Run folder of the teacher.")
+    options.add_argument(
+        "--methods", default=",".join(METHODS), help="Methods, comma-separated; `measure` also accepts other runs."
     )
-    parser.add_argument("--evaluated", type=int, default=250, help="images drawn for an evaluation")
-    parser.add_argument("--teacher", type=Path, default=Path("runs/emoji32-edm"))
-    parser.add_argument(
-        "--methods", default=",".join(METHODS), help="with commas between; for measure, names of other students too"
+    options.add_argument("--images", type=int, default=200_000, help="Number of training images per student.")
+    options.add_argument("--batch-size", type=int, default=32, help="Training batch size.")
+    options.add_argument("--lr-scale", type=float, default=1.0, help="Factor of the learning rates of the presets.")
+    options.add_argument(
+        "--num-evaluations", type=int, default=0, help="Number of evaluations during training; need CM_JAX_INCEPTION."
     )
-    parser.add_argument("--images", type=int, default=200_000, help="that every student sees")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--count", type=int, default=1000, help="images drawn for a measurement")
-    parser.add_argument("--picture", type=Path, help="PNG of all runs from the same noise")
-    parser.add_argument("--curves", type=Path, help="PNG of the evaluations in training")
-    arguments = parser.parse_args()
-    methods = arguments.methods.split(",")
-    if arguments.what == "train" and (unknown := set(methods) - set(METHODS)):
-        raise SystemExit(f"There is no method {', '.join(unknown)}: {', '.join(METHODS)}.")
-    family = arguments.teacher.resolve().name.removesuffix("-edm")
-    folders = {method: arguments.runs / f"{family}-{method}" for method in methods}
+    options.add_argument("--eval-count", type=int, default=250, help="Number of images per evaluation.")
+    options.add_argument("--count", type=int, default=1000, help="Number of images sampled by `measure`.")
+    options.add_argument("--picture", type=Path, help="PNG of samples of all runs from the same noise.")
+    options.add_argument("--curves", type=Path, help="PNG of the evaluations during training.")
+    args = options.parse_args()
+    methods = args.methods.split(",")
+    if args.action == "train" and (unknown := set(methods) - set(METHODS)):
+        options.error(f"Unknown methods: {', '.join(sorted(unknown))}. Choose from {', '.join(METHODS)}.")
+    family = args.teacher.resolve().name.removesuffix("-edm")
+    folders = {method: args.runs / f"{family}-{method}" for method in methods}
 
     try:
-        if arguments.what == "train":
-            network = load(arguments.teacher).config.network
-            budget = Budget(
-                arguments.images, arguments.batch_size, arguments.rate, arguments.evaluations, arguments.evaluated
-            )
+        if args.action == "train":
+            network = load(args.teacher).config.network
+            budget = Budget(args.images, args.batch_size, args.lr_scale, args.num_evaluations, args.eval_count)
             for method, folder in folders.items():
                 print(f"\n{method}", flush=True)
-                train(settings(method, arguments.teacher, budget, network), folder)
+                train(train_config(method, args.teacher, budget, network), folder)
             return
-        extractor = load_inception()
-        found = {"teacher": arguments.teacher} | {name: path for name, path in folders.items() if path.exists()}
-        if missing := [name for name in methods if name not in found and name not in METHODS]:
-            raise InputError(f"There is no run {', '.join(str(folders[name]) for name in missing)}.")
-        models = {name: load(path) for name, path in found.items()}
-        config: ModelConfig = models["teacher"].config
-        print(f"{arguments.count} images of each, seed 0.")
-        print(HEADER, flush=True)
-        print(*bounds(extractor, config.network.image_shape, arguments.count), sep="\n", flush=True)
-        results = {}
-        for name, path in found.items():
-            results[name] = measured(extractor, path, arguments.count)
-            print(*lines(name, results[name]), sep="\n", flush=True)
+        measure(args.teacher, folders, args)
     except InputError as error:
         raise SystemExit(f"error: {error}") from error
-    if arguments.curves:
-        (way,) = results["teacher"]["ways"].values()
-        curves(found, way["train"], arguments.curves)
-    if arguments.picture:
-        picture(models).save(arguments.picture)
+
+
+def measure(teacher: Path, folders: dict[str, Path], args: argparse.Namespace) -> None:
+    """Print the table of scores; write the pictures."""
+    found = {"teacher": teacher} | {name: path for name, path in folders.items() if path.exists()}
+    if missing := [str(path) for name, path in folders.items() if name not in found and name not in METHODS]:
+        raise InputError(f"Run folders not found: {', '.join(missing)}.")
+    extractor = load_inception()
+    models = {name: load(path) for name, path in found.items()}
+    config: ModelConfig = models["teacher"].config
+    print(f"{args.count} images per run, seed 0.")
+    print(HEADER, flush=True)
+    print(*reference_rows(extractor, config.network.image_shape, args.count), sep="\n", flush=True)
+    results = {}
+    for name, path in found.items():
+        results[name] = evaluate_run(extractor, path, args.count)
+        print(*lines(name, results[name]), sep="\n", flush=True)
+    if args.curves:
+        (scores_of_teacher,) = results["teacher"]["plans"].values()
+        plot_curves(found, scores_of_teacher["train"], args.curves)
+    if args.picture:
+        picture(models).save(args.picture)
 
 
 if __name__ == "__main__":

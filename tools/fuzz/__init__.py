@@ -8,10 +8,13 @@ determine an input, so a fault can be reproduced:
 
     python -m tools.fuzz --seed 1 --targets openai --number 417
 
-    damage.py    mutations of files
+    damage.py    mutations of bytes, JSON, zip archives, .npy and .safetensors
+    mutations.py mutations of files in a folder
     payloads.py  pickles that would execute code and create a file
     seeds.py     small valid files of every kind
     readers.py   readers and the mutations of their files
     commands.py  command lines
+    values.py    malformed values of options
+    fuzzing.py   the loop over all targets
     watching.py  classification: used, refused or fault
 """

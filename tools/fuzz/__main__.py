@@ -9,8 +9,8 @@ import time
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz")
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=600.0, help="total time in seconds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all inputs")
     parser.add_argument("--targets", nargs="*", help="targets whose names contain one of these; default: all")
     parser.add_argument("--number", type=int, help="run this input only")
     asked = parser.parse_args()

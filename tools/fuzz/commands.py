@@ -17,180 +17,23 @@ import numpy as np
 
 from cm_jax import cli
 from cm_jax.checkpoints import serialization
-from cm_jax.cli import edit as editing
 from cm_jax.cli.convert import Convert
 from cm_jax.cli.demo import Demo
+from cm_jax.cli.edit import _KINDS
 from cm_jax.cli.evaluate import Evaluate
 from cm_jax.cli.sample import Sample
 from cm_jax.cli.train import Options
 from cm_jax.cli.tune import Tune
 from cm_jax.evaluation import FeatureExtractor
 from cm_jax.presets import PRESETS
+from tools.fuzz.values import malformed_value
 from tools.fuzz.watching import Reached
 
 FILES = (
-    "native",
-    "diffusers",
-    "openai.pt",
-    "run",
-    "picture.png",
-    "mask.png",
-    "images.npz",
-    "statistics.npz",
-    "folder",
-    "jcm",
+    *("native", "diffusers", "openai.pt", "run", "picture.png", "mask.png", "images.npz"),
+    *("statistics.npz", "folder", "jcm"),
 )
 """Files of seeds.write to copy into the working folder."""
-_PATHS = (
-    *(
-        "nothing.pt",
-        "picture.png/below",
-        "native",
-        "folder",
-        "run",
-        "run/best",
-        "openai.pt",
-        "picture.png",
-        "images.npz",
-    ),
-    *("", ".", "..", "/", "//", "/dev/null", "/dev/full", "/proc/self/mem", "/proc/self/nothing.png", "~", "~nobody/x"),
-    *(
-        "~/nothing",
-        "x" * 300,
-        "a/" * 2000 + "b",
-        "emoji16_cd",
-        "cd_imagenet64_l2",
-        "new/deep/x.png",
-        "empty",
-        "a\nb.png",
-    ),
-    *("\udcff\udcfe.png", "\x1b[2J.png", "näh.png", "-", "--", "-x", "*.png", "$(touch CANARY)", "`touch CANARY`"),
-    *(
-        "fifo",
-        "loop",
-        "dangling",
-        "%s%n",
-        "emoji:held_out",
-        "emoji:x",
-        "tfds:nothing",
-        "tfds:",
-        "lpips.safetensors",
-        "native.safetensors",
-    ),
-)
-_NUMBERS = (
-    *(
-        "0",
-        "1",
-        "2",
-        "3",
-        "-1",
-        "8",
-        "17",
-        "18",
-        "1e3",
-        "1.5",
-        "nan",
-        "inf",
-        "-inf",
-        "1e39",
-        "1e400",
-        "0x10",
-        "1_000",
-        " 1",
-    ),
-    *(
-        "٣",
-        "²",
-        "9" * 30,
-        "9" * 5000,
-        "4294967296",
-        "1000000000",
-        "2147483648",
-        "-2147483649",
-        "True",
-        "None",
-        "1,2",
-        "",
-    ),
-)
-_LISTS = (
-    *(
-        "8,0",
-        "0,8,17",
-        "80,1.38",
-        "0,1,2",
-        "1,,2",
-        ",",
-        "8;0",
-        "1.5,0",
-        "nan,1",
-        "80,nan",
-        "inf,80",
-        "-1,0",
-        "1" + ",1" * 20_000,
-    ),
-    *(
-        "king penguin",
-        "a",
-        "all",
-        "ALL",
-        "a,b",
-        "zz",
-        "\u202e",
-        "3",
-        "fid",
-        "fid,kid",
-        "bpd",
-        "fid,,",
-        "pr,prdc,is",
-        "3,8",
-    ),
-    *("0,0,8,8", "8,8,0,0", "-1,0,4,4", "0,0,999999999999,4", "1e3,0,0,0", "9" * 400 + ",0"),
-)
-_WORDS = (
-    *(
-        "--help",
-        "-h",
-        "--",
-        "-",
-        "---",
-        "--=",
-        "=",
-        "--x=1",
-        "--seed",
-        "--seed=",
-        "--no-check",
-        "--labels",
-        "--count=4",
-    ),
-    *(
-        "sample",
-        "inpaint",
-        "emoji32-edm",
-        "@file",
-        "\\",
-        "'",
-        '"',
-        ";",
-        "|",
-        "\x00"[:0],
-        "\x1b]0;x\x07",
-        "😀",
-        "--séed",
-        "--Seed",
-    ),
-    *(
-        "--network.base-channels",
-        "--network.nothing",
-        "--objective",
-        "--network",
-        "--..",
-        "--.",
-        "--settings",
-        "--options.run",
-    ),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,11 +53,6 @@ class Command:
             words = rng.choice(_MUTATIONS)(words, options, rng)
         first = [] if rng.random() < 0.01 else [self.name]
         return [*first, *(word.replace("\0", "") for word in words)]
-
-
-def malformed_value(rng: random.Random) -> str:
-    """A malformed or unusual value for any option."""
-    return rng.choice(rng.choice([_PATHS, _NUMBERS, _NUMBERS, _LISTS, _WORDS]))
 
 
 Words = list[str]
@@ -267,18 +105,20 @@ def _fields(*kinds: type) -> tuple[str, ...]:
 
 @functools.cache
 def _training_options(line: str) -> tuple[str, ...]:
-    """Every field and component of the settings of the line's preset."""
+    """The options of `train`, and every field of the preset that the line names."""
 
-    def places(part: Any, path: str) -> Iterator[str]:
-        pairs = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
-        for name, value in pairs:
+    def paths(component: Any, path: str) -> Iterator[str]:
+        entries = enumerate(component) if isinstance(component, list) else ()
+        if isinstance(component, dict):
+            entries = component.items()
+        for name, value in entries:
             here = f"{path}.{name}" if path else str(name)
             if name != "kind":
                 yield "--" + here.replace("_", "-")
-                yield from places(value, here)
+                yield from paths(value, here)
 
     preset = PRESETS.get(line.split()[0])
-    return (*_fields(Options), *(places(serialization.encode(preset()), "") if preset else ()))
+    return (*_fields(Options), *(paths(serialization.encode(preset()), "") if preset else ()))
 
 
 def _of(*kinds: type) -> Callable[[str], Sequence[str]]:
@@ -304,22 +144,22 @@ COMMANDS: tuple[Command, ...] = (
         (
             "inpaint picture.png --checkpoint native --labels 0 --mask mask.png",
             "inpaint picture.png --checkpoint native --labels a --box 2,2,9,9",
-            "colourise picture.png --checkpoint native --labels 0 --sigmas 80",
+            "colorize picture.png --checkpoint native --labels 0 --sigmas 80",
             "superres picture.png --checkpoint native --labels b --patch 2",
             "repaint picture.png mask.png --checkpoint run --labels 0,1 --folder new",
             "denoise picture.png --sigma 0.5 --add --checkpoint native --labels 0",
             "interpolate picture.png mask.png --checkpoint native --labels 0",
             "interpolate --seeds 3,8 --frames 4 --checkpoint native --labels 0",
         ),
-        _of(*editing._KINDS.values()),
+        _of(*_KINDS.values()),
     ),
     Command(
         "convert",
         (
             "native new.pt",
-            "openai.pt new --image-size 8 --head-dim 16 --scalings consistency --levels 18",
+            "openai.pt new --image-size 8 --head-dim 16 --preconditioning consistency --levels 18",
             "native new --to diffusers",
-            "jcm new --image-size 8 --scalings consistency --levels 18",
+            "jcm new --image-size 8 --preconditioning consistency --levels 18",
             "diffusers new --levels 9",
             "run/best new --check",
         ),

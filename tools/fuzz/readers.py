@@ -1,12 +1,9 @@
 """Readers of third-party and native files, and the mutations of their files."""
 
 import dataclasses
-import functools
 import random
 import shutil
-import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +28,21 @@ from cm_jax.training.config import TrainConfig
 from cm_jax.training.run.folder import RunFolder
 from cm_jax.training.run.metrics_log import EVALUATIONS, METRICS, Log, read_metrics
 from cm_jax.training.run.provenance import record_start
-from tools.fuzz import payloads, seeds
-from tools.fuzz.damage import damaged, json_damaged, npy_damaged, safetensors_damaged, zip_damaged
+from tools.fuzz import seeds
+from tools.fuzz.damage import damaged, json_damaged, safetensors_damaged, zip_damaged
+from tools.fuzz.mutations import (
+    Mutation,
+    bomb,
+    csv,
+    in_file,
+    in_folder,
+    injected,
+    legacy_pickle,
+    npz,
+    one_of,
+    png,
+    zipped_pickle,
+)
 
 HINTS = CheckpointHints(head_dim=16, preconditioning="consistency", num_levels=18, image_size=8)
 _JCM_HINTS = CheckpointHints(preconditioning="consistency", num_levels=18, image_size=8)
@@ -47,7 +57,7 @@ class Target:
     """Called with the working folder, which contains `files` after the mutation."""
     files: tuple[str, ...]
     """Files or folders of seeds.write to copy."""
-    mutate: Callable[[Path, random.Random], None]
+    mutate: Mutation
     may_write: Callable[[str, str], bool] = lambda name, outcome: False
     """Called with the name of a file and the outcome (used or refused)."""
 
@@ -59,108 +69,6 @@ class Target:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # zipfile warns about two entries with one name
             self.mutate(folder, rng)
-
-
-def rewritten(name: str, *ways: Callable[[bytes, random.Random], bytes]) -> Callable[[Path, random.Random], None]:
-    """Damages the file `name` in one of these ways."""
-
-    def mutate(folder: Path, rng: random.Random) -> None:
-        file = folder / name
-        file.write_bytes(rng.choice(ways)(file.read_bytes(), rng))
-
-    return mutate
-
-
-def one_of(*mutations: Callable[[Path, random.Random], None]) -> Callable[[Path, random.Random], None]:
-    return lambda folder, rng: rng.choice(mutations)(folder, rng)
-
-
-def anywhere(top: str) -> Callable[[Path, random.Random], None]:
-    """Damages a file in a folder according to its suffix, removes it, or replaces it by a folder or another file."""
-
-    def mutate(folder: Path, rng: random.Random) -> None:
-        files = sorted(path for path in (folder / top).rglob("*") if path.is_file())
-        file = rng.choice(files)
-        what = rng.randrange(12)
-        if what == 0:
-            file.unlink()
-        elif what == 1:
-            file.unlink()
-            file.mkdir()
-        elif what == 2:
-            shutil.copyfile(rng.choice(files), folder / "copied")
-            (folder / "copied").replace(file)
-        elif what == 3:
-            shutil.rmtree(file.parent)
-        else:
-            kinds = {".json": json_damaged, ".safetensors": safetensors_damaged, ".npz": _npz}
-            file.write_bytes(kinds.get(file.suffix, damaged)(file.read_bytes(), rng))
-
-    return mutate
-
-
-@functools.cache
-def _pickles() -> list[bytes]:
-    return payloads.pickles()
-
-
-@functools.cache
-def _bomb() -> bytes:
-    return payloads.bomb("archive", 2**28)
-
-
-def _injected(content: bytes, rng: random.Random) -> bytes:
-    return payloads.injected(content, rng, _pickles())
-
-
-def _poisoned(content: bytes, rng: random.Random) -> bytes:
-    """A zip archive with a pickle that would execute code."""
-    way = rng.choice([_injected, _injected, damaged])
-    return zip_damaged(content, rng, lambda data, rng: way(data, rng) if data[:1] == b"\x80" else damaged(data, rng))
-
-
-def _legacy(content: bytes, rng: random.Random) -> bytes:
-    """A payload instead of one of the five pickles at the beginning."""
-    end = content.index(b".", rng.choice([0, 30, 40, 60, 200])) + 1
-    return content[:end] + rng.choice(_pickles()) + content[end:] if rng.random() < 0.5 else _injected(content, rng)
-
-
-def _bombs(content: bytes, rng: random.Random) -> bytes:
-    return _bomb() if rng.random() < 0.05 else damaged(content, rng)
-
-
-def _npz(content: bytes, rng: random.Random) -> bytes:
-    def member(data: bytes, rng: random.Random) -> bytes:
-        if rng.random() < 0.2:  # an object array is a header and a pickle
-            head = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
-            return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + rng.choice(_pickles())
-        return npy_damaged(data, rng)
-
-    return zip_damaged(content, rng, member)
-
-
-def _png(content: bytes, rng: random.Random) -> bytes:
-    """A PNG with another size, depth or color type in its header, and a matching checksum."""
-    sizes = [0, 1, 7, 20, 8000, 8192, 2**16, 2**24, 2**31 - 1, 2**32 - 1]
-    header = struct.pack(
-        ">IIBBBBB",
-        rng.choice(sizes),
-        rng.choice(sizes),
-        *(rng.choice([0, 1, 2, 3, 4, 8, 16, 255]) for _ in range(5)),
-    )
-    header = header[:8] + rng.choice([bytes([8, 2, 0, 0, 0]), header[8:]])
-    return content[:12] + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + content[33:]
-
-
-def _csv(content: bytes, rng: random.Random) -> bytes:
-    lines = content.decode().splitlines()
-    place = rng.randrange(len(lines))
-    cells = lines[place].split(",")
-    cells[rng.randrange(len(cells))] = rng.choice(
-        ["", "nan", "-1", "1e999", "x", '"', "9" * 5000, "=cmd()", "\0", "\x1b[2J", "5.5", "batches", "٣", "1_0"]
-    )
-    lines[place] = ",".join(cells)
-    return ("\n".join(lines) + rng.choice(["", "\n", "\r", "\n\n"])).encode()
 
 
 def _all_numbers(tensors: Any) -> None:
@@ -264,8 +172,8 @@ def _image_folder(folder: Path, rng: random.Random) -> None:
 
 
 def _picture(name: str) -> Target:
-    ways = (damaged, damaged, _png) if name.endswith(".png") else (damaged,)
-    return Target(f"picture, {name}", _pictured, (name,), rewritten(name, *ways))
+    ways = (damaged, damaged, png) if name.endswith(".png") else (damaged,)
+    return Target(f"picture, {name}", _pictured, (name,), in_file(name, *ways))
 
 
 def _weights(folder: Path, rng: random.Random) -> None:
@@ -287,79 +195,76 @@ def _config(folder: Path, rng: random.Random) -> None:
 
 
 PICTURES = (
-    "picture.png",
-    "picture.jpg",
-    "picture.webp",
-    "picture.gif",
-    "picture.bmp",
-    "palette.png",
-    "sixteen.png",
-    "frames.gif",
-    "turned.jpg",
+    *("picture.png", "picture.jpg", "picture.webp", "picture.gif", "picture.bmp"),
+    *("palette.png", "sixteen.png", "frames.gif", "turned.jpg"),
 )
 
 READERS: tuple[Target, ...] = (
-    Target("openai .pt", _converted, ("openai.pt",), rewritten("openai.pt", _poisoned, _poisoned, zip_damaged, _bombs)),
-    Target("openai .pt before 1.6", _converted, ("legacy.pt",), rewritten("legacy.pt", damaged, _legacy)),
+    Target(
+        "openai .pt", _converted, ("openai.pt",), in_file("openai.pt", zipped_pickle, zipped_pickle, zip_damaged, bomb)
+    ),
+    Target("openai .pt before 1.6", _converted, ("legacy.pt",), in_file("legacy.pt", damaged, legacy_pickle)),
     Target(
         "safetensors",
         lambda folder, rng: read(folder / "diffusers", _hints(rng, HINTS)),
         ("diffusers",),
-        rewritten("diffusers/unet/diffusion_pytorch_model.safetensors", safetensors_damaged),
+        in_file("diffusers/unet/diffusion_pytorch_model.safetensors", safetensors_damaged),
     ),
     Target(
         "diffusers folder",
         lambda folder, rng: read(folder / "diffusers"),
         ("diffusers",),
         one_of(
-            anywhere("diffusers"),
-            rewritten("diffusers/unet/config.json", json_damaged),
-            rewritten("diffusers/scheduler/scheduler_config.json", json_damaged),
+            in_folder("diffusers"),
+            in_file("diffusers/unet/config.json", json_damaged),
+            in_file("diffusers/scheduler/scheduler_config.json", json_damaged),
         ),
     ),
-    Target("native checkpoint, config.json", _config, ("native",), rewritten("native/config.json", json_damaged)),
-    Target("native checkpoint, any file", _config, ("native",), anywhere("native")),
+    Target("native checkpoint, config.json", _config, ("native",), in_file("native/config.json", json_damaged)),
+    Target("native checkpoint, any file", _config, ("native",), in_folder("native")),
     Target(
         "native checkpoint, one file",
         lambda folder, rng: read(folder / "native.safetensors"),
         ("native.safetensors",),
-        rewritten("native.safetensors", safetensors_damaged),
+        in_file("native.safetensors", safetensors_damaged),
     ),
-    Target("run, any file", _run, ("run",), anywhere("run"), _of_a_run),
+    Target("run, any file", _run, ("run",), in_folder("run"), _of_a_run),
     Target(
         "run, metrics.csv",
         _run,
         ("run",),
-        one_of(rewritten("run/metrics.csv", _csv), rewritten("run/evaluations.csv", _csv)),
+        one_of(in_file("run/metrics.csv", csv), in_file("run/evaluations.csv", csv)),
         _of_a_run,
     ),
     Target(
         "run, JSON files",
         _run,
         ("run",),
-        one_of(*(rewritten(f"run/{name}.json", json_damaged) for name in ("best", "run", "config"))),
+        one_of(*(in_file(f"run/{name}.json", json_damaged) for name in ("best", "run", "config"))),
         _of_a_run,
     ),
     Target(
         "run, state.npz",
         _state,
         ("run",),
-        rewritten("run/checkpoints/00000010/state/state.npz", _npz, damaged),
+        in_file("run/checkpoints/00000010/state/state.npz", npz, damaged),
         _of_a_run,
     ),
-    Target("settings of a run", _settings, ("training.json",), rewritten("training.json", json_damaged)),
-    Target("jcm (MessagePack)", _jcm, ("jcm",), rewritten("jcm", damaged)),
+    Target("settings of a run", _settings, ("training.json",), in_file("training.json", json_damaged)),
+    Target("jcm (MessagePack)", _jcm, ("jcm",), in_file("jcm", damaged)),
     Target(
         "weights of a metric network",
         _weights,
         ("weights.safetensors",),
-        rewritten("weights.safetensors", safetensors_damaged),
+        in_file("weights.safetensors", safetensors_damaged),
     ),
-    Target("Inception (TorchScript)", _inception, ("inception.pt",), rewritten("inception.pt", _poisoned, zip_damaged)),
-    Target("LPIPS (pickle of arrays)", _lpips, ("arrays.ckpt",), rewritten("arrays.ckpt", damaged, _injected)),
-    Target("statistics .npz", _statistics, ("statistics.npz",), rewritten("statistics.npz", _npz)),
-    Target("images .npz", _arrays_of_images, ("images.npz",), rewritten("images.npz", _npz)),
-    Target("mask", _mask, ("mask.png",), rewritten("mask.png", damaged, _png)),
-    Target("image folder", _image_folder, ("folder",), anywhere("folder")),
+    Target(
+        "Inception (TorchScript)", _inception, ("inception.pt",), in_file("inception.pt", zipped_pickle, zip_damaged)
+    ),
+    Target("LPIPS (pickle of arrays)", _lpips, ("arrays.ckpt",), in_file("arrays.ckpt", damaged, injected)),
+    Target("statistics .npz", _statistics, ("statistics.npz",), in_file("statistics.npz", npz)),
+    Target("images .npz", _arrays_of_images, ("images.npz",), in_file("images.npz", npz)),
+    Target("mask", _mask, ("mask.png",), in_file("mask.png", damaged, png)),
+    Target("image folder", _image_folder, ("folder",), in_folder("folder")),
     *map(_picture, PICTURES),
 )

@@ -45,6 +45,7 @@ def renamed(value: Any) -> Any:
     fields = {names.get(name, name): renamed(item) for name, item in value.items()}
     if isinstance(kind, str):
         fields["kind"] = KINDS.get(kind, kind)
-    if network and fields.get("modulation") in VALUES:
-        fields["modulation"] = VALUES[fields["modulation"]]
+    modulation = fields.get("modulation")
+    if network and isinstance(modulation, str):
+        fields["modulation"] = VALUES.get(modulation, modulation)
     return fields

@@ -42,7 +42,7 @@ from cm_jax.evaluation import (
     of_model,
     summarize,
 )
-from cm_jax.evaluation.references import default_cache, summarised
+from cm_jax.evaluation.references import default_cache, cached_statistics
 from cm_jax.feature_networks.lpips import LPIPS
 from cm_jax.io.images import grid, quantize
 from cm_jax.loading import load
@@ -148,7 +148,7 @@ def scores(extractor: FeatureExtractor, samples: ImageSet) -> Scores:
 @functools.cache
 def _reference(extractor: FeatureExtractor, split: Any, size: int) -> FeatureStatistics:
     real = of_dataset(EmojiData(split).open(size), f"emoji:{split}")
-    return summarised(extractor, real, EVAL_CONFIG.reference_needs, cache=default_cache())
+    return cached_statistics(extractor, real, EVAL_CONFIG.reference_needs, cache=default_cache())
 
 
 def evaluate_run(extractor: FeatureExtractor, folder: Path, count: int) -> dict[str, Any]:

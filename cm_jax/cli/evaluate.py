@@ -81,7 +81,7 @@ def evaluate_command(arguments: Evaluate) -> None:
     metrics = tuple(dict.fromkeys(word.strip().lower() for word in arguments.metrics.split(",")))
     unknown = [metric for metric in metrics if metric not in (*NEEDS, "bpd")]
     if unknown:
-        raise InputError(f"There is no metric {unknown[0]!r}: choose of {', '.join(NEEDS)}, bpd.")
+        raise InputError(f"Unknown metric {unknown[0]!r}: choose from {', '.join(NEEDS)}, bpd.")
     model = None if _are_images(arguments) else load(resolve(arguments.samples), precision=arguments.precision)
     others = tuple(metric for metric in metrics if metric != "bpd")
     if arguments.save_reference is not None and not {"fid", "sfid"} & set(others):

@@ -66,7 +66,7 @@ def tune_command(arguments: Tune) -> None:
         batch_size=arguments.batch_size,
         cache=None if arguments.reference_cache == "off" else cache,
         watch=progress,
-        told=lambda timesteps, score: say(f"{','.join(map(str, timesteps))}: FID {score:.4g}"),
+        on_probe=lambda timesteps, score: say(f"{','.join(map(str, timesteps))}: FID {score:.4g}"),
     )
     others = [kept for kept in model.config.tuned_timesteps if len(kept) != len(found.timesteps)]
     tuned = tuple(sorted([*others, found.timesteps], key=len))

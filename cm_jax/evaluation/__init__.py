@@ -1,4 +1,4 @@
-"""What a model makes, as numbers: FID and its kin, precision and recall, bits per dimension. See docs/evaluation.md."""
+"""Metrics: FID, sFID, KID, Inception score, precision and recall, bits per dimension. See docs/evaluation.md."""
 
 from cm_jax.evaluation.evaluate import EvalConfig, compare, evaluate
 from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatistics, load_inception, summarize

@@ -1,4 +1,4 @@
-"""Judge samples: python -m cm_jax.evaluation SAMPLES_OR_CHECKPOINT REFERENCE [--metrics ...]; --help tells the rest."""
+"""Evaluate samples or a checkpoint: python -m cm_jax.evaluation SAMPLES_OR_CHECKPOINT REFERENCE [--metrics ...]."""
 
 from cm_jax.cli import main_evaluate
 

@@ -1,4 +1,4 @@
-"""Samples against a reference: which metrics, by which eval_config, and the report."""
+"""Evaluate samples against a reference."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatist
 from cm_jax.evaluation.image_sets import ImageSet, Watch, unwatched
 from cm_jax.evaluation.metrics import Estimate, frechet_distance, inception_score, kernel_distance
 from cm_jax.evaluation.precision_recall import overlap
-from cm_jax.evaluation.references import summarised
+from cm_jax.evaluation.references import cached_statistics
 from cm_jax.evaluation.report import Report
 from cm_jax.feature_networks.inception_v3 import CHANNELS
 
@@ -22,31 +22,31 @@ NEEDS = {
     "pr": ("features",),
     "prdc": ("features",),
 }
-"""Of each metric, the fields of Summary that it is computed from."""
+"""Metric -> the fields of FeatureStatistics that it needs."""
 
-_NEIGHBOURS = {"pr": 3, "prdc": 5}
+_NEIGHBORS = {"pr": 3, "prdc": 5}
 _TITLES = {"fid": "FID", "sfid": "sFID", "kid": "KID", "inception_score": "IS"}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Which metrics, and what they leave open. The defaults are those of the papers that introduced them."""
+    """Metrics and their parameters. The defaults are those of the papers that introduced the metrics."""
 
     metrics: tuple[str, ...] = ("fid",)
-    """fid, sfid, kid, is, pr (improved precision and recall), prdc (with density and coverage)."""
+    """Any of fid, sfid, kid, is, pr (precision and recall), prdc (with density and coverage)."""
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     seed: int = 0
-    """Of KID's subsets."""
+    """Seed of the KID subsets."""
     splits: int = 10
-    """Of the Inception score."""
+    """Number of splits of the Inception score."""
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
             if metric not in NEEDS:
-                raise InputError(f"There is no metric {metric!r}: {', '.join(NEEDS)}.{nearest(metric, NEEDS)}")
+                raise InputError(f"Unknown metric {metric!r}: choose from {', '.join(NEEDS)}.{nearest(metric, NEEDS)}")
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):
-            raise InputError(f"Name one metric or several, each once; got {','.join(self.metrics) or 'none'}.")
+            raise InputError(f"Expected one or more metrics, each once, got {','.join(self.metrics) or 'none'}.")
         check_int("kid_subsets", self.kid_subsets, 1, 10**6)
         check_int("kid_subset_size", self.kid_subset_size, 2, 10**6)
         check_int("splits", self.splits, 1, 10**6)
@@ -54,19 +54,19 @@ class EvalConfig:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What both sets must be summed up for."""
+        """Fields of FeatureStatistics that the samples need."""
         return tuple(dict.fromkeys(need for metric in self.metrics for need in NEEDS[metric]))
 
     @property
     def reference_needs(self) -> tuple[str, ...]:
-        """What the reference must be summed up for."""
+        """Fields of FeatureStatistics that the reference needs."""
         return tuple(need for need in self.needs if need != "logits")
 
-    def least(self, metric: str) -> int:
-        """The smallest set that a metric is defined for."""
+    def min_count(self, metric: str) -> int:
+        """Smallest number of images for which a metric is defined."""
         if metric == "is":
             return self.splits
-        return _NEIGHBOURS[metric] + 1 if metric in _NEIGHBOURS else 2
+        return _NEIGHBORS[metric] + 1 if metric in _NEIGHBORS else 2
 
 
 def evaluate(
@@ -80,20 +80,20 @@ def evaluate(
     batch_size: int | None = None,
     watch: Watch = unwatched,
 ) -> tuple[Report, FeatureStatistics]:
-    """The report, and the reference's statistics, which are kept in the folder `cache` where it is given.
+    """(report, statistics of the reference), the latter cached in the folder `cache` if given.
 
-    reference: images, or the statistics of a file (only FID and sFID then). Raises InputError, before anything is drawn
-    or seen, for sets that are too small or of different sizes, and for statistics that lack what a metric needs.
+    reference: images, or statistics from a file (FID and sFID only). Raises InputError, before any computation, for
+    sets that are too small or differ in image size, and for statistics that lack what a metric needs.
     """
     check(extractor, samples, reference, eval_config, reference_name)
     if isinstance(reference, ImageSet):
         reference_name, needs = reference_name or reference.name, eval_config.reference_needs
-        known = summarised(extractor, reference, needs, cache=cache, batch_size=batch_size, watch=watch)
+        known = cached_statistics(extractor, reference, needs, cache=cache, batch_size=batch_size, watch=watch)
     else:
         known = reference
     seen = summarize(extractor, watch(samples.batches(), samples.count), eval_config.needs, batch_size=batch_size)
     values = compare(seen, known, eval_config)
-    told: dict[str, Any] = {
+    protocol: dict[str, Any] = {
         "count": seen.count,
         "samples": samples.name,
         "sampling": samples.how,
@@ -101,65 +101,67 @@ def evaluate(
         "reference_count": known.count,
         "size": list(samples.shape),
         "resize": extractor.resize,
-        "features": extractor.name + ("" if extractor.published else ", weights that are NOT those published"),
+        "features": extractor.name + ("" if extractor.published else ", NOT the published weights"),
         "weights_sha256": extractor.digest,
     }
     if "kid" in eval_config.metrics:
-        told |= {"kid_subsets": eval_config.kid_subsets, "kid_seed": eval_config.seed}
-        told["kid_subset_size"] = min(eval_config.kid_subset_size, seen.count or 0, known.count or 0)
+        protocol |= {"kid_subsets": eval_config.kid_subsets, "kid_seed": eval_config.seed}
+        protocol["kid_subset_size"] = min(eval_config.kid_subset_size, seen.count or 0, known.count or 0)
     if "is" in eval_config.metrics:
-        told["splits"] = eval_config.splits
-    told |= {f"{metric}_neighbours": k for metric, k in _NEIGHBOURS.items() if metric in eval_config.metrics}
-    return Report(values, told, _line(values, told)), known
+        protocol["splits"] = eval_config.splits
+    protocol |= {f"{metric}_neighbors": k for metric, k in _NEIGHBORS.items() if metric in eval_config.metrics}
+    return Report(values, protocol, _line(values, protocol)), known
 
 
 def compare(samples: FeatureStatistics, reference: FeatureStatistics, eval_config: EvalConfig) -> dict[str, float]:
-    """The metrics of images that were seen already, by name, with "_deviation" behind it for the spread of an estimate.
+    """Metrics by name, with the standard deviation of an estimate under NAME_deviation.
 
-    Both must be summed up for what the metrics need (`EvalConfig.needs`).
+    Both statistics must have the fields in `EvalConfig.needs`.
     """
     values: dict[str, float] = {}
     for metric in eval_config.metrics:
-        values |= _measured(metric, samples, reference, eval_config)
+        values |= _metric(metric, samples, reference, eval_config)
     return values
 
 
-def _measured(
-    metric: str, seen: FeatureStatistics, known: FeatureStatistics, eval_config: EvalConfig
+def _metric(
+    metric: str, samples: FeatureStatistics, reference: FeatureStatistics, eval_config: EvalConfig
 ) -> dict[str, float]:
     if metric in ("fid", "sfid"):
         use = NEEDS[metric][0]
-        return {metric: frechet_distance(getattr(known, use), getattr(seen, use))}
+        return {metric: frechet_distance(getattr(reference, use), getattr(samples, use))}
     if metric == "is":
-        assert seen.logits is not None
-        return _spread("inception_score", inception_score(seen.logits, splits=eval_config.splits))
-    assert seen.features is not None
-    assert known.features is not None
+        assert samples.logits is not None
+        return _with_std("inception_score", inception_score(samples.logits, splits=eval_config.splits))
+    assert samples.features is not None
+    assert reference.features is not None
     if metric == "kid":
         size, subsets = eval_config.kid_subset_size, eval_config.kid_subsets
-        return _spread(
-            "kid", kernel_distance(known.features, seen.features, subsets=subsets, size=size, seed=eval_config.seed)
+        estimate = kernel_distance(
+            reference.features, samples.features, subsets=subsets, size=size, seed=eval_config.seed
         )
-    found = overlap(known.features, seen.features, _NEIGHBOURS[metric])._asdict()
+        return _with_std("kid", estimate)
+    found = overlap(reference.features, samples.features, _NEIGHBORS[metric])._asdict()
     return {name: found[name] for name in (("precision", "recall") if metric == "pr" else found)}
 
 
-def _line(values: dict[str, float], told: dict[str, Any]) -> str:
-    """Numbers and eval_config, to paste into a paper."""
-    counted = f"{told['reference_count']:,} of " if told["reference_count"] else ""
+def _line(values: dict[str, float], protocol: dict[str, Any]) -> str:
+    """Values and protocol in one line."""
+    counted = f"{protocol['reference_count']:,} of " if protocol["reference_count"] else ""
+    samples = f"{protocol['count']:,} of {protocol['samples']}{_sampling(protocol['sampling'])}"
     parts = [
-        f"N = {told['count']:,} of {told['samples']}{_drawn(told['sampling'])} against {counted}{told['reference']}",
-        f"{told['size'][0]} x {told['size'][1]} pixels in 8 bits, {told['resize']}",
-        told["features"],
+        f"N = {samples} against {counted}{protocol['reference']}",
+        f"{protocol['size'][0]} x {protocol['size'][1]} pixels in 8 bits, {protocol['resize']}",
+        protocol["features"],
     ]
     if "kid" in values:
-        parts.append(f"KID of {told['kid_subsets']} subsets of {told['kid_subset_size']:,}")
-    if ("fid" in values or "sfid" in values) and told["count"] < CHANNELS:
-        parts.append("FID of so few images is biased upwards: compare at this N only")
-    return f"{in_words(values)} [{'; '.join(parts)}]"
+        parts.append(f"KID of {protocol['kid_subsets']} subsets of {protocol['kid_subset_size']:,}")
+    if ("fid" in values or "sfid" in values) and protocol["count"] < CHANNELS:
+        parts.append("FID is biased upwards at small N: compare at equal N only")
+    return f"{format_values(values)} [{'; '.join(parts)}]"
 
 
-def in_words(values: Mapping[str, float]) -> str:
+def format_values(values: Mapping[str, float]) -> str:
     """FID 12.3, KID 0.0123 ± 0.0012."""
     shown = []
     for name, value in values.items():
@@ -169,8 +171,8 @@ def in_words(values: Mapping[str, float]) -> str:
     return ", ".join(shown)
 
 
-def _drawn(how: dict[str, Any]) -> str:
-    """How a model drew; nothing for images that were there."""
+def _sampling(how: dict[str, Any]) -> str:
+    """How a model sampled the images; empty for files."""
     if not how:
         return ""
     levels = ", ".join(f"{sigma:.4g}" for sigma in how["sigmas"][:4]) + (", ..." if how["steps"] > 4 else "")
@@ -178,7 +180,7 @@ def _drawn(how: dict[str, Any]) -> str:
     return f" ({how['sampler']}, {steps}, sigma {levels}, seed {how['seed']})"
 
 
-def _spread(name: str, estimate: Estimate) -> dict[str, float]:
+def _with_std(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.mean, f"{name}_deviation": estimate.std}
 
 
@@ -189,25 +191,25 @@ def check(
     eval_config: EvalConfig,
     name: str,
 ) -> None:
-    """Raise InputError for what the metrics cannot be computed from."""
+    """Raise InputError if the metrics cannot be computed from these sets."""
     if "is" in eval_config.metrics and not extractor.has_logits:
         summarize(extractor, [], ["logits"])
     for metric in eval_config.metrics:
-        least = eval_config.least(metric)
-        if samples.count < least:
-            raise InputError(f"{metric} needs {least} images at least, and {samples.name} has {samples.count}.")
-        if metric != "is" and isinstance(reference, ImageSet) and reference.count < least:
-            raise InputError(f"{metric} needs {least} images at least, and {reference.name} has {reference.count}.")
+        minimum = eval_config.min_count(metric)
+        if samples.count < minimum:
+            raise InputError(f"{metric} needs at least {minimum} images; {samples.name} has {samples.count}.")
+        if metric != "is" and isinstance(reference, ImageSet) and reference.count < minimum:
+            raise InputError(f"{metric} needs at least {minimum} images; {reference.name} has {reference.count}.")
         if isinstance(reference, FeatureStatistics):
-            lacking = [need for need in NEEDS[metric] if need != "logits" and getattr(reference, need) is None]
-            if lacking:
-                wanted = "mu_s and sigma_s" if metric == "sfid" else "mu and sigma" if metric == "fid" else "images"
-                raise InputError(f"{metric} needs {wanted} of the reference, which {name or 'the file'} does not have.")
+            missing = [need for need in NEEDS[metric] if need != "logits" and getattr(reference, need) is None]
+            if missing:
+                needed = "mu_s and sigma_s" if metric == "sfid" else "mu and sigma" if metric == "fid" else "images"
+                raise InputError(f"{metric} needs {needed} of the reference, which {name or 'the file'} does not have.")
     if {"pr", "prdc"} <= set(eval_config.metrics):
-        raise InputError("pr and prdc both give precision and recall, by 3 and by 5 neighbours: ask for one of them.")
+        raise InputError("pr and prdc both give precision and recall, with 3 and 5 neighbors: choose one of them.")
     if isinstance(reference, ImageSet) and reference.shape[:2] != samples.shape[:2]:
         sizes = [" x ".join(map(str, each.shape[:2])) for each in (samples, reference)]
         raise InputError(
-            f"{samples.name} has images of {sizes[0]} pixels and {reference.name} of {sizes[1]}: bring both to one "
-            "size, because resizing moves FID by more than models differ."
+            f"{samples.name} has images of {sizes[0]} pixels, {reference.name} of {sizes[1]}. Resize one of them with "
+            "care: resizing changes FID by more than models differ."
         )

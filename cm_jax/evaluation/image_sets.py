@@ -1,4 +1,4 @@
-"""Sets of images to compare: files, data sets, and what a model draws, none of which need fit in memory."""
+"""Sets of 8-bit images to compare, from files, data sets and models, read batch by batch."""
 
 import dataclasses
 import hashlib
@@ -18,30 +18,31 @@ from cm_jax.io.images import quantize
 from cm_jax.model import Model, Plan
 
 Watch = Callable[[Iterator[np.ndarray], int], Iterator[np.ndarray]]
-"""(batches, number of images) -> the same batches: a progress bar's place."""
+"""(batches, number of images) -> the same batches, while showing progress."""
 
-_READ = 64
-"""Images that are read at once."""
+_BATCH = 64
+"""Images read at once."""
 
 
 def unwatched(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """A `Watch` that shows nothing."""
     del count
     return batches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
-    """8-bit images of one size, which can be gone through again and again."""
+    """8-bit images of one size, which can be iterated repeatedly."""
 
     name: str
     count: int
     shape: tuple[int, int, int]
     batches: Callable[[], Iterator[UInt8[np.ndarray, "b h w c"]]]
     how: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What else a protocol says of them."""
+    """How a model sampled them; empty for files and data sets."""
 
     def digest(self) -> str:
-        """Of the pixels in their order."""
+        """SHA-256 of all pixels in order."""
         total = hashlib.sha256(repr((self.count, self.shape)).encode())
         for images in self.batches():
             total.update(images.tobytes())
@@ -51,13 +52,13 @@ class ImageSet:
 def of_dataset(dataset: Dataset, name: str, count: int | None = None) -> ImageSet:
     """All images of a data set, or `count` of them, chosen by a fixed permutation."""
     if count is not None and not 1 <= count <= dataset.size:
-        raise InputError(f"{count} images were asked for, and {name} has {dataset.size}: ask for fewer.")
+        raise InputError(f"Expected a count in [1, {dataset.size}], the size of {name}, got {count}.")
     wanted = count or dataset.size
 
     def batches() -> Iterator[np.ndarray]:
-        stream = dataset.batches(_READ)
+        stream = dataset.batches(_BATCH)
         try:
-            for start in range(0, wanted, _READ):
+            for start in range(0, wanted, _BATCH):
                 yield next(stream).images[: wanted - start]
         finally:
             stream.close()
@@ -68,12 +69,12 @@ def of_dataset(dataset: Dataset, name: str, count: int | None = None) -> ImageSe
 def of_model(
     model: Model, plan: Plan, count: int, *, seed: int = 0, batch_size: int | None = None, name: str = "a model"
 ) -> ImageSet:
-    """What a model draws: images 0 ... count - 1 of `seed`, classes drawn too, rounded to 8 bits."""
-    check_int("The number of images to draw", count, 1, 10**9)
+    """Samples of a model: images 0 ... count - 1 of `seed` with random classes, rounded to 8 bits."""
+    check_int("The number of images", count, 1, 10**9)
 
     def batches() -> Iterator[np.ndarray]:
-        for drawn in model.batches(seed, count, plan, batch_size=batch_size):
-            yield quantize(check_value(drawn, name))
+        for images in model.batches(seed, count, plan, batch_size=batch_size):
+            yield quantize(check_finite(images, name))
 
     steps = len(plan.levels) - 1
     how = {
@@ -81,24 +82,24 @@ def of_model(
         "steps": steps,
         "sigmas": list(plan.levels[:-1]),
         "seed": seed,
-        "quantisation": "round",
+        "quantization": "round",
     }
     return ImageSet(name, count, model.config.network.image_shape, batches, how)
 
 
-def check_value(images: Float[np.ndarray, "b h w c"], name: str) -> Float[np.ndarray, "b h w c"]:
-    """The same images. Raises InputError where a pixel is NaN or infinite: rounding would make it black."""
+def check_finite(images: Float[np.ndarray, "b h w c"], name: str) -> Float[np.ndarray, "b h w c"]:
+    """The same images. Raises InputError if any pixel is NaN or infinite."""
     bad = int((~np.isfinite(images).all((1, 2, 3))).sum())
     if bad:
         raise InputError(
-            f"{bad} of {len(images)} images of {name} have pixels that are NaN or infinite: the network diverged, or "
-            "its weights are damaged. Judge another checkpoint."
+            f"{bad} of {len(images)} images of {name} have NaN or infinite pixels: the network diverged or its weights "
+            "are damaged. Evaluate another checkpoint."
         )
     return images
 
 
 def holds_images(name: str) -> bool:
-    """Whether a name means images and not a checkpoint."""
+    """Whether a name refers to images rather than a checkpoint."""
     path = user_path(name)
     if path.is_dir():
         inside = ("checkpoints", "model_index.json", "unet", "config.json")
@@ -108,16 +109,16 @@ def holds_images(name: str) -> bool:
 
 
 def open_images(name: str, shape: tuple[int, int, int] | None = None) -> Dataset:
-    """The images that a name means: emoji, emoji:held_out, tfds:NAME or tfds:NAME:SPLIT, a folder, an .npz file.
+    """Open emoji, emoji:held_out, tfds:NAME, tfds:NAME:SPLIT, a folder or an .npz file.
 
-    At the size that `shape` says, by a centre crop; .npz files have one size and keep it. Without a `shape`, as they
-    are: those of a folder must then have one size. Raises InputError for anything else.
+    shape: center-crop and resize to this (h, w, c); .npz files keep their size. Without it, images keep their size,
+    which must be the same for all images of a folder. Raises InputError for anything else.
     """
     path = user_path(name)
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return _unchanged(NpzData(name))
     if shape is not None and shape[0] != shape[1]:
-        raise InputError(f"{name} is cropped to squares, and the samples have {shape[0]} x {shape[1]} pixels.")
+        raise InputError(f"{name} is cropped to squares, but the samples have {shape[0]} x {shape[1]} pixels.")
     return _data(name).open(shape[0] if shape else _own_size(name))
 
 
@@ -129,10 +130,12 @@ def _unchanged(data: NpzData) -> Dataset:
             with np.load(user_path(data.path), allow_pickle=False) as arrays:
                 found = [key for key in arrays.files if arrays[key].ndim == 4 and arrays[key].dtype.kind == "f"]
                 broken = [key for key in found if not np.isfinite(arrays[key]).all()]
-        except Exception:  # the first message says what is wrong with the file
+        except Exception:  # the first error already describes the file
             broken = []
         if broken:
-            raise InputError(f"{data.path}: {broken[0]} has pixels that are NaN or infinite. Draw it again.") from error
+            raise InputError(
+                f"{data.path}: {broken[0]} has NaN or infinite pixels. Sample the images again."
+            ) from error
         raise
 
 
@@ -142,32 +145,32 @@ def _data(name: str) -> Data:
         return ImageFolder(name, labels="none")
     if kind == "emoji":
         if rest not in ("", "all", "train", "held_out"):
-            raise InputError(f"There are no emoji {rest!r}: emoji:train, emoji:held_out and emoji:all there are.")
+            raise InputError(f"There is no emoji split {rest!r}: use emoji:train, emoji:held_out or emoji:all.")
         return EmojiData(rest or "train")  # type: ignore[arg-type]
     if kind == "tfds" and rest:
         data, _, split = rest.partition(":")
         return TFDSData(name=data, split=split or "train")
     raise InputError(
-        f"There are no images {name}: wanted an .npz file, a folder, emoji, emoji:held_out or tfds:NAME."
+        f"There are no images {name}: expected an .npz file, a folder, emoji, emoji:held_out or tfds:NAME."
         f"{nearest(name, ['emoji', 'emoji:held_out', 'emoji:all'])}"
     )
 
 
 def _own_size(name: str) -> int:
-    """Of samples: the one size that all have. Raises InputError where they differ."""
+    """The common size of all images. Raises InputError if sizes differ."""
     top = user_path(name)
     if not top.is_dir():
         if name.startswith("tfds:"):
-            raise InputError("A data set of TFDS cannot be judged as samples, because it says no size: save an .npz.")
+            raise InputError("A TFDS data set has no image size and cannot be evaluated as samples: save it as .npz.")
         return 32
     sizes: dict[tuple[int, int], str] = {}
     for file in image_files(top):
         try:
             with Image.open(top.joinpath(*file)) as image:
                 sizes.setdefault(image.size, "/".join(file))
-        except Exception as error:  # every image format has its own kinds for a damaged file
+        except Exception as error:  # every image format raises its own exceptions for damaged files
             raise InputError(f"{top.joinpath(*file)} cannot be read as an image: {error}.") from error
     if len(sizes) > 1 or any(width != height for width, height in sizes):
         lines = [f"{width} x {height}: {file}" for (width, height), file in sizes.items()]
-        raise InputError(f"Samples must be squares of one size, and in {name} there are:\n  {indented_list(lines)}")
+        raise InputError(f"Expected square samples of one size; {name} has:\n  {indented_list(lines)}")
     return next(iter(sizes))[0]

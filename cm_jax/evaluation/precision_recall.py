@@ -1,7 +1,7 @@
-"""Precision and recall, density and coverage: how two sets overlap, by balls around each image's features.
+"""Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-A ball reaches to the k-th nearest neighbour within its own set. Distances are taken block by block, in double
-precision.
+Both estimate how two sets overlap from balls around the features of each image. The radius of a ball is the distance to
+the k-th nearest neighbor in its own set. Distances are computed block by block in float64.
 """
 
 from typing import NamedTuple
@@ -12,53 +12,52 @@ from jaxtyping import Bool, Float, Float64
 from cm_jax.errors import InputError
 
 _BLOCK = 2**24
-"""Distances that are held at once."""
+"""Number of distances in memory at once."""
 
 
 class Overlap(NamedTuple):
-    """Each a share, but density, which may exceed 1."""
+    """Precision, recall and coverage lie in [0, 1]; density may exceed 1."""
 
     precision: float
-    """Of the drawn images, those in a ball of a real one (Kynkaanniemi et al. 2019)."""
+    """Fraction of samples inside a ball of a real image."""
     recall: float
-    """Of the real images, those in a ball of a drawn one."""
+    """Fraction of real images inside a ball of a sample."""
     density: float
-    """Mean number of real balls that a drawn image lies in, over k (Naeem et al. 2020)."""
+    """Mean number of real balls that contain a sample, divided by k."""
     coverage: float
-    """Of the real balls, those with a drawn image in them."""
+    """Fraction of real balls that contain a sample."""
 
 
-def overlap(real: Float[np.ndarray, "n d"], drawn: Float[np.ndarray, "m d"], neighbours: int) -> Overlap:
-    """Raises InputError where a set has too few images for `neighbours` of them."""
-    for name, features in (("reference", real), ("samples", drawn)):
-        if len(features) <= neighbours:
+def overlap(real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], neighbors: int) -> Overlap:
+    """Overlap of two sets of features, with k = `neighbors`. Raises InputError for sets of fewer than k + 1 images."""
+    for name, features in (("reference", real), ("samples", samples)):
+        if len(features) <= neighbors:
             raise InputError(
-                f"Precision and recall by {neighbours} neighbours need {neighbours + 1} images at least; "
+                f"Precision and recall with {neighbors} neighbors need at least {neighbors + 1} images; "
                 f"the {name} have {len(features)}."
             )
-    real, drawn = real.astype(np.float64), drawn.astype(np.float64)
-    real_radii, drawn_radii = _radii(real, neighbours), _radii(drawn, neighbours)
+    real, samples = real.astype(np.float64), samples.astype(np.float64)
+    real_radii, sample_radii = _radii(real, neighbors), _radii(samples, neighbors)
     precise = balls = 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for rows in _blocks(len(drawn), len(real)):
-        distances = _squared_distances(drawn[rows], real)
+    for rows in _blocks(len(samples), len(real)):
+        distances = _squared_distances(samples[rows], real)
         inside: Bool[np.ndarray, "b n"] = distances <= real_radii
         precise += int(inside.any(1).sum())
         balls += int(inside.sum())
         covered |= inside.any(0)
-        recalled |= (distances <= drawn_radii[rows, None]).any(0)
-    return Overlap(
-        precise / len(drawn), float(recalled.mean()), balls / (neighbours * len(drawn)), float(covered.mean())
-    )
+        recalled |= (distances <= sample_radii[rows, None]).any(0)
+    count = len(samples)
+    return Overlap(precise / count, float(recalled.mean()), balls / (neighbors * count), float(covered.mean()))
 
 
-def _radii(features: Float64[np.ndarray, "n d"], neighbours: int) -> Float64[np.ndarray, " n"]:
-    """Squared distance of each from its k-th nearest other."""
+def _radii(features: Float64[np.ndarray, "n d"], neighbors: int) -> Float64[np.ndarray, " n"]:
+    """Squared distance of each image to its k-th nearest other image."""
     radii = np.empty(len(features))
     for rows in _blocks(len(features), len(features)):
         distances = _squared_distances(features[rows], features)
         distances[np.arange(len(distances)), np.arange(len(features))[rows]] = np.inf
-        radii[rows] = np.partition(distances, neighbours - 1)[:, neighbours - 1]
+        radii[rows] = np.partition(distances, neighbors - 1)[:, neighbors - 1]
     return radii
 
 

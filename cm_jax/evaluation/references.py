@@ -1,4 +1,4 @@
-"""Statistics of reference sets: files of the original evaluator, and a cache by content."""
+"""Statistics of reference sets: files of OpenAI's evaluator, and a cache keyed by content."""
 
 import hashlib
 import logging
@@ -20,20 +20,20 @@ from cm_jax.io.npz import read_npz
 log = logging.getLogger("cm_jax.evaluation")
 
 _KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-"""What the original evaluator calls mean and covariance."""
+"""Names of mean and covariance in files of OpenAI's evaluator."""
 _VERSION = "1"
-"""Of what is in the cache."""
+"""Version of the cache entries."""
 
 
 def default_cache() -> Path:
+    """The cache folder for statistics of references."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "cm_jax" / "references"
 
 
 def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int]) -> ImageSet | FeatureStatistics:
-    """What `name` means as a reference for images of this shape: the statistics in a file where it has all that is
-    needed, else images, as `open_images` finds them.
-    """
+    """A reference for images of this shape: statistics from an .npz file if it has all that `needs` lists, else
+    images."""
     path = user_path(name)
     if path.suffix.lower() == ".npz" and path.is_file():
         known = read_statistics(path)
@@ -44,23 +44,23 @@ def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int])
         except InputError:
             if known is None:
                 raise
-            return known  # whose complaint says what is missing
+            return known  # the caller reports which statistics are missing
     return of_dataset(open_images(name, shape), name)
 
 
 def read_statistics(path: Path) -> FeatureStatistics | None:
-    """mu and sigma (mu_s and sigma_s) of an .npz file of the original evaluator; None where it has none.
+    """mu and sigma (mu_s and sigma_s) of an .npz file of OpenAI's evaluator; None if it has none.
 
-    Raises InputError for a file that is none, or whose statistics do not belong together.
+    Raises InputError for other files and for inconsistent statistics.
     """
     names: list[str] = []
 
-    def wanted(there: list[str]) -> list[str]:
-        names.extend(there)
-        return [key for keys in _KEYS.values() for key in keys if key in there]
+    def statistics(found_names: list[str]) -> list[str]:
+        names.extend(found_names)
+        return [key for keys in _KEYS.values() for key in keys if key in found_names]
 
     try:
-        found = read_npz(path, wanted)
+        found = read_npz(path, statistics)
     except ValueError as error:
         raise InputError(f"{path} cannot be used as a reference: {error}.") from error
     gaussians = {}
@@ -80,24 +80,24 @@ def _checked(path: Path, mean: np.ndarray, covariance: np.ndarray, names: tuple[
         or covariance.shape != (mean.size, mean.size)
         or {mean.dtype.kind, covariance.dtype.kind} != {"f"}
     ):
-        raise InputError(f"{path} has {shapes}; wanted: a mean [{CHANNELS}] and a covariance [{CHANNELS}, {CHANNELS}].")
+        raise InputError(f"{path}: expected a mean [{CHANNELS}] and covariance [{CHANNELS}, {CHANNELS}], got {shapes}.")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise InputError(f"{path}: {' or '.join(names)} has numbers that are NaN or infinite. Compute it again.")
+        raise InputError(f"{path}: {' or '.join(names)} has NaN or infinite values. Compute it again.")
     return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
 def write_statistics(path: Path, summary: FeatureStatistics) -> None:
-    """What `read_statistics` and the original evaluator read."""
+    """Write statistics for `read_statistics` and OpenAI's evaluator. Raises InputError if there are none."""
     arrays: dict[str, np.ndarray] = {}
     for use, names in _KEYS.items():
         if (gaussian := getattr(summary, use)) is not None:
             arrays |= dict(zip(names, gaussian, strict=True))
     if not arrays:
-        raise InputError("Statistics are written where fid or sfid is among the metrics: ask for one.")
+        raise InputError("Statistics exist only for fid and sfid: add one of them to the metrics.")
     _save(path, arrays)
 
 
-def summarised(
+def cached_statistics(
     extractor: FeatureExtractor,
     images: ImageSet,
     needs: Iterable[str],
@@ -106,10 +106,7 @@ def summarised(
     batch_size: int | None = None,
     watch: Watch = unwatched,
 ) -> FeatureStatistics:
-    """As `summarise`, from the cache where the same weights have seen the same pixels before.
-
-    One file for each need, named by a hash of pixels, weights and resizing.
-    """
+    """`summarize` with a cache: one file per need, named by a hash of pixels, weights and resizing."""
     needs = tuple(needs)
     if not needs:
         return FeatureStatistics(images.count)
@@ -117,33 +114,33 @@ def summarised(
         return summarize(extractor, watch(images.batches(), images.count), needs, batch_size=batch_size)
     content = "\n".join((_VERSION, images.digest(), extractor.digest, extractor.resize))
     stem = hashlib.sha256(content.encode()).hexdigest()[:32]
-    places = {need: cache / f"{stem}-{need}.npz" for need in needs}
-    found: dict[str, Any] = {need: value for need, place in places.items() if (value := _cached(place)) is not None}
-    missing = places.keys() - found.keys()
+    paths = {need: cache / f"{stem}-{need}.npz" for need in needs}
+    found: dict[str, Any] = {need: value for need, path in paths.items() if (value := _cached(path)) is not None}
+    missing = paths.keys() - found.keys()
     if missing:
         new = summarize(extractor, watch(images.batches(), images.count), missing, batch_size=batch_size)
         for need in missing:
             found[need] = getattr(new, need)
-            _keep(places[need], found[need])
+            _store(paths[need], found[need])
     return FeatureStatistics(images.count, **found)
 
 
-def _cached(place: Path) -> Gaussian | np.ndarray | None:
-    """What lies in the cache; None where there is nothing, or nothing whole."""
+def _cached(path: Path) -> Gaussian | np.ndarray | None:
+    """A cache entry; None if it is missing or damaged."""
     try:
-        file = read_npz(place, lambda names: names)
+        file = read_npz(path, lambda names: names)
         return file["features"] if "features" in file else Gaussian(file["mean"], file["covariance"])
     except (ValueError, KeyError):
         return None
 
 
-def _keep(place: Path, value: Gaussian | np.ndarray) -> None:
-    """Into the cache; a cache that cannot be written is told of, and nothing is lost."""
+def _store(path: Path, value: Gaussian | np.ndarray) -> None:
+    """Write a cache entry; if that fails, log a warning."""
     arrays = {"features": value} if isinstance(value, np.ndarray) else value._asdict()
     try:
-        _save(place, arrays)
+        _save(path, arrays)
     except InputError as error:
-        log.warning("The reference is not kept for the next time: %s", error)
+        log.warning("Cannot cache the statistics of the reference: %s", error)
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:

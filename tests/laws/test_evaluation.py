@@ -25,7 +25,7 @@ from cm_jax.evaluation import (
     summarize,
     write_statistics,
 )
-from cm_jax.evaluation.references import summarised
+from cm_jax.evaluation.references import cached_statistics
 from cm_jax.feature_networks.inception_v3 import Features
 
 
@@ -207,7 +207,7 @@ def test_every_metric_of_a_set_with_itself_and_with_another(tmp_path):
     assert other.values["fid"] > 0.1
     assert other.values["kid"] > 0
     assert "N = 50 of b against 60 of a; 4 x 4 pixels" in other.line
-    assert "NOT those published" in other.line
+    assert "NOT the published weights" in other.line
     assert other.eval_config["kid_subset_size"] == 20
     path = tmp_path / "statistics.npz"
     write_statistics(path, known)
@@ -224,16 +224,18 @@ def test_a_reference_is_looked_at_once(tmp_path):
         return batches
 
     extractor = toy_judge()
-    first = summarised(extractor, a, ("pool",), cache=tmp_path, watch=watch)
-    again = summarised(extractor, a, ("pool",), cache=tmp_path, watch=watch)
+    first = cached_statistics(extractor, a, ("pool",), cache=tmp_path, watch=watch)
+    again = cached_statistics(extractor, a, ("pool",), cache=tmp_path, watch=watch)
     assert looks == [30]
     np.testing.assert_array_equal(first.pool.covariance, again.pool.covariance)
-    summarised(extractor, a, ("pool", "features"), cache=tmp_path, watch=watch)  # only the features are missing
+    cached_statistics(extractor, a, ("pool", "features"), cache=tmp_path, watch=watch)  # only the features are missing
     assert len(looks) == 2
     other = np.array(images)
     other[3, 0, 0, 0] ^= 1
-    summarised(extractor, dataclasses.replace(a, batches=lambda: iter([other])), ("pool",), cache=tmp_path, watch=watch)
-    summarised(
+    cached_statistics(
+        extractor, dataclasses.replace(a, batches=lambda: iter([other])), ("pool",), cache=tmp_path, watch=watch
+    )
+    cached_statistics(
         dataclasses.replace(extractor, params={"mix": extractor.params["mix"] + 1}),
         a,
         ("pool",),
@@ -243,7 +245,7 @@ def test_a_reference_is_looked_at_once(tmp_path):
     assert len(looks) == 4
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:100])  # damaged: seen again, not believed
-    again = summarised(extractor, a, ("pool",), cache=tmp_path, watch=watch)
+    again = cached_statistics(extractor, a, ("pool",), cache=tmp_path, watch=watch)
     assert len(looks) == 5
     np.testing.assert_array_equal(first.pool.covariance, again.pool.covariance)
 
@@ -251,11 +253,11 @@ def test_a_reference_is_looked_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("metrics", "count", "message"),
     [
-        ("fid", 1, "fid needs 2 images at least, and b has 1"),
-        ("kid", 1, "kid needs 2 images"),
-        ("pr", 3, "pr needs 4 images"),
-        ("prdc", 5, "prdc needs 6 images"),
-        ("is", 9, "is needs 10 images"),
+        ("fid", 1, "fid needs at least 2 images; b has 1"),
+        ("kid", 1, "kid needs at least 2 images"),
+        ("pr", 3, "pr needs at least 4 images"),
+        ("prdc", 5, "prdc needs at least 6 images"),
+        ("is", 9, "is needs at least 10 images"),
     ],
 )
 def test_sets_that_are_too_small_are_refused_with_the_minimum(metrics, count, message):
@@ -268,11 +270,11 @@ def test_sets_that_are_too_small_are_refused_with_the_minimum(metrics, count, me
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     (a, array), (large, _) = pictures(0, 20, "a"), pictures(0, 20, "large", size=8)
-    with pytest.raises(InputError, match="large has images of 8 x 8 pixels and a of 4 x 4"):
+    with pytest.raises(InputError, match="large has images of 8 x 8 pixels, a of 4 x 4"):
         evaluate(toy_judge(), large, a)
     with pytest.raises(InputError, match="no classifier"):
         evaluate(toy_judge(logits=False), a, a, EvalConfig(("is",)))
-    with pytest.raises(InputError, match=r"There is no metric 'fidd'.*Did you mean 'fid'"):
+    with pytest.raises(InputError, match=r"Unknown metric 'fidd'.*Did you mean 'fid'"):
         EvalConfig(("fidd",))
     with pytest.raises(InputError, match="ask for one of them"):
         evaluate(toy_judge(), a, a, EvalConfig(("pr", "prdc")))

@@ -123,13 +123,13 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     def message(*arguments):
         return failed(capsys, main_evaluate, *arguments, *TOLD)
 
-    assert "There is no metric 'fidd'" in message(samples, "emoji", "--metrics", "fidd")
+    assert "Unknown metric 'fidd'" in message(samples, "emoji", "--metrics", "fidd")
     assert "There are no images emojis" in message(samples, "emojis")
     assert "There is no checkpoint nothing" in message("nothing", "emoji")
     assert "31 images were asked for, and" in message(samples, "emoji", "--count", 31)
     assert "--steps is about a checkpoint" in message(samples, "emoji", "--steps", 2)
     assert "no classifier" in message(samples, "emoji", "--metrics", "is")
-    assert "pr needs 4 images at least" in message(samples, samples, "--metrics", "pr", "--count", 3)
+    assert "pr needs at least 4 images" in message(samples, samples, "--metrics", "pr", "--count", 3)
     assert "bpd is about a checkpoint" in message(samples, "emoji", "--metrics", "bpd")
     assert "need a denoiser" in message("emoji16_cd", "emoji", "--metrics", "bpd", "--count", 2)
     assert "add one of them" in message(samples, samples, "--metrics", "kid", "--save-reference", tmp_path / "x.npz")

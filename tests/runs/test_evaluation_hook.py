@@ -256,7 +256,7 @@ SMALL_WORDS = [
     [
         (
             ["--metrics", "fid", "pr", "--count", "3"],
-            "pr needs 4 images at least, and the evaluation (--evaluation.count)",
+            "pr needs at least 4 images; the evaluation (--evaluation.count)",
         ),
         (["--metrics", "is", "--count", "5"], "no classifier"),
         (["--metrics", "pr"], "metrics begins with pr, which is several numbers"),

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import Dataset
 from cm_jax.errors import InputError, check_int
-from cm_jax.evaluation.evaluate import EvalConfig, check, evaluate, in_words
+from cm_jax.evaluation.evaluate import EvalConfig, check, evaluate, format_values
 from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatistics, load_inception
 from cm_jax.evaluation.image_sets import ImageSet, of_dataset, of_model
-from cm_jax.evaluation.references import default_cache, open_reference, summarised
+from cm_jax.evaluation.references import cached_statistics, default_cache, open_reference
 from cm_jax.model import Model
 from cm_jax.types import Params
 
@@ -103,7 +103,7 @@ class Evaluator:
         if isinstance(self.reference, FeatureStatistics):
             return self.reference
         needs = EvalConfig(self.settings.metrics).reference_needs
-        return summarised(self.extractor, self.reference, needs, cache=default_cache())
+        return cached_statistics(self.extractor, self.reference, needs, cache=default_cache())
 
     def samples(self, params: Params, steps: int) -> ImageSet:
         """What `cm_jax.load` would draw from a checkpoint with these parameters."""
@@ -122,7 +122,7 @@ class Evaluator:
             samples, eval_config = self.samples(params, steps), EvalConfig(self.settings.metrics)
             report, _ = evaluate(self.extractor, samples, known, eval_config, reference_name=self.reference_name)
             found |= {_column(name, steps): value for name, value in report.values.items()}
-            words.append(f"{in_words(report.values)} {_in_steps(steps)}")
+            words.append(f"{format_values(report.values)} {_in_steps(steps)}")
         return found, "; ".join(words)
 
 

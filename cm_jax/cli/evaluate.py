@@ -29,7 +29,7 @@ _COUNT = 50_000
 class Evaluate:
     """Judge samples, or what a checkpoint draws, against a reference: FID, sFID, KID, IS, precision and recall, bits.
 
-    A checkpoint is sampled straight into the metrics; no image is written. The last line names the eval_config.
+    A checkpoint is sampled straight into the metrics; no image is written. The last line names the protocol.
     """
 
     samples: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES_OR_CHECKPOINT")]
@@ -63,7 +63,7 @@ class Evaluate:
     likelihood_steps: int = 64
     """Heun steps of bpd, two calls of the denoiser and its derivative each."""
     output: Path | None = None
-    """A JSON file with all numbers and the eval_config."""
+    """A JSON file with all numbers and the protocol."""
     save_reference: Path | None = None
     """An .npz file with mu and sigma of the reference, which the original evaluator reads."""
     reference_cache: str = ""

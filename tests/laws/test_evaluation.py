@@ -208,7 +208,7 @@ def test_every_metric_of_a_set_with_itself_and_with_another(tmp_path):
     assert other.values["kid"] > 0
     assert "N = 50 of b against 60 of a; 4 x 4 pixels" in other.line
     assert "NOT the published weights" in other.line
-    assert other.eval_config["kid_subset_size"] == 20
+    assert other.protocol["kid_subset_size"] == 20
     path = tmp_path / "statistics.npz"
     write_statistics(path, known)
     from_file, _ = evaluate(toy_judge(), b, read_statistics(path), EvalConfig(("fid", "sfid")), reference_name="file")
@@ -276,13 +276,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         evaluate(toy_judge(logits=False), a, a, EvalConfig(("is",)))
     with pytest.raises(InputError, match=r"Unknown metric 'fidd'.*Did you mean 'fid'"):
         EvalConfig(("fidd",))
-    with pytest.raises(InputError, match="ask for one of them"):
+    with pytest.raises(InputError, match="choose one of them"):
         evaluate(toy_judge(), a, a, EvalConfig(("pr", "prdc")))
     path = tmp_path / "statistics.npz"
     np.savez(path, mu=np.zeros(16), sigma=np.eye(16))
     with pytest.raises(InputError, match="kid needs images of the reference"):
         evaluate(toy_judge(), a, read_statistics(path), EvalConfig(("fid", "kid")))
-    with pytest.raises(InputError, match="16 and of 2048 numbers"):
+    with pytest.raises(InputError, match="got 16 and 2048 features"):
         frechet_distance(gaussian(random_features(0, 5, 16)), gaussian(random_features(0, 5, 2048)))
     np.savez(path, mu=np.zeros(16))
     with pytest.raises(InputError, match="has no sigma; it has mu"):

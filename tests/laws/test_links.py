@@ -36,3 +36,12 @@ def test_links_lead_somewhere(page):
 def test_named_files_exist(page):
     missing = [name for name in FILE.findall(without_code(page)) if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_tree_of_modules_is_complete():
+    """docs/architecture.md lists all files and folders at the top of the package, and what it lists exists."""
+    tree = (ROOT / "docs" / "architecture.md").read_text("utf-8").split("```")[1].partition("\n\n")[0]
+    listed = set(re.findall(r"\b\w+(?:/|\.py)(?=\s)", tree)) - {"cm_jax/"}
+    top = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "cm_jax").iterdir()} - {"__pycache__/"}
+    assert top <= listed
+    assert not [name for name in listed if not list((ROOT / "cm_jax").rglob(name.rstrip("/")))]

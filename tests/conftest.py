@@ -1,4 +1,4 @@
-"""Eight CPU devices, programs compiled in haste and once, and array shapes of public functions checked at run time."""
+"""Test environment: eight CPU devices, few compiler optimizations, run-time checks of array shapes."""
 
 import os
 import tempfile
@@ -6,12 +6,12 @@ import tempfile
 import pytest
 from jaxtyping import install_import_hook
 
-import tests.typechecker  # noqa: F401  so that the hook finds it by name
+import tests.typechecker  # noqa: F401  imported for the hook below
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
-# Most of the tests' time is the compiler's. Workers and commands in processes of their own inherit this.
+# Compilation takes most of the test time. Worker processes and subprocesses inherit these settings.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="cm_jax_compiled_", ignore_cleanup_errors=True)
@@ -23,7 +23,7 @@ install_import_hook("cm_jax", "tests.typechecker.checked")
 
 @pytest.fixture
 def optimized():
-    """Programs compiled as users compile them, with all optimizations."""
+    """Compile with all optimizations, as users do."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", False)
@@ -35,5 +35,5 @@ LONG = ("test_killed_and_together", "test_browser", "test_training", "test_gauss
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files begin first, so that no worker is left alone with one of them at the end."""
+    """Start the longest files first, to balance the workers."""
     items.sort(key=lambda item: item.path.stem not in LONG)

@@ -1,4 +1,4 @@
-"""Goldens and small models, as the tests use them."""
+"""Helpers of the tests: recorded outputs, small models, subprocesses."""
 
 import dataclasses
 import functools
@@ -32,24 +32,24 @@ SMALL = ADMUNet(
     head_dim=16,
     classes=10,
 )
-"""The network of goldens adm_class_cond."""
+"""The network of the golden files adm_class_cond."""
 
 
 def nhwc(array: np.ndarray) -> np.ndarray:
-    """The last three axes from PyTorch's order to ours."""
+    """Move channels last: [..., c, h, w] to [..., h, w, c]."""
     return np.moveaxis(array, -3, -1)
 
 
-def relative(ours, theirs) -> float:
-    """Largest difference over the largest value."""
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+def relative(actual, expected) -> float:
+    """Largest absolute difference / largest absolute expected value."""
+    return float(np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max())
 
 
 @functools.cache
 def adm_golden(name: str) -> tuple[ADMUNet, Params, dict[str, np.ndarray]]:
-    """Network, float32 parameters and recorded arrays of goldens adm_{name}, converted as a user's file would be."""
-    described = json.loads((DATA / "openai" / f"adm_{name}.json").read_text())
-    hints = CheckpointHints(described.get("num_head_channels"), described.get("num_heads"), "consistency", 40, 16)
+    """Network, float32 parameters and recorded arrays of the golden files adm_{name}, read like a user's checkpoint."""
+    architecture = json.loads((DATA / "openai" / f"adm_{name}.json").read_text())
+    hints = CheckpointHints(architecture.get("num_head_channels"), architecture.get("num_heads"), "consistency", 40, 16)
     source = read(DATA / "openai" / f"adm_{name}.pt", hints)
     network = source.config.network
     assert isinstance(network, ADMUNet)
@@ -72,9 +72,9 @@ def tensor_names(format: UNetFormat, network: ADMUNet) -> list[str]:
 
 
 def random_params(network: Network, seed: int = 0) -> Params:
-    """Random numbers in every leaf, the usually zero ones too, of the size that initialization gives.
+    """Random parameters at the scale of the initialization, with no leaf at zero.
 
-    NumPy's, because JAX would compile a program for every shape of a leaf.
+    Uses NumPy, because JAX would compile a program for each shape.
     """
     dice = np.random.default_rng(seed)
 
@@ -90,19 +90,19 @@ def random_params(network: Network, seed: int = 0) -> Params:
 
 @functools.cache
 def compiled(network: Network) -> Network:
-    """The same network with a `predict` that is compiled by itself, once for all that stands around it."""
+    """The network with a jitted `predict`, shared by all tests."""
     same = dataclasses.replace(network)
     object.__setattr__(same, "predict", jax.jit(network.predict))
     return same
 
 
 def gaussian_denoiser(std: float = 0.5) -> Denoiser:
-    """The exact D(x, sigma) for data from N(0, deviation^2): x deviation^2 / (deviation^2 + sigma^2)."""
+    """The exact denoiser of data from N(0, std^2): D(x, sigma) = x std^2 / (std^2 + sigma^2)."""
     return lambda x, sigma: x * (std**2 / (std**2 + sigma[:, None, None, None] ** 2))
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command of the repository in a process of its own, on one CPU device unless told otherwise."""
+    """Run a Python command from the repository root in a subprocess, by default with one CPU device."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The graph of Inception-V3 in PyTorch, in NVIDIA's names: the layers that pytorch-fid has too."""
+"""Inception-V3 in PyTorch with the layers of pytorch-fid and the parameter names of NVIDIA's TorchScript file."""
 
 from collections import OrderedDict
 
@@ -23,7 +23,7 @@ class Unit(torch.nn.Module):
 
 
 def tower(inputs, *units):
-    """conv, conv_1, ... in a row."""
+    """A sequence of units named conv, conv_1, ..."""
     found = OrderedDict()
     for number, (outputs, *rest) in enumerate(units):
         found[f"conv_{number}" if number else "conv"] = Unit(inputs, outputs, *rest)
@@ -32,7 +32,10 @@ def tower(inputs, *units):
 
 
 class Block(torch.nn.Module):
-    """Branches side by side: one unit or a tower on the input, or on what `pool` makes of it."""
+    """Parallel branches, concatenated; the branch `pooled` gets the pooled input.
+
+    Without `pooled`, the pooled input itself is the last branch.
+    """
 
     def __init__(self, pool, pooled=None, **branches):
         super().__init__()
@@ -46,7 +49,7 @@ class Block(torch.nn.Module):
 
 
 class Coarse(torch.nn.Module):
-    """NVIDIA's InceptionE, whose units have flat names."""
+    """InceptionE, whose units have no submodule in NVIDIA's names."""
 
     def __init__(self, inputs, pool):
         super().__init__()
@@ -89,24 +92,26 @@ class Graph(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        halve = torch.nn.MaxPool2d(3, 2)
+        downsample = torch.nn.MaxPool2d(3, 2)
         threes, last = (3, 3), ((3, 3), 2)
         self.layers = torch.nn.Sequential(
             OrderedDict(
                 conv=Unit(3, 32, *last),
                 conv_1=Unit(32, 32, threes, 1, False),
                 conv_2=Unit(32, 64, threes),
-                pool0=halve,
+                pool0=downsample,
                 conv_3=Unit(64, 80),
                 conv_4=Unit(80, 192, threes, 1, False),
-                pool1=halve,
+                pool1=downsample,
                 mixed=fine(192, 32),
                 mixed_1=fine(256, 64),
                 mixed_2=fine(288, 64),
-                mixed_3=Block(halve, conv=Unit(288, 384, *last), tower=tower(288, (64,), (96, threes), (96, *last))),
+                mixed_3=Block(
+                    downsample, conv=Unit(288, 384, *last), tower=tower(288, (64,), (96, threes), (96, *last))
+                ),
                 **{f"mixed_{4 + k}": middle(width) for k, width in enumerate((128, 160, 160, 192))},
                 mixed_8=Block(
-                    halve,
+                    downsample,
                     tower=tower(768, (192,), (320, *last)),
                     tower_1=tower(768, (192,), (192, (1, 7)), (192, (7, 1)), (192, *last)),
                 ),

@@ -1,4 +1,4 @@
-"""A network that compiles in no time, with everything that training asks of one: classes, dropout, large leaves."""
+"""A network that compiles quickly, with all features that training needs: classes, dropout, large parameters."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class ToyNetwork:
-    """One hidden layer over the whole image."""
+    """An MLP with one hidden layer over all pixels."""
 
     image_size: int = 4
     classes: int | None = 3
@@ -28,7 +28,7 @@ class ToyNetwork:
 
     def shapes(self):
         pixels = int(np.prod(self.image_shape))
-        sizes = {"in": (pixels, self.width), "clock": (self.width,), "out": (self.width, pixels), "bias": (pixels,)}
+        sizes = {"in": (pixels, self.width), "time": (self.width,), "out": (self.width, pixels), "bias": (pixels,)}
         if self.classes:
             sizes["table"] = (self.classes, self.width)
         return {"mlp": {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}}
@@ -45,7 +45,7 @@ class ToyNetwork:
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
         own = params["mlp"]
-        hidden = x.reshape(x.shape[0], -1) @ own["in"] + jnp.tanh(c_noise)[:, None] * own["clock"]
+        hidden = x.reshape(x.shape[0], -1) @ own["in"] + jnp.tanh(c_noise)[:, None] * own["time"]
         if labels is not None:
             hidden = hidden + own["table"][labels]
         hidden = jax.nn.silu(hidden)

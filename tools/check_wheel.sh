@@ -34,7 +34,7 @@ say "$(basename "$wheel"): $(du -k "$wheel" | cut -f1) KiB; $(basename "$place"/
 
 export JAX_PLATFORMS=cpu XDG_CACHE_HOME="$place/cache"
 unset PYTHONPATH CM_JAX_INCEPTION CM_JAX_LPIPS
-small=(--network.image-size 8 --network.width 16 --network.multipliers 1 --network.blocks-per-level 1
+small=(--network.image-size 8 --network.base-channels 16 --network.channel-mult 1 --network.blocks-per-level 1
 	--network.dropout 0 --batch-size 8 --log-every 5 --sample-every 20 --averages 0.99)
 
 for python in "${pythons[@]}"; do
@@ -75,7 +75,7 @@ for python in "${pythons[@]}"; do
 	"$bin/cm-jax" train emoji32-edm --images 160 "${small[@]}" >train.txt
 	grep -q "^Finished: 20 batches" train.txt || fail "train did not finish: $(tail -n 1 train.txt)"
 	"$bin/cm-jax" sample runs/emoji32-edm --steps 2 --output run.png >>sample.txt
-	"$bin/cm-jax" edit colourise "$root/docs/images/emoji/cat.png" --labels 2 >edit.txt && [ -s edited.png ] || fail "edit"
+	"$bin/cm-jax" edit colorize "$root/docs/images/emoji/cat.png" --labels 2 >edit.txt && [ -s edited.png ] || fail "edit"
 	"$bin/cm-jax" convert emoji16_cd native >convert.txt
 	"$bin/cm-jax" convert native diffusers --to diffusers >>convert.txt
 	"$bin/cm-jax" sample emoji16_cd --output known.png >>sample.txt

@@ -1,8 +1,8 @@
-"""Numbers are compared as users compute them."""
+"""Parity tests compile with all optimizations."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _as_users_do(optimized):
+def _all_optimizations(optimized):
     """See tests/conftest.py."""

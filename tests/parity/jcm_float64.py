@@ -1,6 +1,6 @@
-"""The original's CIFAR-10 network in NumPy and float64, by its own names: the truth that float32 programs round.
+"""OpenAI's CIFAR-10 network in NumPy and float64: the reference without float32 rounding.
 
-It is written from a description of the original, apart from `SongUNet`, and reads the original's numbered parameters.
+Written from a description of OpenAI's code, independent of `SongUNet`. Uses OpenAI's parameter names.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def network(tensors, x, c_noise, *, blocks, channel_mult, attention, fir, pyramid):
-    """F(x, c_noise); `tensors` by path, `attention` the heights at which it stands."""
+    """F(x, c_noise). `tensors` are the parameters by path, `attention` the heights with attention blocks."""
     t = {path: array.astype(np.float64) for path, array in tensors.items()}
     residuals, attentions, pyramids = itertools.count(), itertools.count(), itertools.count()
 
@@ -60,7 +60,7 @@ def network(tensors, x, c_noise, *, blocks, channel_mult, attention, fir, pyrami
             h = attend(h) if h.shape[1] in attention else h
             skips.append(h)
         if level < len(channel_mult) - 1:
-            h = residual(h, halved)
+            h = residual(h, downsampled)
             if pyramid:
                 name = f"Downsample_{next(pyramids)}/Conv2d_0"
                 padded = np.pad(inputs, ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -72,7 +72,7 @@ def network(tensors, x, c_noise, *, blocks, channel_mult, attention, fir, pyrami
         for _ in range(blocks + 1):
             h = residual(np.concatenate([h, skips.pop()], axis=-1))
         h = attend(h) if h.shape[1] in attention else h
-        h = residual(h, doubled) if level else h
+        h = residual(h, upsampled) if level else h
     return convolution(swish(norm(h, "GroupNorm_0")), t["Conv_1/kernel"]) + t["Conv_1/bias"]
 
 
@@ -87,19 +87,19 @@ def convolution(h, kernel, padding=1):
 
 
 def filtered(h):
-    """[1, 3, 3, 1] / 8 along both axes, without zeros around."""
+    """Filter with [1, 3, 3, 1] / 8 along both axes, without padding."""
     windows = np.lib.stride_tricks.sliding_window_view(h, (4, 4), axis=(1, 2))
     taps = np.array([1, 3, 3, 1]) / 8
     return np.einsum("bhwcij,i,j->bhwc", windows, taps, taps)
 
 
-def halved(h, fir):
+def downsampled(h, fir):
     if not fir:
         return (h[:, ::2, ::2] + h[:, 1::2, ::2] + h[:, ::2, 1::2] + h[:, 1::2, 1::2]) / 4
     return filtered(np.pad(h, ((0, 0), (1, 1), (1, 1), (0, 0))))[:, ::2, ::2]
 
 
-def doubled(h, fir):
+def upsampled(h, fir):
     if not fir:
         return h.repeat(2, 1).repeat(2, 2)
     b, height, width, c = h.shape

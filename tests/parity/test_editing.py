@@ -1,4 +1,4 @@
-"""The original's edits, replayed from the noise that it drew."""
+"""Parity with the recorded edits of OpenAI's code, from the same noise."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ BOUND = 1e-5
 
 
 @pytest.mark.parametrize(("name", "operator"), [("colorization", Luma()), ("superres", PatchMean(8))])
-def test_recorded_edits_of_the_original(name, operator):
+def test_recorded_edits(name, operator):
     with np.load(DATA / "openai" / f"edit_{name}.npz") as recorded:
         golden = dict(recorded)
     images, start, noise, given, out = (
@@ -32,14 +32,16 @@ def test_recorded_edits_of_the_original(name, operator):
     np.testing.assert_allclose(operator.project(images), given, atol=1e-6)
 
     @jax.jit
-    def replayed(images):
+    def sample(images):
         return multistep_sample(edited(denoiser, operator, images), start, levels, lambda index: noise[index - 1])
 
-    np.testing.assert_allclose(replayed(images), out, atol=BOUND)
-    np.testing.assert_allclose(replayed(given), out, atol=BOUND)
+    np.testing.assert_allclose(sample(images), out, atol=BOUND)
+    np.testing.assert_allclose(sample(given), out, atol=BOUND)
 
-    def draw(index):
-        """The original begins with noise alone; the paper, and we, with what is known below it."""
+    def noise_source(index):
+        """OpenAI's code starts from noise only; the paper and cm_jax add the known part of the image."""
         return jnp.where(index == 0, (start - given) / levels[0], noise[index - 1])
 
-    np.testing.assert_allclose(jax.jit(lambda: edit(denoiser, operator, images, levels, draw))(), out, atol=BOUND)
+    np.testing.assert_allclose(
+        jax.jit(lambda: edit(denoiser, operator, images, levels, noise_source))(), out, atol=BOUND
+    )

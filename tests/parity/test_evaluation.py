@@ -1,4 +1,4 @@
-"""Numbers that torchmetrics publishes for its FID and KID, from its random images and the real weights."""
+"""Parity with the FID and KID in the documentation of torchmetrics, from its random images and the real weights."""
 
 import os
 
@@ -12,14 +12,13 @@ from cm_jax.feature_networks import inception, inception_v3
 
 needs_weights = pytest.mark.skipif(
     not os.environ.get(inception.FILE.variable),
-    reason=f"the real weights are no part of this repository: set {inception.FILE.variable} to the file that "
-    "docs/conversion.md tells how to make",
+    reason=f"needs the real weights: set {inception.FILE.variable} as described in docs/conversion.md",
 )
 
 
 @pytest.fixture(scope="module")
 def images():
-    """What its doctests draw after its network has drawn (and thrown away) initial weights from the same seed."""
+    """The random images of the torchmetrics doctests, after the random initialization of its network."""
     torch.manual_seed(123)
     torch.rand(23_816_528)
     low = torch.randint(0, 200, (100, 3, 299, 299), dtype=torch.uint8)
@@ -29,18 +28,18 @@ def images():
 
 @needs_weights
 def test_fid_of_64_features(images):
-    """12.7202 (torchmetrics, FrechetInceptionDistance)."""
+    """FrechetInceptionDistance of torchmetrics: 12.7202."""
     params = inception.load()
-    see = jax.jit(lambda images: inception.features(params, images).first)
-    seen = [np.concatenate([see(part) for part in np.split(each, 10)]) for each in images]
-    assert seen[0].shape == (100, 64)
-    distance = frechet_distance(*(Moments.of(each).gaussian() for each in seen))
+    extract = jax.jit(lambda images: inception.features(params, images).first)
+    features = [np.concatenate([extract(part) for part in np.split(each, 10)]) for each in images]
+    assert features[0].shape == (100, 64)
+    distance = frechet_distance(*(Moments.of(each).gaussian() for each in features))
     assert distance == pytest.approx(12.7202, abs=1e-4)
 
 
 @needs_weights
 def test_kid(images):
-    """0.0337 and 0.0023 (torchmetrics, KernelInceptionDistance), from its own choice of subsets."""
+    """KernelInceptionDistance of torchmetrics with its subsets: mean 0.0337, std 0.0023."""
     extractor = load_inception()
     assert extractor.published
     seen = [summarize(extractor, [each], {"features"}, devices=jax.devices()[:1]).features for each in images]
@@ -52,7 +51,7 @@ def test_kid(images):
     assert np.std(found) == pytest.approx(0.002327, abs=2e-6)
 
 
-def test_the_first_features_are_means_after_the_first_pooling():
+def test_shapes_of_features():
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), inception_v3.shapes(classifier=False))
     shape = jax.eval_shape(inception.features, params, jax.ShapeDtypeStruct((2, 8, 8, 3), np.uint8))
     assert shape.first.shape == (2, 64)

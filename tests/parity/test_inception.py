@@ -1,4 +1,4 @@
-"""Inception-V3 against the same graph in PyTorch on random weights, and against recorded features of the real ones."""
+"""Parity of Inception-V3: with the same graph in PyTorch on random weights, with recorded features of the real ones."""
 
 import os
 import warnings
@@ -23,12 +23,12 @@ from tests.torch_inception import Graph
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The graph, an image, and a TorchScript file of it."""
+    """(PyTorch graph with random weights, image, TorchScript file of the graph)."""
     torch.manual_seed(0)
     graph, image = Graph().eval(), 2 * torch.rand(1, 3, 299, 299) - 1
     path = tmp_path_factory.mktemp("published") / "inception-2015-12-05.pt"
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own of TorchScript
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript
         torch.jit.trace(graph, image, check_trace=False).save(path)
     return graph, image, path
 
@@ -39,19 +39,19 @@ def params(published):
 
 
 @torch.no_grad()
-def test_features_are_pytorchs(published, params):
+def test_features_match_pytorch(published, params):
     graph, image, _ = published
-    ours = jax.jit(inception_v3.features)(params, np.ascontiguousarray(nhwc(image.numpy())))
+    features = jax.jit(inception_v3.features)(params, np.ascontiguousarray(nhwc(image.numpy())))
     spatial = []
     hook = graph.layers.mixed_6.conv.register_forward_hook(lambda *given: spatial.append(given[2]))
     pool = graph.layers(image).flatten(1)
     hook.remove()
-    assert relative(ours.pool, pool.numpy()) < 1e-5
-    assert relative(ours.logits, (graph.output(pool) - graph.output.bias).numpy()) < 1e-5
-    assert relative(ours.spatial, spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1).numpy()) < 1e-5
+    assert relative(features.pool, pool.numpy()) < 1e-5
+    assert relative(features.logits, (graph.output(pool) - graph.output.bias).numpy()) < 1e-5
+    assert relative(features.spatial, spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1).numpy()) < 1e-5
 
 
-def test_torchscript_is_read_without_its_program_and_every_tensor_is_used(published, params):
+def test_torchscript_file_is_read_without_executing_it(published, params):
     graph, _, path = published
     tensors = {name: tensor.numpy() for name, tensor in graph.state_dict().items()}
     assert {name: tensor.shape for name, tensor in read_torch(path).items()} == {n: a.shape for n, a in tensors.items()}
@@ -61,8 +61,8 @@ def test_torchscript_is_read_without_its_program_and_every_tensor_is_used(publis
     assert sum(leaf.size for name, leaf in leaves(params) if not name.startswith("logits")) == 21_802_784
 
 
-def test_pytorch_fids_names_give_the_same_weights(params, tmp_path):
-    """Its names are torchvision's, all 377 of which were compared with the program once."""
+def test_pytorch_fid_names_give_the_same_weights(params, tmp_path):
+    """pytorch-fid uses torchvision's names; all 377 were compared with its code once."""
     tensors = {
         name: torch.from_numpy(a.copy())
         for name, a in to_source(inception_rules("pytorch-fid", classifier=True), params).items()
@@ -76,11 +76,11 @@ def test_pytorch_fids_names_give_the_same_weights(params, tmp_path):
     torch.save(tensors | extra | ones, path, _use_new_zipfile_serialization=False)
     assert {n: a.tobytes() for n, a in leaves(read_inception(path))} == {n: a.tobytes() for n, a in leaves(params)}
     torch.save(tensors | extra | ones | {"Mixed_5b.branch1x1.bn.weight": torch.full((64,), 2.0)}, path)
-    with pytest.raises(InputError, match="scales what it normalizes"):
+    with pytest.raises(InputError, match="Expected batch norms without scale"):
         read_inception(path)
 
 
-def test_the_command_and_its_complaints(published, params, tmp_path, capsys):
+def test_convert_command_and_its_errors(published, params, tmp_path, capsys):
     out = tmp_path / "inception.safetensors"
     said = succeeded(capsys, main_convert, published[2], out, "--to", "inception")
     assert "with classes; its numbers are NOT those published" in said
@@ -100,24 +100,23 @@ def test_the_command_and_its_complaints(published, params, tmp_path, capsys):
         inception.load("/nowhere")
 
 
-def test_resizing_is_tensorflow_1s():
-    """Pixel i lies at i h / 299 and stays in the image: a ramp shows it; no half-pixel centers."""
+def test_resize_matches_tensorflow_1():
+    """Output pixel i samples position i h / 299, clamped to the image, without half-pixel centers."""
     for height, width in ((64, 32), (299, 299), (512, 300)):
         rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
         ramp = (rows + 1000.0 * columns)[None, :, :, None]
-        places = [np.minimum(np.arange(299) * size / 299, size - 1) for size in (height, width)]
-        expected = places[0][:, None] + 1000 * places[1][None]
+        positions = [np.minimum(np.arange(299) * size / 299, size - 1) for size in (height, width)]
+        expected = positions[0][:, None] + 1000 * positions[1][None]
         np.testing.assert_allclose(inception.resized(ramp)[0, :, :, 0], expected, rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.skipif(
     not os.environ.get(inception.FILE.variable),
-    reason=f"the real weights are no part of this repository: set {inception.FILE.variable} to the file that "
-    "docs/conversion.md tells how to make",
+    reason=f"needs the real weights: set {inception.FILE.variable} as described in docs/conversion.md",
 )
 def test_recorded_features_of_the_real_weights():
     with np.load(DATA / "metrics" / "inception_pool3.npz") as golden:
-        ours = jax.jit(inception.features)(inception.load(), golden["images64"])
-        assert relative(ours.pool, golden["features_tf1resize"]) < 1e-4
-        distances = np.linalg.norm(ours.pool - golden["features_tf1resize"], axis=1)
+        features = jax.jit(inception.features)(inception.load(), golden["images64"])
+        assert relative(features.pool, golden["features_tf1resize"]) < 1e-4
+        distances = np.linalg.norm(features.pool - golden["features_tf1resize"], axis=1)
         assert (distances < 1e-4 * np.linalg.norm(golden["features_tf1resize"], axis=1)).all()

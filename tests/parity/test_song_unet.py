@@ -1,4 +1,4 @@
-"""NCSN++ and DDPM++ give the numbers that the original JAX program gave (goldens/FORMULA_WEIGHTS.md, jcm)."""
+"""Parity of NCSN++ and DDPM++ with recorded outputs of OpenAI's JAX code, with weights filled by a formula."""
 
 import functools
 import json
@@ -29,8 +29,8 @@ NETWORKS = {
     "vp": SongUNet(**{**vars(VE), "embedding": "positional", "resampling": "plain", "pyramid": False}),
 }
 WAVE = np.cos(0.03 * np.arange(3 * 16 * 16 * 3)).reshape(3, 16, 16, 3)
-"""The golden's direction of differentiation."""
-SCALINGS = {
+"""Tangent of the recorded JVP."""
+PRECONDITIONING = {
     "denoiser": EDMPreconditioning(time_factor=EDM_TIME),
     "distiller": ConsistencyPreconditioning(time_factor=EDM_TIME),
 }
@@ -38,7 +38,7 @@ SCALINGS = {
 
 @functools.cache
 def tensors(name):
-    """The original's parameters by the formula."""
+    """Parameters by OpenAI's names, filled by `formula`."""
     shapes = json.loads((DATA / "jcm" / f"tiny_{name}.json").read_text())
     return {path: formula(path, position, tuple(shapes[path])) for position, path in enumerate(sorted(shapes))}
 
@@ -64,8 +64,8 @@ def params(name):
     return network.prepare(from_source(jcm.rules(network), network.shapes(), lazy, source="a formula"))
 
 
-def truth(name, quantity, weights):
-    """What the original computes, without rounding."""
+def float64_output(name, quantity, weights):
+    """Output of OpenAI's network in float64."""
     golden = np.load(GOLDEN)
     x, t = golden["X"].astype(np.float64), golden["t"].astype(np.float64)
     fir = name == "ve"
@@ -81,7 +81,7 @@ def truth(name, quantity, weights):
         return 0.25 / (shifted**2 + 0.25) * x + shifted * 0.5 / np.sqrt(level**2 + 0.25) * raw
 
     def ahead(share):
-        """At a share of t further along the golden's tangent, (t wave, -1)."""
+        """The function at a step of `share` t along the tangent (t WAVE, -1)."""
         step = share * t
         return wrapped(t[:, None, None, None] * (x + step[:, None, None, None] * WAVE), t - step)
 
@@ -93,13 +93,13 @@ def truth(name, quantity, weights):
     return (8 * (ahead(h) - ahead(-h)) - (ahead(2 * h) - ahead(-2 * h))) / (12 * h * t[:, None, None, None])
 
 
-def computed(name, quantity):
-    """What ours computes, in float32."""
+def float32_output(name, quantity):
+    """Output of cm_jax in float32."""
     golden, network = np.load(GOLDEN), compiled(NETWORKS[name])
     x, t = jnp.asarray(golden["X"]), jnp.asarray(golden["t"])
     if quantity == "raw":
         return network.predict(params(name), x, EDM_TIME * jnp.log(t))
-    f = functools.partial(ConsistencyFunction(network, SCALINGS[quantity.removesuffix("_jvp")]), params(name))
+    f = functools.partial(ConsistencyFunction(network, PRECONDITIONING[quantity.removesuffix("_jvp")]), params(name))
     if quantity != "distiller_jvp":
         return f(per_image(t) * x, t)
     tangent = (per_image(t) * jnp.asarray(WAVE, jnp.float32), -jnp.ones(3))
@@ -108,30 +108,31 @@ def computed(name, quantity):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("quantity", ["raw", "denoiser", "distiller", "distiller_jvp"])
-def test_the_originals_numbers(name, quantity):
-    """As close to the golden as float32 allows: these weights magnify rounding, the golden's own too.
+def test_recorded_outputs(name, quantity):
+    """Compare with float64, because these weights amplify float32 rounding.
 
-    So the truth is computed in float64, and what it moves by when every weight is rounded once more is measured. Ours
-    must be within the bound of the truth, or within two such roundings. Measured from the golden, relative to its
-    largest value: raw 2.0e-5 (ve) and 3.1e-5 (vp), denoiser and distiller 2.9e-6 and 8.8e-6, derivative 1.7e-5 and
-    2.1e-5. The golden is 2.0e-5, 1.6e-5, 4.4e-6, 4.3e-6, 3.2e-5, 1.8e-5 from the truth; one rounding moves that by
-    1.9e-5, 1.7e-5, 4.1e-6, 9.8e-6, 2.6e-5, 1.7e-5.
+    The output must be within BOUND of the float64 output, or within twice the effect of rounding every weight once
+    more. Relative differences (ve, vp) of raw, denoiser or distiller, and JVP:
+
+    - cm_jax from the recorded output: 2.0e-5, 3.1e-5; 2.9e-6, 8.8e-6; 1.7e-5, 2.1e-5
+    - recorded from the float64 output: 2.0e-5, 1.6e-5; 4.4e-6, 4.3e-6; 3.2e-5, 1.8e-5
+    - effect of one rounding of the weights: 1.9e-5, 1.7e-5; 4.1e-6, 9.8e-6; 2.6e-5, 1.7e-5
     """
     golden, rng = np.load(GOLDEN)[f"{name}_{quantity}"], np.random.default_rng(0)
-    exact = truth(name, quantity, tensors(name))
+    exact = float64_output(name, quantity, tensors(name))
 
     def rounded(weights):
         return {path: array * (1 + 2.0**-24 * rng.uniform(-1, 1, array.shape)) for path, array in weights.items()}
 
-    once_more = max(relative(truth(name, quantity, rounded(tensors(name))), exact) for _ in range(2))
-    ours, allowed = computed(name, quantity), max(BOUND, 2 * once_more)
-    assert relative(ours, exact) < allowed
-    assert relative(ours, golden) < allowed + relative(golden, exact)
+    rounding_error = max(relative(float64_output(name, quantity, rounded(tensors(name))), exact) for _ in range(2))
+    output, allowed = float32_output(name, quantity), max(BOUND, 2 * rounding_error)
+    assert relative(output, exact) < allowed
+    assert relative(output, golden) < allowed + relative(golden, exact)
 
 
 @pytest.mark.parametrize("fir", [True, False], ids=["ncsnpp", "ddpmpp"])
-def test_deeper_networks_than_the_goldens(fir):
-    """Two steps of the pyramid, two blocks a level, attention among them; random weights do not magnify rounding."""
+def test_deeper_networks(fir):
+    """Three levels with two blocks each and attention. Random weights do not amplify rounding."""
     network = SongUNet(
         image_size=8,
         base_channels=8,
@@ -141,11 +142,11 @@ def test_deeper_networks_than_the_goldens(fir):
         resampling="fir" if fir else "plain",
         pyramid=fir,
     )
-    ours = random_params(network)
-    theirs = to_source(jcm.rules(network), ours)
+    params = random_params(network)
+    tensors = to_source(jcm.rules(network), params)
     x, times = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([1.1, -0.4])
     exact = jcm_float64.network(
-        theirs,
+        tensors,
         np.asarray(x, np.float64),
         np.asarray(times, np.float64),
         blocks=2,
@@ -154,7 +155,7 @@ def test_deeper_networks_than_the_goldens(fir):
         fir=fir,
         pyramid=fir,
     )
-    assert relative(jax.jit(network.predict)(ours, x, times), exact) < BOUND
+    assert relative(jax.jit(network.predict)(params, x, times), exact) < BOUND
 
 
 def test_filters():

@@ -29,22 +29,22 @@ from cm_jax.training.run import state_io
 from tests.runs.test_commands import failed
 from tests.support import EMOJI, run
 from tools.fuzz import commands, payloads, readers, seeds
-from tools.fuzz.fuzzing import run as fuzz
-from tools.fuzz.fuzzing import workplace
-from tools.fuzz.watching import inside, watched
+from tools.fuzz.outcomes import observe, working_directory
+from tools.fuzz.runner import run as fuzz
+from tools.fuzz.runner import temporary_workspace
 
 SLOW = ("native checkpoint", "run, any", "run, metrics", "run, JSON", "jcm", "Inception")
 
 
 @pytest.fixture(scope="module")
 def place():
-    with workplace() as made:
+    with temporary_workspace() as made:
         yield made
 
 
 @pytest.fixture
 def good(place):
-    return place.good
+    return place.valid
 
 
 @pytest.mark.parametrize("name", [target.name for target in readers.READERS])
@@ -58,8 +58,8 @@ def test_damaged_files_are_read_or_refused(place, name):
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(command=st.sampled_from(commands.COMMANDS), rng=st.randoms(use_true_random=False))
 def test_command_lines_run_or_are_refused(place, command, rng):
-    found, words = place.run_line(command.line(rng))
-    assert found.outcome != "fault", f"{words}\n{found.why}"
+    found, words = place.run_command_line(command.line(rng))
+    assert found.outcome != "fault", f"{words}\n{found.reason}"
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def test_command_lines_run_or_are_refused(place, command, rng):
 def test_what_a_fault_is(tmp_path, use, why):
     """The watcher sees each kind of fault: without it, none found would mean nothing."""
     (tmp_path / "there").write_text("")
-    with inside(tmp_path):
-        found = watched(use, tmp_path, lambda name, outcome: False)
+    with working_directory(tmp_path):
+        found = observe(use, tmp_path, lambda name, outcome: False)
     assert (found.outcome == "fault") == bool(why)
-    assert why in found.why
+    assert why in found.reason
 
 
 def failing(error):
@@ -241,7 +241,7 @@ LONG = "x" * 300
     ],
 )
 def test_names_that_cannot_be_paths(capsys, tmp_path, line):
-    with inside(tmp_path):
+    with working_directory(tmp_path):
         failed(capsys, cli.main, *line.split())
     assert not list(tmp_path.iterdir())
 
@@ -249,7 +249,7 @@ def test_names_that_cannot_be_paths(capsys, tmp_path, line):
 def test_a_link_to_itself_is_no_destination(capsys, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for line in ("convert emoji16_cd loop", "sample --output loop"):
-        with inside(tmp_path):
+        with working_directory(tmp_path):
             assert "Too many levels" in failed(capsys, cli.main, *line.split())
 
 
@@ -270,6 +270,6 @@ def test_a_message_does_not_repeat_a_whole_command_line(capsys):
 def test_pickles_by_hand_are_refused(good, tmp_path, content):
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
         archive.writestr("archive/data.pkl", content)
-    with inside(tmp_path), pytest.raises(InputError):
+    with working_directory(tmp_path), pytest.raises(InputError):
         read(tmp_path / "model.pt")
     assert not (tmp_path / payloads.CANARY).exists()

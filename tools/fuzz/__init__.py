@@ -15,6 +15,6 @@ determine an input, so a fault can be reproduced:
     readers.py   readers and the mutations of their files
     commands.py  command lines
     values.py    malformed values of options
-    fuzzing.py   the loop over all targets
-    watching.py  classification: used, refused or fault
+    runner.py    the loop over all targets
+    outcomes.py  classification: used, refused or fault
 """

@@ -13,25 +13,25 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of all inputs")
     parser.add_argument("--targets", nargs="*", help="targets whose names contain one of these; default: all")
     parser.add_argument("--number", type=int, help="run this input only")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     faulthandler.enable()
-    from tools.fuzz.fuzzing import names, run, table, workplace
+    from tools.fuzz.runner import names, run, table, temporary_workspace
 
-    chosen = [name for name in names() if not asked.targets or any(part in name for part in asked.targets)]
+    chosen = [name for name in names() if not args.targets or any(part in name for part in args.targets)]
     began = time.monotonic()
-    with workplace() as place:
+    with temporary_workspace() as workspace:
         tallies = run(
-            place,
+            workspace,
             chosen,
-            asked.seed,
-            seconds=asked.seconds,
-            each=None if asked.number is None else 1,
-            first=asked.number or 0,
+            args.seed,
+            seconds=args.seconds,
+            each=None if args.number is None else 1,
+            first=args.number or 0,
             report=lambda line: print(line, flush=True),
         )
     print(table(tallies))
-    print(f"{time.monotonic() - began:.0f} seconds, seed {asked.seed}.")
+    print(f"{time.monotonic() - began:.0f} seconds, seed {args.seed}.")
     return 1 if any(tally.outcomes["fault"] for tally in tallies.values()) else 0
 
 

@@ -26,8 +26,8 @@ from cm_jax.cli.train import Options
 from cm_jax.cli.tune import Tune
 from cm_jax.evaluation import FeatureExtractor
 from cm_jax.presets import PRESETS
+from tools.fuzz.outcomes import Reached
 from tools.fuzz.values import malformed_value
-from tools.fuzz.watching import Reached
 
 FILES = (
     *("native", "diffusers", "openai.pt", "run", "picture.png", "mask.png", "images.npz"),

@@ -142,7 +142,7 @@ def _tree_damaged(tree: Any, rng: random.Random) -> Any:
 
 
 def _places(tree: Any) -> Any:
-    """(holder, key) of every value inside."""
+    """(holder, key) of every nested value."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in entries:
         yield tree, key

@@ -22,7 +22,7 @@ SECONDS = 60
 """Time limit of an input, generous for a busy machine."""
 GIGABYTES = 1.5
 """Limit of the growth of peak memory by one input."""
-_LONGEST = 20_000
+_MAX_MESSAGE = 20_000
 
 Outcome = Literal["used", "refused", "fault"]
 
@@ -31,17 +31,17 @@ class Reached(BaseException):
     """Raised instead of sampling, training and serving. Nothing catches it, and the input counts as used."""
 
 
-class TooLongError(BaseException):
+class TimeLimitError(BaseException):
     """Raised by the alarm. Nothing catches it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Result:
     """Outcome of one input."""
 
     outcome: Outcome
     seconds: float
-    why: str = ""
+    reason: str = ""
     """For a fault: what happened and where."""
     untouched: bool = True
     """Whether the folder is unchanged."""
@@ -58,54 +58,54 @@ def _mark(path: Path) -> Any:
     return None if path.is_dir() else (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def watched(use: Callable[[], Any], folder: Path, may_write: Callable[[str, Outcome], bool]) -> Found:
+def observe(use: Callable[[], Any], folder: Path, may_write: Callable[[str, Outcome], bool]) -> Result:
     """Use an input in the working folder `folder`, where only files accepted by `may_write` may change.
 
     `use` may raise InputError, or SystemExit as commands do.
     """
     before, memory, began = snapshot(folder), _peak(), time.perf_counter()
-    why = ""
+    reason = ""
     outcome: Outcome = "used"
-    with _caught() as (said, complaints), _alarm():
+    with _captured_output() as (stdout, stderr), _alarm():
         try:
             use()
         except InputError as error:
-            outcome, why = "refused", _wrong_message(str(error))
+            outcome, reason = "refused", _wrong_message(str(error))
         except SystemExit as stopped:
-            outcome, why = ("used", "") if stopped.code in (0, None) else ("refused", _wrong_exit(stopped, complaints))
+            outcome, reason = ("used", "") if stopped.code in (0, None) else ("refused", _wrong_exit(stopped, stderr))
         except Reached:
             pass
-        except TooLongError:
-            why = f"it took more than {SECONDS} seconds:\n{_where()}"
+        except TimeLimitError:
+            reason = f"it took more than {SECONDS} seconds:\n{_where()}"
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            why = f"{type(error).__name__}: {str(error)[:300]}\n{_where()}"
+            reason = f"{type(error).__name__}: {str(error)[:300]}\n{_where()}"
     seconds = time.perf_counter() - began
-    text = said.getvalue() + complaints.getvalue()
-    if not why and "Traceback" in text:
-        why = f"a traceback was printed:\n{text[-1500:]}"
+    text = stdout.getvalue() + stderr.getvalue()
+    if not reason and "Traceback" in text:
+        reason = f"a traceback was printed:\n{text[-1500:]}"
     if (folder / CANARY).exists():
-        why = f"code in the file was executed. {why}"
+        reason = f"code in the file was executed. {reason}"
     after = snapshot(folder)
     changed = sorted(name for name in {**before, **after} if before.get(name, 0) != after.get(name, 0))
     wrong = [name for name in changed if not may_write(name, outcome)]
-    if not why and wrong:
-        why = f"{outcome}, and on the disk this was written, changed or removed: {', '.join(wrong)[:500]}"
-    if not why and _peak() - memory > GIGABYTES * 2**30:
-        why = f"it took {(_peak() - memory) / 2**30:.1f} GiB of memory"
-    return Found("fault" if why else outcome, seconds, why, not changed)
+    if not reason and wrong:
+        reason = f"{outcome}, and on the disk this was written, changed or removed: {', '.join(wrong)[:500]}"
+    if not reason and _peak() - memory > GIGABYTES * 2**30:
+        reason = f"it took {(_peak() - memory) / 2**30:.1f} GiB of memory"
+    return Result("fault" if reason else outcome, seconds, reason, not changed)
 
 
 def _wrong_message(text: str) -> str:
     """The fault of a message, or an empty string."""
-    if not text.strip() or "Traceback" in text or len(text) > _LONGEST:
+    if not text.strip() or "Traceback" in text or len(text) > _MAX_MESSAGE:
         return f"a message of {len(text)} characters: {text[:200]!r}"
     return ""
 
 
-def _wrong_exit(stopped: SystemExit, complaints: io.StringIO) -> str:
-    text = complaints.getvalue()
+def _wrong_exit(stopped: SystemExit, stderr: io.StringIO) -> str:
+    text = stderr.getvalue()
     if stopped.code != 2 or text.count("error: ") < 1:
         return f"exit status {stopped.code!r} with {text[-300:]!r}"
     strange = sorted({character for character in text if character != "\n" and not character.isprintable()})
@@ -123,17 +123,17 @@ def _peak() -> int:
 
 
 @contextlib.contextmanager
-def _caught() -> Iterator[tuple[io.StringIO, io.StringIO]]:
+def _captured_output() -> Iterator[tuple[io.StringIO, io.StringIO]]:
     """Standard output and error as text, log messages included; warnings are ignored."""
-    said, complaints = io.StringIO(), io.StringIO()
-    root, handler = logging.getLogger(), logging.StreamHandler(complaints)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    root, handler = logging.getLogger(), logging.StreamHandler(stderr)
     old, level = root.handlers[:], root.level
     root.handlers[:] = [handler]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaints):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
-                yield said, complaints
+                yield stdout, stderr
             finally:
                 root.handlers[:] = old
                 root.setLevel(level)
@@ -142,7 +142,7 @@ def _caught() -> Iterator[tuple[io.StringIO, io.StringIO]]:
 @contextlib.contextmanager
 def _alarm() -> Iterator[None]:
     def ring(number: int, frame: Any) -> None:
-        raise TooLongError
+        raise TimeLimitError
 
     old = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -154,7 +154,7 @@ def _alarm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
+def working_directory(folder: Path) -> Iterator[None]:
     """With `folder` as the working folder."""
     old = os.getcwd()
     os.chdir(folder)

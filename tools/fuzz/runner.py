@@ -14,7 +14,7 @@ from unittest import mock
 
 from cm_jax.networks.unet import UNet
 from tools.fuzz import commands, readers, seeds
-from tools.fuzz.watching import Found, inside, watched
+from tools.fuzz.outcomes import Result, observe, working_directory
 
 
 @dataclasses.dataclass
@@ -24,7 +24,7 @@ class Tally:
     outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
     slowest: float = 0.0
 
-    def add(self, found: Found) -> None:
+    def add(self, found: Result) -> None:
         self.outcomes[found.outcome] += 1
         self.slowest = max(self.slowest, found.seconds)
 
@@ -34,43 +34,43 @@ def names() -> list[str]:
     return [target.name for target in readers.READERS] + [f"cm-jax {command.name}" for command in commands.COMMANDS]
 
 
-class Workplace:
+class Workspace:
     """Valid files and two working folders: one recreated for each damaged file, one for commands."""
 
     def __init__(self, top: Path) -> None:
-        self.good, self.work, self.pristine, self.desk, self.cache = (
-            top / name for name in ("good", "work", "pristine", "desk", "cache")
+        self.valid, self.work, self.pristine, self.command_folder, self.cache = (
+            top / name for name in ("valid", "work", "pristine", "command_folder", "cache")
         )
-        seeds.write(self.good)
+        seeds.write(self.valid)
         self.pristine.mkdir()
         for name in commands.FILES:
-            copy = shutil.copytree if (self.good / name).is_dir() else shutil.copyfile
-            copy(self.good / name, self.pristine / name)
+            copy = shutil.copytree if (self.valid / name).is_dir() else shutil.copyfile
+            copy(self.valid / name, self.pristine / name)
         commands.add_special_files(self.pristine)
         self.cache.mkdir()
-        self._tidy = False
+        self._clean = False
 
-    def attempt(self, name: str, seed: int, number: int) -> tuple[Found, str]:
+    def attempt(self, name: str, seed: int, number: int) -> tuple[Result, str]:
         """Try input `number` of a target. Returns the outcome and a description of the input."""
         rng = random.Random(f"{seed} {name} {number}")
         command = next((each for each in commands.COMMANDS if name == f"cm-jax {each.name}"), None)
         if command is not None:
-            return self.run_line(command.line(rng))
+            return self.run_command_line(command.line(rng))
         target = next(target for target in readers.READERS if target.name == name)
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        target.prepare(self.good, self.work, rng)
-        with inside(self.work):
-            return watched(lambda: target.use(self.work, rng), self.work, target.may_write), name
+        target.prepare(self.valid, self.work, rng)
+        with working_directory(self.work):
+            return observe(lambda: target.use(self.work, rng), self.work, target.may_write), name
 
-    def run_line(self, words: Sequence[str]) -> tuple[Found, str]:
+    def run_command_line(self, words: Sequence[str]) -> tuple[Result, str]:
         """Try a command line."""
-        if not self._tidy:
-            shutil.rmtree(self.desk, ignore_errors=True)
-            shutil.copytree(self.pristine, self.desk, symlinks=True)
-        with inside(self.desk), commands.without_work(self.cache):
-            found = watched(lambda: commands.run_command(words), self.desk, self._may_write)
-        self._tidy = found.untouched
+        if not self._clean:
+            shutil.rmtree(self.command_folder, ignore_errors=True)
+            shutil.copytree(self.pristine, self.command_folder, symlinks=True)
+        with working_directory(self.command_folder), commands.without_work(self.cache):
+            found = observe(lambda: commands.run_command(words), self.command_folder, self._may_write)
+        self._clean = found.untouched
         return found, "cm-jax " + " ".join(map(repr, words))[:2000]
 
     def _may_write(self, name: str, outcome: str) -> bool:
@@ -80,14 +80,14 @@ class Workplace:
 
 
 @contextlib.contextmanager
-def workplace() -> Iterator[Workplace]:
+def temporary_workspace() -> Iterator[Workspace]:
     shapes = functools.lru_cache(maxsize=64)(UNet.shapes)  # for a few networks, many times
     with tempfile.TemporaryDirectory(prefix="cm_jax-fuzz-") as folder, mock.patch.object(UNet, "shapes", shapes):
-        yield Workplace(Path(folder).resolve())
+        yield Workspace(Path(folder).resolve())
 
 
 def run(
-    place: Workplace,
+    workspace: Workspace,
     targets: Sequence[str],
     seed: int,
     *,
@@ -109,10 +109,10 @@ def run(
             break
         name = min(waiting, key=lambda name: spent[name] / (3 if name.startswith("cm-jax ") else 1))
         began = time.perf_counter()
-        found, words = place.attempt(name, seed, number[name])
+        found, words = workspace.attempt(name, seed, number[name])
         spent[name] += time.perf_counter() - began
         if found.outcome == "fault":
-            report(f"FAULT: --seed {seed} --targets {name!r} --number {number[name]}: {words}\n{found.why}\n")
+            report(f"FAULT: --seed {seed} --targets {name!r} --number {number[name]}: {words}\n{found.reason}\n")
         tallies[name].add(found)
         number[name] += 1
     return tallies

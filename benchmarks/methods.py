@@ -42,7 +42,7 @@ from cm_jax.evaluation import (
     of_model,
     summarize,
 )
-from cm_jax.evaluation.references import default_cache, cached_statistics
+from cm_jax.evaluation.references import cached_statistics, default_cache
 from cm_jax.feature_networks.lpips import LPIPS
 from cm_jax.io.images import grid, quantize
 from cm_jax.loading import load

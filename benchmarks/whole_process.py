@@ -30,7 +30,7 @@ def prepare(count: int, folder: Path) -> tuple[Path, Path]:
     """Write the PyTorch network and the noise and labels that `sample.py` uses; returns both paths."""
     model, key = load(), jax.random.key(SEED)
     noise = np.asarray(noise_from(image_keys(key, np.arange(count)), model.config.network.image_shape)(0))
-    labels = np.asarray(model.draw_labels(key, count), np.int64)
+    labels = np.asarray(model.sample_labels(key, count), np.int64)
     function = OneStep(model.config.function, model.params, float(model.plan(steps=1).levels[0])).eval()
     network, inputs = folder / "network.pt", folder / "inputs.npz"
     np.savez(inputs, noise=noise, labels=labels)

@@ -1,12 +1,10 @@
 """Class Model: denoise, sample, edit, interpolate, save."""
 
 import dataclasses
-import difflib
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,331 +12,235 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.checkpoints import native
+from cm_jax.checkpoints.class_labels import ClassLabels, class_numbers
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing import (
     EDIT_STEPS,
     Operator,
     Strokes,
-    blends,
-    checked_images,
-    edit_all,
-    slerp_all,
+    blend,
+    check_images,
+    edit_batches,
+    slerp_batches,
     stroke_sigmas,
     variant_keys,
 )
 from cm_jax.errors import InputError, check_int
 from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
 from cm_jax.samplers.generation import default_batch_size, draw_labels, generate, replay
+from cm_jax.samplers.levels import NoiseLevelArgs
 from cm_jax.types import Keys, Params
 
-Label = int | str
-"""A class by number or by name."""
+Seed = int | Key[Array, ""]
+"""A seed in [0, 2^32 - 1], or a JAX key."""
+ImageArray = Float[Array | np.ndarray, "b h w c"]
 
 TEACHER_STEPS = 40
-"""Steps of a denoiser where none are asked for: the original's default."""
+"""Default number of steps of a denoiser, as in OpenAI's implementation."""
 
 
-class Plan(NamedTuple):
-    """How images are drawn."""
+class SamplingPlan(NamedTuple):
+    """A sampler and its noise levels."""
 
     sampler: Sampler
     levels: tuple[float, ...]
-    """Falling; the last one closes, and the network is not called there."""
+    """Descending; the network is not evaluated at the last one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A consistency function (or a denoiser) with its parameters, ready to be called."""
+    """A consistency model, or a denoiser such as an EDM teacher, with its parameters.
+
+    Arguments that several methods share:
+      images: NHWC, clean images in [-1, 1].
+      labels: class numbers or names, one for all images or one per image; None for an unconditional model.
+      batch_size: images computed at once over all local devices. It does not change the results.
+      **levels: noise levels, as one of
+        steps=2: number of sampling steps, at the tuned timesteps of the checkpoint where it has some for this number;
+        timesteps=(22, 0): schedule indices in diffusers' notation, from the lowest noise level to the highest;
+        indices=(0, 22, 39): schedule indices in OpenAI's notation, from the highest level, with the final one;
+        sigmas=(80.0, 1.38): descending standard deviations.
+
+    All methods raise InputError for arguments outside these ranges.
+    """
 
     config: ModelConfig
     params: Params = dataclasses.field(repr=False)
 
     def denoise(
-        self,
-        images: Float[Array | np.ndarray, "b h w c"],
-        sigma: float | Float[Array | np.ndarray, "*b"],
-        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
+        self, images: ImageArray, sigma: float | Float[Array | np.ndarray, "*b"], labels: ClassLabels | None = None
     ) -> Float[Array, "b h w c"]:
-        """f(images, sigma, labels), or D for a model with EDM scalings: the clean images that it sees in noisy ones.
+        """f(images, sigma, labels), or D(images, sigma, labels) for a denoiser: estimates of the clean images.
 
-        images: NHWC float32, clean images in [-1, 1] plus noise of standard deviation sigma. sigma: one level for all,
-        or one per image. labels: classes by number or name, one for all or one per image; None for an unconditional
-        model. Returns float32 of the same shape. Raises InputError for anything else.
+        images: clean images plus noise of standard deviation sigma. sigma: one level for all images or one per image.
         """
         x = jnp.asarray(images, jnp.float32)
-        levels = np.asarray(sigma, np.float32)
+        sigmas = np.asarray(sigma, np.float32)
         self.config.network.check_input(x.shape, labels is not None)
-        if levels.shape not in ((), (x.shape[0],)) or not np.all(np.isfinite(levels) & (levels >= 0)):
+        if sigmas.shape not in ((), (x.shape[0],)) or not np.all(np.isfinite(sigmas) & (sigmas >= 0)):
             raise InputError(
-                f"sigma must be one level or {x.shape[0]}, finite and not negative; got {np.array2string(levels)}."
+                f"Expected one sigma or {x.shape[0]}, finite and not negative; got {np.array2string(sigmas)}."
             )
-        chosen = None if labels is None else jnp.asarray(self.labels(labels, x.shape[0]), jnp.int32)
-        return _denoise(self.config.function, self.params, x, jnp.broadcast_to(levels, x.shape[:1]), chosen)
+        numbers = None if labels is None else jnp.asarray(self.class_numbers(labels, x.shape[0]), jnp.int32)
+        return _denoise(self.config.function, self.params, x, jnp.broadcast_to(sigmas, x.shape[:1]), numbers)
 
     def sample(
         self,
-        key: int | Key[Array, ""],
+        key: Seed,
         count: int = 1,
         *,
-        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
-        steps: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        indices: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
+        labels: ClassLabels | None = None,
         sampler: str | Sampler | None = None,
         batch_size: int | None = None,
-        noise: Float[Array | np.ndarray, "draws b h w c"] | None = None,
+        noise: Float[Array | np.ndarray, "k b h w c"] | None = None,
+        **levels: Unpack[NoiseLevelArgs],
     ) -> Float[np.ndarray, "b h w c"]:
-        """`count` images, NHWC float32 in [-1, 1], from a seed or key.
+        """`count` images, NHWC float32 in [-1, 1]. Image i depends on the key, on i and on its label alone.
 
-        Image i depends on the key, on i and on its label, and on neither `count`, `batch_size` nor the devices.
-
-        labels: a class by number or name for all, or one per image; None draws them from the key (see `draw_labels`).
-        Levels, one of: steps, a number (tuned levels where the checkpoint has them); timesteps, as diffusers writes
-        them, (22, 0); indices, as the original writes them, (0, 22, 39); sigmas, falling. None of them: one step, or
-        40 for a denoiser. sampler: a name in cm_jax.samplers.SAMPLERS or a sampler; None takes `consistency`, or `heun`
-        for a denoiser. batch_size: images drawn at once over all local devices. noise: recorded standard normal noise
-        in place of the key's, draw 0 for the start and one per step after it. Raises InputError for anything else.
+        labels: None samples them from the key (see `sample_labels`). levels: by default one step, or 40 for a denoiser.
+        sampler: a sampler or its name in cm_jax.samplers.SAMPLERS; by default consistency, or heun for a denoiser.
+        noise: standard normal noise to use instead of the key's: the initial noise, then one sample for each step.
         """
-        plan = self.plan(steps=steps, timesteps=timesteps, indices=indices, sigmas=sigmas, sampler=sampler)
+        plan = self.plan(sampler=sampler, **levels)
         if noise is not None:
-            return self._replayed(noise, count, labels, plan)
+            _check_noise(noise, (count, *self.config.network.image_shape), plan)
+            numbers = self.class_numbers(labels, count)
+            return replay(self.config.function, plan.sampler, self.params, plan.levels, noise, numbers)
         return np.concatenate(list(self.batches(key, count, plan, labels=labels, batch_size=batch_size)))
+
+    def batches(
+        self,
+        key: Seed,
+        count: int,
+        plan: SamplingPlan,
+        *,
+        labels: ClassLabels | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Float[np.ndarray, "b h w c"]]:
+        """The images of `sample` one batch at a time, for more images than fit in memory.
+
+        Arguments are checked at the call, not at the first batch.
+        """
+        count = check_int("count", count, 1, 10**9)
+        numbers = self.sample_labels(key, count) if labels is None else self.class_numbers(labels, count)
+        function, size = self.config.function, _batch_size(batch_size, self.config)
+        return generate(function, plan.sampler, self.params, plan.levels, _as_key(key), count, numbers, batch_size=size)
 
     def edit(
         self,
-        key: int | Key[Array, ""],
-        images: Float[Array | np.ndarray, "b h w c"],
+        key: Seed,
+        images: ImageArray,
         operator: Operator,
         *,
-        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
+        labels: ClassLabels | None = None,
         variants: int = 1,
-        steps: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        indices: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
         batch_size: int | None = None,
+        **levels: Unpack[NoiseLevelArgs],
     ) -> Float[np.ndarray, "n h w c"]:
-        """`variants` edits of every image, those of an image one after the other     (CM, algorithm 4).
+        """`variants` edits of every image, grouped by image (CM, algorithm 4).
 
-        operator: what is known of the images (see cm_jax.editing): Mask(known) inpaints, Luma() colours, PatchMean(8)
-        sharpens; Strokes() begins at the images under the first level's noise, and Noisy() at images that have it. What
-        is known stays so to 1e-6, for which values may leave [-1, 1]. labels: one for all or one per image. Levels as
-        for `sample`; by default 17 steps from sigma_max, for Strokes see `stroke_sigmas`. The edit depends on the
-        key, the number of its image and of the variant, and not on batches and devices. Raises InputError.
+        operator: the kind of edit (see cm_jax.editing): Mask(known) inpaints, Luma() colorizes, PatchMean(8) is
+        super-resolution, Strokes() is SDEdit, Noisy() denoises. The known part of an image is preserved to 1e-6, for
+        which values may leave [-1, 1]. levels: by default 17 steps from sigma_max, for Strokes see `stroke_sigmas`.
+        Each edit depends on the key and on the numbers of its image and variant alone.
         """
-        self._refuse_denoisers()
-        given = checked_images(images, operator, self.config.network.image_shape)
+        _check_editable(self.config)
+        images = check_images(images, operator, self.config.network.image_shape)
         count = check_int("variants", variants, 1, 10**6)
-        if steps is None and timesteps is None and indices is None and sigmas is None:
+        if not _given(levels):
             sigmas = operator.default_sigmas(self.config.network.image_shape[0])
-            steps = EDIT_STEPS if sigmas is None else None
-        plan = self.plan(steps=steps, timesteps=timesteps, indices=indices, sigmas=sigmas)
-        keys = variant_keys(_as_key(key), len(given), count)
-        return self._edited(plan, operator, keys, given, self.labels(labels, len(given)), batch_size)
+            levels = {"steps": EDIT_STEPS} if sigmas is None else {"sigmas": sigmas}
+        keys = variant_keys(_as_key(key), len(images), count)
+        return self._edit(self.plan(**levels), operator, keys, images, labels, batch_size)
 
     def interpolate_images(
         self,
-        key: int | Key[Array, ""],
+        key: Seed,
         first: Float[Array | np.ndarray, "h w c"],
         second: Float[Array | np.ndarray, "h w c"],
         frames: int = 8,
         *,
-        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
+        labels: ClassLabels | None = None,
         sigmas: Sequence[float] | None = None,
         batch_size: int | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
-        """`frames` images from one to the other: their blends, each edited as strokes are, under the same noise.
+        """`frames` images from `first` to `second`: linear blends of both, each edited as Strokes with the same noise.
 
-        labels: one for all or one per frame. sigmas: as for `sample`, by default those of strokes; the first one says
-        how much of the images is hidden. Raises InputError.
+        sigmas: by default those of Strokes; a higher first level changes the images more.
         """
-        self._refuse_denoisers()
+        _check_editable(self.config)
         frames = check_int("frames", frames, 2, 10**6)
-        pair = checked_images(np.stack([first, second]), Strokes(), self.config.network.image_shape)
+        pair = check_images(np.stack([first, second]), Strokes(), self.config.network.image_shape)
         plan = self.plan(sigmas=stroke_sigmas(pair.shape[1]) if sigmas is None else sigmas)
         keys = jnp.repeat(variant_keys(_as_key(key), 1, 1), frames)
-        blended = blends(pair[0], pair[1], frames)
-        return self._edited(plan, Strokes(), keys, blended, self.labels(labels, frames), batch_size)
+        return self._edit(plan, Strokes(), keys, blend(pair[0], pair[1], frames), labels, batch_size)
 
     def interpolate_noise(
         self,
-        first: int | Key[Array, ""],
-        second: int | Key[Array, ""],
+        first: Seed,
+        second: Seed,
         frames: int = 8,
         *,
-        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
-        steps: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        indices: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
+        labels: ClassLabels | None = None,
         sampler: str | Sampler | None = None,
         batch_size: int | None = None,
+        **levels: Unpack[NoiseLevelArgs],
     ) -> Float[np.ndarray, "n h w c"]:
-        """`frames` images from the first one that `sample` draws for one key to the first one for another.
+        """`frames` images from the first sample of one key to the first sample of another, as by `sample`.
 
-        Every draw of noise is interpolated along the sphere. labels: one for all or one per frame. The rest is as for
-        `sample`. Raises InputError.
+        All noise is interpolated spherically (CM, appendix D).
         """
-        plan = self.plan(steps=steps, timesteps=timesteps, indices=indices, sigmas=sigmas, sampler=sampler)
+        plan = self.plan(sampler=sampler, **levels)
         frames = check_int("frames", frames, 2, 10**6)
-        parts = slerp_all(
+        parts = slerp_batches(
             self.config.function,
             plan.sampler,
             self.params,
             plan.levels,
             _as_key(first),
             _as_key(second),
-            self.labels(labels, frames),
+            self.class_numbers(labels, frames),
             frames=frames,
-            batch_size=self._batch_size(batch_size),
+            batch_size=_batch_size(batch_size, self.config),
         )
         return np.concatenate(list(parts))
 
-    def batches(
-        self,
-        key: int | Key[Array, ""],
-        count: int,
-        plan: Plan,
-        *,
-        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None = None,
-        batch_size: int | None = None,
-    ) -> Iterator[Float[np.ndarray, "b h w c"]]:
-        """As `sample`, a batch at a time, for more images than memory holds. Bad input raises here, not later."""
-        count = check_int("count", count, 1, 10**9)
-        chosen = self.draw_labels(key, count) if labels is None else self.labels(labels, count)
-        return generate(
-            self.config.function,
-            plan.sampler,
-            self.params,
-            plan.levels,
-            _as_key(key),
-            count,
-            chosen,
-            batch_size=self._batch_size(batch_size),
-        )
+    def plan(self, *, sampler: str | Sampler | None = None, **levels: Unpack[NoiseLevelArgs]) -> SamplingPlan:
+        """The sampler and the noise levels of `sample` with these arguments."""
+        consistency = self.config.distilled
+        sampler = _sampler(sampler or ("consistency" if consistency else "heun"))
+        if not _given(levels):
+            levels = {"steps": 1 if consistency else TEACHER_STEPS}
+        chosen = choose_levels(sampler, self.config.grid, tuned=self.config.tuned_timesteps, **levels)
+        return SamplingPlan(sampler, chosen)
 
-    def draw_labels(self, key: int | Key[Array, ""], count: int) -> Int[np.ndarray, " n"] | None:
-        """The classes that `sample` draws for this key where it is given none; None for an unconditional model."""
+    def sample_labels(self, key: Seed, count: int) -> Int[np.ndarray, " n"] | None:
+        """The class numbers that `sample` uses for this key by default; None for an unconditional model."""
         classes = self.config.network.classes
         return None if classes is None else draw_labels(_as_key(key), count, classes)
 
-    def plan(
-        self,
-        *,
-        steps: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        indices: Sequence[int] | None = None,
-        sigmas: Sequence[float] | None = None,
-        sampler: str | Sampler | None = None,
-    ) -> Plan:
-        """The sampler and the levels that `sample` takes for these arguments."""
-        if sampler is None:
-            sampler = "consistency" if self.config.distilled else "heun"
-        if isinstance(sampler, str):
-            if sampler not in SAMPLERS:
-                raise InputError(f"There is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")
-            sampler = SAMPLERS[sampler]
-        if steps is None and timesteps is None and indices is None and sigmas is None:
-            steps = 1 if self.config.distilled else TEACHER_STEPS
-        levels = choose_levels(
-            sampler,
-            self.config.grid,
-            steps=steps,
-            timesteps=timesteps,
-            indices=indices,
-            sigmas=sigmas,
-            tuned=self.config.tuned_timesteps,
-        )
-        return Plan(sampler, levels)
-
-    def labels(
-        self, labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None, count: int
-    ) -> Int[np.ndarray, " n"] | None:
-        """Class numbers for `count` images, from one class or one per image, by number or name.
-
-        Raises InputError for unknown, ambiguous or wrongly many ones, and for any given to an unconditional model.
-        """
-        classes = self.config.network.classes
-        if labels is None and classes is None:
-            return None
-        if labels is None:
-            raise InputError(f"This model is class-conditional: give labels from 0 to {(classes or 1) - 1}.")
-        if classes is None:
-            raise InputError("Labels were given to an unconditional model: leave them out.")
-        wanted = [labels] if isinstance(labels, str) else np.ravel(np.asarray(labels)).tolist()
-        if len(wanted) not in (1, count):
-            raise InputError(f"{len(wanted)} labels for {count} images: give one label, or one for each image.")
-        numbers = [self._class_number(label, classes) for label in wanted]
-        return np.asarray(numbers * (count // len(numbers)), np.int32)
+    def class_numbers(self, labels: ClassLabels | None, count: int) -> Int[np.ndarray, " n"] | None:
+        """Class numbers of `labels` for `count` images; None for an unconditional model."""
+        return class_numbers(labels, count, self.config.network.classes, self.config.class_names)
 
     def save(self, directory: str | Path) -> None:
-        """Write a checkpoint that `load` reads, in the precision that the parameters have here."""
+        """Write a native checkpoint in the current precision of the parameters."""
         native.save(Path(directory), self.config, self.params)
 
-    def _batch_size(self, asked: int | None) -> int:
-        if asked is None:
-            return default_batch_size(self.config.network.image_shape[0]) * len(jax.local_devices())
-        return check_int("batch_size", asked, 1, 10**6)
-
-    def _refuse_denoisers(self) -> None:
-        if not self.config.distilled:
-            raise InputError(
-                "Editing wants a consistency model, and this is a denoiser, whose single call is a blurred mean of "
-                "what an image may be: take the model that was distilled from it."
-            )
-
-    def _edited(
+    def _edit(
         self,
-        plan: Plan,
+        plan: SamplingPlan,
         operator: Operator,
         keys: Keys,
         images: Float[np.ndarray, "i h w c"],
-        labels: Int[np.ndarray, " i"] | None,
+        labels: ClassLabels | None,
         batch_size: int | None,
     ) -> Float[np.ndarray, "b h w c"]:
-        function, size = self.config.function, self._batch_size(batch_size)
-        parts = edit_all(function, operator, self.params, plan.levels, keys, images, labels, batch_size=size)
+        numbers, size = self.class_numbers(labels, len(images)), _batch_size(batch_size, self.config)
+        function = self.config.function
+        parts = edit_batches(function, operator, self.params, plan.levels, keys, images, numbers, batch_size=size)
         return np.concatenate(list(parts))
-
-    def _class_number(self, label: Label | float, classes: int) -> int:
-        names = self.config.class_names
-        label = label.strip() if isinstance(label, str) else label
-        if isinstance(label, str) and not re.fullmatch(r"[+-]?[0-9]{1,9}", label):
-            wanted = label.casefold()
-            exact = [i for i, name in enumerate(names) if wanted == name.casefold()]
-            found = exact or [i for i, name in enumerate(names) if wanted in name.casefold().split(", ")]
-            if len(found) == 1:
-                return found[0]
-            if found:
-                choices = ", ".join(f"{i} ({names[i]})" for i in found)
-                raise InputError(f"{label!r} names several classes: give one of the numbers {choices}.")
-            words = [word for name in names for word in [name, *name.split(", ")]]
-            close = difflib.get_close_matches(label, words, n=1, cutoff=0.5)
-            known = f"did you mean {close[0]!r}?" if close else "its classes are " + "; ".join(names[:10])
-            hint = known if names else f"its classes have no names; give a number from 0 to {classes - 1}"
-            raise InputError(f"This model has no class {label!r}: {hint}.".replace("?.", "?"))
-        return check_int("A label", int(label) if isinstance(label, str) else label, 0, classes - 1)
-
-    def _replayed(
-        self,
-        noise: Float[Array | np.ndarray, "draws b h w c"],
-        count: int,
-        labels: Label | Sequence[Label] | Int[Array | np.ndarray, " b"] | None,
-        plan: Plan,
-    ) -> Float[np.ndarray, "b h w c"]:
-        shape = self.config.network.image_shape
-        if noise.shape[1:] != (count, *shape):
-            raise InputError(
-                f"Noise must be [draws, {count}, {', '.join(map(str, shape))}] for {count} images: a standard normal "
-                f"draw for the start, then one for each step; got {list(noise.shape)}."
-            )
-        steps = len(plan.levels) - 1
-        needed = plan.sampler.draws(steps)
-        if noise.shape[0] < needed:
-            raise InputError(f"This sampler makes {needed} draws of noise in {steps} steps; got {noise.shape[0]}.")
-        return replay(self.config.function, plan.sampler, self.params, plan.levels, noise, self.labels(labels, count))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -346,7 +248,39 @@ def _denoise(function: ConsistencyFunction, params: Params, x: Array, sigma: Arr
     return function(params, x, sigma, labels)
 
 
-def _as_key(key: int | Key[Array, ""]) -> Key[Array, ""]:
-    if isinstance(key, jax.Array):
-        return key
-    return jax.random.key(check_int("A seed", key, 0, 2**32 - 1))
+def _given(levels: Any) -> bool:
+    return any(value is not None for value in levels.values())
+
+
+def _as_key(key: Seed) -> Key[Array, ""]:
+    return key if isinstance(key, jax.Array) else jax.random.key(check_int("A seed", key, 0, 2**32 - 1))
+
+
+def _sampler(sampler: str | Sampler) -> Sampler:
+    if isinstance(sampler, Sampler):
+        return sampler
+    if sampler not in SAMPLERS:
+        raise InputError(f"Expected one of the samplers {', '.join(SAMPLERS)}; got {sampler!r}.")
+    return SAMPLERS[sampler]
+
+
+def _batch_size(given: int | None, config: ModelConfig) -> int:
+    if given is None:
+        return default_batch_size(config.network.image_shape[0]) * len(jax.local_devices())
+    return check_int("batch_size", given, 1, 10**6)
+
+
+def _check_editable(config: ModelConfig) -> None:
+    if not config.distilled:
+        raise InputError("Expected a consistency model for editing, got a denoiser; use a model distilled from it.")
+
+
+def _check_noise(noise: Float[Array | np.ndarray, "..."], images_shape: tuple[int, ...], plan: SamplingPlan) -> None:
+    steps = len(plan.levels) - 1
+    needed = plan.sampler.draws(steps)
+    if noise.shape[1:] != images_shape or noise.shape[0] < needed:
+        shape = ", ".join(map(str, images_shape))
+        raise InputError(
+            f"Expected standard normal noise [{needed}, {shape}] for {steps} steps of this sampler; got "
+            f"{list(noise.shape)}."
+        )

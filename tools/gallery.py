@@ -90,21 +90,21 @@ def edits(model: Model, operator: Operator, known: str) -> Image.Image:
     """Each picture, its known part and edits of it."""
     given, labels = emoji(PICTURES.values(), model)
     edited = model.edit(0, given, operator, labels=labels, variants=VARIANTS)
-    columns = [given, np.asarray(operator.shown(jnp.asarray(given))), *by_variant(edited, len(given))]
+    columns = [given, np.asarray(operator.preview(jnp.asarray(given))), *by_variant(edited, len(given))]
     return sheet(across(columns), len(columns), list(PICTURES), ["given", known, "edits"])
 
 
 def inpainted(model: Model) -> Image.Image:
     """Each picture with its lower half inpainted."""
     size = model.config.network.image_size
-    hole = photos.hole_in((size // 8, size // 2, size - size // 8, size), size, size)
+    hole = photos.hole_from_box((size // 8, size // 2, size - size // 8, size), size, size)
     return edits(model, Mask(np.repeat(~hole[None, ..., None], len(PICTURES), 0)), "known")
 
 
 def strokes(model: Model) -> Image.Image:
     """Stroke-based edits of the sketches."""
     size = model.config.network.image_size
-    sketches = [photos.fitted(photos.read(IMAGES / "emoji" / f"{name}.png"), size) for name in SKETCHES]
+    sketches = [photos.fit(photos.read(IMAGES / "emoji" / f"{name}.png"), size) for name in SKETCHES]
     edited = model.edit(0, np.stack(sketches), Strokes(), labels=list(SKETCHES.values()), variants=VARIANTS + 1)
     columns = [np.stack(sketches), *by_variant(edited, len(sketches))]
     return sheet(across(columns), len(columns), ["a face", "a flag"], ["given", "edits"])
@@ -126,7 +126,7 @@ def emoji(codes: Iterable[str], model: Model) -> tuple[Images, list[int]]:
     """The Noto emoji of these code points at the model's size, and their classes."""
     arrays, size = bundled(), model.config.network.image_size
     found = [np.flatnonzero((arrays["unified"] == code) & (arrays["vendor"] == 0))[0] for code in codes]
-    shown = [photos.fitted(Image.fromarray(arrays["images"][index]), size) for index in found]
+    shown = [photos.fit(Image.fromarray(arrays["images"][index]), size) for index in found]
     return np.stack(shown), [int(arrays["labels"][index]) for index in found]
 
 

@@ -154,24 +154,24 @@ def _inpaint(arguments: Inpaint) -> None:
 
     def hole(picture: Image.Image) -> np.ndarray:
         if arguments.mask is not None:
-            return photos.hole_of(photos.read(arguments.mask), *picture.size)
+            return photos.hole_from_mask(photos.read(arguments.mask), *picture.size)
         box = numbers("box", arguments.box, int)
         if box is None or len(box) != 4:
             raise InputError(f"--box wants left,top,right,bottom, got {arguments.box!r}.")
-        return photos.hole_in(box, *picture.size)
+        return photos.hole_from_box(box, *picture.size)
 
     pictures = _read(arguments)
     holes = [hole(picture) for picture in pictures]
     model = _model(arguments)
     size = model.config.network.image_shape[0]
-    known = ~np.stack([photos.fitted_hole(each, size) for each in holes])[..., None]
-    _edit(arguments, model, pictures, [photos.fitted(picture, size) for picture in pictures], Mask(known), holes)
+    known = ~np.stack([photos.fit_hole(each, size) for each in holes])[..., None]
+    _edit(arguments, model, pictures, [photos.fit(picture, size) for picture in pictures], Mask(known), holes)
 
 
 def _colourise(arguments: Colorize) -> None:
     pictures, model = _read(arguments), _model(arguments)
     size = model.config.network.image_shape[0]
-    _edit(arguments, model, pictures, [photos.fitted(picture, size) for picture in pictures], Luma())
+    _edit(arguments, model, pictures, [photos.fit(picture, size) for picture in pictures], Luma())
 
 
 def _super_resolve(arguments: SuperResolve) -> None:
@@ -182,7 +182,7 @@ def _super_resolve(arguments: SuperResolve) -> None:
 
     def fit(picture: Image.Image) -> np.ndarray:
         tiny = min(picture.size) <= small
-        return photos.enlarged(picture, size, arguments.patch) if tiny else photos.fitted(picture, size)
+        return photos.fit_patches(picture, size, arguments.patch) if tiny else photos.fit(picture, size)
 
     _edit(arguments, model, pictures, [fit(picture) for picture in pictures], operator)
 
@@ -190,13 +190,13 @@ def _super_resolve(arguments: SuperResolve) -> None:
 def _repaint(arguments: Repaint) -> None:
     pictures, model = _read(arguments), _model(arguments)
     size = model.config.network.image_shape[0]
-    _edit(arguments, model, pictures, [photos.fitted(picture, size) for picture in pictures], Strokes())
+    _edit(arguments, model, pictures, [photos.fit(picture, size) for picture in pictures], Strokes())
 
 
 def _denoise(arguments: Denoise) -> None:
     pictures, model = _read(arguments), _model(arguments)
     size = model.config.network.image_shape[0]
-    images = [photos.fitted(picture, size) for picture in pictures]
+    images = [photos.fit(picture, size) for picture in pictures]
     if arguments.add:
         check_int("A seed", arguments.seed, 0, 2**32 - 1)
         dice = np.random.default_rng(arguments.seed)
@@ -228,7 +228,7 @@ def _edit(
             **arguments.levels(),
         )
     edits = quantize(edits).reshape(len(given), columns, *given.shape[1:])
-    before, known = (quantize(np.asarray(shown))[:, None] for shown in (given, operator.shown(jnp.asarray(given))))
+    before, known = (quantize(np.asarray(shown))[:, None] for shown in (given, operator.preview(jnp.asarray(given))))
     parts = [before, edits] if np.array_equal(before, known) else [before, known, edits]
     rows = np.concatenate(parts, axis=1)
     save_grid(arguments.output, grid(rows.reshape(-1, *given.shape[1:]), rows.shape[1]))
@@ -240,7 +240,7 @@ def _edit(
             beside.mkdir()
             for row, column in itertools.product(range(len(given)), range(columns)):
                 hole = holes[row] if holes else None
-                whole = photos.back(pictures[row], edits[row, column], hole)
+                whole = photos.paste_back(pictures[row], edits[row, column], hole)
                 whole.save(beside / f"{row:03d}_{arguments.pictures[row].stem}_{column:02d}.png")
         say(f"Each by itself, at its picture's size, is in {arguments.folder}.")
 
@@ -261,7 +261,7 @@ def _interpolate(arguments: Interpolate) -> None:
     else:
         size = model.config.network.image_shape[0]
         _tell(arguments.pictures, pictures, size)
-        ends = [photos.fitted(picture, size) for picture in pictures]
+        ends = [photos.fit(picture, size) for picture in pictures]
         images = model.interpolate_images(
             arguments.seed, ends[0], ends[1], frames, labels=labels, sigmas=sigmas, batch_size=batch_size
         )
@@ -288,13 +288,13 @@ def _check_output(output: Path, folder: Path | None) -> None:
 def _model(arguments: _Edit) -> Model:
     use_compilation_cache(arguments.compilation_cache)
     model = load(resolve(arguments.checkpoint), precision=arguments.precision)
-    photos.square_side(model.config.network.image_shape)
+    photos.check_square(model.config.network.image_shape)
     return model
 
 
 def _tell(paths: Sequence[Path], pictures: Sequence[Image.Image], size: int) -> None:
     for path, picture in zip(paths, pictures, strict=True):
-        line = photos.told(picture, path.name, size)
+        line = photos.describe_fit(picture, path.name, size)
         if line:
             say(line)
 

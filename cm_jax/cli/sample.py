@@ -16,7 +16,7 @@ from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import check_writable
 from cm_jax.io.images import Quantization, grid, quantize, save_folder, save_grid, save_npz
 from cm_jax.loading import load
-from cm_jax.model import Model, Plan
+from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import SAMPLERS
 from cm_jax.types import Precision
 
@@ -120,11 +120,11 @@ def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int
     """(class of every image, number of images, columns of a grid)."""
     if not arguments.labels:
         count = 16 if arguments.count is None else check_int("count", arguments.count, 1, 10**9)
-        return model.draw_labels(arguments.seed, count), count, max(1, round(count**0.5))
+        return model.sample_labels(arguments.seed, count), count, max(1, round(count**0.5))
     classes = model.config.network.classes
     every = arguments.labels.strip().lower() == "all" and classes is not None
     wanted = [str(i) for i in range(classes or 0)] if every else arguments.labels.split(",")
-    numbers = model.labels(wanted, len(wanted))
+    numbers = model.class_numbers(wanted, len(wanted))
     assert numbers is not None
     count = 8 * len(numbers) if arguments.count is None else arguments.count
     if count % len(numbers) or count < 1:
@@ -143,7 +143,7 @@ def _row_names(model: Model, labels: np.ndarray | None, columns: int) -> list[st
     return [names[label].split(",")[0] if names else f"class {label}" for label in first]
 
 
-def _described(plan: Plan) -> str:
+def _described(plan: SamplingPlan) -> str:
     steps = len(plan.levels) - 1
     name = next((name for name, sampler in SAMPLERS.items() if sampler == plan.sampler), type(plan.sampler).__name__)
     shown = ", ".join(f"{level:.4g}" for level in plan.levels[:-1][:4]) + (", ..." if steps > 4 else "")

@@ -1,1 +1,1 @@
-"""A page on this machine to draw and edit with: what it draws, and the page around it."""
+"""Web page for sampling and editing: the images it shows (rendering.py), and the page (page.py)."""

@@ -1,4 +1,4 @@
-"""A page in the browser: python -m cm_jax.demo [CHECKPOINT ...] [--port ...]; --help tells the rest."""
+"""Web page for sampling and editing: python -m cm_jax.demo [CHECKPOINT ...] [--port ...]; options: --help."""
 
 from cm_jax.cli import main_demo
 

@@ -1,4 +1,4 @@
-"""The page around `drawing`, in Gradio: what can be chosen, and where the pictures stand."""
+"""The demo page in Gradio: its layout, its callbacks, and the server."""
 
 import contextlib
 import functools
@@ -10,14 +10,14 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import gradio as gr
 from gradio.themes import Default
 from PIL import Image
 
 from cm_jax.demo import rendering
-from cm_jax.demo.rendering import EXAMPLES, KINDS, MOST_IMAGES, MOST_STEPS, Picture
+from cm_jax.demo.rendering import CANVAS, EXAMPLES, KINDS, MAX_IMAGES, MAX_STEPS, Picture
 from cm_jax.editing import EDIT_STEPS
 from cm_jax.errors import InputError
 from cm_jax.model import Model
@@ -27,128 +27,228 @@ T = TypeVar("T")
 
 _ANY = -1
 _numbers = itertools.count()
-_MOST_UPLOAD = 2**25
-_SESSIONS = 64
+_MAX_UPLOAD = 2**25
+_MAX_SESSIONS = 64
 _CSS = """
 .pixels img { image-rendering: pixelated; padding-top: 2rem; }
 .about { align-content: center; }
 footer { display: none !important; }
 """
-_WELCOME = """# cm_jax
-Draw with a consistency model, in one step and in several, and edit pictures with no training."""
+_INTRODUCTION = """# cm_jax
+Sample images from a consistency model in one or more steps, and edit pictures without training."""
+_DEVICES: Any = {"concurrency_id": "devices", "concurrency_limit": 1, "api_visibility": "private"}
+_QUICK: Any = {**_DEVICES, "show_progress": "hidden"}
 
 
 def page(checkpoints: Mapping[str, Path]) -> gr.Blocks:
-    """The page, on which the models of these paths can be chosen by name."""
-
-    def model(name: str) -> Model:
-        return rendering.loaded(checkpoints[name])
-
-    @_in_words
-    def show_model(name: str) -> tuple[str, gr.Dropdown, gr.Dropdown]:
-        choices = rendering.class_choices(model(name))
-        of_images = gr.Dropdown(choices=[("any", _ANY), *choices], value=_ANY, visible=bool(choices))
-        of_picture = gr.Dropdown(choices=choices, value=0, visible=True) if choices else _no_class()
-        return rendering.described(model(name)), of_images, of_picture
-
-    @_in_words
-    def show_picture(name: str, picture: Picture) -> tuple[Any, str]:
-        pixels, told = rendering.as_seen(model(name), picture)
-        return _apart(Image.fromarray(pixels)), told
-
-    @_in_words
-    def draw(name: str, label: int, seed: int, steps: int, count: int) -> tuple[Any, Any, str]:
-        one, many, told = rendering.one_beside_many(model(name), seed, None if label == _ANY else label, steps, count)
-        return _apart(one), _apart(many), told
-
-    @_in_words
-    def take_upload(name: str, path: str) -> tuple[Any, ...]:
-        picture = rendering.read(Path(path).read_bytes(), Path(path).name)
-        return (picture, None, *show_picture(name, picture))
-
-    @_in_words
-    def take_example(name: str, example: str) -> tuple[Any, ...]:
-        picture, class_name = rendering.example(example)
-        number = dict(rendering.class_choices(model(name))).get(class_name)
-        return (picture, gr.skip() if number is None else number, *show_picture(name, picture))
-
-    @_in_words
-    def edit(
-        name: str, kind: str, picture: Picture, canvas: dict[str, Any], label: int, seed: int, steps: int, count: int
-    ) -> tuple[Any, Any]:
-        chosen = None if label == _ANY else label
-        known, edited = rendering.edits(model(name), kind, picture, canvas["layers"], seed, chosen, steps, count)
-        return _apart(known), _apart(edited)
-
-    first, _ = rendering.example(next(iter(EXAMPLES)))
+    """The page, on which these models can be chosen by name."""
+    callbacks = _Callbacks(checkpoints)
     with gr.Blocks(analytics_enabled=False, title="cm_jax", delete_cache=(600, 3600)) as blocks:
-        picture = gr.State(first)
-        gr.Markdown(_WELCOME)
+        gr.Markdown(_INTRODUCTION)
         with gr.Row(equal_height=True):
             name = gr.Dropdown(list(checkpoints), label="Model")
             about = gr.Markdown(elem_classes="about")
-        with gr.Tab("Draw"), gr.Row():
-            with gr.Column(scale=2, min_width=260):
-                of_images, seed = _no_class(), _seed()
-                steps = gr.Slider(2, MOST_STEPS, 2, step=1, label="Steps, beside one")
-                count = gr.Slider(1, MOST_IMAGES, MOST_IMAGES, step=1, label="Images")
-                begin = gr.Button("Draw", variant="primary")
-            with gr.Column(scale=5):
-                with gr.Row():
-                    one, many = _shown("In one step"), _shown("In several steps, from the same noise")
-                levels = gr.Markdown()
+        with gr.Tab("Sample"), gr.Row():
+            sample = _sample_tab()
         with gr.Tab("Edit"), gr.Row():
-            with gr.Column(scale=3, min_width=420):
-                example = gr.Radio(list(EXAMPLES), value=first.name, label="Picture")
-                upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
-                canvas = gr.ImageEditor(
-                    label="Paint over what is to be made anew",
-                    type="numpy",
-                    format="png",
-                    sources=(),
-                    transforms=(),
-                    layers=False,
-                    brush=gr.Brush(default_size=32, colors=["#e6007e"], color_mode="fixed"),
-                    canvas_size=(rendering.PAINTED, rendering.PAINTED),
-                    height=rendering.PAINTED + 60,
-                    interactive=True,
-                )
-                seen = gr.Markdown()
-            with gr.Column(scale=4):
-                kind = gr.Radio(list(KINDS), value=next(iter(KINDS)), label="Edit")
-                with gr.Row():
-                    of_picture, edit_seed = _no_class(), _seed()
-                with gr.Row():
-                    edit_steps = gr.Slider(1, MOST_STEPS, EDIT_STEPS, step=1, label="Steps")
-                    variants = gr.Slider(1, MOST_IMAGES, 8, step=1, label="Edits")
-                begin_edit = gr.Button("Edit", variant="primary")
-                with gr.Row():
-                    known, edited = _shown("Given, and known", buttons=[], min_width=120), _shown("Edits", scale=3)
-
-        alone: Any = {"concurrency_id": "devices", "concurrency_limit": 1, "api_visibility": "private"}
-        quick: Any = {**alone, "show_progress": "hidden"}
-        seen_now = [canvas, seen]
-        changed = gr.on([blocks.load, name.change], show_model, name, [about, of_images, of_picture], **quick)
-        changed.success(show_picture, [name, picture], seen_now, **quick)
-        canvas.clear(show_picture, [name, picture], seen_now, **quick)
-        upload.upload(take_upload, [name, upload], [picture, example, *seen_now], **quick)
-        example.input(take_example, [name, example], [picture, of_picture, *seen_now], **quick)
-        begin.click(draw, [name, of_images, seed, steps, count], [one, many, levels], show_progress_on=many, **alone)
-        painted = [name, kind, picture, canvas, of_picture, edit_seed, edit_steps, variants]
-        begin_edit.click(edit, painted, [known, edited], show_progress_on=edited, **alone)
+            edit = _edit_tab()
+        changed = gr.on(
+            [blocks.load, name.change], callbacks.show_model, name, [about, sample.label, edit.label], **_QUICK
+        )
+        changed.success(callbacks.show_picture, [name, edit.picture], [edit.canvas, edit.about], **_QUICK)
+        _connect_sample(callbacks, name, sample)
+        _connect_edit(callbacks, name, edit)
     return blocks
 
 
-def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Answer on host:port until interrupted, and tell `ready` the page's address.
+class _SampleTab(NamedTuple):
+    label: gr.Dropdown
+    seed: gr.Number
+    steps: gr.Slider
+    count: gr.Slider
+    button: gr.Button
+    one_step: gr.Image
+    several_steps: gr.Image
+    levels: gr.Markdown
 
-    Raises InputError where nothing can listen.
+
+class _EditTab(NamedTuple):
+    picture: gr.State
+    example: gr.Radio
+    upload: gr.UploadButton
+    canvas: gr.ImageEditor
+    about: gr.Markdown
+    kind: gr.Radio
+    label: gr.Dropdown
+    seed: gr.Number
+    steps: gr.Slider
+    count: gr.Slider
+    button: gr.Button
+    known: gr.Image
+    edits: gr.Image
+
+
+def _sample_tab() -> _SampleTab:
+    with gr.Column(scale=2, min_width=260):
+        settings = (
+            _hidden_class(),
+            gr.Number(0, label="Seed", precision=0),
+            gr.Slider(2, MAX_STEPS, 2, step=1, label="Steps"),
+            gr.Slider(1, MAX_IMAGES, MAX_IMAGES, step=1, label="Number of images"),
+            gr.Button("Sample", variant="primary"),
+        )
+    with gr.Column(scale=5):
+        with gr.Row():
+            images = _image("One step"), _image("Several steps from the same noise")
+        return _SampleTab(*settings, *images, gr.Markdown())
+
+
+def _edit_tab() -> _EditTab:
+    first, _ = rendering.example(next(iter(EXAMPLES)))
+    with gr.Column(scale=3, min_width=420):
+        inputs = (
+            gr.State(first),
+            gr.Radio(list(EXAMPLES), value=first.name, label="Picture"),
+            gr.UploadButton("Upload a picture", file_types=["image"], size="sm"),
+            gr.ImageEditor(
+                label="Paint over the part to inpaint",
+                type="numpy",
+                format="png",
+                sources=(),
+                transforms=(),
+                layers=False,
+                brush=gr.Brush(default_size=32, colors=["#e6007e"], color_mode="fixed"),
+                canvas_size=(CANVAS, CANVAS),
+                height=CANVAS + 60,
+                interactive=True,
+            ),
+            gr.Markdown(),
+        )
+    with gr.Column(scale=4):
+        kind = gr.Radio(list(KINDS), value=next(iter(KINDS)), label="Edit")
+        with gr.Row():
+            label, seed = _hidden_class(), gr.Number(0, label="Seed", precision=0)
+        with gr.Row():
+            steps = gr.Slider(1, MAX_STEPS, EDIT_STEPS, step=1, label="Steps")
+            count = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of images")
+        button = gr.Button("Edit", variant="primary")
+        with gr.Row():
+            images = _image("Input and known part", buttons=[], min_width=120), _image("Edits", scale=3)
+    return _EditTab(*inputs, kind, label, seed, steps, count, button, *images)
+
+
+def _connect_sample(callbacks: "_Callbacks", name: gr.Dropdown, tab: _SampleTab) -> None:
+    inputs = [name, tab.label, tab.seed, tab.steps, tab.count]
+    outputs = [tab.one_step, tab.several_steps, tab.levels]
+    tab.button.click(callbacks.sample, inputs, outputs, show_progress_on=tab.several_steps, **_DEVICES)
+
+
+def _connect_edit(callbacks: "_Callbacks", name: gr.Dropdown, tab: _EditTab) -> None:
+    shown = [tab.canvas, tab.about]
+    tab.canvas.clear(callbacks.show_picture, [name, tab.picture], shown, **_QUICK)
+    tab.upload.upload(callbacks.upload, [name, tab.upload], [tab.picture, tab.example, *shown], **_QUICK)
+    tab.example.input(callbacks.use_example, [name, tab.example], [tab.picture, tab.label, *shown], **_QUICK)
+    inputs = [name, tab.kind, tab.picture, tab.canvas, tab.label, tab.seed, tab.steps, tab.count]
+    tab.button.click(callbacks.edit, inputs, [tab.known, tab.edits], show_progress_on=tab.edits, **_DEVICES)
+
+
+def _hidden_class() -> gr.Dropdown:
+    return gr.Dropdown([("any", _ANY)], value=_ANY, label="Class", visible=False)
+
+
+def _image(label: str, **options: Any) -> gr.Image:
+    options = {"buttons": ["download", "fullscreen"], **options}
+    return gr.Image(label=label, format="png", interactive=False, elem_classes="pixels", **options)
+
+
+def _with_messages(function: Callable[P, T]) -> Callable[P, T]:
+    """Show InputError as a message on the page."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except InputError as error:
+            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+
+    return wrapped
+
+
+class _Callbacks:
+    """Callbacks of the page; `name` is the name of the chosen model."""
+
+    def __init__(self, checkpoints: Mapping[str, Path]) -> None:
+        self._checkpoints = checkpoints
+
+    def _model(self, name: str) -> Model:
+        return rendering.load_cached(self._checkpoints[name])
+
+    @_with_messages
+    def show_model(self, name: str) -> tuple[str, gr.Dropdown, gr.Dropdown]:
+        model = self._model(name)
+        choices = rendering.class_choices(model)
+        sample_class = gr.Dropdown(choices=[("any", _ANY), *choices], value=_ANY, visible=bool(choices))
+        edit_class = gr.Dropdown(choices=choices, value=0, visible=True) if choices else _hidden_class()
+        return rendering.describe_model(model), sample_class, edit_class
+
+    @_with_messages
+    def show_picture(self, name: str, picture: Picture) -> tuple[Any, str]:
+        pixels, about = rendering.canvas_image(self._model(name), picture)
+        return _unique(Image.fromarray(pixels)), about
+
+    @_with_messages
+    def upload(self, name: str, path: str) -> tuple[Any, ...]:
+        picture = rendering.read_picture(Path(path).read_bytes(), Path(path).name)
+        return (picture, None, *self.show_picture(name, picture))
+
+    @_with_messages
+    def use_example(self, name: str, example: str) -> tuple[Any, ...]:
+        picture, class_name = rendering.example(example)
+        number = dict(rendering.class_choices(self._model(name))).get(class_name)
+        return (picture, gr.skip() if number is None else number, *self.show_picture(name, picture))
+
+    @_with_messages
+    def sample(self, name: str, label: int, seed: int, steps: int, count: int) -> tuple[Any, Any, str]:
+        one, several, levels = rendering.sample_grids(self._model(name), seed, _label(label), steps, count)
+        return _unique(one), _unique(several), levels
+
+    @_with_messages
+    def edit(
+        self,
+        name: str,
+        kind: str,
+        picture: Picture,
+        canvas: dict[str, Any],
+        label: int,
+        seed: int,
+        steps: int,
+        count: int,
+    ) -> tuple[Any, Any]:
+        model, layers = self._model(name), canvas["layers"]
+        known, edits = rendering.edit_grids(model, kind, picture, layers, seed, _label(label), steps, count)
+        return _unique(known), _unique(edits)
+
+
+def _label(chosen: int) -> int | None:
+    return None if chosen == _ANY else chosen
+
+
+def _unique(picture: Image.Image) -> Image.Image:
+    """Give a picture its own file: Gradio names files by content, and would overwrite one that a browser is reading."""
+    picture.info["number"] = str(next(_numbers))
+    return picture
+
+
+def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serve the page on host:port until interrupted; calls `ready` with its address.
+
+    Raises InputError where the server cannot listen.
     """
     own = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "", "127.0.0.1", "localhost"]
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, own))  # Gradio calls its own page once
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, own))  # Gradio requests its own page once
     try:
         family = socket.getaddrinfo(host, port)[0][0]
-        socket.create_server((host, port), family=family).close()  # uvicorn would log the reason for itself
+        socket.create_server((host, port), family=family).close()  # uvicorn would log the error itself
         _, address, _ = blocks.launch(
             server_name=host,
             server_port=port,
@@ -162,51 +262,19 @@ def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None])
             enable_monitoring=False,
             run_history=False,
             footer_links=[],
-            max_file_size=_MOST_UPLOAD,
-            state_session_capacity=_SESSIONS,
+            max_file_size=_MAX_UPLOAD,
+            state_session_capacity=_MAX_SESSIONS,
             theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=_CSS,
         )
     except OSError as error:
         raise InputError(
-            f"Nothing can listen on {host}:{port}: give an address of this machine and a free port (--port {port + 1})."
+            f"Cannot listen on {host}:{port}; use an address of this machine and a free port (--port {port + 1})."
         ) from error
     with contextlib.suppress(KeyboardInterrupt):
         ready(address)
         while blocks.is_running:
             time.sleep(0.1)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest takes some seconds at most
-    blocks.close(verbose=False)  # Gradio's own block_thread leaves its queue and the open pages' heartbeats running
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # shutdown takes a few seconds
+    blocks.close(verbose=False)  # Gradio's block_thread leaves its queue and the heartbeats of open pages running
     signal.signal(signal.SIGINT, before)
-
-
-def _in_words(function: Callable[P, T]) -> Callable[P, T]:
-    """Complaints as a message on the page."""
-
-    @functools.wraps(function)
-    def answered(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except InputError as error:
-            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
-
-    return answered
-
-
-def _apart(picture: Image.Image) -> Image.Image:
-    """In a file of its own: Gradio names them by content, and writes over one that a browser may be reading."""
-    picture.info["number"] = str(next(_numbers))
-    return picture
-
-
-def _no_class() -> gr.Dropdown:
-    return gr.Dropdown([("any", _ANY)], value=_ANY, label="Class", visible=False)
-
-
-def _seed() -> gr.Number:
-    return gr.Number(0, label="Seed", precision=0)
-
-
-def _shown(label: str, **options: Any) -> gr.Image:
-    options = {"buttons": ["download", "fullscreen"], **options}
-    return gr.Image(label=label, format="png", interactive=False, elem_classes="pixels", **options)

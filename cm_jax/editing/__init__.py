@@ -1,10 +1,10 @@
-"""Editing without training: a consistency model inpaints, colours, sharpens, denoises, blends (CM, section 6).
+"""Image editing without training (CM, section 6): inpainting, colorization, super-resolution, SDEdit, interpolation.
 
-What is known of an image is an operator, an orthogonal projection of image space; the rest is the model's to invent.
+An operator, an orthogonal projection of image space, defines the known part of an image; the model generates the rest.
 """
 
-from cm_jax.editing.algorithm import EDIT_STEPS, checked_images, edit, edit_all, edited, variant_keys
-from cm_jax.editing.interpolation import blends, slerp, slerp_all
+from cm_jax.editing.algorithm import EDIT_STEPS, check_images, edit, edit_batches, edited_denoiser, variant_keys
+from cm_jax.editing.interpolation import blend, slerp, slerp_batches
 from cm_jax.editing.operators import Luma, Mask, Noisy, Operator, PatchMean, Strokes, stroke_sigmas
 
 __all__ = [
@@ -15,13 +15,13 @@ __all__ = [
     "Operator",
     "PatchMean",
     "Strokes",
-    "blends",
-    "checked_images",
+    "blend",
+    "check_images",
     "edit",
-    "edit_all",
-    "edited",
+    "edit_batches",
+    "edited_denoiser",
     "slerp",
-    "slerp_all",
+    "slerp_batches",
     "stroke_sigmas",
     "variant_keys",
 ]

@@ -1,4 +1,4 @@
-"""The one loop that edits (CM, algorithm 4): the sampler of a consistency function, with what is known put back."""
+"""Editing with a consistency model (CM, algorithm 4): multistep sampling that restores the known part at every step."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,45 +17,45 @@ from cm_jax.samplers.generation import compiled, image_keys, in_batches, noise_f
 from cm_jax.types import Denoiser, Images, Keys, Labels, NoiseSource, Params
 
 _VARIANT = 2
-"""What is drawn from an image's key, beside its label and its noise (0 and 1, in generation.py)."""
+"""fold_in value of the variants of an image; 0 and 1 are those of labels and noise in samplers/generation.py."""
 
 EDIT_STEPS = 17
-"""Steps where no levels are asked for: those of the original's notebook on CIFAR-10."""
-_SLACK = 1e-3
+"""Default number of steps, as in OpenAI's CIFAR-10 notebook."""
+_TOLERANCE = 1e-3
 
 
-def checked_images(
+def check_images(
     images: Float[Array | np.ndarray, "..."], operator: Operator, shape: tuple[int, int, int]
 ) -> Float[np.ndarray, "b h w c"]:
-    """Images that an operator can be applied to, of the network's shape. Raises InputError for any others."""
-    given = np.asarray(images)
-    if given.dtype.kind != "f":
-        raise InputError(f"Images must be float32 in [-1, 1], got {given.dtype}: of 8 bits, take images / 127.5 - 1.")
-    if given.ndim != 4 or not len(given) or given.shape[1:] != shape:
+    """The images as float32, if `operator` and a network with images of `shape` can process them; else InputError."""
+    array = np.asarray(images)
+    if array.dtype.kind != "f":
+        raise InputError(f"Expected float32 images in [-1, 1], got {array.dtype}; use images / 127.5 - 1 for uint8.")
+    if array.ndim != 4 or not len(array) or array.shape[1:] != shape:
         raise InputError(
-            f"Images to edit are {list(given.shape)}, and this model's are [b, {', '.join(map(str, shape))}]: "
-            "fit them first, as the command `edit` does."
+            f"Expected images [b, {', '.join(map(str, shape))}], got {list(array.shape)}; crop and resize them "
+            "first, as `cm-jax edit` does."
         )
-    if not np.isfinite(given).all():
-        raise InputError("Images to edit must be finite: some numbers are not.")
-    if not isinstance(operator, Noisy) and np.abs(given).max() > 1 + _SLACK:
-        raise InputError(f"Images to edit lie in [-1, 1]; these go to {np.abs(given).max():.4g}, beyond 1.")
-    operator.check(given.shape)
-    return given.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError("Expected finite images, got infinite or NaN values.")
+    if not isinstance(operator, Noisy) and np.abs(array).max() > 1 + _TOLERANCE:
+        raise InputError(f"Expected images in [-1, 1], got values up to {np.abs(array).max():.4g}.")
+    operator.check(array.shape)
+    return array.astype(np.float32)
 
 
-def edited(denoiser: Denoiser, operator: Operator, images: Images) -> Denoiser:
-    """(x, sigma) -> f(x, sigma), clipped, with what the operator knows of `images` put back."""
+def edited_denoiser(denoiser: Denoiser, operator: Operator, images: Images) -> Denoiser:
+    """(x, sigma) -> f(x, sigma), clipped to [-1, 1], with the known part of `images` restored."""
     return lambda x, sigma: operator.replace(images, jnp.clip(denoiser(x, sigma), -1, 1))
 
 
 def edit(denoiser: Denoiser, operator: Operator, images: Images, levels: Levels, draw: NoiseSource) -> Images:
-    """x = P y + s_0 z; then x_0 = f(x, s_i) with P y put back, and x = x_0 + sqrt(s_{i+1}^2 - sigma_min^2) z.
+    """x = P y + s_0 z; then x_0 = f(x, s_i) with P y restored, and x = x_0 + sqrt(s_{i+1}^2 - sigma_min^2) z.
 
-    The end is not clipped, as in the original: P x = P y holds there, and would not after it.
+    As in OpenAI's implementation the result is not clipped, so that P x = P y holds for it.
     """
     start = operator.start(images, levels[0] * draw(0))
-    return multistep_sample(edited(denoiser, operator, images), start, levels, draw)
+    return multistep_sample(edited_denoiser(denoiser, operator, images), start, levels, draw)
 
 
 def edit_images(
@@ -67,7 +67,7 @@ def edit_images(
     operator: Operator,
     images: Images,
 ) -> Images:
-    """The whole way from images and keys to edits, to be compiled as one program for every kind of operator."""
+    """Edits from keys and images, to be compiled as one program for each kind of operator."""
     draw = noise_from(keys, function.network.image_shape)
     return edit(function.denoiser(params, labels), operator, images, levels, draw)
 
@@ -76,16 +76,16 @@ _programs = compiled(edit_images, static=1, apart=4)
 
 
 def variant_keys(key: Key[Array, ""], images: int, variants: int) -> Keys:
-    """A key for every variant of every image, those of an image one after the other.
+    """A key for every variant of every image, grouped by image.
 
-    That of variant v of image i depends on neither number.
+    The key of variant v of image i does not depend on the number of images or variants.
     """
     sources = jax.vmap(jax.random.fold_in, (0, None))(image_keys(key, np.arange(images)), _VARIANT)
     each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(sources, np.arange(variants))
     return each.reshape(-1)
 
 
-def edit_all(
+def edit_batches(
     function: ConsistencyFunction,
     operator: Operator,
     params: Params,
@@ -97,14 +97,14 @@ def edit_all(
     batch_size: int,
     devices: Sequence[Any] | None = None,
 ) -> Iterator[Float[np.ndarray, "n h w c"]]:
-    """An edit for every key, a batch at a time: as many for each image, those of an image one after the other."""
+    """One edit for every key, in batches. `keys` holds the same number of keys for each image, grouped by image."""
     variants, last = len(keys) // len(images), len(keys) - 1
     known = jax.tree.map(np.asarray, operator)
 
     def rows(numbers: Int[np.ndarray, " n"]) -> tuple[Any, ...]:
         numbers = np.minimum(numbers, last)
-        which = numbers // variants
-        chosen = None if labels is None else labels[which]
-        return keys[numbers], chosen, jax.tree.map(lambda array: array[which], known), images[which]
+        image = numbers // variants
+        chosen = None if labels is None else labels[image]
+        return keys[numbers], chosen, jax.tree.map(lambda array: array[image], known), images[image]
 
     return in_batches(_programs, (function,), params, levels, rows, len(keys), batch_size=batch_size, devices=devices)

@@ -1,8 +1,8 @@
-"""What is known of an image: orthogonal projections P of image space (P P = P, and P x is orthogonal to x - P x).
+"""Operators: orthogonal projections P onto the known part of an image (P P = P, and P x is orthogonal to x - P x).
 
-The paper writes them as an invertible A and a binary mask Omega of what is unknown, P = A^-1 (1 - Omega) A
-(CM, algorithm 4). Where one direction v of every pixel or patch is known, P x = v (v . x), and A need not be built.
-An operator is a tree for JAX: its arrays have one entry per image, and the rest is compiled in.
+The paper writes them with an invertible A and a binary mask Omega of the unknown part, P = A^-1 (1 - Omega) A
+(CM, algorithm 4). Where one direction v of each pixel or patch is known, P x = v (v . x), and A is not needed.
+An operator is a JAX pytree: its arrays have one entry per image, and its other fields are static.
 """
 
 import abc
@@ -19,80 +19,77 @@ from cm_jax.errors import InputError, check_int
 from cm_jax.types import Images
 
 _LUMA = (0.2989, 0.587, 0.114)
-"""Shares of red, green and blue in the brightness that one sees, as the original has them."""
-_STROKES, _STROKES_SIZE = (5.38, 2.24), 256
-"""Levels of the paper for strokes, and the size of its images (CM, appendix D)."""
+"""Weights of red, green and blue in the brightness, as in OpenAI's implementation."""
+_STROKE_SIGMAS, _STROKE_IMAGE_SIZE = (5.38, 2.24), 256
+"""Noise levels of the paper for strokes, and the size of its images (CM, appendix D)."""
 
 
 def stroke_sigmas(image_size: int) -> tuple[float, ...]:
-    """The paper's levels for strokes, 5.38 and 2.24 at 256 pixels, in proportion to the size.
+    """The paper's noise levels for strokes, 5.38 and 2.24 at 256 pixels, scaled in proportion to the image size.
 
-    What noise hides is what it outweighs in the mean over an area, which has fewer pixels in a smaller image.
+    Noise hides details whose mean over an area it exceeds, and that area has fewer pixels in a smaller image.
     """
-    return tuple(sigma * image_size / _STROKES_SIZE for sigma in _STROKES)
+    return tuple(sigma * image_size / _STROKE_IMAGE_SIZE for sigma in _STROKE_SIGMAS)
 
 
 class Operator(abc.ABC):
-    """P, and where an edit begins."""
+    """P, and the initial image of an edit."""
 
     @abc.abstractmethod
     def project(self, x: Images) -> Images:
-        """P x: of x what is known."""
+        """P x: the known part of x."""
 
     def replace(self, known: Images, x: Images) -> Images:
-        """P known + (x - P x) = x + P (known - x): x, with what is known put back."""
+        """P known + (x - P x) = x + P (known - x): x with the known part of `known`."""
         return x + self.project(known - x)
 
     def start(self, images: Images, noise: Images) -> Images:
-        """x at the first level: what is known, under the noise of that level."""
+        """x at the first level: the known part plus noise of that level."""
         return self.project(images) + noise
 
-    def shown(self, images: Images) -> Images:
-        """What is known, as a picture to look at."""
+    def preview(self, images: Images) -> Images:
+        """The known part as an image to display."""
         return self.project(images)
 
     def default_sigmas(self, image_size: int) -> tuple[float, ...] | None:
-        """Levels where none are asked for; None for steps from sigma_max. Raises InputError where they must be told."""
+        """Default noise levels; None for steps from sigma_max. Raises InputError where the user must give them."""
         del image_size
         return None
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise InputError unless it can be applied to images of this shape."""
+        """Raise InputError unless the operator applies to images of this shape."""
         del shape
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Luma(Operator):
-    """Brightness is known and colour is not: v is (0.2989, 0.587, 0.114) of unit length, along the channels.
+    """Colorization: brightness is known, color is not. v is (0.2989, 0.587, 0.114) / |.|, along the channels.
 
-    A grey picture is known in full by it: P x of a picture and of its grey version are the same.
+    P x is the same for a picture and its gray version.
     """
 
     def project(self, x: Images) -> Images:
         v = jnp.asarray(np.array(_LUMA) / np.linalg.norm(_LUMA), x.dtype)
         return v * (v * x).sum(-1, keepdims=True)
 
-    def shown(self, images: Images) -> Images:
-        """The grey picture: P x itself is a green one."""
+    def preview(self, images: Images) -> Images:
+        """The gray picture (P x itself is green)."""
         gray = (jnp.asarray(_LUMA, images.dtype) * images).sum(-1, keepdims=True)
         return jnp.broadcast_to(gray, images.shape)
 
     def check(self, shape: tuple[int, ...]) -> None:
         if shape[-1] != 3:
-            raise InputError(f"Only images of red, green and blue can be coloured; these have {shape[-1]} channel(s).")
+            raise InputError(f"Expected RGB images for colorization, got {shape[-1]} channel(s).")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PatchMean(Operator):
-    """The mean of every patch is known, channel by channel: v is constant on patches of size x size pixels.
-
-    Raises InputError unless the size is a whole number and divides height and width.
-    """
+    """Super-resolution: the mean of each patch and channel is known. v is constant on patches of size x size pixels."""
 
     size: int = dataclasses.field(default=8, metadata={"static": True})
-    """Pixels of a patch's side."""
+    """Side of a patch in pixels; must divide height and width."""
 
     def __post_init__(self) -> None:
         check_int("The size of a patch", self.size, 1, 2**16)
@@ -103,67 +100,71 @@ class PatchMean(Operator):
         return jnp.broadcast_to(patches.mean((2, 4), keepdims=True), patches.shape).reshape(x.shape)
 
     def check(self, shape: tuple[int, ...]) -> None:
-        if shape[1] % self.size or shape[2] % self.size:
-            fitting = [size for size in range(2, min(shape[1:3]) + 1) if not (shape[1] % size or shape[2] % size)]
+        _, h, w, _ = shape
+        if h % self.size or w % self.size:
+            sizes = ", ".join(str(size) for size in range(2, min(h, w) + 1) if not (h % size or w % size))
             raise InputError(
-                f"Patches of {self.size} pixels do not fill images of {shape[2]} x {shape[1]}: "
-                f"choose one of {', '.join(map(str, fitting))}."
+                f"Expected a patch size that divides {w} x {h} pixels, got {self.size}; use one of {sizes}."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Mask(Operator):
-    """Some pixels are known and others are not. Raises InputError unless `known` is as it is described."""
+    """Inpainting: some pixels are known, others are not."""
 
     known: Bool[Array | np.ndarray, "b h w 1"]
-    """Whether a pixel is known: one mask per image."""
+    """Whether a pixel is known, for each image."""
 
     def __post_init__(self) -> None:
         if self.known.ndim != 4 or self.known.shape[-1] != 1 or self.known.dtype != bool:
             raise InputError(
-                f"A mask must be bool [b, h, w, 1], True where a pixel is known; "
-                f"got {self.known.dtype} {list(self.known.shape)}."
+                f"Expected a bool mask [b, h, w, 1], True for known pixels; got {self.known.dtype} "
+                f"{list(self.known.shape)}."
             )
 
     def project(self, x: Images) -> Images:
         return jnp.where(self.known, x, 0)
 
     def replace(self, known: Images, x: Images) -> Images:
-        """Known pixels themselves, to the bit."""
+        """x with the known pixels of `known`, bitwise identical."""
         return jnp.where(self.known, known, x)
 
     def check(self, shape: tuple[int, ...]) -> None:
         if self.known.shape[:3] != shape[:3]:
-            raise InputError(f"The mask is {list(self.known.shape)}; wanted for these images: {[*shape[:3], 1]}.")
+            raise InputError(f"Expected a mask {[*shape[:3], 1]} for these images, got {list(self.known.shape)}.")
 
 
-def _as_tree(mask: Mask) -> tuple[tuple[Array | np.ndarray], None]:
+def _flatten(mask: Mask) -> tuple[tuple[Array | np.ndarray], None]:
     return (mask.known,), None
 
 
-def _from_tree(_: None, leaves: Iterable[Any]) -> Mask:
-    """Not through __init__, whose checks are for users: JAX also builds trees of things that are no arrays."""
+def _unflatten(_: None, leaves: Iterable[Any]) -> Mask:
+    """Without __init__ and its checks, because JAX also builds pytrees whose leaves are not arrays."""
     mask = object.__new__(Mask)
     object.__setattr__(mask, "known", *leaves)
     return mask
 
 
-jax.tree_util.register_pytree_node(Mask, _as_tree, _from_tree)
+jax.tree_util.register_pytree_node(Mask, _flatten, _unflatten)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Strokes(Operator):
-    """Nothing is known for sure (P = 0): the image is where one begins, below noise that hides its details (SDEdit)."""
+class _Unconstrained(Operator):
+    """No part is known exactly (P = 0): the image only determines the initial x."""
 
     def project(self, x: Images) -> Images:
         return jnp.zeros_like(x)
 
+    def preview(self, images: Images) -> Images:
+        return images
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Strokes(_Unconstrained):
+    """SDEdit, from strokes to an image: starts at the image plus noise that hides its details."""
+
     def start(self, images: Images, noise: Images) -> Images:
         return images + noise
-
-    def shown(self, images: Images) -> Images:
-        return images
 
     def default_sigmas(self, image_size: int) -> tuple[float, ...]:
         return stroke_sigmas(image_size)
@@ -171,18 +172,12 @@ class Strokes(Operator):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Noisy(Operator):
-    """The image has the noise of the first level already: it is denoised, and nothing is known for sure (P = 0)."""
-
-    def project(self, x: Images) -> Images:
-        return jnp.zeros_like(x)
+class Noisy(_Unconstrained):
+    """Denoising: starts at the image itself, which already has noise of the first level."""
 
     def start(self, images: Images, noise: Images) -> Images:
         del noise
         return images
 
-    def shown(self, images: Images) -> Images:
-        return images
-
     def default_sigmas(self, image_size: int) -> tuple[float, ...]:
-        raise InputError("Say how noisy the images are, e.g. sigmas=(0.5,): the first level is that of their noise.")
+        raise InputError("Expected sigmas, e.g. (0.5,): the first is the noise level of the images.")

@@ -15,7 +15,7 @@ from cm_jax.data.image_folder import image_files
 from cm_jax.errors import InputError, check_int, indented_list, nearest
 from cm_jax.io.atomic import user_path
 from cm_jax.io.images import quantize
-from cm_jax.model import Model, Plan
+from cm_jax.model import Model, SamplingPlan
 
 Watch = Callable[[Iterator[np.ndarray], int], Iterator[np.ndarray]]
 """(batches, number of images) -> the same batches, while showing progress."""
@@ -67,7 +67,7 @@ def of_dataset(dataset: Dataset, name: str, count: int | None = None) -> ImageSe
 
 
 def of_model(
-    model: Model, plan: Plan, count: int, *, seed: int = 0, batch_size: int | None = None, name: str = "a model"
+    model: Model, plan: SamplingPlan, count: int, *, seed: int = 0, batch_size: int | None = None, name: str = "a model"
 ) -> ImageSet:
     """Samples of a model: images 0 ... count - 1 of `seed` with random classes, rounded to 8 bits."""
     check_int("The number of images", count, 1, 10**9)

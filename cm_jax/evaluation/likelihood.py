@@ -87,7 +87,7 @@ def bits_per_dimension(
     if images.shape[1:] != config.network.image_shape or not len(images):
         raise InputError(f"The model takes images {list(config.network.image_shape)}, got {list(images.shape)}.")
     check_int("The number of steps", steps, 1, 100_000)
-    chosen = model.labels(labels, len(images))
+    chosen = model.class_numbers(labels, len(images))
     devices = list(devices or jax.local_devices())
     size = batch_size or default_batch_size(images.shape[1]) * len(devices)
     size = -(-min(check_int("batch_size", size, 1, 10**6), len(images)) // len(devices)) * len(devices)

@@ -2,13 +2,22 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.errors import InputError, check_int
 from cm_jax.samplers.base import Sampler
+
+
+class NoiseLevelArgs(TypedDict, total=False):
+    """The noise levels of sampling; see `choose_levels`. At most one of them is not None."""
+
+    steps: int | None
+    timesteps: Sequence[int] | None
+    indices: Sequence[int] | None
+    sigmas: Sequence[float] | None
 
 
 def choose_levels(

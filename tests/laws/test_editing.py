@@ -1,4 +1,4 @@
-"""Operators are orthogonal projections, what is known stays, and one key gives one edit."""
+"""Operators are orthogonal projections, the known part is preserved, and edits depend on their key alone."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
-from cm_jax.editing import Luma, Mask, Noisy, PatchMean, Strokes, blends, edit, slerp, slerp_all
-from cm_jax.editing.algorithm import edit_all, variant_keys
+from cm_jax.editing import Luma, Mask, Noisy, PatchMean, Strokes, blend, edit, slerp, slerp_batches
+from cm_jax.editing.algorithm import edit_batches, variant_keys
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.networks import ADMUNet
@@ -55,7 +55,7 @@ def test_an_operator_is_an_orthogonal_projection(name):
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
-def test_replacing_takes_the_known_part_of_one_and_the_rest_of_the_other(name):
+def test_replace_combines_the_known_part_of_one_image_with_the_rest_of_another(name):
     operator = PROJECTIONS[name]
     mixed = operator.replace(X, Y)
     np.testing.assert_allclose(operator.project(mixed), operator.project(X), atol=1e-6)
@@ -63,13 +63,13 @@ def test_replacing_takes_the_known_part_of_one_and_the_rest_of_the_other(name):
 
 
 def rank(operator, channels=3):
-    """The dimension of what is known of an image of 4 x 4 pixels: the trace of P."""
+    """Dimension of the known part of a 4 x 4 image: the trace of P."""
     unit = jnp.eye(16 * channels).reshape(-1, 4, 4, channels)
     return inner(operator.project(unit), unit)
 
 
-def test_how_much_is_known():
-    """One number a pixel, of three; one number a patch and channel."""
+def test_dimension_of_the_known_part():
+    """One of three numbers per pixel; one number per patch and channel."""
     assert rank(Luma()) == pytest.approx(16, abs=1e-4)
     assert rank(PatchMean(2)) == pytest.approx(4 * 3, abs=1e-4)
     assert rank(PatchMean(4)) == pytest.approx(3, abs=1e-4)
@@ -78,18 +78,18 @@ def test_how_much_is_known():
 
 
 def orthonormal(v):
-    """The original's Q: QR of the identity with v as its first column, and of the sign that keeps v."""
+    """OpenAI's Q: QR decomposition of the identity with v as its first column, with the sign that keeps v."""
     basis = np.eye(len(v))
     basis[:, 0] = v
     q, _ = np.linalg.qr(basis)
     return -q if q[:, 0].sum() < 0 else q
 
 
-def test_the_closed_forms_are_the_originals_change_of_basis():
-    """Coordinate 0 from one image and the others from the other, in the basis Q; in double precision."""
+def test_closed_forms_equal_the_change_of_basis_of_openai():
+    """Coordinate 0 of one image and the other coordinates of the other, in the basis Q; in double precision."""
     v = np.array([0.2989, 0.587, 0.114])
     q = orthonormal(v / np.linalg.norm(v))
-    np.testing.assert_allclose(q[0], [0.44711343, -0.82042528, 0.35635927], atol=1e-6)  # spec/openai.md, 5
+    np.testing.assert_allclose(q[0], [0.44711343, -0.82042528, 0.35635927], atol=1e-6)
     a, b = (np.asarray(image, np.float64) @ q for image in (X, Y))
     b[..., 0] = a[..., 0]
     np.testing.assert_allclose(Luma().replace(X, Y), b @ q.T, atol=1e-6)
@@ -102,12 +102,12 @@ def test_the_closed_forms_are_the_originals_change_of_basis():
     np.testing.assert_allclose(PatchMean(4).replace(X, Y), patches.reshape(X.shape), atol=1e-6)
 
 
-def test_a_grey_picture_knows_what_its_colour_picture_knew():
-    np.testing.assert_allclose(Luma().project(Luma().shown(X)), Luma().project(X), atol=2e-4)
-    assert float(np.ptp(Luma().shown(X), axis=-1).max()) == 0
+def test_a_gray_picture_has_the_known_part_of_its_color_picture():
+    np.testing.assert_allclose(Luma().project(Luma().preview(X)), Luma().project(X), atol=2e-4)
+    assert float(np.ptp(Luma().preview(X), axis=-1).max()) == 0
 
 
-def walk(operator, images=X, sigmas=(80.0, 5.0, 0.5), denoiser=None):
+def edit_from_noise(operator, images=X, sigmas=(80.0, 5.0, 0.5), denoiser=None):
     levels = jnp.asarray(choose_levels(Consistency(), KarrasGrid(), sigmas=sigmas), jnp.float32)
     keys = jax.random.split(jax.random.key(5), 9)
     return edit(
@@ -117,23 +117,23 @@ def walk(operator, images=X, sigmas=(80.0, 5.0, 0.5), denoiser=None):
 
 @pytest.mark.parametrize("name", PROJECTIONS)
 @pytest.mark.parametrize("sigmas", [(80.0,), (80.0, 5.0, 0.5)], ids=len)
-def test_what_is_known_stays_in_every_edit(name, sigmas):
-    """Also under a denoiser that would rather paint all else away."""
+def test_the_known_part_is_preserved_in_every_edit(name, sigmas):
+    """Also with a denoiser that changes everything."""
     operator = PROJECTIONS[name]
     for denoiser in (gaussian_denoiser(), lambda x, sigma: 9 * jnp.sin(x)):
-        after = walk(operator, sigmas=sigmas, denoiser=denoiser)
+        after = edit_from_noise(operator, sigmas=sigmas, denoiser=denoiser)
         np.testing.assert_allclose(operator.project(after), operator.project(X), atol=1e-6)
     if name == "mask":
         np.testing.assert_array_equal(np.where(KNOWN, after, 0), np.where(KNOWN, X, 0))
 
 
-def test_an_image_that_is_known_in_full_comes_back():
-    np.testing.assert_array_equal(walk(Mask(np.ones_like(KNOWN))), X)
-    np.testing.assert_allclose(walk(PatchMean(1)), X, atol=1e-6)
+def test_a_completely_known_image_is_returned():
+    np.testing.assert_array_equal(edit_from_noise(Mask(np.ones_like(KNOWN))), X)
+    np.testing.assert_allclose(edit_from_noise(PatchMean(1)), X, atol=1e-6)
 
 
-def test_correlated_data_are_inpainted_by_the_exact_consistency_function():
-    """Pairs of pixels that are always equal, of N(0, 1): half of each pair is known, and the other half is found."""
+def test_correlated_pixels_are_inpainted_by_the_exact_consistency_function():
+    """Pairs of equal pixels from N(0, 1): one pixel of each pair is known, and the other is found."""
 
     def exact(x, sigma):
         mean = x.mean(2, keepdims=True)
@@ -151,19 +151,19 @@ def test_correlated_data_are_inpainted_by_the_exact_consistency_function():
     assert float(jnp.abs(found - pair).max()) < 0.05
 
 
-def test_where_the_five_kinds_begin():
-    """The denoiser is the identity: one sees x at the first level, clipped."""
+def test_initial_x_of_the_five_operators():
+    """With the denoiser x / 4, one step returns the initial x, divided by 4."""
     noise = jnp.full(X.shape, 0.25)
 
-    def begun(operator):
+    def after_one_step(operator):
         levels = jnp.asarray([0.5, 0.002], jnp.float32)
         return edit(lambda x, sigma: x / 4, operator, X, levels, lambda index: noise)
 
-    np.testing.assert_allclose(begun(Strokes()), (X + 0.125) / 4, atol=1e-6)
-    np.testing.assert_allclose(begun(Noisy()), X / 4, atol=1e-6)
+    np.testing.assert_allclose(after_one_step(Strokes()), (X + 0.125) / 4, atol=1e-6)
+    np.testing.assert_allclose(after_one_step(Noisy()), X / 4, atol=1e-6)
     for operator in (Mask(KNOWN), Luma(), PatchMean(2)):
         start = (operator.project(X) + 0.125) / 4
-        np.testing.assert_allclose(begun(operator), operator.replace(X, start), atol=1e-6)
+        np.testing.assert_allclose(after_one_step(operator), operator.replace(X, start), atol=1e-6)
 
 
 PICTURES = np.random.default_rng(1).uniform(-1, 1, (3, 8, 8, 3)).astype(np.float32)
@@ -172,7 +172,7 @@ HALF[:, :, :4] = True
 
 
 def edits(batch_size, devices, variants=3, operator=Mask(HALF), pictures=PICTURES):  # noqa: B008  a value
-    parts = edit_all(
+    parts = edit_batches(
         TOY,
         operator,
         TOY_PARAMS,
@@ -186,7 +186,7 @@ def edits(batch_size, devices, variants=3, operator=Mask(HALF), pictures=PICTURE
     return np.concatenate(list(parts))
 
 
-def test_same_edits_in_other_batches_on_other_devices_and_among_other_variants():
+def test_edits_do_not_depend_on_batches_devices_or_other_variants():
     reference = edits(9, 1)
     np.testing.assert_allclose(edits(4, 1), reference, atol=1e-5)
     np.testing.assert_allclose(edits(8, 8), reference, atol=1e-5)
@@ -198,7 +198,7 @@ def test_same_edits_in_other_batches_on_other_devices_and_among_other_variants()
     assert min(np.abs(a - b).max() for i, a in enumerate(apart) for b in apart[:i]) > 0.1
 
 
-def test_the_keys_of_edits_are_no_images_keys():
+def test_keys_of_edits_differ_from_keys_of_images():
     both = np.concatenate(
         [
             jax.random.key_data(keys)
@@ -208,7 +208,7 @@ def test_the_keys_of_edits_are_no_images_keys():
     assert len(np.unique(both, axis=0)) == 32
 
 
-def test_slerp_keeps_the_law_and_the_ends():
+def test_slerp_preserves_the_distribution_and_the_ends():
     one, two = (normal_per_image(jax.random.split(jax.random.key(seed), 5), (32, 32, 3)) for seed in (0, 1))
     middle = slerp(one, two, jnp.array([0.0, 0.25, 0.5, 0.75, 1.0]))
     np.testing.assert_allclose(middle[0], one[0], atol=1e-5)
@@ -218,24 +218,24 @@ def test_slerp_keeps_the_law_and_the_ends():
     np.testing.assert_allclose(slerp(one, 2 * one, jnp.full(5, 0.5)), 1.5 * one, atol=1e-5)
 
 
-def test_interpolation_begins_and_ends_with_the_images_of_the_seeds():
+def test_interpolation_starts_and_ends_with_the_images_of_the_keys():
     levels, three, four = (80.0, 3.0, 0.002), jax.random.key(3), jax.random.key(4)
     labels = np.zeros(5, np.int32)
     sampler = Consistency()
-    frames = slerp_all(TOY, sampler, TOY_PARAMS, levels, three, four, labels, frames=5, batch_size=8)
+    frames = slerp_batches(TOY, sampler, TOY_PARAMS, levels, three, four, labels, frames=5, batch_size=8)
     first, *_, last = np.concatenate(list(frames))
     for key, frame in ((three, first), (four, last)):
-        (drawn,) = generate(TOY, sampler, TOY_PARAMS, levels, key, 1, labels[:1], batch_size=1)
-        np.testing.assert_allclose(drawn[0], frame, atol=1e-4)
+        (sampled,) = generate(TOY, sampler, TOY_PARAMS, levels, key, 1, labels[:1], batch_size=1)
+        np.testing.assert_allclose(sampled[0], frame, atol=1e-4)
 
 
-def test_blends_lie_on_the_line_between():
-    np.testing.assert_allclose(blends(PICTURES[0], PICTURES[1], 5)[[0, 4]], PICTURES[:2], atol=1e-6)
-    np.testing.assert_allclose(blends(PICTURES[0], PICTURES[1], 5)[2], PICTURES[:2].mean(0), atol=1e-6)
+def test_blends_are_linear():
+    np.testing.assert_allclose(blend(PICTURES[0], PICTURES[1], 5)[[0, 4]], PICTURES[:2], atol=1e-6)
+    np.testing.assert_allclose(blend(PICTURES[0], PICTURES[1], 5)[2], PICTURES[:2].mean(0), atol=1e-6)
 
 
 def test_edits_of_a_model():
-    """Denoising is the consistency function itself; blends of an image with itself, under one noise, are one image."""
+    """Denoising is the consistency function; interpolation between equal images gives equal frames."""
     noisy = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
     denoised = MODEL.edit(0, noisy, Noisy(), labels=2, sigmas=(1.0,))
     np.testing.assert_allclose(denoised, np.clip(MODEL.denoise(noisy, 1.0, 2), -1, 1), atol=1e-5)
@@ -246,18 +246,18 @@ def test_edits_of_a_model():
 @pytest.mark.parametrize(
     ("operator", "shape", "message"),
     [
-        (Luma(), (1, 8, 8, 1), "red, green and blue"),
-        (PatchMean(3), (1, 8, 8, 3), "choose one of 2, 4, 8"),
-        (Mask(KNOWN), (3, 8, 8, 3), r"\[3, 12, 8, 1\]; wanted for these images: \[3, 8, 8, 1\]"),
+        (Luma(), (1, 8, 8, 1), "Expected RGB images"),
+        (PatchMean(3), (1, 8, 8, 3), "use one of 2, 4, 8"),
+        (Mask(KNOWN), (3, 8, 8, 3), r"Expected a mask \[3, 8, 8, 1\] .* got \[3, 12, 8, 1\]"),
     ],
 )
-def test_operators_that_do_not_fit(operator, shape, message):
+def test_operators_refuse_other_shapes(operator, shape, message):
     with pytest.raises(InputError, match=message):
         operator.check(shape)
 
 
 @pytest.mark.parametrize("size", [0, -1, True])
-def test_patches_of_no_size(size):
+def test_patch_sizes_are_checked(size):
     with pytest.raises(InputError, match="size of a patch"):
         PatchMean(size)
 
@@ -265,23 +265,23 @@ def test_patches_of_no_size(size):
 @pytest.mark.parametrize(
     ("images", "asked", "message"),
     [
-        (PICTURES[:, :4], {}, r"\[3, 4, 8, 3\].*\[b, 8, 8, 3\]"),
-        (PICTURES * 2, {}, "beyond 1"),
+        (PICTURES[:, :4], {}, r"\[b, 8, 8, 3\], got \[3, 4, 8, 3\]"),
+        (PICTURES * 2, {}, r"\[-1, 1\], got values up to"),
         (PICTURES * np.nan, {}, "finite"),
-        (PICTURES, {"labels": None}, "give labels"),
+        (PICTURES, {"labels": None}, r"labels in \[0, 2\]"),
         (PICTURES, {"variants": 0}, "variants must be"),
-        (PICTURES, {"operator": PatchMean(5)}, "choose one of 2, 4, 8"),
-        (PICTURES, {"operator": Noisy()}, "how noisy"),
+        (PICTURES, {"operator": PatchMean(5)}, "use one of 2, 4, 8"),
+        (PICTURES, {"operator": Noisy()}, "Expected sigmas"),
         (PICTURES, {"sigmas": (1.0, 2.0)}, "must fall"),
     ],
 )
-def test_wrong_edits_are_refused(images, asked, message):
+def test_invalid_edits_are_refused(images, asked, message):
     asked = {"operator": Luma(), "labels": 0, **asked}
     with pytest.raises(InputError, match=message):
         MODEL.edit(0, images, **asked)
 
 
-def test_a_denoiser_is_refused():
+def test_denoisers_do_not_edit():
     teacher = dataclasses.replace(MODEL, config=dataclasses.replace(MODEL.config, consistency=False))
-    with pytest.raises(InputError, match="is a denoiser"):
+    with pytest.raises(InputError, match="got a denoiser"):
         teacher.edit(0, PICTURES, Luma(), labels=0)

@@ -79,11 +79,11 @@ def test_images_differ_from_each_other_and_between_seeds(reference):
 
 
 def test_labels_come_from_the_same_key(reference):
-    drawn = STUDENT.draw_labels(7, 10)
-    np.testing.assert_array_equal(drawn, STUDENT.draw_labels(jax.random.key(7), 12)[:10])
+    drawn = STUDENT.sample_labels(7, 10)
+    np.testing.assert_array_equal(drawn, STUDENT.sample_labels(jax.random.key(7), 12)[:10])
     np.testing.assert_allclose(STUDENT.sample(7, 10, sigmas=LEVELS[:-1]), reference, atol=BOUND)
     np.testing.assert_allclose(STUDENT.sample(7, 10, labels=drawn, sigmas=LEVELS[:-1]), reference, atol=BOUND)
-    assert set(STUDENT.draw_labels(0, 400)) == set(range(10))
+    assert set(STUDENT.sample_labels(0, 400)) == set(range(10))
 
 
 def test_a_label_changes_its_own_image_alone():
@@ -96,9 +96,9 @@ def test_a_label_changes_its_own_image_alone():
 
 
 def test_labels_by_number_name_and_synonym():
-    np.testing.assert_array_equal(MODEL.labels("sort 3", 2), [3, 3])
-    np.testing.assert_array_equal(MODEL.labels(["Kind 1", "7"], 2), [1, 7])
-    np.testing.assert_array_equal(MODEL.labels(4, 3), [4, 4, 4])
+    np.testing.assert_array_equal(MODEL.class_numbers("sort 3", 2), [3, 3])
+    np.testing.assert_array_equal(MODEL.class_numbers(["Kind 1", "7"], 2), [1, 7])
+    np.testing.assert_array_equal(MODEL.class_numbers(4, 3), [4, 4, 4])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_labels_by_number_name_and_synonym():
         (-1, "from 0 to 9"),
         ("1.5", "no class"),
         ("kind 33", "no class"),
-        ([1, 2], "2 labels for 3"),
+        ([1, 2], "Expected one label or 3, .*; got 2"),
     ],
 )
 def test_wrong_labels_are_refused(labels, message):
@@ -121,9 +121,9 @@ def test_wrong_labels_are_refused(labels, message):
     [
         ({"count": 0}, "count must be"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"sampler": "magic"}, "no sampler 'magic'"),
-        ({"steps": 2, "noise": np.zeros((3, 2, 16, 16, 3), np.float32)}, r"\[draws, 1, 16, 16, 3\]"),
-        ({"steps": 2, "noise": np.zeros((1, 1, 16, 16, 3), np.float32)}, "3 draws"),
+        ({"sampler": "magic"}, "got 'magic'"),
+        ({"steps": 2, "noise": np.zeros((3, 2, 16, 16, 3), np.float32)}, r"\[3, 1, 16, 16, 3\]"),
+        ({"steps": 2, "noise": np.zeros((1, 1, 16, 16, 3), np.float32)}, r"\[3, 1, 16, 16, 3\].*; got \[1, "),
     ],
 )
 def test_wrong_requests_are_refused(asked, message):
@@ -136,7 +136,7 @@ def test_wrong_requests_are_refused(asked, message):
     [
         (np.zeros((1, 15, 16, 3)), 1.0, 0, "multiples of"),
         (np.zeros((1, 16, 16, 4)), 1.0, 0, "batch, height, width, 3"),
-        (np.zeros((2, 16, 16, 3)), [1.0, 1.0, 1.0], 0, "one level or 2"),
+        (np.zeros((2, 16, 16, 3)), [1.0, 1.0, 1.0], 0, "one sigma or 2"),
         (np.zeros((2, 16, 16, 3)), -1.0, 0, "not negative"),
         (np.zeros((2, 16, 16, 3)), 1.0, None, "give labels"),
         (np.zeros((2, 16, 16, 3)), 1.0, 11, "from 0 to 9"),

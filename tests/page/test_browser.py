@@ -1,4 +1,4 @@
-"""The page in a browser without a window: it loads, samples, inpaints, and says what it cannot use."""
+"""The page in a headless browser: it loads, samples, inpaints, and shows errors."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from cm_jax.demo import rendering
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.model import Model
-from tests.page.test_drawing import SMALL
+from tests.page.test_rendering import SMALL
 from tests.support import ROOT, run
 
 CHROMIUM = shutil.which("chromium")
@@ -41,12 +41,12 @@ FLAGS = [
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 PATIENCE = 240
-"""Seconds for what takes a few: on a machine that does other things too."""
+"""Timeout in seconds, for a busy machine."""
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """The bundled model, a small one without classes, and a damaged one."""
+    """The bundled model, a small unconditional one, and a damaged one."""
     folder = tmp_path_factory.mktemp("models")
     network = dataclasses.replace(SMALL, classes=None)
     config = ModelConfig(network, ConsistencyPreconditioning(), KarrasGrid(18))
@@ -56,13 +56,13 @@ def checkpoints(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def served(arguments, log, kept):
-    """The address of the page, served by a process of its own, which must end well when it is interrupted."""
+def served(arguments, log, temporary):
+    """The address of the page, served by its own process, which must exit without errors when it is interrupted."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    kept.mkdir()
-    own = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "TMPDIR": str(kept), "PYTHONFAULTHANDLER": "1"}
+    temporary.mkdir()
+    own = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "TMPDIR": str(temporary), "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, "-m", "cm_jax.demo", *arguments, "--port", str(port)]
     with log.open("wb") as file:
         server = subprocess.Popen(command, cwd=ROOT, env=own, stdout=file, stderr=subprocess.STDOUT)
@@ -74,11 +74,11 @@ def served(arguments, log, kept):
         try:
             status = server.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            server.send_signal(signal.SIGABRT)  # the stacks of its threads go to the log
+            server.send_signal(signal.SIGABRT)  # writes the stacks of its threads to the log
             status = server.wait()
         assert status == 0, log.read_text()
         assert "Traceback" not in log.read_text()
-        assert not list(kept.iterdir())
+        assert not list(temporary.iterdir())
     finally:
         server.kill()
 
@@ -86,28 +86,28 @@ def served(arguments, log, kept):
 @pytest.fixture(scope="module")
 def address(checkpoints, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
-    with served(checkpoints, folder / "log", folder / "kept") as address:
+    with served(checkpoints, folder / "log", folder / "temporary") as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def page(address):
-    """The page, open; it must have asked no other machine for anything, and none of its scripts may have failed."""
+    """The open page, which may request nothing from other machines, and whose scripts may raise no errors."""
     from playwright.sync_api import sync_playwright
 
-    asked, failures = [], []
+    requests, failures = [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         opened = browser.new_page(viewport={"width": 1280, "height": 920})
         opened.set_default_timeout(PATIENCE * 1000)
-        opened.on("request", lambda request: asked.append(request.url))
+        opened.on("request", lambda request: requests.append(request.url))
         opened.on("pageerror", lambda error: failures.append(str(error)))
         opened.goto(address)
         opened.get_by_text("consistency model, 16 x 16 pixels, 9 classes").wait_for()
         yield opened
         browser.close()
     assert failures == []
-    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
 
 
 @pytest.fixture
@@ -122,21 +122,21 @@ def press(page, name):
 
 
 def choose(page, label, option):
-    """Of the visible one of the lists with this label."""
+    """Choose an option of the visible list with this label."""
     page.get_by_label(label, exact=True).locator("visible=true").click()
     page.get_by_role("option", name=option, exact=True).click()
 
 
 def shown(page, label):
-    """The picture that stands below a label, once there is one."""
+    """The image below a label, once it is there."""
     image = page.locator(".block", has=page.get_by_text(label, exact=True)).locator("img")
     image.wait_for()
     answer = page.request.get(image.get_attribute("src"))
     return np.asarray(Image.open(io.BytesIO(answer.body()))).astype(int)
 
 
-def complaint(page):
-    """The one message on the page, which is closed then."""
+def message(page):
+    """The text of the only message on the page, which is closed."""
     toast = page.locator(".toast-body")
     toast.wait_for()
     text = toast.inner_text()
@@ -145,7 +145,7 @@ def complaint(page):
     return text
 
 
-def seen(page, text):
+def wait_for(page, text):
     page.get_by_text(text, exact=True).wait_for()
 
 
@@ -156,22 +156,22 @@ def until(condition):
         time.sleep(0.2)
 
 
-def test_it_draws_in_one_step_and_in_several(page, screenshot):
+def test_sampling_in_one_step_and_in_several(page, screenshot):
     choose(page, "Class", "Flags")
     page.get_by_label("Seed").locator("visible=true").fill("7")
-    press(page, "Draw")
-    pictures = [shown(page, label) for label in ("In one step", "In several steps, from the same noise")]
-    *expected, levels = rendering.one_beside_many(cm_jax.load("emoji16_cd"), 7, 8, 2, 16)
-    seen(page, levels)
+    press(page, "Sample")
+    pictures = [shown(page, label) for label in ("One step", "Several steps from the same noise")]
+    *expected, levels = rendering.sample_grids(cm_jax.load("emoji16_cd"), 7, 8, 2, 16)
+    wait_for(page, levels)
     for picture, sheet in zip(pictures, expected, strict=True):
         np.testing.assert_allclose(picture, np.asarray(sheet), atol=1)
-    screenshot("draw")
+    screenshot("sample")
 
 
-def test_it_says_what_cannot_be_drawn(page):
+def test_an_invalid_seed(page):
     page.get_by_label("Seed").locator("visible=true").fill("-1")
-    press(page, "Draw")
-    assert "A seed must be a whole number" in complaint(page)
+    press(page, "Sample")
+    assert "A seed must be a whole number" in message(page)
     page.get_by_label("Seed").locator("visible=true").fill("0")
 
 
@@ -185,8 +185,8 @@ def paint(page):
     page.mouse.up()
 
 
-def shares(page):
-    """Whether the canvas shows the yellow cat, and whether it shows paint."""
+def canvas_colors(page):
+    """Whether the canvas contains the yellow cat, and whether it contains paint."""
     file = io.BytesIO(page.locator("canvas").first.screenshot())
     red, green, blue = np.moveaxis(np.asarray(Image.open(file).convert("RGB")), -1, 0)
     yellow = (red > 200) & (green > 150) & (blue < 80)
@@ -194,85 +194,85 @@ def shares(page):
     return bool(yellow.mean() > 0.1), bool(pink.mean() > 0.01)
 
 
-def test_it_inpaints_what_is_painted_over(page, screenshot):
+def test_inpainting(page, screenshot):
     page.get_by_role("tab", name="Edit").click()
-    seen(page, "cat, 32 x 32 pixels, seen at 16 x 16")
-    until(lambda: shares(page) == (True, False))
+    wait_for(page, "cat, 32 x 32 pixels, resized to 16 x 16")
+    until(lambda: canvas_colors(page) == (True, False))
     paint(page)
-    until(lambda: shares(page) == (True, True))
+    until(lambda: canvas_colors(page) == (True, True))
     press(page, "Clear canvas")
-    until(lambda: shares(page) == (True, False))
+    until(lambda: canvas_colors(page) == (True, False))
     press(page, "Edit")
-    assert "Nothing is painted yet" in complaint(page)
+    assert "Nothing is painted yet" in message(page)
     paint(page)
     press(page, "Edit")
     edits = shown(page, "Edits")
-    given, known = shown(page, "Given, and known")[2:].reshape(2, 130, 132, 3)[:, :128, 2:130]
-    hole = (given != known).any(-1)
+    picture, known = shown(page, "Input and known part")[2:].reshape(2, 130, 132, 3)[:, :128, 2:130]
+    hole = (picture != known).any(-1)
     assert 0.05 < hole.mean() < 0.25
     changed = []
     for top, left in np.ndindex(2, 4):
         edit = edits[2 + 130 * top :, 2 + 130 * left :][:128, :128]
-        np.testing.assert_array_equal(edit[~hole], given[~hole])
-        changed.append((edit != given).any(-1)[hole].mean())
+        np.testing.assert_array_equal(edit[~hole], picture[~hole])
+        changed.append((edit != picture).any(-1)[hole].mean())
     assert min(changed) > 0.5
     screenshot("inpaint")
 
 
-def test_it_says_that_an_upload_is_broken_and_takes_the_next(page, screenshot, tmp_path):
+def test_a_broken_upload_and_another(page, screenshot, tmp_path):
     (tmp_path / "<b>broken.png").write_bytes(b"no picture")
     page.get_by_test_id("Upload a picture-upload-button").set_input_files(tmp_path / "<b>broken.png")
     page.locator(".toast-body").wait_for()
-    page.wait_for_timeout(500)  # it fades in
+    page.wait_for_timeout(500)  # fade-in
     screenshot("broken_upload")
-    text = complaint(page)
+    text = message(page)
     assert "broken.png cannot be read as a picture: it is not of the formats" in text
     assert "Traceback" not in text
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     page.get_by_test_id("Upload a picture-upload-button").set_input_files(tmp_path / "red.png")
-    seen(page, "the middle of red.png, 40 x 30 pixels, seen at 16 x 16")
+    wait_for(page, "center of red.png, 40 x 30 pixels, resized to 16 x 16")
 
 
 def test_another_model(page, checkpoints):
     _, small, damaged = checkpoints
     choose(page, "Model", damaged)
-    assert "damaged.pt" in complaint(page)
+    assert "damaged.pt" in message(page)
     choose(page, "Model", small)
-    page.get_by_text("consistency model, 8 x 8 pixels, no classes").wait_for()
-    seen(page, "the middle of red.png, 40 x 30 pixels, seen at 8 x 8")
+    page.get_by_text("consistency model, 8 x 8 pixels, unconditional").wait_for()
+    wait_for(page, "center of red.png, 40 x 30 pixels, resized to 8 x 8")
     assert page.get_by_label("Class").locator("visible=true").count() == 0
 
 
-def test_a_port_that_is_taken(address):
+def test_a_port_in_use(address):
     port = address.rstrip("/").rpartition(":")[2]
     done = run("-m", "cm_jax.demo", "--port", port)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert f"Nothing can listen on 127.0.0.1:{port}" in done.stderr
+    assert f"Cannot listen on 127.0.0.1:{port}" in done.stderr
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
 def test_an_address_of_another_machine(host):
     done = run("-m", "cm_jax.demo", "--host", host)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Nothing can listen on ")
+    assert done.stderr.startswith("error: Cannot listen on ")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_it_can_be_interrupted_while_a_page_is_open_and_draws(tmp_path):
+def test_interruption_while_an_open_page_is_sampling(tmp_path):
     with (
         contextlib.ExitStack() as open_pages,
-        served(["emoji16_cd", "--compilation-cache", "off"], tmp_path / "log", tmp_path / "kept") as address,
+        served(["emoji16_cd", "--compilation-cache", "off"], tmp_path / "log", tmp_path / "temporary") as address,
     ):
 
         def ask(path, body=None):
             request = urllib.request.Request(address + path, body, {"Content-Type": "application/json"})
             return open_pages.enter_context(urllib.request.urlopen(request, timeout=PATIENCE))
 
-        (draw,) = (each["id"] for each in json.load(ask("config"))["dependencies"] if each["api_name"] == "draw")
+        (sample,) = (each["id"] for each in json.load(ask("config"))["dependencies"] if each["api_name"] == "sample")
         ask("gradio_api/heartbeat/one").readline()
         ask("gradio_api/queue/join", json.dumps(
-            {"session_hash": "one", "fn_index": draw, "data": ["emoji16_cd", -1, 0, 8, 16]}
+            {"session_hash": "one", "fn_index": sample, "data": ["emoji16_cd", -1, 0, 8, 16]}
         ).encode())  # fmt: skip
         events = ask("gradio_api/queue/data?session_hash=one")
         until(lambda: b"process_starts" in events.readline())

@@ -1,4 +1,4 @@
-"""What the page shows, without the page."""
+"""Images and texts of the page, without the page."""
 
 import dataclasses
 import io
@@ -42,7 +42,7 @@ def model():
 
 
 def cells(sheet):
-    """The images of a grid, one pixel for each of theirs; every one must be a whole multiple of the model's."""
+    """The images of a grid at the size of the model; each must be enlarged by a whole number."""
     pixels = np.asarray(sheet).astype(int)
     step = 128 + 2
     found = [
@@ -64,7 +64,7 @@ def png(pixels):
 
 def some_picture(height=20, width=24):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    return rendering.read(png(pixels), "some.png")
+    return rendering.read_picture(png(pixels), "some.png")
 
 
 def stroke(place, size=(40, 40)):
@@ -73,46 +73,46 @@ def stroke(place, size=(40, 40)):
     return layer
 
 
-def test_one_step_and_several_are_two_walks_from_one_seed(model):
-    one, many, told = rendering.one_beside_many(model, 3, 1, 2, 5)
-    assert cells(one).shape == cells(many).shape == (8, SIDE, SIDE, 3)  # two rows of four, three of them white
+def test_one_step_and_several_steps_from_one_seed(model):
+    one, several, levels = rendering.sample_grids(model, 3, 1, 2, 5)
+    assert cells(one).shape == cells(several).shape == (8, SIDE, SIDE, 3)  # two rows of four, three of them white
     assert (cells(one)[5:] == 255).all()
-    assert told.startswith("2 steps, at noise of 80,")
-    fewer, _, _ = rendering.one_beside_many(model, 3, 1, 2, 2)
+    assert levels.startswith("Noise levels of the 2 steps: 80, ")
+    fewer, _, _ = rendering.sample_grids(model, 3, 1, 2, 2)
     np.testing.assert_array_equal(cells(fewer), cells(one)[:2])
-    assert (cells(one)[:5] != cells(many)[:5]).mean() > 0.5
+    assert (cells(one)[:5] != cells(several)[:5]).mean() > 0.5
 
 
-def test_inpainting_leaves_what_was_not_painted(model):
+def test_inpainting_preserves_unpainted_pixels(model):
     picture = some_picture()
-    shown, told = rendering.as_seen(model, picture)
-    assert told == "the middle of some.png, 24 x 20 pixels, seen at 8 x 8"
+    shown, about = rendering.canvas_image(model, picture)
+    assert about == "center of some.png, 24 x 20 pixels, resized to 8 x 8"
     layer = stroke(np.s_[1:9, 36:], shown.shape[:2])
-    known, edited = rendering.edits(model, "Inpaint", picture, [layer], 0, 2, 2, 3)
-    (given, hidden), edited = cells(known), cells(edited)
+    known, edited = rendering.edit_grids(model, "Inpaint", picture, [layer], 0, 2, 2, 3)
+    (picture, known), edited = cells(known), cells(edited)
     zoom = len(shown) // SIDE
-    np.testing.assert_array_equal(shown[::zoom, ::zoom], given)
+    np.testing.assert_array_equal(shown[::zoom, ::zoom], picture)
     hole = layer[..., 3].reshape(SIDE, zoom, SIDE, zoom).any((1, 3))
-    np.testing.assert_array_equal(hole, (hidden != given).any(-1))
+    np.testing.assert_array_equal(hole, (known != picture).any(-1))
     for edit in edited:
-        np.testing.assert_array_equal(edit[~hole], given[~hole])
-        assert (edit != given)[hole].mean() > 0.9
+        np.testing.assert_array_equal(edit[~hole], picture[~hole])
+        assert (edit != picture)[hole].mean() > 0.9
     assert (edited[0] != edited[1])[hole].mean() > 0.5
 
 
 def test_the_other_edits_need_no_paint(model):
-    (given, gray), _ = map(cells, rendering.edits(model, "Colourise", some_picture(), [], 0, 0, 1, 1))
+    (given, gray), _ = map(cells, rendering.edit_grids(model, "Colorize", some_picture(), [], 0, 0, 1, 1))
     assert np.ptp(gray, axis=-1).max() == 0 < np.ptp(given, axis=-1).max()
-    (given, means), _ = map(cells, rendering.edits(model, "Super-resolve", some_picture(), [], 0, 0, 1, 1))
+    (given, means), _ = map(cells, rendering.edit_grids(model, "Super-resolution", some_picture(), [], 0, 0, 1, 1))
     np.testing.assert_allclose(means[0, 0], given[:4, :4].mean((0, 1)), atol=1)
 
 
-def test_large_pictures_are_kept_smaller_and_fitted_as_the_whole_is():
+def test_large_pictures_are_reduced_without_an_effect_on_fitting():
     pixels = np.random.default_rng(0).integers(0, 256, (2101, 4501, 3), np.uint8)
-    kept = rendering.read(png(pixels), "large.png").square
+    kept = rendering.read_picture(png(pixels), "large.png").square
     assert kept.size == (1050, 1050)
     for side in (16, 64, 1024):
-        np.testing.assert_array_equal(photos.fitted(kept, side), photos.fitted(Image.fromarray(pixels), side))
+        np.testing.assert_array_equal(photos.fit(kept, side), photos.fit(Image.fromarray(pixels), side))
 
 
 def test_examples_are_held_out():
@@ -125,8 +125,8 @@ def test_examples_are_held_out():
         assert class_name == arrays["class_names"][arrays["labels"][same][0]]
 
 
-def test_models_in_words(model):
-    assert rendering.described(model).startswith("consistency model, 8 x 8 pixels, 3 classes, ")
+def test_description_and_classes_of_a_model(model):
+    assert rendering.describe_model(model).startswith("consistency model, 8 x 8 pixels, 3 classes, ")
     assert rendering.class_choices(model) == [("0", 0), ("1", 1), ("2", 2)]
     named = dataclasses.replace(model.config, class_names=("dog", "cat", "pea"))
     assert rendering.class_choices(Model(named, model.params))[1] == ("cat", 1)
@@ -134,33 +134,39 @@ def test_models_in_words(model):
     assert rendering.class_choices(Model(alone, model.params)) == []
 
 
-def test_complaints(model):
-    painted = [stroke(np.s_[:, :])]
+def test_errors(model):
+    everywhere = [stroke(np.s_[:, :])]
     denoiser = Model(dataclasses.replace(model.config, preconditioning=EDMPreconditioning()), model.params)
     for call, message in (
-        (lambda: rendering.read(b"no picture", "broken.png"), "^broken.png cannot be read as a picture"),
-        (lambda: rendering.painted([]), "Nothing is painted yet"),
-        (lambda: rendering.painted([stroke(np.s_[:0])]), "Nothing is painted yet"),
-        (lambda: rendering.one_beside_many(model, 0, None, 1, 1), "Steps must be"),
-        (lambda: rendering.one_beside_many(model, 0, None, 2, 17), "Images must be"),
-        (lambda: rendering.one_beside_many(model, 0, 3, 2, 1), "A label must be"),
-        (lambda: rendering.one_beside_many(model, -1, 0, 2, 1), "A seed must be"),
-        (lambda: rendering.edits(model, "Inpaint", some_picture(), [], 0, 0, 2, 1), "Nothing is painted yet"),
-        (lambda: rendering.edits(model, "Inpaint", some_picture(), painted, 0, None, 2, 1), "class-conditional"),
-        (lambda: rendering.edits(model, "Inpaint", some_picture(), painted, 0, 0, 2, 0), "Edits must be"),
+        (lambda: rendering.read_picture(b"no picture", "broken.png"), "^broken.png cannot be read as a picture"),
+        (lambda: rendering.painted_pixels([]), "Nothing is painted yet"),
+        (lambda: rendering.painted_pixels([stroke(np.s_[:0])]), "Nothing is painted yet"),
+        (lambda: rendering.sample_grids(model, 0, None, 1, 1), "Steps must be"),
+        (lambda: rendering.sample_grids(model, 0, None, 2, 17), "Number of images must be"),
+        (lambda: rendering.sample_grids(model, 0, 3, 2, 1), "A label must be"),
+        (lambda: rendering.sample_grids(model, -1, 0, 2, 1), "A seed must be"),
+        (lambda: rendering.edit_grids(model, "Inpaint", some_picture(), [], 0, 0, 2, 1), "Nothing is painted yet"),
         (
-            lambda: rendering.edits(denoiser, "Inpaint", some_picture(), painted, 0, 0, 2, 1),
-            "wants a consistency model",
+            lambda: rendering.edit_grids(model, "Inpaint", some_picture(), everywhere, 0, None, 2, 1),
+            "class-conditional",
+        ),
+        (
+            lambda: rendering.edit_grids(model, "Inpaint", some_picture(), everywhere, 0, 0, 2, 0),
+            "Number of images must be",
+        ),
+        (
+            lambda: rendering.edit_grids(denoiser, "Inpaint", some_picture(), everywhere, 0, 0, 2, 1),
+            "Expected a consistency model",
         ),
     ):
         with pytest.raises(InputError, match=message):
             call()
 
 
-def test_the_command_refuses_what_it_cannot_serve(capsys, monkeypatch):
+def test_errors_of_the_command(capsys, monkeypatch):
     assert "There is no checkpoint emoji17" in failed(capsys, main_demo, "emoji17")
     assert "--port must be" in failed(capsys, main_demo, "--port", 0)
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # so that it is put back, which the command need not
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the command sets it; monkeypatch restores it
     monkeypatch.delitem(sys.modules, "cm_jax.demo.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install gradio" in failed(capsys, main_demo)

@@ -8,7 +8,7 @@ import pytest
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
-from cm_jax.editing import Luma, PatchMean, edit, edited
+from cm_jax.editing import Luma, PatchMean, edit, edited_denoiser
 from cm_jax.samplers import Consistency, choose_levels
 from cm_jax.samplers.consistency import multistep_sample
 from tests.support import DATA, adm_golden, nhwc
@@ -33,7 +33,7 @@ def test_recorded_edits(name, operator):
 
     @jax.jit
     def sample(images):
-        return multistep_sample(edited(denoiser, operator, images), start, levels, lambda index: noise[index - 1])
+        return multistep_sample(edited_denoiser(denoiser, operator, images), start, levels, lambda index: noise[index - 1])
 
     np.testing.assert_allclose(sample(images), out, atol=BOUND)
     np.testing.assert_allclose(sample(given), out, atol=BOUND)

@@ -129,31 +129,31 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path):
 def test_there_and_back_changes_nothing_but_the_square(shape):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     picture = Image.fromarray(pixels)
-    fitted = photos.fitted(picture, 8)
+    fitted = photos.fit(picture, 8)
     assert fitted.shape == (8, 8, 3)
-    left, top, right, bottom = photos.middle(*picture.size)
+    left, top, right, bottom = photos.center_box(*picture.size)
     assert right - left == bottom - top == min(shape)
-    black = np.asarray(photos.back(picture, np.zeros((8, 8, 3), np.uint8)))
+    black = np.asarray(photos.paste_back(picture, np.zeros((8, 8, 3), np.uint8)))
     outside = np.ones(shape, bool)
     outside[top:bottom, left:right] = False
     np.testing.assert_array_equal(black[outside], pixels[outside])
     assert not black[~outside].any()
     if shape == (8, 8):
         same = np.round((fitted + 1) * 127.5).astype(np.uint8)
-        np.testing.assert_array_equal(np.asarray(photos.back(picture, same)), pixels)
+        np.testing.assert_array_equal(np.asarray(photos.paste_back(picture, same)), pixels)
 
 
 def test_a_hole_covers_every_pixel_that_it_touches():
     hole = np.zeros((32, 40), bool)
     hole[7, 4 + 13] = True
-    touched = photos.fitted_hole(hole, 8)
+    touched = photos.fit_hole(hole, 8)
     assert np.argwhere(touched).tolist() == [[1, 3]]
-    assert photos.fitted_hole(np.ones((3, 3), bool), 8).all()
+    assert photos.fit_hole(np.ones((3, 3), bool), 8).all()
 
 
 def test_small_pictures_become_patches():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 3), np.uint8)
-    patches = photos.enlarged(Image.fromarray(pixels), 8, 4)
+    patches = photos.fit_patches(Image.fromarray(pixels), 8, 4)
     np.testing.assert_allclose(patches[::4, ::4], pixels / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(patches[:4, 4:], np.broadcast_to(patches[0, 7], (4, 4, 3)))
 
@@ -164,7 +164,7 @@ def test_small_pictures_become_patches():
 )
 def test_boxes_outside_of_the_picture(box, message):
     with pytest.raises(InputError, match=message):
-        photos.hole_in(box, 8, 8)
+        photos.hole_from_box(box, 8, 8)
 
 
 def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):

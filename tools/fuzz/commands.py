@@ -228,7 +228,7 @@ def without_work(cache: Path) -> Iterator[None]:
     from cm_jax.cli.running import use_compilation_cache as real
 
     places = {
-        "cm_jax.model": ("generate", "edit_all", "slerp_all"),
+        "cm_jax.model": ("generate", "edit_batches", "slerp_batches"),
         "cm_jax.conversion.parity": ("compare",),
         "cm_jax.cli.train": ("report", "run_training"),
         "cm_jax.cli.evaluate": ("evaluate", "evaluate_bits"),

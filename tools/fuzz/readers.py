@@ -160,11 +160,11 @@ def _arrays_of_images(folder: Path, rng: random.Random) -> None:
 def _pictured(folder: Path, rng: random.Random) -> None:
     (file,) = folder.iterdir()
     picture = photos.read(file)
-    photos.back(picture, np.zeros((8, 8, 3), np.uint8) + (photos.fitted(picture, 8) > 2).astype(np.uint8))
+    photos.paste_back(picture, np.zeros((8, 8, 3), np.uint8) + (photos.fit(picture, 8) > 2).astype(np.uint8))
 
 
 def _mask(folder: Path, rng: random.Random) -> None:
-    photos.fitted_hole(photos.hole_of(photos.read(folder / "mask.png"), 20, 24), 8)
+    photos.fit_hole(photos.hole_from_mask(photos.read(folder / "mask.png"), 20, 24), 8)
 
 
 def _image_folder(folder: Path, rng: random.Random) -> None:

@@ -99,7 +99,8 @@ def canvas_image(model: Model, picture: Picture) -> tuple[UInt8[np.ndarray, "h w
     width, height = picture.size
     pixels = _enlarge(quantize(photos.fit(picture.square, side)[None]), CANVAS)[0]
     part = "" if width == height else "center of "
-    return pixels, f"{part}{picture.name}, {width} x {height} pixels, resized to {side} x {side}"
+    resized = "" if picture.size == (side, side) else f", resized to {side} x {side}"
+    return pixels, f"{part}{picture.name}, {width} x {height} pixels{resized}"
 
 
 def edit_grids(

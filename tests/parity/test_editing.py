@@ -33,7 +33,9 @@ def test_recorded_edits(name, operator):
 
     @jax.jit
     def sample(images):
-        return multistep_sample(edited_denoiser(denoiser, operator, images), start, levels, lambda index: noise[index - 1])
+        return multistep_sample(
+            edited_denoiser(denoiser, operator, images), start, levels, lambda index: noise[index - 1]
+        )
 
     np.testing.assert_allclose(sample(images), out, atol=BOUND)
     np.testing.assert_allclose(sample(given), out, atol=BOUND)

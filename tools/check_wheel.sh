@@ -35,7 +35,7 @@ say "$(basename "$wheel"): $(du -k "$wheel" | cut -f1) KiB; $(basename "$place"/
 export JAX_PLATFORMS=cpu XDG_CACHE_HOME="$place/cache"
 unset PYTHONPATH CM_JAX_INCEPTION CM_JAX_LPIPS
 small=(--network.image-size 8 --network.base-channels 16 --network.channel-mult 1 --network.blocks-per-level 1
-	--network.dropout 0 --batch-size 8 --log-every 5 --sample-every 20 --averages 0.99)
+	--network.dropout 0 --batch-size 8 --log-every 5 --sample-every 20 --ema-decay 0.99)
 
 for python in "${pythons[@]}"; do
 	cd "$started"
@@ -83,7 +83,7 @@ for python in "${pythons[@]}"; do
 		"$bin/cm-jax" sample "$model" --output "$model.png" >>sample.txt
 		cmp -s known.png "$model.png" || fail "$model samples other images"
 	done
-	refused "torch is not installed" "$bin/cm-jax" convert emoji16_cd other --check
+	refused "requires torch, which is not installed" "$bin/cm-jax" convert emoji16_cd other --check
 	refused "CM_JAX_INCEPTION is not set" "$bin/cm-jax" evaluate emoji16_cd emoji --count 10
 	refused "pip install gradio" "$bin/cm-jax" demo
 	refused "There is no command" "$bin/cm-jax" smaple

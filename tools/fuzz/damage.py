@@ -33,8 +33,8 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return content
 
 
-def _place(content: bytearray, rng: random.Random) -> int:
-    """Headers are at the beginning of most formats, and at the end of zip archives."""
+def _position(content: bytearray, rng: random.Random) -> int:
+    """A random position, more often near the beginning or the end, where headers are."""
     size = len(content)
     return min(
         max(0, size - 1),
@@ -44,26 +44,26 @@ def _place(content: bytearray, rng: random.Random) -> int:
 
 def _scattered(content: bytearray, rng: random.Random) -> bytes:
     for _ in range(rng.choice([1, 3, 30]) if content else 0):
-        content[_place(content, rng)] = rng.randrange(256)
+        content[_position(content, rng)] = rng.randrange(256)
     return bytes(content)
 
 
 def _flipped(content: bytearray, rng: random.Random) -> bytes:
     if content:
-        content[_place(content, rng)] ^= 1 << rng.randrange(8)
+        content[_position(content, rng)] ^= 1 << rng.randrange(8)
     return bytes(content)
 
 
 def _cut(content: bytearray, rng: random.Random) -> bytes:
-    return bytes(content[: _place(content, rng)])
+    return bytes(content[: _position(content, rng)])
 
 
-def _longer(content: bytearray, rng: random.Random) -> bytes:
+def _extended(content: bytearray, rng: random.Random) -> bytes:
     return bytes(content) + rng.randbytes(rng.choice([1, 8, 1000]))
 
 
 def _range(content: bytearray, rng: random.Random) -> slice:
-    first = _place(content, rng)
+    first = _position(content, rng)
     return slice(first, first + rng.choice([1, 4, 8, 64, 4096]))
 
 
@@ -73,7 +73,7 @@ def _zeros(content: bytearray, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def _twice(content: bytearray, rng: random.Random) -> bytes:
+def _repeated(content: bytearray, rng: random.Random) -> bytes:
     where = _range(content, rng)
     content[where] = content[where] * 2
     return bytes(content)
@@ -84,15 +84,15 @@ def _removed(content: bytearray, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def _exchanged(content: bytearray, rng: random.Random) -> bytes:
+def _swapped(content: bytearray, rng: random.Random) -> bytes:
     first, second = _range(content, rng), _range(content, rng)
     content[first], content[second] = content[second], content[first]
     return bytes(content)
 
 
 def _length(content: bytearray, rng: random.Random) -> bytes:
-    """A number of 1, 2, 4 or 8 bytes, as lengths are: zero, the largest, the largest with a sign."""
-    width, first = rng.choice([1, 2, 4, 8]), _place(content, rng)
+    """Overwrite a length field: an integer of 1, 2, 4 or 8 bytes with an extreme value."""
+    width, first = rng.choice([1, 2, 4, 8]), _position(content, rng)
     number = rng.choice(_NUMBERS) % 256**width
     content[first : first + width] = number.to_bytes(width, rng.choice(["little", "big"]))
     return bytes(content)
@@ -103,7 +103,7 @@ def _other(content: bytearray, rng: random.Random) -> bytes:
     return rng.choice([b"", b"\0" * 1000, rng.randbytes(500), b"<html>not found</html>", b"PK\x05\x06" + bytes(18)])
 
 
-_MUTATIONS = (*(_scattered, _flipped, _cut, _zeros, _twice, _removed, _exchanged, _length) * 3, _longer, _other)
+_MUTATIONS = (*(_scattered, _flipped, _cut, _zeros, _repeated, _removed, _swapped, _length) * 3, _extended, _other)
 
 
 def json_damaged(content: bytes, rng: random.Random) -> bytes:
@@ -114,13 +114,13 @@ def json_damaged(content: bytes, rng: random.Random) -> bytes:
         return rng.choice([b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe{}", b"nul", b"9" * 5000])
     tree = json.loads(content)
     for _ in range(rng.choice([1, 1, 2, 3])):
-        tree = _tree_damaged(tree, rng)
+        tree = _damage_tree(tree, rng)
     return json.dumps(tree).encode("utf-8", "surrogatepass")
 
 
-def _tree_damaged(tree: Any, rng: random.Random) -> Any:
+def _damage_tree(tree: Any, rng: random.Random) -> Any:
     tree = copy.deepcopy(tree)
-    places = list(_places(tree))
+    places = list(_entries(tree))
     if not places:
         return rng.choice(VALUES)
     holder, key = rng.choice(places)
@@ -141,12 +141,12 @@ def _tree_damaged(tree: Any, rng: random.Random) -> Any:
     return tree
 
 
-def _places(tree: Any) -> Any:
+def _entries(tree: Any) -> Any:
     """(holder, key) of every nested value."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in entries:
         yield tree, key
-        yield from _places(value)
+        yield from _entries(value)
 
 
 def zip_damaged(content: bytes, rng: random.Random, member: Damage = damaged) -> bytes:
@@ -177,11 +177,11 @@ def zip_damaged(content: bytes, rng: random.Random, member: Damage = damaged) ->
         for name, data in entries:
             archive.writestr(zipfile.ZipInfo(name), data)
     content = stream.getvalue()
-    return _lying(content, rng) if rng.random() < 0.15 else content
+    return _false_entry(content, rng) if rng.random() < 0.15 else content
 
 
-def _lying(content: bytes, rng: random.Random) -> bytes:
-    """An entry of the central directory with another checksum, size, packed size, method or place."""
+def _false_entry(content: bytes, rng: random.Random) -> bytes:
+    """An entry of the central directory with another checksum, size, compressed size, method or offset."""
     found, start = [], 0
     while (start := content.find(b"PK\x01\x02", start)) >= 0:
         found.append(start)
@@ -195,7 +195,7 @@ def _lying(content: bytes, rng: random.Random) -> bytes:
 
 
 def safetensors_damaged(content: bytes, rng: random.Random) -> bytes:
-    """A safetensors file whose header (JSON behind its length) declares other shapes, types, offsets or lengths."""
+    """A safetensors file whose header (JSON after its length) declares other shapes, types, offsets or lengths."""
     if rng.random() < 0.3:
         return damaged(content, rng)
     (size,) = struct.unpack("<Q", content[:8])
@@ -213,7 +213,7 @@ def safetensors_damaged(content: bytes, rng: random.Random) -> bytes:
         elif what == 3:
             header[rng.choice(NAMES)] = header.pop(rng.choice(tensors))
         else:
-            header = _tree_damaged(header, rng)
+            header = _damage_tree(header, rng)
             header = header if isinstance(header, dict) else {"x": header}
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     told = rng.choice([len(text)] * 9 + [0, 2**62, 2**64 - 1, len(text) - 1, len(text) + 1])

@@ -71,7 +71,7 @@ class Target:
             self.mutate(folder, rng)
 
 
-def _all_numbers(tensors: Any) -> None:
+def _read_all(tensors: Any) -> None:
     for tensor in tensors.values():
         tensor.read()
 
@@ -81,18 +81,18 @@ def _hints(rng: random.Random, hints: CheckpointHints) -> CheckpointHints:
     return hints if rng.random() < 0.8 else CheckpointHints()
 
 
-def _converted(folder: Path, rng: random.Random) -> None:
+def _read_checkpoint(folder: Path, rng: random.Random) -> None:
     read(
         folder / next(name for name in ("openai.pt", "legacy.pt", "jcm") if (folder / name).exists()),
         _hints(rng, HINTS),
     )
 
 
-def _jcm(folder: Path, rng: random.Random) -> None:
+def _read_jcm(folder: Path, rng: random.Random) -> None:
     read(folder / "jcm", _hints(rng, _JCM_HINTS))
 
 
-def _run(folder: Path, rng: random.Random) -> None:
+def _read_run(folder: Path, rng: random.Random) -> None:
     """Every way to resume a run or to load from it."""
     run = folder / "run"
     ways: list[Callable[[], Any]] = [
@@ -102,7 +102,7 @@ def _run(folder: Path, rng: random.Random) -> None:
         lambda: read_metrics(run / EVALUATIONS),
         lambda: record_start(run, 10, ["train.py"]),
         lambda: loop._agree(run, PRESETS["emoji32-edm"]()),
-        lambda: _resumed(run),
+        lambda: _resume(run),
         lambda: Log(run, 5).close(),
     ]
     failures = []
@@ -115,13 +115,13 @@ def _run(folder: Path, rng: random.Random) -> None:
         raise failures[0]
 
 
-def _resumed(run: Path) -> None:
+def _resume(run: Path) -> None:
     with RunFolder(run) as opened:
         opened.best()
         opened.resume(seeds.STATE)
 
 
-def _of_a_run(name: str, outcome: str) -> bool:
+def _is_run_record(name: str, outcome: str) -> bool:
     """Files that a resumed run writes: truncated records and the lock, but no checkpoint."""
     records = (
         "run/run.json",
@@ -134,22 +134,22 @@ def _of_a_run(name: str, outcome: str) -> bool:
     return name.startswith(records) or name in ("run", "run/checkpoints")
 
 
-def _state(folder: Path, rng: random.Random) -> None:
-    _resumed(folder / "run")
+def _read_state(folder: Path, rng: random.Random) -> None:
+    _resume(folder / "run")
 
 
-def _settings(folder: Path, rng: random.Random) -> None:
+def _read_train_config(folder: Path, rng: random.Random) -> None:
     file = folder / "training.json"
     serialization.from_text(
         file.read_text("utf-8", "replace"), TrainConfig, loop.FORMAT, str(file), "the config of a run"
     )
 
 
-def _statistics(folder: Path, rng: random.Random) -> None:
+def _read_statistics(folder: Path, rng: random.Random) -> None:
     references.open_reference(str(folder / "statistics.npz"), ("pool", "spatial"), (8, 8, 3))
 
 
-def _arrays_of_images(folder: Path, rng: random.Random) -> None:
+def _read_images(folder: Path, rng: random.Random) -> None:
     file = str(folder / "images.npz")
     if rng.random() < 0.3:
         open_images(file)
@@ -157,40 +157,40 @@ def _arrays_of_images(folder: Path, rng: random.Random) -> None:
         NpzData(file).open(rng.choice([4, 8, 16]))
 
 
-def _pictured(folder: Path, rng: random.Random) -> None:
+def _read_picture(folder: Path, rng: random.Random) -> None:
     (file,) = folder.iterdir()
     picture = photos.read(file)
     photos.paste_back(picture, np.zeros((8, 8, 3), np.uint8) + (photos.fit(picture, 8) > 2).astype(np.uint8))
 
 
-def _mask(folder: Path, rng: random.Random) -> None:
+def _read_mask(folder: Path, rng: random.Random) -> None:
     photos.fit_hole(photos.hole_from_mask(photos.read(folder / "mask.png"), 20, 24), 8)
 
 
-def _image_folder(folder: Path, rng: random.Random) -> None:
+def _read_image_folder(folder: Path, rng: random.Random) -> None:
     ImageFolder(str(folder / "folder"), labels=rng.choice(["auto", "none", "folder"])).open(8)
 
 
-def _picture(name: str) -> Target:
+def _picture_target(name: str) -> Target:
     ways = (damaged, damaged, png) if name.endswith(".png") else (damaged,)
-    return Target(f"picture, {name}", _pictured, (name,), in_file(name, *ways))
+    return Target(f"picture, {name}", _read_picture, (name,), in_file(name, *ways))
 
 
-def _weights(folder: Path, rng: random.Random) -> None:
+def _read_weights(folder: Path, rng: random.Random) -> None:
     lpips.FILE.load(str(folder / "weights.safetensors"), seeds.WEIGHTS)
 
 
-def _inception(folder: Path, rng: random.Random) -> None:
-    _all_numbers(read_torch(folder / "inception.pt"))
+def _read_inception(folder: Path, rng: random.Random) -> None:
+    _read_all(read_torch(folder / "inception.pt"))
     metric_networks.read_inception(folder / "inception.pt")
 
 
-def _lpips(folder: Path, rng: random.Random) -> None:
-    _all_numbers(read_arrays(folder / "arrays.ckpt"))
+def _read_lpips(folder: Path, rng: random.Random) -> None:
+    _read_all(read_arrays(folder / "arrays.ckpt"))
     metric_networks.read_lpips(folder / "arrays.ckpt")
 
 
-def _config(folder: Path, rng: random.Random) -> None:
+def _read_native(folder: Path, rng: random.Random) -> None:
     jax.tree.leaves(read(folder / "native", HINTS if rng.random() < 0.1 else CheckpointHints()).params)
 
 
@@ -201,9 +201,12 @@ PICTURES = (
 
 READERS: tuple[Target, ...] = (
     Target(
-        "openai .pt", _converted, ("openai.pt",), in_file("openai.pt", zipped_pickle, zipped_pickle, zip_damaged, bomb)
+        "openai .pt",
+        _read_checkpoint,
+        ("openai.pt",),
+        in_file("openai.pt", zipped_pickle, zipped_pickle, zip_damaged, bomb),
     ),
-    Target("openai .pt before 1.6", _converted, ("legacy.pt",), in_file("legacy.pt", damaged, legacy_pickle)),
+    Target("openai .pt before 1.6", _read_checkpoint, ("legacy.pt",), in_file("legacy.pt", damaged, legacy_pickle)),
     Target(
         "safetensors",
         lambda folder, rng: read(folder / "diffusers", _hints(rng, HINTS)),
@@ -220,51 +223,54 @@ READERS: tuple[Target, ...] = (
             in_file("diffusers/scheduler/scheduler_config.json", json_damaged),
         ),
     ),
-    Target("native checkpoint, config.json", _config, ("native",), in_file("native/config.json", json_damaged)),
-    Target("native checkpoint, any file", _config, ("native",), in_folder("native")),
+    Target("native checkpoint, config.json", _read_native, ("native",), in_file("native/config.json", json_damaged)),
+    Target("native checkpoint, any file", _read_native, ("native",), in_folder("native")),
     Target(
         "native checkpoint, one file",
         lambda folder, rng: read(folder / "native.safetensors"),
         ("native.safetensors",),
         in_file("native.safetensors", safetensors_damaged),
     ),
-    Target("run, any file", _run, ("run",), in_folder("run"), _of_a_run),
+    Target("run, any file", _read_run, ("run",), in_folder("run"), _is_run_record),
     Target(
         "run, metrics.csv",
-        _run,
+        _read_run,
         ("run",),
         one_of(in_file("run/metrics.csv", csv), in_file("run/evaluations.csv", csv)),
-        _of_a_run,
+        _is_run_record,
     ),
     Target(
         "run, JSON files",
-        _run,
+        _read_run,
         ("run",),
         one_of(*(in_file(f"run/{name}.json", json_damaged) for name in ("best", "run", "config"))),
-        _of_a_run,
+        _is_run_record,
     ),
     Target(
         "run, state.npz",
-        _state,
+        _read_state,
         ("run",),
         in_file("run/checkpoints/00000010/state/state.npz", npz, damaged),
-        _of_a_run,
+        _is_run_record,
     ),
-    Target("settings of a run", _settings, ("training.json",), in_file("training.json", json_damaged)),
-    Target("jcm (MessagePack)", _jcm, ("jcm",), in_file("jcm", damaged)),
+    Target("config of a run", _read_train_config, ("training.json",), in_file("training.json", json_damaged)),
+    Target("jcm (MessagePack)", _read_jcm, ("jcm",), in_file("jcm", damaged)),
     Target(
         "weights of a metric network",
-        _weights,
+        _read_weights,
         ("weights.safetensors",),
         in_file("weights.safetensors", safetensors_damaged),
     ),
     Target(
-        "Inception (TorchScript)", _inception, ("inception.pt",), in_file("inception.pt", zipped_pickle, zip_damaged)
+        "Inception (TorchScript)",
+        _read_inception,
+        ("inception.pt",),
+        in_file("inception.pt", zipped_pickle, zip_damaged),
     ),
-    Target("LPIPS (pickle of arrays)", _lpips, ("arrays.ckpt",), in_file("arrays.ckpt", damaged, injected)),
-    Target("statistics .npz", _statistics, ("statistics.npz",), in_file("statistics.npz", npz)),
-    Target("images .npz", _arrays_of_images, ("images.npz",), in_file("images.npz", npz)),
-    Target("mask", _mask, ("mask.png",), in_file("mask.png", damaged, png)),
-    Target("image folder", _image_folder, ("folder",), in_folder("folder")),
-    *map(_picture, PICTURES),
+    Target("LPIPS (pickle of arrays)", _read_lpips, ("arrays.ckpt",), in_file("arrays.ckpt", damaged, injected)),
+    Target("statistics .npz", _read_statistics, ("statistics.npz",), in_file("statistics.npz", npz)),
+    Target("images .npz", _read_images, ("images.npz",), in_file("images.npz", npz)),
+    Target("mask", _read_mask, ("mask.png",), in_file("mask.png", damaged, png)),
+    Target("image folder", _read_image_folder, ("folder",), in_folder("folder")),
+    *map(_picture_target, PICTURES),
 )

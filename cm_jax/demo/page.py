@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 from gradio.themes import Default
@@ -48,112 +48,70 @@ def page(checkpoints: Mapping[str, Path]) -> gr.Blocks:
         with gr.Row(equal_height=True):
             name = gr.Dropdown(list(checkpoints), label="Model")
             about = gr.Markdown(elem_classes="about")
+        labels = _hidden_class(render=False), _hidden_class(render=False)
+        changed = gr.on([blocks.load, name.change], callbacks.show_model, name, [about, *labels], **_QUICK)
         with gr.Tab("Sample"), gr.Row():
-            sample = _sample_tab()
+            _sample_tab(callbacks, name, labels[0])
         with gr.Tab("Edit"), gr.Row():
-            edit = _edit_tab()
-        changed = gr.on(
-            [blocks.load, name.change], callbacks.show_model, name, [about, sample.label, edit.label], **_QUICK
-        )
-        changed.success(callbacks.show_picture, [name, edit.picture], [edit.canvas, edit.about], **_QUICK)
-        _connect_sample(callbacks, name, sample)
-        _connect_edit(callbacks, name, edit)
+            _edit_tab(callbacks, name, labels[1], changed)
     return blocks
 
 
-class _SampleTab(NamedTuple):
-    label: gr.Dropdown
-    seed: gr.Number
-    steps: gr.Slider
-    count: gr.Slider
-    button: gr.Button
-    one_step: gr.Image
-    several_steps: gr.Image
-    levels: gr.Markdown
-
-
-class _EditTab(NamedTuple):
-    picture: gr.State
-    example: gr.Radio
-    upload: gr.UploadButton
-    canvas: gr.ImageEditor
-    about: gr.Markdown
-    kind: gr.Radio
-    label: gr.Dropdown
-    seed: gr.Number
-    steps: gr.Slider
-    count: gr.Slider
-    button: gr.Button
-    known: gr.Image
-    edits: gr.Image
-
-
-def _sample_tab() -> _SampleTab:
+def _sample_tab(callbacks: "_Callbacks", name: gr.Dropdown, label: gr.Dropdown) -> None:
     with gr.Column(scale=2, min_width=260):
-        settings = (
-            _hidden_class(),
-            gr.Number(0, label="Seed", precision=0),
-            gr.Slider(2, MAX_STEPS, 2, step=1, label="Steps"),
-            gr.Slider(1, MAX_IMAGES, MAX_IMAGES, step=1, label="Number of images"),
-            gr.Button("Sample", variant="primary"),
-        )
+        label.render()
+        seed = gr.Number(0, label="Seed", precision=0)
+        steps = gr.Slider(2, MAX_STEPS, 2, step=1, label="Steps")
+        count = gr.Slider(1, MAX_IMAGES, MAX_IMAGES, step=1, label="Number of images")
+        button = gr.Button("Sample", variant="primary")
     with gr.Column(scale=5):
         with gr.Row():
-            images = _image("One step"), _image("Several steps from the same noise")
-        return _SampleTab(*settings, *images, gr.Markdown())
+            one, several = _image("One step"), _image("Several steps from the same noise")
+        levels = gr.Markdown()
+    settings, outputs = [name, label, seed, steps, count], [one, several, levels]
+    button.click(callbacks.sample, settings, outputs, show_progress_on=several, **_DEVICES)
 
 
-def _edit_tab() -> _EditTab:
+def _edit_tab(callbacks: "_Callbacks", name: gr.Dropdown, label: gr.Dropdown, model_changed: Any) -> None:
     first, _ = rendering.example(next(iter(EXAMPLES)))
+    picture = gr.State(first)
     with gr.Column(scale=3, min_width=420):
-        inputs = (
-            gr.State(first),
-            gr.Radio(list(EXAMPLES), value=first.name, label="Picture"),
-            gr.UploadButton("Upload a picture", file_types=["image"], size="sm"),
-            gr.ImageEditor(
-                label="Paint over the part to inpaint",
-                type="numpy",
-                format="png",
-                sources=(),
-                transforms=(),
-                layers=False,
-                brush=gr.Brush(default_size=32, colors=["#e6007e"], color_mode="fixed"),
-                canvas_size=(CANVAS, CANVAS),
-                height=CANVAS + 60,
-                interactive=True,
-            ),
-            gr.Markdown(),
+        example = gr.Radio(list(EXAMPLES), value=first.name, label="Picture")
+        upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
+        canvas = gr.ImageEditor(
+            label="Paint over the part to inpaint",
+            type="numpy",
+            format="png",
+            sources=(),
+            transforms=(),
+            layers=False,
+            brush=gr.Brush(default_size=32, colors=["#e6007e"], color_mode="fixed"),
+            canvas_size=(CANVAS, CANVAS),
+            height=CANVAS + 60,
+            interactive=True,
         )
+        shown = [canvas, gr.Markdown()]
     with gr.Column(scale=4):
         kind = gr.Radio(list(KINDS), value=next(iter(KINDS)), label="Edit")
         with gr.Row():
-            label, seed = _hidden_class(), gr.Number(0, label="Seed", precision=0)
+            label.render()
+            seed = gr.Number(0, label="Seed", precision=0)
         with gr.Row():
             steps = gr.Slider(1, MAX_STEPS, EDIT_STEPS, step=1, label="Steps")
             count = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of images")
         button = gr.Button("Edit", variant="primary")
         with gr.Row():
-            images = _image("Input and known part", buttons=[], min_width=120), _image("Edits", scale=3)
-    return _EditTab(*inputs, kind, label, seed, steps, count, button, *images)
+            known, edits = _image("Input and known part", buttons=[], min_width=120), _image("Edits", scale=3)
+    model_changed.success(callbacks.show_picture, [name, picture], shown, **_QUICK)
+    canvas.clear(callbacks.show_picture, [name, picture], shown, **_QUICK)
+    upload.upload(callbacks.upload, [name, upload], [picture, example, *shown], **_QUICK)
+    example.input(callbacks.use_example, [name, example], [picture, label, *shown], **_QUICK)
+    settings = [name, kind, picture, canvas, label, seed, steps, count]
+    button.click(callbacks.edit, settings, [known, edits], show_progress_on=edits, **_DEVICES)
 
 
-def _connect_sample(callbacks: "_Callbacks", name: gr.Dropdown, tab: _SampleTab) -> None:
-    inputs = [name, tab.label, tab.seed, tab.steps, tab.count]
-    outputs = [tab.one_step, tab.several_steps, tab.levels]
-    tab.button.click(callbacks.sample, inputs, outputs, show_progress_on=tab.several_steps, **_DEVICES)
-
-
-def _connect_edit(callbacks: "_Callbacks", name: gr.Dropdown, tab: _EditTab) -> None:
-    shown = [tab.canvas, tab.about]
-    tab.canvas.clear(callbacks.show_picture, [name, tab.picture], shown, **_QUICK)
-    tab.upload.upload(callbacks.upload, [name, tab.upload], [tab.picture, tab.example, *shown], **_QUICK)
-    tab.example.input(callbacks.use_example, [name, tab.example], [tab.picture, tab.label, *shown], **_QUICK)
-    inputs = [name, tab.kind, tab.picture, tab.canvas, tab.label, tab.seed, tab.steps, tab.count]
-    tab.button.click(callbacks.edit, inputs, [tab.known, tab.edits], show_progress_on=tab.edits, **_DEVICES)
-
-
-def _hidden_class() -> gr.Dropdown:
-    return gr.Dropdown([("any", _ANY)], value=_ANY, label="Class", visible=False)
+def _hidden_class(**options: Any) -> gr.Dropdown:
+    return gr.Dropdown([("any", _ANY)], value=_ANY, label="Class", visible=False, **options)
 
 
 def _image(label: str, **options: Any) -> gr.Image:
@@ -213,19 +171,10 @@ class _Callbacks:
         return _unique(one), _unique(several), levels
 
     @_with_messages
-    def edit(
-        self,
-        name: str,
-        kind: str,
-        picture: Picture,
-        canvas: dict[str, Any],
-        label: int,
-        seed: int,
-        steps: int,
-        count: int,
-    ) -> tuple[Any, Any]:
+    def edit(self, name: str, kind: str, picture: Picture, canvas: dict, label: int, *settings: int) -> tuple[Any, Any]:
+        """`settings`: seed, steps, number of images."""
         model, layers = self._model(name), canvas["layers"]
-        known, edits = rendering.edit_grids(model, kind, picture, layers, seed, _label(label), steps, count)
+        known, edits = rendering.edit_grids(model, kind, picture, layers, _label(label), *settings)
         return _unique(known), _unique(edits)
 
 

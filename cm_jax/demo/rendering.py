@@ -108,8 +108,8 @@ def edit_grids(
     kind: str,
     picture: Picture,
     layers: Layers,
-    seed: int,
     label: int | None,
+    seed: int,
     steps: int,
     variants: int,
 ) -> tuple[Image.Image, Image.Image]:

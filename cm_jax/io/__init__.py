@@ -1,1 +1,1 @@
-"""Files: atomic writes, .npz archives, images, JSON validation."""
+"""Files: atomic writes, .npz archives, images, safetensors, JSON validation."""

@@ -1,4 +1,4 @@
-"""Writing so that a failure leaves nothing half-done: beside the destination first, then renamed onto it."""
+"""Atomic writes: to a temporary path in the folder of the destination, which is then renamed."""
 
 import contextlib
 import errno
@@ -11,13 +11,13 @@ from pathlib import Path
 from cm_jax.errors import InputError
 
 UNFINISHED = ".cm_jax-"
-"""How the names begin of what is being written, until it is renamed."""
+"""Prefix of temporary names."""
 
 
 def user_path(name: str | Path) -> Path:
-    """The path that a user names, whether there is something or not, with ~ as the home folder.
+    """A path given by the user, existing or not, with ~ expanded.
 
-    Raises InputError for what the system does not take for a path: a name that is too long, a home that nobody has.
+    Raises InputError for names that cannot be paths: too long, or the home folder of an unknown user.
     """
     try:
         path = Path(name).expanduser()
@@ -30,11 +30,10 @@ def user_path(name: str | Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_write(destination: Path) -> Iterator[Path]:
-    """A fresh path in the destination's folder; renamed to `destination` if the block ends well, removed if not.
+    """A temporary path for a file or folder, renamed to `destination` after the block, or removed if it raises.
 
-    The block may write a file there or make a folder. An existing file is replaced (where `destination` is a link, the
-    file that it points to); an existing folder is only if it is empty. Raises InputError where the destination cannot
-    be written.
+    Replaces an existing file (the target, where `destination` is a link) and an existing empty folder. Raises
+    InputError where the destination cannot be written.
     """
     check_writable(destination)
     destination = destination.resolve()
@@ -57,31 +56,29 @@ def atomic_write(destination: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_errors(destination: Path) -> Iterator[None]:
-    """Around a library's call that writes a file: whatever it raises (a full disk, most likely) is an InputError."""
+    """Turn all exceptions of a library that writes a file, most likely because the disk is full, into InputError."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # every library has its own kinds for a failed write
+    except Exception as error:  # each library has its own kinds
         reason = str(error).strip().splitlines()
-        raise InputError(
-            f"Cannot write {destination}: {reason[0][:200] if reason else type(error).__name__}. "
-            "Is there room on the disk?"
-        ) from error
+        shown = reason[0][:200] if reason else type(error).__name__
+        raise InputError(f"Cannot write {destination}: {shown}. Check the free space of the disk.") from error
 
 
 def fsync_tree(folder: Path) -> None:
-    """Wait until all that is in a folder, and their names, are on the disk itself.
+    """Flush a folder with all its content to disk.
 
-    Without it a rename may reach the disk before the content does: after a power cut the name is there, and the files
-    under it are empty. (A killed process alone loses nothing that it had written.)
+    Otherwise a rename may reach the disk before the content, and a power failure may leave empty files under the final
+    name. (Killing the process loses nothing.)
     """
     for path in [*folder.rglob("*"), folder]:
         fsync_path(path)
 
 
 def fsync_path(path: Path) -> None:
-    """The same for one file, or for the names in one folder, where the file system can."""
+    """Flush a file, or the names in a folder, to disk where the file system supports that."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -93,7 +90,7 @@ def fsync_path(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder so that, killed at any moment, it is either whole or gone."""
+    """Remove a folder atomically: it is either complete or gone, even if the process is killed."""
     doomed = path.with_name(f"{UNFINISHED}{path.name}-removed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(path, doomed)
@@ -101,25 +98,25 @@ def remove(path: Path) -> None:
 
 
 def check_writable(destination: Path, *, folder: bool | None = None) -> None:
-    """Raise InputError if `destination` could not be written, as a folder or as a file where that is told.
+    """Raise InputError if `destination` cannot be written: as a folder, as a file, or by default as either.
 
-    Nothing is made or changed: missing folders above it are made when it is written.
+    Changes nothing on disk.
     """
     try:
         if not destination.name:
-            raise InputError(f"{str(destination)!r} is no name for an output: name a file or a folder.")
+            raise InputError(f"Expected a file or folder to write, got {str(destination)!r}.")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            destination.stat()  # a link may lead to itself
+            destination.stat()  # raises for a link to itself
         if destination.is_dir() and folder is False:
-            raise InputError(f"{destination} is a folder, and a file is to be written: name another.")
+            raise InputError(f"Expected a file to write, got the folder {destination}; use another name.")
         if destination.is_dir() and any(destination.iterdir()):
-            raise InputError(
-                f"{destination} is a folder with files in it, which are not overwritten: name another or remove it."
-            )
+            raise InputError(f"{destination} is a folder with files in it; use another name or remove it.")
         if destination.exists() and not destination.is_dir() and (folder or not destination.is_file()):
-            raise InputError(f"{destination} is there already and is no folder: name another or remove it.")
+            raise InputError(f"{destination} exists and is not a folder; use another name or remove it.")
         above = next(path for path in destination.absolute().parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise InputError(f"Cannot write {destination}: {above} is no folder that you may write to. Name another.")
+            raise InputError(f"Cannot write {destination}: no permission to write to {above}. Use another name.")
     except OSError as error:
-        raise InputError(f"Cannot write {str(destination)[:200]}: {error.strerror or error}. Name another.") from error
+        raise InputError(
+            f"Cannot write {str(destination)[:200]}: {error.strerror or error}. Use another name."
+        ) from error

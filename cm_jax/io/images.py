@@ -1,4 +1,4 @@
-"""From arrays in [-1, 1] to files that people and evaluators open."""
+"""Image files: quantization, grids, folders of PNG files, .npz archives."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from cm_jax.io.atomic import atomic_write
 Quantization = Literal["round", "truncate"]
 
 _SMALLEST_SHOWN = 64
-"""Images smaller than this are enlarged in a grid, by a whole number and without smoothing."""
+"""Smaller images are enlarged in a grid, by nearest-neighbor resizing with an integer factor."""
 
 
 def quantize(images: Float[np.ndarray, "b h w c"], how: Quantization = "round") -> UInt8[np.ndarray, "b h w c"]:
-    """[-1, 1] to 0 ... 255: to the nearest number, or cut off as the original does (half of them are one less)."""
+    """[-1, 1] to 0 ... 255, rounded, or truncated as in OpenAI's implementation."""
     scaled = np.clip((images + 1) * 127.5, 0, 255)
     return (np.round(scaled) if how == "round" else scaled).astype(np.uint8)
 
@@ -26,7 +26,7 @@ def quantize(images: Float[np.ndarray, "b h w c"], how: Quantization = "round") 
 def grid(
     images: UInt8[np.ndarray, "b h w c"], columns: int, row_names: Sequence[str] = (), gap: int = 2
 ) -> Image.Image:
-    """All images in rows of `columns`, small ones enlarged, with its name at the left of each row where it has one."""
+    """A grid of images with `columns` columns, and with names to the left of its rows."""
     count, height, width, channels = images.shape
     zoom = max(1, math.ceil(_SMALLEST_SHOWN / max(height, width)))
     rows = math.ceil(count / columns)
@@ -44,14 +44,14 @@ def grid(
     return sheet
 
 
-def save_grid(path: Path, sheet: Image.Image) -> None:
-    """A PNG, whole or not at all."""
+def save_grid(path: Path, image: Image.Image) -> None:
+    """Write a PNG file atomically."""
     with atomic_write(path) as beside:
-        sheet.save(beside, "PNG")
+        image.save(beside, "PNG")
 
 
 def save_folder(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"] | None) -> None:
-    """One PNG an image, 000000.png, or 000000_class145.png with labels; the folder appears when it is whole."""
+    """Write one PNG file per image, 000000.png, or 000000_class145.png with labels; atomically."""
     with atomic_write(path) as beside:
         beside.mkdir()
         for index, picture in enumerate(images):
@@ -61,7 +61,7 @@ def save_folder(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np
 
 
 def save_npz(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"] | None) -> None:
-    """arr_0: uint8 NHWC images, arr_1: int64 labels where there are any, as the original's evaluator reads them."""
+    """Write the archive that OpenAI's evaluator reads: arr_0, uint8 NHWC images; arr_1, int64 labels if given."""
     with atomic_write(path) as beside:
         arrays = [images] if labels is None else [images, labels.astype(np.int64)]
         with beside.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Reading .npz files that others wrote: plain arrays, whole ones, and nothing that runs."""
+"""Safe reading of .npz files: arrays only, no pickles."""
 
 import zipfile
 from collections.abc import Callable, Iterable
@@ -7,30 +7,30 @@ from pathlib import Path
 import numpy as np
 
 
-def read_npz(path: Path, wanted: Callable[[list[str]], Iterable[str]]) -> dict[str, np.ndarray]:
-    """The arrays that are `wanted` of those whose names it is given.
+def read_npz(path: Path, select: Callable[[list[str]], Iterable[str]]) -> dict[str, np.ndarray]:
+    """The arrays with the names that `select` returns from the list of all names.
 
-    Raises ValueError, with the reason, for whatever is wrong with the file; one that `wanted` raises is passed on.
+    Raises ValueError with a reason for anything wrong with the file, and any ValueError of `select`.
     """
     try:
         with path.open("rb") as stream:
             if not zipfile.is_zipfile(stream):
-                raise ValueError("it is no .npz file, or not a complete one")
+                raise ValueError("it is not a complete .npz file")
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
-                return {name: _checked(name, file[name]) for name in wanted(file.files)}
+                return {name: _checked(name, file[name]) for name in select(file.files)}
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
     except ValueError:
         raise
-    except Exception as error:  # zip, zlib and NumPy's parser have many kinds; all of them mean this file
+    except Exception as error:  # zip, zlib and NumPy raise many kinds
         raise ValueError(f"it is damaged ({str(error) or type(error).__name__})") from error
 
 
 def _checked(name: str, found: np.ndarray | bytes) -> np.ndarray:
-    """What np.load gives for an entry, if it is an array; a text in it, if its letters are some."""
+    """The array of an entry, checked to be an array, and of valid Unicode if it is text."""
     if not isinstance(found, np.ndarray):
-        raise ValueError(f"{name} in it is no array")
+        raise ValueError(f"{name} in it is not an array")
     if found.dtype.kind == "U":
-        found.tolist()  # SystemError for numbers that no letter has
+        found.tolist()  # raises SystemError for invalid code points
     return found

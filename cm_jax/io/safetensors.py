@@ -18,7 +18,7 @@ from cm_jax.errors import InputError, indented_list, shape_complaints
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: shape and dtype are known, the values are read on demand."""
+    """A tensor in a file: shape and dtype, with values read on demand."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -36,11 +36,11 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         "BF16": ml_dtypes.bfloat16,
     }
     with _opened(path) as archive:
-        parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  not a dictionary
+        parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  not a dict
         found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
     def read(name: str) -> np.ndarray:
-        """Reopens the file for every tensor: an open file keeps everything read from it in memory."""
+        """Reopen the file for each tensor, because an open one keeps all tensors read from it in memory."""
         with safetensors.safe_open(path, framework="np") as archive:
             return archive.get_tensor(name)
 
@@ -51,7 +51,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file with the permissions of any new file (the safetensors library makes it private)."""
+    """Write a safetensors file with the permissions of any new file (the library makes it private)."""
     path.touch()
     mode = path.stat().st_mode
     safetensors.numpy.save_file(tensors, path, metadata=metadata)
@@ -66,35 +66,35 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, whose errors become InputError."""
+    """An open safetensors file, with its errors as InputError."""
     try:
         with safetensors.safe_open(path, framework="np") as archive:
             yield archive
-    except Exception as error:  # safetensors raises several kinds; all of them concern this file
+    except Exception as error:  # safetensors raises several kinds
         raise InputError(
             f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {str(error)[:300]}. "
             "Download it again."
         ) from error
 
 
-def check_tensors(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], source: str) -> None:
-    """Raise InputError that lists every missing, superfluous, wrong-shaped and integer tensor."""
-    complaints = shape_complaints(wanted, {name: tensor.shape for name, tensor in tensors.items()}) + [
+def check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], source: str) -> None:
+    """Raise InputError that lists all missing, unexpected, wrong-shaped and integer tensors."""
+    complaints = shape_complaints(expected, {name: tensor.shape for name, tensor in tensors.items()}) + [
         f"not floating point: {name} is {tensors[name].dtype}"
-        for name in wanted
+        for name in expected
         if name in tensors and not jnp.issubdtype(tensors[name].dtype, jnp.floating)
     ]
     if complaints:
         raise InputError(
-            f"{source} does not hold the tensors of one network; {len(complaints)} of {len(wanted)} disagree:\n"
-            f"  {indented_list(complaints)}\nCheck that the file is complete, and that its config belongs to it."
+            f"Expected the tensors of one network in {source}, but {len(complaints)} of {len(expected)} disagree:\n"
+            f"  {indented_list(complaints)}\nCheck that the file is complete and belongs to its config."
         )
 
 
 def check_finite(not_finite: Sequence[str], source: str) -> None:
-    """Raise InputError if any tensor, given by name, holds infinite values or NaN."""
+    """Raise InputError if there are any tensors, given by name, with infinite or NaN values."""
     if not_finite:
         raise InputError(
-            f"{source} has numbers that are infinite or not a number:\n  {indented_list(not_finite)}\n"
-            "Use an earlier checkpoint of the run, or download the file again."
+            f"Expected finite values in {source}, got values that are infinite or not a number in:\n"
+            f"  {indented_list(not_finite)}\nUse an earlier checkpoint of the run, or download the file again."
         )

@@ -88,7 +88,7 @@ def test_inpainting_preserves_unpainted_pixels(model):
     shown, about = rendering.canvas_image(model, picture)
     assert about == "center of some.png, 24 x 20 pixels, resized to 8 x 8"
     layer = stroke(np.s_[1:9, 36:], shown.shape[:2])
-    known, edited = rendering.edit_grids(model, "Inpaint", picture, [layer], 0, 2, 2, 3)
+    known, edited = rendering.edit_grids(model, "Inpaint", picture, [layer], 2, 0, 2, 3)
     (picture, known), edited = cells(known), cells(edited)
     zoom = len(shown) // SIDE
     np.testing.assert_array_equal(shown[::zoom, ::zoom], picture)
@@ -147,7 +147,7 @@ def test_errors(model):
         (lambda: rendering.sample_grids(model, -1, 0, 2, 1), "A seed must be"),
         (lambda: rendering.edit_grids(model, "Inpaint", some_picture(), [], 0, 0, 2, 1), "Nothing is painted yet"),
         (
-            lambda: rendering.edit_grids(model, "Inpaint", some_picture(), everywhere, 0, None, 2, 1),
+            lambda: rendering.edit_grids(model, "Inpaint", some_picture(), everywhere, None, 0, 2, 1),
             "class-conditional",
         ),
         (

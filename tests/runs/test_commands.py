@@ -465,7 +465,7 @@ def test_outputs_that_cannot_be_written(tmp_path, capsys):
     assert "too large" in failed(capsys, main_sample, "--count", 50_000, "--output", tmp_path / "s.png")
     assert "nope" in failed(capsys, main_sample, "--labels", "nope", "--output", tmp_path / "deep" / "s.png")
     assert not (tmp_path / "deep").exists()
-    assert "is no folder" in failed(capsys, main_sample, "--output", tmp_path / "file")
+    assert "is not a folder" in failed(capsys, main_sample, "--output", tmp_path / "file")
     assert "from 2 to" in failed(capsys, main_convert, EMOJI, tmp_path / "new", "--levels", 0)
     assert "exists already" in failed(capsys, main_convert, EMOJI, tmp_path / "full")
     assert "--to native writes a folder" in failed(capsys, main_convert, EMOJI, tmp_path / "x.pt", "--to", "native")

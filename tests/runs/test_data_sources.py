@@ -341,8 +341,8 @@ def test_files_that_are_no_npz(tmp_path):
         file.seek(300)
         file.write(b"damage")
     for name, message in [
-        ("one.npy", "it is no .npz file"),
-        ("text.npz", "it is no .npz file"),
+        ("one.npy", "it is not a complete .npz file"),
+        ("text.npz", "it is not a complete .npz file"),
         ("data.npz", "CRC"),
         ("none.npz", "No such file"),
     ]:

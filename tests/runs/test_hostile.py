@@ -112,7 +112,7 @@ def npz(path, content, patch=None):
     ("content", "patch", "message"),
     [
         (array_file(shape="(((("), None, "damaged|Cannot parse"),
-        (b"no array", None, "is no array"),
+        (b"no array", None, "is not an array"),
         (array_file("'<U1'", "(1,)", b"\xff\xff\xff\x7f"), None, "is damaged"),
         (array_file("'|O'", "(1,)", pickle.dumps(payloads._Calls(print))), None, "Object arrays cannot be loaded"),
         (array_file("'<f4'", f"({2**50},)"), None, "damaged|allocate"),

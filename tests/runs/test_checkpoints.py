@@ -96,7 +96,7 @@ def damage_config(path, edit):
         (lambda fields: fields["network"].update(image_size=16.0), "image_size must be a whole number"),
         (lambda fields: fields["network"].update(attention="foo"), "attention must be one of auto, plain, cudnn"),
         (lambda fields: fields["network"].update(head_dim=0), "must be positive"),
-        (lambda fields: fields["network"].update(blocks_per_level=10**7), "blocks_per_level must lie in \\[1, 64\\]"),
+        (lambda fields: fields["network"].update(blocks_per_level=10**7), r"blocks_per_level must lie in \[1, 64\]"),
         (lambda fields: fields["grid"].update(rho=1e-300), "rho from 0.1"),
         (lambda fields: fields.update(tuned_timesteps=[[99, 0]]), "must fall from below 18"),
         (lambda fields: fields.update(format="1"), "damaged, or of another program"),

@@ -62,8 +62,8 @@ def loss_params(name):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def losses_and_gradients(kind, params, images, labels, noise, place, levels, weighting, distance):
-    """Losses of a batch, and gradient norms of their mean. `place`: noise level indices, or sigma for "edm"."""
+def losses_and_gradients(kind, params, images, labels, noise, index_or_sigma, levels, weighting, distance):
+    """Losses of a batch, and gradient norms of their mean. `index_or_sigma`: sigma for "edm", else indices."""
     network, _, _ = adm_golden("class_cond")
     edm, consistency = (
         ConsistencyFunction(network, EDMPreconditioning()),
@@ -78,14 +78,14 @@ def losses_and_gradients(kind, params, images, labels, noise, place, levels, wei
         target = consistency.denoiser(params["target"], labels)
         teacher = edm.denoiser(params["teacher"], labels)
         if kind == "edm":
-            return Denoising(**components).losses(edm.denoiser(student_params, labels), images, place, noise)
+            return Denoising(**components).losses(edm.denoiser(student_params, labels), images, index_or_sigma, noise)
         if kind == "progdist":
-            t, middle, r = (CURVE.sigma(place + ahead, levels + 1) for ahead in (0, 0.5, 1))
+            t, middle, r = (CURVE.sigma(index_or_sigma + ahead, levels + 1) for ahead in (0, 0.5, 1))
             student = edm.denoiser(student_params, labels)
             objective = ProgressiveDistillation(**components)
             return objective.losses(student, teacher, images, t, middle, r, noise)
         student = consistency.denoiser(student_params, labels)
-        t, r = CURVE.sigma(place, levels), CURVE.sigma(place + 1, levels)
+        t, r = CURVE.sigma(index_or_sigma, levels), CURVE.sigma(index_or_sigma + 1, levels)
         if kind == "cd":
             objective = ConsistencyDistillation(**components)
             return objective.losses(student, target, teacher, images, t, r, noise)

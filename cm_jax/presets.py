@@ -20,7 +20,7 @@ from cm_jax.diffusion.curricula import (
 )
 from cm_jax.diffusion.distances import PseudoHuber
 from cm_jax.diffusion.noise_distributions import CappedInterval, LogNormal
-from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasGrid
+from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, MeanFlowPreconditioning
 from cm_jax.diffusion.weightings import Karras
 from cm_jax.networks import SongUNet
@@ -70,7 +70,6 @@ _EMOJI_EDM = TrainConfig(
     preconditioning=_EDM,
     objective=Denoising(),
     optimizer=Adam(ConstantRate(5e-4, warm_up=500), clip_norm=1.0),
-    grid=KarrasGrid(levels=40),
     batch_size=_EMOJI_BATCH,
     images=_EMOJI_IMAGES,
     averages=(0.999, 0.9999),
@@ -98,7 +97,6 @@ def emoji32_cd() -> TrainConfig:
         _EMOJI_STUDENT,
         objective=ConsistencyDistillation(Constant(18)),
         target=ConstantTargetEMA(0.95),
-        grid=KarrasGrid(levels=18),
         teacher=_EMOJI_TEACHER,
     )
 
@@ -108,8 +106,7 @@ def emoji32_ct() -> TrainConfig:
     return replace(
         _EMOJI_STUDENT,
         objective=ConsistencyTraining(_EMOJI_CURRICULUM),
-        target=AdaptiveTargetEMA(_EMOJI_CURRICULUM, start=0.9),
-        grid=KarrasGrid(levels=151),
+        target=AdaptiveTargetEMA(start=0.9),
     )
 
 
@@ -119,7 +116,6 @@ def emoji32_ict() -> TrainConfig:
         _EMOJI_STUDENT,
         network=replace(_EMOJI_NETWORK, dropout=0.2),
         objective=ImprovedConsistencyTraining(Doubling(10, 1280, steps=_EMOJI_STEPS)),
-        grid=KarrasGrid(levels=1281),
     )
 
 
@@ -177,7 +173,7 @@ _CIFAR_EDM = TrainConfig(
     preconditioning=_EDM,
     objective=Denoising(),
     optimizer=Adam(ConstantRate(1e-3, warm_up=19_531)),
-    grid=KarrasGrid(levels=18),
+    num_levels=18,
     batch_size=512,
     images=200_000_000,
     averages=(half_life(500_000, 512), 0.9999),
@@ -191,6 +187,7 @@ _CIFAR_STUDENT = replace(
     network=NCSNPP,
     preconditioning=_BOUNDARY,
     optimizer=RAdam(ConstantRate(4e-4)),
+    num_levels=None,
     images=409_600_000,
     averages=(0.9999,),
 )
@@ -227,8 +224,7 @@ def cifar10_ct() -> TrainConfig:
     return replace(
         _CIFAR_STUDENT,
         objective=ConsistencyTraining(_CIFAR_CURRICULUM),
-        target=AdaptiveTargetEMA(_CIFAR_CURRICULUM, start=0.9),
-        grid=KarrasGrid(levels=151),
+        target=AdaptiveTargetEMA(start=0.9),
     )
 
 
@@ -239,7 +235,6 @@ def cifar10_ict() -> TrainConfig:
         network=replace(NCSNPP, dropout=0.3, fourier_scale=0.02),
         objective=ImprovedConsistencyTraining(Doubling(10, 1280, steps=400_000)),
         optimizer=RAdam(ConstantRate(1e-4)),
-        grid=KarrasGrid(levels=1281),
         batch_size=1024,
         averages=(0.99993,),
     )
@@ -251,6 +246,7 @@ def cifar10_ect() -> TrainConfig:
         _CIFAR_STUDENT,
         network=replace(DDPMPP, dropout=0.2),
         preconditioning=_EDM,
+        num_levels=18,
         objective=EasyConsistencyTuning(gap=ShrinkingGap(steps_per_stage=25_000)),
         optimizer=RAdam(ConstantRate(1e-4)),
         batch_size=128,
@@ -266,6 +262,7 @@ def cifar10_sct() -> TrainConfig:
         _CIFAR_STUDENT,
         network=replace(DDPMPP, dropout=0.2, attention="plain"),
         preconditioning=_EDM,
+        num_levels=18,
         objective=ContinuousTraining(LogNormal(-1.0, 1.8), adaptive=AdaptiveWeight()),
         optimizer=RAdam(ConstantRate(1e-4), beta2=0.99),
         images=204_800_000,
@@ -280,6 +277,7 @@ def cifar10_scd() -> TrainConfig:
         _CIFAR_STUDENT,
         network=replace(DDPMPP, attention="plain"),
         preconditioning=_EDM,
+        num_levels=18,
         objective=ContinuousDistillation(LogNormal(-1.0, 1.4), adaptive=AdaptiveWeight()),
         optimizer=RAdam(ConstantRate(1e-4), beta2=0.99),
         images=204_800_000,
@@ -294,6 +292,7 @@ def cifar10_meanflow() -> TrainConfig:
         _CIFAR_STUDENT,
         network=replace(DDPMPP, resampling="fir", dropout=0.2, attention="plain", interval_embedding=True),
         preconditioning=MeanFlowPreconditioning(),
+        num_levels=18,
         objective=MeanFlow(CappedInterval(), power=0.75, epsilon=1e-3),
         optimizer=Adam(ConstantRate(6e-4, warm_up=9_766)),
         batch_size=1024,
@@ -367,8 +366,7 @@ def imagenet64_ct() -> TrainConfig:
     return replace(
         _IMAGENET_STUDENT,
         objective=ConsistencyTraining(_IMAGENET_CURRICULUM),
-        target=AdaptiveTargetEMA(_IMAGENET_CURRICULUM, start=0.95),
-        grid=KarrasGrid(levels=201),
+        target=AdaptiveTargetEMA(start=0.95),
         images=800_000 * 2048,
     )
 
@@ -379,7 +377,6 @@ def imagenet64_ict() -> TrainConfig:
         _IMAGENET_STUDENT,
         network=replace(_IMAGENET_NETWORK, dropout=0.2, dropout_size=16),
         objective=ImprovedConsistencyTraining(Doubling(10, 1280, steps=800_000)),
-        grid=KarrasGrid(levels=1281),
         batch_size=4096,
         images=800_000 * 4096,
         averages=(0.99997,),
@@ -465,8 +462,7 @@ def lsun256_ct() -> TrainConfig:
         _LSUN_STUDENT,
         objective=ConsistencyTraining(_LSUN_CURRICULUM),
         optimizer=RAdam(ConstantRate(5e-5)),
-        target=AdaptiveTargetEMA(_LSUN_CURRICULUM, start=0.95),
-        grid=KarrasGrid(levels=151),
+        target=AdaptiveTargetEMA(start=0.95),
         images=1_000_000 * 256,
     )
 

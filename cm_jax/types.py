@@ -68,6 +68,12 @@ class Network(Protocol):
     @property
     def classes(self) -> int | None: ...
 
+    @property
+    def attention(self) -> str: ...
+
+    @property
+    def interval_embedding(self) -> bool: ...
+
     def predict(
         self,
         params: Params,

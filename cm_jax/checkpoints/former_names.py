@@ -22,12 +22,18 @@ FIELDS = {
     "interval_clock": "interval_embedding",
     "rematerialise": "rematerialize",
     "most_skipped": "max_consecutive_skips",
+    "points": "flow_matching_ratio",
+    "regulariser": "regularizer",
 }
 """Former name of a field, in whatever class -> its name."""
 
-
-NETWORK_FIELDS = {"width": "base_channels"}
-"""Former name of a field of the U-Nets -> its name."""
+KIND_FIELDS = {
+    "ADMUNet": {"width": "base_channels"},
+    "SongUNet": {"width": "base_channels"},
+    "Constant": {"levels": "num_levels"},
+    "ConstantTargetEMA": {"rate": "decay"},
+}
+"""Class -> former names of its fields -> their names."""
 
 VALUES = {"normalised": "normalized"}
 """Former value of a field of the U-Nets -> its value."""
@@ -40,12 +46,12 @@ def renamed(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     kind = value.get("kind")
-    network = kind in ("ADMUNet", "SongUNet")
-    names = FIELDS | (NETWORK_FIELDS if network else {})
+    kind = KINDS.get(kind, kind) if isinstance(kind, str) else ""
+    names = FIELDS | KIND_FIELDS.get(kind, {})
     fields = {names.get(name, name): renamed(item) for name, item in value.items()}
-    if isinstance(kind, str):
-        fields["kind"] = KINDS.get(kind, kind)
+    if kind:
+        fields["kind"] = kind
     modulation = fields.get("modulation")
-    if network and isinstance(modulation, str):
+    if kind in ("ADMUNet", "SongUNet") and isinstance(modulation, str):
         fields["modulation"] = VALUES.get(modulation, modulation)
     return fields

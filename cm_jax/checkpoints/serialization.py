@@ -13,6 +13,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
+from cm_jax.checkpoints.former_layout import restated
 from cm_jax.checkpoints.former_names import renamed
 from cm_jax.errors import InputError, nearest
 from cm_jax.io.validation import check_value
@@ -134,7 +135,7 @@ def from_text(text: str, kind: type[T], version: int, source: str, what: str) ->
         advice = "upgrade cm_jax" if newer else "it is damaged, or of another program"
         raise InputError(f"{source} has format {found!r}; this version reads format {version}: {advice}.")
     try:
-        return decode_fields(renamed(fields), kind)
+        return decode_fields(restated(renamed(fields)), kind)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     except RecursionError as error:
@@ -189,7 +190,7 @@ def _family(hint: Any) -> Iterator[type]:
     """The dataclasses at and below a class."""
     if not isinstance(hint, type) or hint in (int, float, bool, str, object, type(None)):
         return
-    if dataclasses.is_dataclass(hint):
+    if "__dataclass_fields__" in vars(hint):  # not those of its bases
         yield hint
     for kind in type.__subclasses__(hint):
         yield from _family(kind)

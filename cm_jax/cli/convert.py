@@ -147,4 +147,4 @@ def _architecture(source: conversion.Source) -> str:
     config, network = source.config, source.config.network
     kind = "consistency model" if config.distilled else "EDM denoiser"
     classes = f"{network.classes} classes" if network.classes else "unconditional"
-    return f"{kind}, {network.image_shape[0]} pixels, {classes}, {config.grid.levels} levels"
+    return f"{kind}, {network.image_shape[0]} pixels, {classes}, {config.num_levels} levels"

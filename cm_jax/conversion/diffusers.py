@@ -12,8 +12,8 @@ from typing import Any
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion.rules import Layout, Shapes
 from cm_jax.conversion.unet_format import UNetFormat
-from cm_jax.diffusion.noise_schedule import KarrasGrid
-from cm_jax.errors import InputError
+from cm_jax.diffusion.noise_schedule import NUM_LEVELS, KarrasSchedule
+from cm_jax.errors import InputError, check_int
 from cm_jax.io.validation import check_value, read_json
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.layers import NORM_EPSILON, NORM_GROUPS
@@ -127,12 +127,12 @@ def scheduler_config(config: ModelConfig) -> dict[str, Any]:
         "_class_name": "CMStochasticIterativeScheduler",
         "_diffusers_version": _VERSION,
         "clip_denoised": True,
-        "num_train_timesteps": config.grid.levels,
-        "rho": config.grid.rho,
+        "num_train_timesteps": config.num_levels,
+        "rho": config.schedule.rho,
         "s_noise": 1.0,
         "sigma_data": config.log_sigma_preconditioning.sigma_data,
-        "sigma_max": config.grid.sigma_max,
-        "sigma_min": config.grid.sigma_min,
+        "sigma_max": config.schedule.sigma_max,
+        "sigma_min": config.schedule.sigma_min,
     }
 
 
@@ -153,7 +153,8 @@ class DiffusersMetadata:
     head_dim: int | None = None
     heads: int | None = None
     image_size: int | None = None
-    grid: KarrasGrid | None = None
+    schedule: KarrasSchedule | None = None
+    num_levels: int | None = None
     sigma_data: float = 0.5
 
 
@@ -178,15 +179,16 @@ def read_metadata(unet: Path, scheduler: Path) -> DiffusersMetadata:
             return check_value(config.get(name, default), type(default), f"{scheduler}: {name}")
 
         known = {
-            "levels": value("num_train_timesteps", 40),
             "sigma_min": value("sigma_min", 0.002),
             "sigma_max": value("sigma_max", 80.0),
             "rho": value("rho", 7.0),
         }
         try:
-            fields["grid"] = KarrasGrid(**known)
+            fields["schedule"] = KarrasSchedule(**known)
         except InputError as error:
             raise InputError(f"{scheduler}: {error}") from error
+        levels = value("num_train_timesteps", NUM_LEVELS)
+        fields["num_levels"] = check_int(f"{scheduler}: num_train_timesteps", levels, 2, 2**20)
         fields["sigma_data"] = value("sigma_data", 0.5)
     return DiffusersMetadata(**fields)
 

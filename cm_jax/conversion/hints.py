@@ -33,7 +33,7 @@ class CheckpointHints:
 
     def override(self, config: ModelConfig, path: Any) -> ModelConfig:
         """The config of a native checkpoint with these settings. Raises InputError for other heads than it has."""
-        network, grid, preconditioning = config.network, config.grid, config.preconditioning
+        network, preconditioning, num_levels = config.network, config.preconditioning, config.num_levels
         if self.head_dim or self.heads:
             network = dataclasses.replace(config.adm, head_dim=self.head_dim, heads=self.heads)
             if network != config.adm:
@@ -44,21 +44,19 @@ class CheckpointHints:
         if self.image_size:
             network = dataclasses.replace(network, image_size=self.image_size)  # type: ignore[type-var]
         if self.num_levels:
-            grid = dataclasses.replace(grid, levels=self.num_levels)
+            num_levels = self.num_levels
         if self.preconditioning:
             current = config.log_sigma_preconditioning
             shared = {"sigma_data": current.sigma_data, "time_factor": current.time_factor}
             preconditioning = (
-                EDMPreconditioning(**shared)
-                if self.preconditioning == "edm"
-                else ConsistencyPreconditioning(sigma_min=grid.sigma_min, **shared)
+                EDMPreconditioning(**shared) if self.preconditioning == "edm" else ConsistencyPreconditioning(**shared)
             )
-        same = grid == config.grid and preconditioning == config.preconditioning
+        same = num_levels == config.num_levels and preconditioning == config.preconditioning
         return dataclasses.replace(
             config,
             network=network,
             preconditioning=preconditioning,
-            grid=grid,
+            num_levels=num_levels,
             tuned_timesteps=config.tuned_timesteps if same else (),
             consistency=None if self.preconditioning else config.consistency,
         )

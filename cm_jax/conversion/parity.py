@@ -60,7 +60,7 @@ def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
 
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((inputs, *network.image_shape), np.float32)
-    sigmas = np.geomspace(source.config.grid.sigma_max, source.config.grid.sigma_min, inputs, dtype=np.float32)
+    sigmas = np.geomspace(source.config.schedule.sigma_max, source.config.schedule.sigma_min, inputs, dtype=np.float32)
     times = np.asarray(source.config.preconditioning.c_noise(jnp.asarray(sigmas)))
     labels = None if network.classes is None else rng.integers(0, network.classes, inputs).astype(np.int32)
 

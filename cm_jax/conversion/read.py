@@ -16,7 +16,7 @@ from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.rules import Tensors, from_source
 from cm_jax.conversion.torch_files import read_torch
 from cm_jax.conversion.unet_format import UNetFormat
-from cm_jax.diffusion.noise_schedule import ADM_TIME, EDM_TIME, KarrasGrid
+from cm_jax.diffusion.noise_schedule import ADM_TIME, EDM_TIME, NUM_LEVELS, KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.io.safetensors import read_safetensors
@@ -110,9 +110,10 @@ def _read_pytorch(path: Path, file: Path, metadata: DiffusersMetadata, hints: Ch
     if head_dim is None and heads is None and known:
         head_dim = known.head_dim
     image_size = _first(hints.image_size, metadata.image_size, known and known.image_size)
-    grid_levels = metadata.grid and metadata.grid.levels
-    preconditioning = _first(hints.preconditioning, metadata.grid and "consistency", known and known.preconditioning)
-    num_levels = _first(hints.num_levels, grid_levels, known and known.num_levels, _default_levels(preconditioning))
+    consistency = "consistency" if metadata.schedule else None
+    preconditioning = _first(hints.preconditioning, consistency, known and known.preconditioning)
+    defaults = metadata.num_levels, known and known.num_levels, _default_levels(preconditioning)
+    num_levels = _first(hints.num_levels, *defaults)
     missing = _missing(
         {
             "--image-size N (height of the images)": image_size,
@@ -130,8 +131,8 @@ def _read_pytorch(path: Path, file: Path, metadata: DiffusersMetadata, hints: Ch
     params = from_source(format.rules(network), network.shapes(), tensors, source=str(file))
     if (file.parent / "config.json").exists() and format is DIFFUSERS:
         check_agreement(file.parent / "config.json", read_json(file.parent / "config.json"), network)
-    grid = dataclasses.replace(metadata.grid or KarrasGrid(), levels=num_levels)
-    config = _config(network, preconditioning, grid, known, metadata.sigma_data, ADM_TIME)
+    schedule = metadata.schedule or KarrasSchedule()
+    config = _config(network, preconditioning, schedule, num_levels, known, metadata.sigma_data, ADM_TIME)
     return Source(path, config, params, format, tensors)
 
 
@@ -164,14 +165,15 @@ def _read_jcm(path: Path, hints: CheckpointHints) -> Source:
 
     (network,) = networks
     params = from_source(jcm.rules(network), network.shapes(), tensors, source=str(path))
-    grid = dataclasses.replace(KarrasGrid(), levels=num_levels)
-    return Source(path, _config(network, preconditioning, grid, known, 0.5, EDM_TIME), params)
+    config = _config(network, preconditioning, KarrasSchedule(), num_levels, known, 0.5, EDM_TIME)
+    return Source(path, config, params)
 
 
 def _config(
     network: ADMUNet | SongUNet,
     preconditioning: str,
-    grid: KarrasGrid,
+    schedule: KarrasSchedule,
+    num_levels: int,
     known: Published | None,
     sigma_data: float,
     time_factor: float,
@@ -179,15 +181,12 @@ def _config(
     """The config of a third-party checkpoint, with the class names and tuned timesteps of the published one."""
     consistency = preconditioning == "consistency"
     shared = {"sigma_data": sigma_data, "time_factor": time_factor}
-    tuned = known.timesteps if known and known.num_levels == grid.levels and consistency else ()
+    tuned = known.timesteps if known and known.num_levels == num_levels and consistency else ()
     return ModelConfig(
         network=network,
-        preconditioning=(
-            ConsistencyPreconditioning(sigma_min=grid.sigma_min, **shared)
-            if consistency
-            else EDMPreconditioning(**shared)
-        ),
-        grid=grid,
+        preconditioning=(ConsistencyPreconditioning(**shared) if consistency else EDMPreconditioning(**shared)),
+        schedule=schedule,
+        num_levels=num_levels,
         class_names=known.class_names if known and len(known.class_names) == network.classes else (),
         tuned_timesteps=(tuned,) if tuned else (),
     )
@@ -195,7 +194,7 @@ def _config(
 
 def _default_levels(preconditioning: str | None) -> int | None:
     """N of a teacher, which its sampling does not depend on; None for a consistency model, whose N must be given."""
-    return KarrasGrid().levels if preconditioning == "edm" else None
+    return NUM_LEVELS if preconditioning == "edm" else None
 
 
 def _first(*choices: Any) -> Any:

@@ -1,6 +1,5 @@
 """Writing a checkpoint in the native format, as OpenAI's .pt, or as a diffusers folder."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ from cm_jax.conversion.diffusers import DIFFUSERS, model_index, scheduler_config
 from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import write_torch
-from cm_jax.diffusion.noise_schedule import ADM_TIME, KarrasGrid
+from cm_jax.diffusion.noise_schedule import ADM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import atomic_write, write_errors
@@ -50,15 +49,13 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
 
 def _check_representable(kind: Kind, config: ModelConfig) -> None:
     """Raise InputError for settings that a third-party format would silently replace by its defaults."""
-    preconditioning, grid = config.log_sigma_preconditioning, config.grid
+    preconditioning = config.log_sigma_preconditioning
     lost = []
     if preconditioning.time_factor != ADM_TIME:
         lost.append(f"c_noise = {preconditioning.time_factor:g} ln sigma (it is always {ADM_TIME:g} ln sigma)")
     if config.distilled and not isinstance(preconditioning, ConsistencyPreconditioning):
         lost.append("a consistency model with EDM preconditioning")
-    if isinstance(preconditioning, ConsistencyPreconditioning) and preconditioning.sigma_min != grid.sigma_min:
-        lost.append("a boundary condition at another sigma_min than the schedule's")
-    if kind == "openai" and (preconditioning.sigma_data, dataclasses.replace(grid, levels=40)) != (0.5, KarrasGrid()):
+    if kind == "openai" and (preconditioning.sigma_data, config.schedule) != (0.5, KarrasSchedule()):
         lost.append("other sigma_data, sigma_min, sigma_max or rho than 0.5, 0.002, 80 and 7")
     if lost:
         raise InputError(f"The {kind} format cannot represent {' nor '.join(lost)}; use --to native.")

@@ -1,7 +1,8 @@
-"""A network and its scalings, bound into f(params, x, sigma, labels)."""
+"""A network with its preconditioning and noise schedule, as one function f(params, x, sigma, labels)."""
 
 import dataclasses
 
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import Preconditioning
 from cm_jax.types import Denoiser, Images, Keys, Labels, Network, Params, Sigmas, per_image
 
@@ -11,11 +12,12 @@ class ConsistencyFunction:
     """f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))      (CM, eq. 5; EDM, eq. 7).
 
     With ConsistencyPreconditioning it is a consistency function, f(x, sigma_min) = x; with EDMPreconditioning it is the
-    denoiser D.
+    denoiser D. sigma_min is the schedule's.
     """
 
     network: Network
     preconditioning: Preconditioning
+    schedule: KarrasSchedule = KarrasSchedule()
 
     def __call__(
         self,
@@ -33,7 +35,7 @@ class ConsistencyFunction:
             labels,
             dropout_keys,
         )
-        return self.preconditioning.blend(x, sigma, raw)
+        return self.preconditioning.blend(x, sigma, raw, self.schedule.sigma_min)
 
     def denoiser(self, params: Params, labels: Labels | None = None, dropout_keys: Keys | None = None) -> Denoiser:
         """(x, sigma) -> f(params, x, sigma, labels), with everything else closed over."""

@@ -1,14 +1,13 @@
-"""Curricula: what changes with the training step k. N(k), mu(k), ECT's gap and sCM's warm-up.
+"""Curricula: quantities that depend on the training step k. N(k), mu(k), ECT's gap and sCM's warm-up.
 
-Each is a frozen dataclass, called with k. The step may be traced, so that a whole curriculum compiles once. N(k) is
-exact: it is decided by integers, because in single precision the original's roots fall on the wrong side of whole
-numbers.
+Each is a frozen dataclass called with k. The step may be traced, so a whole curriculum compiles once. N(k) is exact:
+integer arithmetic decides it, because single-precision roots can fall on the wrong side of an integer.
 """
 
 import abc
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,18 +17,35 @@ from cm_jax.errors import InputError
 from cm_jax.types import Sigmas
 
 Step = int | Int[Array, ""]
-"""The number k of optimiser steps taken before this one."""
+"""The number k of optimizer steps taken before this one."""
 Count = Int[Array, ""]
 Rate = Float[Array, ""]
 
 
-def _demand(met: bool, setting: object, wanted: str) -> None:
+def _require(met: bool, settings: object, expected: str) -> None:
     if not met:
-        raise InputError(f"{setting} is not a schedule: it needs {wanted}.")
+        raise InputError(f"Expected {expected}, got {settings}.")
 
 
-class Curriculum(abc.ABC):
-    """N(k), the number of noise levels (of steps, for progressive distillation)."""
+class StepSchedule(abc.ABC):
+    """A value that changes during the first `duration` steps of training."""
+
+    LENGTH_FIELD: ClassVar[str] = "steps"
+    """The field to change where `duration` is longer than a run."""
+
+    @property
+    @abc.abstractmethod
+    def duration(self) -> int:
+        """Steps after which the value no longer changes."""
+
+
+class Curriculum(StepSchedule):
+    """N(k), the number of noise levels (the number of sampling steps, for progressive distillation)."""
+
+    @property
+    @abc.abstractmethod
+    def final(self) -> int:
+        """N after `duration` steps."""
 
     @abc.abstractmethod
     def __call__(self, step: Step) -> Count: ...
@@ -39,21 +55,29 @@ class Curriculum(abc.ABC):
 class Constant(Curriculum):
     """The same N at every step: 40 for ImageNet and LSUN, 18 for CIFAR-10 (CM, appendix C)."""
 
-    levels: int = 40
+    num_levels: int = 40
 
     def __post_init__(self) -> None:
-        _demand(self.levels >= 2, self, "levels >= 2")
+        _require(self.num_levels >= 2, self, "num_levels >= 2")
+
+    @property
+    def duration(self) -> int:
+        return 0
+
+    @property
+    def final(self) -> int:
+        return self.num_levels
 
     def __call__(self, step: Step) -> Count:
         del step
-        return jnp.int32(self.levels)
+        return jnp.int32(self.num_levels)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progressive(Curriculum):
     """N(k) = ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 for K steps, then s1 + 1 (CM, appendix C).
 
-    The first number is held at 1 from below, so N is never less than 2.
+    The ceiling is at least 1, so N is at least 2.
     """
 
     start: int = 2
@@ -64,15 +88,18 @@ class Progressive(Curriculum):
     """K."""
 
     def __post_init__(self) -> None:
-        _demand(1 <= self.start <= self.end and self.steps >= 1, self, "1 <= start <= end and steps >= 1")
+        _require(1 <= self.start <= self.end and self.steps >= 1, self, "1 <= start <= end and steps >= 1")
 
     @property
-    def lasts(self) -> int:
-        """Steps until nothing changes any more."""
+    def duration(self) -> int:
         return self.steps
 
+    @property
+    def final(self) -> int:
+        return self.end + 1
+
     def __call__(self, step: Step) -> Count:
-        """One more than m, the least whole number with K ((m + 1)^2 - s0^2) >= k ((s1 + 1)^2 - s0^2)."""
+        """One more than m, the smallest integer with K ((m + 1)^2 - s0^2) >= k ((s1 + 1)^2 - s0^2)."""
         growth = (self.end + 1) ** 2 - self.start**2
         last = [self.steps * ((m + 1) ** 2 - self.start**2) // growth for m in range(1, self.end)]
         return 2 + jnp.searchsorted(np.asarray(last, np.int32), step, side="left").astype(jnp.int32)
@@ -83,11 +110,15 @@ class Doubling(Curriculum):
     """N(k) = min(s0 2^floor(k / K'), s1) + 1 with K' = floor(K / (log2 floor(s1 / s0) + 1)) (iCT, section 3.4)."""
 
     start: int = 10
+    """s0."""
     end: int = 1280
+    """s1."""
     steps: int = 400_000
+    """K."""
 
     def __post_init__(self) -> None:
-        _demand(1 <= self.start <= self.end and self.steps_per_stage >= 1, self, "1 <= start <= end, a step a stage")
+        valid = 1 <= self.start <= self.end and self.steps_per_stage >= 1
+        _require(valid, self, "1 <= start <= end and at least one step per stage")
 
     @property
     def steps_per_stage(self) -> int:
@@ -95,9 +126,12 @@ class Doubling(Curriculum):
         return math.floor(self.steps / (math.log2(self.end // self.start) + 1))
 
     @property
-    def lasts(self) -> int:
-        """Steps until nothing changes any more."""
+    def duration(self) -> int:
         return self.steps_per_stage * ((self.end - 1) // self.start).bit_length()
+
+    @property
+    def final(self) -> int:
+        return self.end + 1
 
     def __call__(self, step: Step) -> Count:
         doublings = (self.end // self.start).bit_length()
@@ -107,20 +141,25 @@ class Doubling(Curriculum):
 
 @dataclasses.dataclass(frozen=True)
 class Halving(Curriculum):
-    """N(k) halves every P steps down to 2, which lasts 2 P steps, and then is 1 (progressive distillation)."""
+    """N(k) halves every P steps down to 2, stays there for 2 P steps, and is then 1 (progressive distillation)."""
 
     start: int = 64
     steps_per_stage: int = 50_000
     """P."""
 
+    LENGTH_FIELD: ClassVar[str] = "steps_per_stage"
+
     def __post_init__(self) -> None:
-        whole = self.start >= 2 and self.start & (self.start - 1) == 0
-        _demand(whole and self.steps_per_stage >= 1, self, "start a power of 2 and steps_per_stage >= 1")
+        power_of_2 = self.start >= 2 and self.start & (self.start - 1) == 0
+        _require(power_of_2 and self.steps_per_stage >= 1, self, "start a power of 2 and steps_per_stage >= 1")
 
     @property
-    def lasts(self) -> int:
-        """Steps until nothing changes any more."""
+    def duration(self) -> int:
         return self.steps_per_stage * self.start.bit_length()
+
+    @property
+    def final(self) -> int:
+        return 1
 
     def __call__(self, step: Step) -> Count:
         halvings = self.start.bit_length() - 1
@@ -129,71 +168,91 @@ class Halving(Curriculum):
 
 
 class TargetEMA(abc.ABC):
-    """mu(k), with which the target follows the student: target <- mu target + (1 - mu) student."""
+    """mu(k) of the target's update: target <- mu target + (1 - mu) student."""
+
+    def check(self, curriculum: Curriculum | None) -> None:
+        """Raise InputError for an objective's curriculum that it cannot follow."""
+        del curriculum
 
     @abc.abstractmethod
-    def __call__(self, step: Step) -> Rate: ...
+    def __call__(self, step: Step, curriculum: Curriculum | None) -> Rate: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ConstantTargetEMA(TargetEMA):
     """The same mu at every step; 0 makes the student its own target."""
 
-    rate: float = 0.95
+    decay: float = 0.95
+    """mu."""
 
     def __post_init__(self) -> None:
-        _demand(0 <= self.rate <= 1, self, "0 <= rate <= 1")
+        _require(0 <= self.decay <= 1, self, "0 <= decay <= 1")
 
-    def __call__(self, step: Step) -> Rate:
-        del step
-        return jnp.float32(self.rate)
+    def __call__(self, step: Step, curriculum: Curriculum | None = None) -> Rate:
+        del step, curriculum
+        return jnp.float32(self.decay)
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveTargetEMA(TargetEMA):
-    """mu(k) = exp(s0 ln mu0 / (N(k) - 1)), or with N(k) below, as the paper prints it (CM, appendix C)."""
+    """mu(k) = exp(s0 ln mu0 / (N(k) - 1)) with s0 and N(k) of the objective's Progressive curriculum (CM, appendix C).
 
-    curriculum: Progressive = Progressive()
+    `over` chooses the divisor.
+    """
+
     start: float = 0.95
     """mu0."""
     over: Literal["intervals", "levels"] = "intervals"
-    """intervals: divided by N - 1, as both of the original's programs do. levels: by N, as the paper prints it."""
+    """intervals: N - 1, as in OpenAI's two implementations. levels: N, as the paper prints it."""
 
     def __post_init__(self) -> None:
-        _demand(0 < self.start < 1, self, "0 < start < 1")
+        _require(0 < self.start < 1, self, "0 < start < 1")
 
-    def __call__(self, step: Step) -> Rate:
-        levels = self.curriculum(step)
+    def check(self, curriculum: Curriculum | None) -> None:
+        _progressive(curriculum)
+
+    def __call__(self, step: Step, curriculum: Curriculum | None) -> Rate:
+        levels = _progressive(curriculum)(step)
         divisor = levels - 1 if self.over == "intervals" else levels
-        return jnp.exp(self.curriculum.start * math.log(self.start) / divisor)
+        return jnp.exp(_progressive(curriculum).start * math.log(self.start) / divisor)
+
+
+def _progressive(curriculum: Curriculum | None) -> Progressive:
+    if not isinstance(curriculum, Progressive):
+        found = "no curriculum" if curriculum is None else f"a {type(curriculum).__name__} curriculum"
+        raise InputError(
+            f"AdaptiveTargetEMA follows a Progressive curriculum, and the objective has {found}; use ConstantTargetEMA."
+        )
+    return curriculum
 
 
 @dataclasses.dataclass(frozen=True)
-class ShrinkingGap:
-    """ECT's mapping from t to the cleaner level r of its pair, at stage a = floor(k / steps_per_stage).
+class ShrinkingGap(StepSchedule):
+    """ECT's map from t to the cleaner level r of its pair, at stage a = floor(k / steps_per_stage).
 
     r = max(0, t (1 - n(t) / q^(a + 1))) with n(t) = 1 + slope sigmoid(-decay t) (ECT).
     """
 
     ratio: float = 2.0
-    """q: by how much the gap shrinks from stage to stage."""
+    """q, the factor by which the gap shrinks in each stage."""
     slope: float = 8.0
-    """k in the paper, which is a step here."""
+    """k in the paper; here k is the step."""
     decay: float = 1.0
     """b in the paper."""
     steps_per_stage: int = 25_000
     stages: int = 8
 
+    LENGTH_FIELD: ClassVar[str] = "steps_per_stage"
+
     def __post_init__(self) -> None:
-        _demand(
+        _require(
             self.ratio > 1 and self.slope >= 0 and self.steps_per_stage >= 1 and self.stages >= 1,
             self,
             "ratio > 1, slope >= 0, steps_per_stage >= 1 and stages >= 1",
         )
 
     @property
-    def lasts(self) -> int:
-        """Steps until nothing changes any more."""
+    def duration(self) -> int:
         return self.steps_per_stage * (self.stages - 1)
 
     def __call__(self, t: Sigmas, step: Step) -> Sigmas:
@@ -203,18 +262,17 @@ class ShrinkingGap:
 
 
 @dataclasses.dataclass(frozen=True)
-class WarmUp:
-    """min(1, k / H): how much of the tangent's unstable part sCM lets in (sCM)."""
+class WarmUp(StepSchedule):
+    """min(1, k / H), the factor of the unstable part of the tangent (sCM)."""
 
     steps: int = 10_000
     """H."""
 
     def __post_init__(self) -> None:
-        _demand(self.steps >= 1, self, "steps >= 1")
+        _require(self.steps >= 1, self, "steps >= 1")
 
     @property
-    def lasts(self) -> int:
-        """Steps until nothing changes any more."""
+    def duration(self) -> int:
         return self.steps
 
     def __call__(self, step: Step) -> Rate:
@@ -222,5 +280,5 @@ class WarmUp:
 
 
 def _at(stages: list, stage: Step) -> Array:
-    """The value of a stage; the last one is held."""
+    """The value of a stage; later stages have the last value."""
     return jnp.asarray(stages)[jnp.minimum(stage, len(stages) - 1)]

@@ -22,18 +22,18 @@ class Distance(abc.ABC):
     def __call__(self, x: Images, y: Images) -> Values: ...
 
     def with_weights(self, params: Params | None) -> "Distance":
-        """The same distance by these weights; itself where it has none of its own."""
+        """The same distance with these weights; itself if it has no weights."""
         del params
         return self
 
     def load_weights(self) -> Params | None:
-        """What `with_weights` wants, read from its file; None where it has none of its own."""
+        """The argument of `with_weights`, read from its file; None if it has no weights."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Absolute(Distance):
-    """Mean of |x - y| over pixels and channels; its gradient is zero where they are equal (jnp.abs would say 1)."""
+    """Mean of |x - y| over pixels and channels; its gradient at x = y is 0, where that of jnp.abs is 1."""
 
     def __call__(self, x: Images, y: Images) -> Values:
         return ((x - y) * jax.lax.stop_gradient(jnp.sign(x - y))).mean((1, 2, 3))
@@ -49,7 +49,7 @@ class Squared(Distance):
 
 @dataclasses.dataclass(frozen=True)
 class PseudoHuber(Distance):
-    """sqrt(||x - y||^2 + c^2) - c with c = scale sqrt(d), one norm over all d numbers of an image (iCT, section 3.3).
+    """sqrt(||x - y||^2 + c^2) - c with c = scale sqrt(d) for images of d = h w c values (iCT, section 3.3).
 
     scale = 0 is the norm itself, as ECT uses for CIFAR-10; its gradient at x = y is zero.
     """
@@ -58,10 +58,10 @@ class PseudoHuber(Distance):
 
     def __post_init__(self) -> None:
         if not self.scale >= 0:
-            raise InputError(f"The scale of the pseudo-Huber distance must not be negative, got {self.scale}.")
+            raise InputError(f"Expected a pseudo-Huber scale of at least 0, got {self.scale}.")
 
     def __call__(self, x: Images, y: Images) -> Values:
-        """Written as ||x - y||^2 / (sqrt(||x - y||^2 + c^2) + c), which does not cancel where the images are close."""
+        """Computed as ||x - y||^2 / (sqrt(||x - y||^2 + c^2) + c), which avoids cancellation for similar images."""
         squared = jnp.square(x - y).sum((1, 2, 3))
         c = self.scale * (x[0].size) ** 0.5
         return squared / (jnp.sqrt(squared + c**2 + 1e-16) + c)
@@ -69,10 +69,10 @@ class PseudoHuber(Distance):
 
 @dataclasses.dataclass(frozen=True)
 class Resized(Distance):
-    """Another distance between both images at size x size, smaller or larger.
+    """A distance between both images resized to size x size pixels.
 
-    Bilinear with half-pixel centres and no antialiasing, as PyTorch resizes. Resized(Squared(), 32) is the original's
-    "l2-32"; its LPIPS looks at 224 pixels.
+    Bilinear with half-pixel centers and no antialiasing, as PyTorch resizes. Resized(Squared(), 32) is OpenAI's
+    "l2-32"; OpenAI's LPIPS resizes to 224 pixels.
     """
 
     distance: Distance = Squared()
@@ -80,7 +80,7 @@ class Resized(Distance):
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise InputError(f"Images cannot be resized to {self.size} pixels: size must be at least 1.")
+            raise InputError(f"Expected a size of at least 1 pixel, got {self.size}.")
 
     def __call__(self, x: Images, y: Images) -> Values:
         return self.distance(self._resized(x), self._resized(y))
@@ -98,14 +98,14 @@ class Resized(Distance):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Perceptual(Distance):
-    """sum_k mean_pixels sum_c head_k[c] (u_k(x) - u_k(y))^2, u_k the k-th features at unit length (LPIPS, eq. 1).
+    """sum_k mean_pixels sum_c head_k[c] (u_k(x) - u_k(y))^2, u_k the unit-length features of layer k (LPIPS, eq. 1).
 
-    `features` maps images in [-1, 1] to its layers' outputs; it brings its own weights, input scaling and pooling.
+    `features` maps images in [-1, 1] to the outputs of its layers; its weights are included.
     """
 
     features: Callable[[Images], Sequence[Features]]
     heads: Sequence[Float[Array, " _"]]
-    """One weight per channel of each layer."""
+    """One weight per channel and layer."""
 
     def __call__(self, x: Images, y: Images) -> Values:
         layers = zip(self.heads, self.features(x), self.features(y), strict=True)
@@ -117,7 +117,7 @@ def _layer_distance(head: Float[Array, " k"], x: Float[Array, "b m n k"], y: Flo
 
 
 def _unit(features: Float[Array, "b m n k"]) -> Float[Array, "b m n k"]:
-    """Channels at unit length, 1e-10 added to it; pixels whose channels are all zero stay zero, their gradient too."""
+    """features / (||features|| + 1e-10) over channels; zero, with zero gradient, where all channels are zero."""
     squared = jnp.square(features).sum(-1, keepdims=True)
     length = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
     return features / (length + 1e-10)

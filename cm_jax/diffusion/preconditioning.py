@@ -1,6 +1,6 @@
-"""Scalings that turn a raw network F into a denoiser or a consistency function.
+"""Preconditioning: coefficients that turn a network F into a denoiser or a consistency function.
 
-D(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))      (EDM, eq. 7; CM, eq. 5)
+f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))      (EDM, eq. 7; CM, eq. 5)
 """
 
 import abc
@@ -15,37 +15,45 @@ from cm_jax.types import Images, Sigmas, per_image
 
 
 class Preconditioning(abc.ABC):
-    """c_in, c_skip, c_out and the network's clock c_noise, each a function of sigma."""
+    """The coefficients c_in, c_skip, c_out and the noise conditioning c_noise as functions of sigma.
+
+    The noise schedule's sigma_min enters c_skip and c_out only where f(x, sigma_min) = x is required.
+    """
+
+    @property
+    @abc.abstractmethod
+    def sigma_data(self) -> float:
+        """Standard deviation of the clean data."""
 
     @abc.abstractmethod
     def c_in(self, sigma: Sigmas) -> Sigmas: ...
 
     @abc.abstractmethod
-    def c_skip(self, sigma: Sigmas) -> Sigmas: ...
+    def c_skip(self, sigma: Sigmas, sigma_min: float) -> Sigmas: ...
 
     @abc.abstractmethod
-    def c_out(self, sigma: Sigmas) -> Sigmas: ...
+    def c_out(self, sigma: Sigmas, sigma_min: float) -> Sigmas: ...
 
     @abc.abstractmethod
     def c_noise(self, sigma: Sigmas) -> Sigmas: ...
 
-    def blend(self, x: Images, sigma: Sigmas, raw: Images) -> Images:
+    def blend(self, x: Images, sigma: Sigmas, raw: Images, sigma_min: float) -> Images:
         """c_skip(sigma) x + c_out(sigma) raw, for the network's output `raw`."""
-        return per_image(self.c_skip(sigma)) * x + per_image(self.c_out(sigma)) * raw
+        return per_image(self.c_skip(sigma, sigma_min)) * x + per_image(self.c_out(sigma, sigma_min)) * raw
 
 
 @dataclasses.dataclass(frozen=True)
 class LogSigmaPreconditioning(Preconditioning):
-    """What most scalings share: unit-variance input c_in x, and the clock c_noise = time_factor ln sigma."""
+    """Common base: input c_in x of unit variance, and c_noise = time_factor ln sigma."""
 
-    sigma_data: float = 0.5
+    sigma_data: float = 0.5  # type: ignore[override]  # a field in place of the property
     """Standard deviation of the clean data."""
     time_factor: float = ADM_TIME
 
     def __post_init__(self) -> None:
         if not (0 < self.sigma_data < math.inf and 0 < self.time_factor < math.inf):
             raise InputError(
-                f"Scalings need positive, finite sigma_data and time_factor; got {self.sigma_data}, {self.time_factor}."
+                f"Expected positive, finite sigma_data and time_factor, got {self.sigma_data} and {self.time_factor}."
             )
 
     def c_in(self, sigma: Sigmas) -> Sigmas:
@@ -58,22 +66,24 @@ class LogSigmaPreconditioning(Preconditioning):
 
 @dataclasses.dataclass(frozen=True)
 class EDMPreconditioning(LogSigmaPreconditioning):
-    """Scalings of a denoiser (EDM, table 1): unit-variance targets at every level."""
+    """Preconditioning of a denoiser: network outputs have unit variance at every noise level (EDM, table 1)."""
 
-    def c_skip(self, sigma: Sigmas) -> Sigmas:
+    def c_skip(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
         """sigma_data^2 / (sigma^2 + sigma_data^2)."""
+        del sigma_min
         return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
 
-    def c_out(self, sigma: Sigmas) -> Sigmas:
+    def c_out(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
         """sigma sigma_data / sqrt(sigma^2 + sigma_data^2)."""
+        del sigma_min
         return sigma * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrigFlowPreconditioning(EDMPreconditioning):
-    """EDM's scalings with TrigFlow's clock, c_noise = time_factor arctan(sigma / sigma_data) (sCM).
+    """EDM's coefficients with c_noise = time_factor arctan(sigma / sigma_data) (sCM).
 
-    At x = x_t / cos t they give TrigFlow's f = cos t x_t - sin t sigma_data F, where F is minus the raw output.
+    At x = x_t / cos t this is TrigFlow's f = cos t x_t - sin t sigma_data F, where F is minus the network's output.
     """
 
     time_factor: float = 1.0
@@ -84,44 +94,49 @@ class TrigFlowPreconditioning(EDMPreconditioning):
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyPreconditioning(LogSigmaPreconditioning):
-    """Scalings with c_skip(sigma_min) = 1 and c_out(sigma_min) = 0, so that f(x, sigma_min) = x (CM, appendix C)."""
+    """c_skip(sigma_min) = 1 and c_out(sigma_min) = 0, so that f(x, sigma_min) = x (CM, appendix C)."""
 
-    sigma_min: float = 0.002
-
-    def c_skip(self, sigma: Sigmas) -> Sigmas:
+    def c_skip(self, sigma: Sigmas, sigma_min: float) -> Sigmas:
         """sigma_data^2 / ((sigma - sigma_min)^2 + sigma_data^2)."""
-        return self.sigma_data**2 / ((sigma - self.sigma_min) ** 2 + self.sigma_data**2)
+        return self.sigma_data**2 / ((sigma - sigma_min) ** 2 + self.sigma_data**2)
 
-    def c_out(self, sigma: Sigmas) -> Sigmas:
-        """(sigma - sigma_min) sigma_data / sqrt(sigma^2 + sigma_data^2); the root holds sigma itself."""
-        return (sigma - self.sigma_min) * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)
+    def c_out(self, sigma: Sigmas, sigma_min: float) -> Sigmas:
+        """(sigma - sigma_min) sigma_data / sqrt(sigma^2 + sigma_data^2); the root takes sigma itself."""
+        return (sigma - sigma_min) * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeanFlowPreconditioning(Preconditioning):
-    """f(x, sigma) = z - t u(z, t, t), where z = x / (1 + sigma) = (1 - t) x_0 + t e and t = sigma / (1 + sigma).
+    """f(x, sigma) = z - t u(z, t, t) with z = x / (1 + sigma) and t = sigma / (1 + sigma) (MeanFlow).
 
-    They make an ordinary consistency function, f(x, 0) = x, of MeanFlow's network u, which is told t and the length of
-    the interval: all of t here (MeanFlow). Both are told as multiples of time_factor: 1 lies where EDM's clock
-    ln sigma / 4 does, and suits the networks that know it; ADM's sinusoids know numbers up to a thousand, too.
+    This makes a consistency function, f(x, 0) = x, of MeanFlow's network u. Its second argument is t and its third the
+    interval's length t - r, which is t for r = 0. Both enter the network as multiples of time_factor: 1 suits networks
+    made for c_noise = ln sigma / 4; the sinusoids of ADM's networks also cover values up to a thousand.
     """
 
     time_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.time_factor < math.inf:
-            raise InputError(f"Scalings need a positive, finite time_factor; got {self.time_factor}.")
+            raise InputError(f"Expected a positive, finite time_factor, got {self.time_factor}.")
+
+    @property
+    def sigma_data(self) -> float:
+        """0.5, for weightings and likelihoods; MeanFlow's own coefficients do not use it."""
+        return 0.5
 
     def c_in(self, sigma: Sigmas) -> Sigmas:
         """1 / (1 + sigma)."""
         return 1 / (1 + sigma)
 
-    def c_skip(self, sigma: Sigmas) -> Sigmas:
+    def c_skip(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
         """1 / (1 + sigma)."""
+        del sigma_min
         return 1 / (1 + sigma)
 
-    def c_out(self, sigma: Sigmas) -> Sigmas:
+    def c_out(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
         """-t."""
+        del sigma_min
         return -flow_time(sigma)
 
     def c_noise(self, sigma: Sigmas) -> Sigmas:

@@ -101,7 +101,9 @@ def bits_per_dimension(
         keys = image_keys(jax.random.key(check_int("A seed", seed, 0, 2**32 - 1)), start + rows)
         parts = jax.device_put((keys, images[rows], None if chosen is None else chosen[rows]), split)
         found.append(
-            np.asarray(_bits(config.function, steps, config.grid.sigma_min, config.grid.sigma_max, params, *parts))
+            np.asarray(
+                _bits(config.function, steps, config.schedule.sigma_min, config.schedule.sigma_max, params, *parts)
+            )
         )
     return np.concatenate(found)[: len(images)]
 
@@ -176,6 +178,6 @@ def _bits(
         steps=steps,
         sigma_min=sigma_min,
         sigma_max=sigma_max,
-        std=getattr(function.preconditioning, "sigma_data", 0.5),
+        std=function.preconditioning.sigma_data,
     )
     return -nats / (math.prod(shape) * math.log(2)) + math.log2(127.5)

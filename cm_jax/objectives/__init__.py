@@ -1,8 +1,8 @@
-"""Objectives: what training minimises, one file per paper's algorithm.
+"""Training objectives, one file per paper's algorithm.
 
-An objective is a frozen dataclass, of hyper-parameters, called as objective(functions, params, helpers, batch, keys,
-step) -> (losses, metrics), all per image: the training step averages, and differentiates by `params`. Each also has
-`losses`, the paper's algorithm alone, with the levels and the noise given, and the networks as plain functions.
+An objective is a frozen dataclass of hyper-parameters. objective(models, params, frozen, batch, keys, step) returns
+(losses, metrics), all per image; the training step averages them and differentiates with respect to `params`. Each
+objective also has `losses`: the paper's formula alone, for given noise levels, noise and networks as plain functions.
 """
 
 from cm_jax.diffusion.ode import EulerStep, HeunStep, ODEStep

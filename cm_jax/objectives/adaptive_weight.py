@@ -1,4 +1,4 @@
-"""A weight of the losses that is learnt along with the network."""
+"""A learned weight of the losses as a function of the noise level."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,15 +14,15 @@ Values = Float[Array, " b"]
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveWeight:
-    """w of e^w loss - w, one linear layer on the sinusoids of the network's clock (sCM; EDM2 calls -w its u).
+    """w(c_noise) in the loss e^w loss - w: one linear layer on sinusoids of c_noise (sCM; EDM2, where u = -w).
 
-    Where it has learnt, e^-w is the mean loss at a level, so that all levels pull alike. It ends with training.
+    At its optimum e^-w is the mean loss at each noise level. Its parameters are not part of the saved model.
     """
 
     width: int = 128
 
     NAME: ClassVar[str] = "adaptive_weight"
-    """Of its branch in the parameter tree."""
+    """Name of its branch in the parameter tree."""
 
     def initialize(self) -> Params:
         return {self.NAME: {"kernel": jnp.zeros((self.width,)), "bias": jnp.zeros(())}}
@@ -33,5 +33,5 @@ class AdaptiveWeight:
 
 
 def without_weight(params: Params) -> Params:
-    """The network's own parameters."""
+    """The network's parameters alone."""
     return {name: branch for name, branch in params.items() if name != AdaptiveWeight.NAME}

@@ -1,4 +1,4 @@
-"""What objectives have in common."""
+"""The interface of objectives, and the loss on pairs of noise levels that most of them share."""
 
 import abc
 import dataclasses
@@ -9,29 +9,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.curricula import Step
+from cm_jax.diffusion.curricula import Curriculum, Step
+from cm_jax.diffusion.distances import Distance
+from cm_jax.diffusion.noise_distributions import IndexDistribution
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
+from cm_jax.diffusion.weightings import Weighting
 from cm_jax.errors import InputError
 from cm_jax.objectives.adaptive_weight import AdaptiveWeight, without_weight
-from cm_jax.types import Images, Keys, Labels, Params
+from cm_jax.types import Denoiser, Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image
 
 Losses = Float[Array, " b"]
 """One loss per image."""
 Metrics = dict[str, Float[Array, " b"]]
-"""What to log, one value per image: its noise level "sigma", and the grid's number of levels where there is a grid."""
+"""Values to log, one per image: the noise level "sigma", N as "levels" for an objective with a curriculum, and more."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The functions at work, without their parameters: hashable, a static argument of jit."""
+    """The functions without their parameters: hashable, a static argument of jit."""
 
     student: ConsistencyFunction
-    """What is trained, and the target too."""
+    """The function to train; the target has the same one."""
     teacher: ConsistencyFunction | None = None
     """A pretrained denoiser, for distillation."""
 
 
 class Batch(NamedTuple):
-    """Clean images in [-1, 1], and their labels where the network has classes."""
+    """Clean images in [-1, 1], and labels for a class-conditional network."""
 
     images: Images
     labels: Labels | None = None
@@ -41,32 +45,48 @@ class FrozenParams(NamedTuple):
     """Parameters that an objective uses and does not train."""
 
     target: Params | None = None
-    """Of the target f^-. None: the student's own, held fixed (iCT, ECT; the target with mu = 0)."""
+    """Of the target f^-; None: the student's own (iCT, ECT; equal to mu = 0)."""
     teacher: Params | None = None
-    """Of functions.teacher."""
+    """Of models.teacher."""
     perceptual: Params | None = None
-    """Of a distance that has weights of its own (LPIPS)."""
+    """Of a distance with weights (LPIPS)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(abc.ABC):
-    """objective(functions, params, helpers, batch, keys, step) -> losses and metrics, per image.
+    """objective(models, params, frozen, batch, keys, step) -> losses and metrics, per image.
 
-    Its fields are the method's hyper-parameters, nothing else. `keys`: one per image; its level, noise and dropout come
-    from it. `step`: the number k of steps taken, maybe traced. Whoever calls has called `check(functions)` once before.
+    Its fields are the method's hyper-parameters; sigma_min, sigma_max, rho and sigma_data are the models'. `keys` has
+    one key per image, for its noise level, noise and dropout. `step` is the number k of steps taken and may be traced.
+    Call `check(models)` once before.
     """
 
     adaptive: AdaptiveWeight | None = dataclasses.field(default=None, kw_only=True)
-    """A weight w learnt along, which makes a loss e^w loss - w."""
+    """A learned weight w, which makes each loss e^w loss - w."""
 
     has_target: ClassVar[bool] = False
-    """Whether it looks at helpers.target."""
+    """Whether it uses frozen.target."""
     has_teacher: ClassVar[bool] = False
-    """Whether it needs a teacher, in functions and in helpers."""
+    """Whether it requires models.teacher and frozen.teacher."""
     makes_denoiser: ClassVar[bool] = False
-    """Whether it trains a denoiser D, which samples in many steps, and not a consistency function."""
+    """Whether it trains a denoiser D, which needs many sampling steps, instead of a consistency function."""
     hands_over: ClassVar[bool] = False
-    """Whether the student becomes the teacher each time that its curriculum(step) changes."""
+    """Whether the student becomes the teacher each time that curriculum(step) changes."""
+
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """N(k); None for an objective on continuous noise levels."""
+        return None
+
+    @property
+    def distance(self) -> Distance | None:
+        """The distance d between images; None for an objective without one."""
+        return None
+
+    @property
+    def final_num_levels(self) -> int | None:
+        """N of the trained consistency function, from the curriculum; None where the objective does not define it."""
+        return None if self.curriculum is None or self.makes_denoiser else self.curriculum.final
 
     def __call__(
         self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
@@ -84,10 +104,10 @@ class Objective(abc.ABC):
     def evaluate(
         self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
-        """As a call, before the weight that is learnt."""
+        """Losses and metrics without the learned weight."""
 
     def check(self, models: Models) -> None:
-        """Raises InputError for functions that it cannot train."""
+        """Raise InputError for models that it cannot train."""
         if not self.has_teacher:
             return
         if models.teacher is None:
@@ -95,24 +115,114 @@ class Objective(abc.ABC):
         student, teacher = models.student.network, models.teacher.network
         if (student.image_shape, student.classes) != (teacher.image_shape, teacher.classes):
             raise InputError(
-                f"Student and teacher must see the same images and classes; got {student.image_shape} with "
+                f"Student and teacher need the same images and classes; got {student.image_shape} with "
                 f"{student.classes} classes and {teacher.image_shape} with {teacher.classes}."
             )
 
     def extras(self) -> Params:
-        """Fresh parameters that it trains beside the network's, under names of their own in the same tree."""
+        """Initial parameters that it trains in addition to the network's, as further branches of the same tree."""
         return {} if self.adaptive is None else self.adaptive.initialize()
 
     def teacher(self, models: Models, frozen: FrozenParams) -> tuple[ConsistencyFunction, Params]:
-        """The teacher and its parameters. Raises InputError where either is missing."""
+        """The teacher and its parameters. Raises InputError if either is missing."""
         if models.teacher is None or frozen.teacher is None:
             raise InputError(f"{type(self).__name__} needs a teacher: give a denoiser and its parameters as well.")
         return models.teacher, frozen.teacher
 
+    def teacher_denoiser(self, models: Models, frozen: FrozenParams, labels: Labels | None) -> Denoiser:
+        """The teacher without dropout. Raises InputError as `teacher` does."""
+        function, params = self.teacher(models, frozen)
+        return function.denoiser(params, labels)
 
-def demand_forward_derivatives(objective: Objective, function: ConsistencyFunction) -> None:
-    """Raises InputError for a network that has none."""
-    attention = getattr(function.network, "attention", "plain")
+
+class DistanceObjective(Objective):
+    """An objective that compares images: w(t, r) d(estimate, target)."""
+
+    weighting: Weighting
+    distance: Distance  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
+
+    def weighted_distance(
+        self, t: Sigmas, r: Sigmas, estimate: Images, target: Images, perceptual: Params | None, sigma_data: float
+    ) -> Losses:
+        """`perceptual`: weights of the distance. `sigma_data`: standard deviation of the clean data."""
+        return self.weighting(t, r, sigma_data) * self.distance.with_weights(perceptual)(estimate, target)
+
+
+class PairObjective(DistanceObjective):
+    """w(t, r) d(f(x_t, t), f^-(x_r, r)) for noise levels t > r; subclasses define t, r and x_r.
+
+    x_t = x + t z with standard normal noise z. f and f^- share the dropout mask, and f^- has no gradient.
+    """
+
+    has_target: ClassVar[bool] = True
+
+    def evaluate(
+        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
+    ) -> tuple[Losses, Metrics]:
+        key_level, key_noise, key_dropout = split_keys(keys)
+        t, r, metrics = self.sample_pair(key_level, models.student.schedule, step)
+        noise = normal_per_image(key_noise, batch.images.shape[1:])
+        target_params = frozen.target if self.has_target and frozen.target is not None else params
+        student = models.student.denoiser(params, batch.labels, key_dropout)
+        target = models.student.denoiser(target_params, batch.labels, key_dropout)
+        teacher = self.teacher_denoiser(models, frozen, batch.labels) if self.has_teacher else None
+        losses = self.losses(
+            student,
+            target,
+            batch.images,
+            t,
+            r,
+            noise,
+            teacher=teacher,
+            perceptual=frozen.perceptual,
+            sigma_data=models.student.preconditioning.sigma_data,
+        )
+        return losses, {"sigma": t, **metrics}
+
+    def losses(
+        self,
+        student: Denoiser,
+        target: Denoiser,
+        images: Images,
+        t: Sigmas,
+        r: Sigmas,
+        noise: Images,
+        *,
+        teacher: Denoiser | None = None,
+        perceptual: Params | None = None,
+        sigma_data: float = 0.5,
+    ) -> Losses:
+        x_t = images + per_image(t) * noise
+        x_r = self.x_r(teacher, images, noise, x_t, t, r)
+        estimate, held = student(x_t, t), jax.lax.stop_gradient(target(x_r, r))
+        return self.weighted_distance(t, r, estimate, held, perceptual, sigma_data)
+
+    @abc.abstractmethod
+    def sample_pair(self, keys: Keys, schedule: KarrasSchedule, step: Step) -> tuple[Sigmas, Sigmas, Metrics]:
+        """t, r, and metrics in addition to "sigma"."""
+
+    def x_r(self, teacher: Denoiser | None, images: Images, noise: Images, x_t: Images, t: Sigmas, r: Sigmas) -> Images:
+        """The point at level r on the trajectory of x_t. Without a teacher it is x + r z."""
+        del teacher, x_t, t
+        return images + per_image(r) * noise
+
+
+class AdjacentPairObjective(PairObjective):
+    """A PairObjective with adjacent levels t = s_i and r = s_{i+1} of the schedule's N(k) levels."""
+
+    curriculum: Curriculum  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
+    noise_distribution: IndexDistribution
+
+    def sample_pair(self, keys: Keys, schedule: KarrasSchedule, step: Step) -> tuple[Sigmas, Sigmas, Metrics]:
+        num_levels = self.curriculum(step)
+        index = self.noise_distribution(keys, schedule, num_levels)
+        t, r = schedule.sigma(index, num_levels), schedule.sigma(index + 1, num_levels)
+        return t, r, {"levels": jnp.full_like(t, num_levels)}
+
+
+def require_forward_derivatives(objective: Objective, function: ConsistencyFunction) -> None:
+    """Raise InputError for a network without them."""
+    attention = function.network.attention
     if attention != "plain":
         raise InputError(
             f"{type(objective).__name__} needs forward derivatives, which fused attention does not have; the network's "
@@ -121,7 +231,7 @@ def demand_forward_derivatives(objective: Objective, function: ConsistencyFuncti
 
 
 class SampleKeys(NamedTuple):
-    """Keys of an image by what they feed."""
+    """One key per image for each use of random numbers."""
 
     level: Keys
     noise: Keys
@@ -129,5 +239,5 @@ class SampleKeys(NamedTuple):
 
 
 def split_keys(keys: Keys) -> SampleKeys:
-    """Three keys per image. Student and target of a pair share the one of dropout, so that their masks agree."""
+    """Three keys per image."""
     return SampleKeys(*jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys))

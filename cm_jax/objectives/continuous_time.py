@@ -1,8 +1,8 @@
 """Continuous-time consistency models in TrigFlow: training (sCT) and distillation (sCD) (sCM).
 
-x_t = cos t x_0 + sin t sigma_data z, with t in [0, pi/2) and sigma = sigma_data tan t. The network is one with EDM's
-scalings or TrigFlow's: at x_t / sigma_data it sees exactly what it sees at x_t / cos t and level sigma, and its raw
-output is minus TrigFlow's F. So the weights of an EDM denoiser continue as they are, and samplers need not know.
+x_t = cos t x_0 + sin t sigma_data z, with t in [0, pi/2) and sigma = sigma_data tan t. The preconditioning is EDM's or
+TrigFlow's: the network's input x_t / sigma_data at t equals c_in x at x = x_t / cos t and level sigma, and its output
+is -F for TrigFlow's F. So the weights of an EDM denoiser are valid initial weights, and all samplers apply.
 """
 
 import abc
@@ -27,41 +27,41 @@ from cm_jax.objectives.base import (
     Metrics,
     Models,
     Objective,
-    demand_forward_derivatives,
+    require_forward_derivatives,
     split_keys,
 )
-from cm_jax.types import Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image
+from cm_jax.types import Images, Keys, Labels, Params, normal_per_image, per_image
 
 Times = Float[Array, " b"]
 Field = Callable[[Images, Times], Images]
-"""F: (x_t / sigma_data, t) -> the network's estimate of v_t / sigma_data."""
+"""F: (x_t / sigma_data, t) -> the estimate of (dx_t / dt) / sigma_data."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _ContinuousTime(Objective):
-    """What both share: 1 / d ||F - F^- - g||^2, F^- = stop(F), g the normalised tangent; sCM has `adaptive` too."""
+    """1 / d ||F - F^- - g / (|g| + c)||^2 with F^- = stop(F) and the tangent g; sCM also has `adaptive`."""
 
     noise_distribution: LogNormal = LogNormal(-1.0, 1.4)
     """Of sigma = sigma_data tan t."""
     warm_up: WarmUp = WarmUp()
-    regulariser: float = 0.1
-    """c in g / (|g| + c); |g| is the root of the mean square, so that it does not depend on the image's size."""
+    regularizer: float = 0.1
+    """c in g / (|g| + c); |g| is the root mean square, which does not depend on the image size."""
 
     def __post_init__(self) -> None:
-        if not self.regulariser > 0:
-            raise InputError(f"The regulariser of the tangent's norm must be positive, got {self.regulariser}.")
+        if not self.regularizer > 0:
+            raise InputError(f"Expected a positive regularizer of the tangent's norm, got {self.regularizer}.")
 
     def check(self, models: Models) -> None:
         super().check(models)
-        trigflow_scaling(models.student)
-        demand_forward_derivatives(self, models.student)
+        trigflow_preconditioning(models.student)
+        require_forward_derivatives(self, models.student)
 
     def evaluate(
         self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = split_keys(keys)
         sigma = self.noise_distribution(key_level)
-        sigma_data = trigflow_scaling(models.student).sigma_data
+        sigma_data = trigflow_preconditioning(models.student).sigma_data
         t = trigflow_time(sigma, sigma_data)
         noise = sigma_data * normal_per_image(key_noise, batch.images.shape[1:])
         x_t = per_image(jnp.cos(t)) * batch.images + per_image(jnp.sin(t)) * noise
@@ -77,46 +77,32 @@ class _ContinuousTime(Objective):
         """dx_t / dt."""
 
     def losses(
-        self,
-        field: Field,
-        x_t: Images,
-        t: Times,
-        velocity: Images,
-        warm_up: Rate | float,
-        sigma_data: float = 0.5,
+        self, field: Field, x_t: Images, t: Times, velocity: Images, warm_up: Rate | float, sigma_data: float = 0.5
     ) -> tuple[Losses, Losses]:
-        """Losses, and the root mean square of the tangent before it is normalised."""
-        prediction, tangent = self.tangent(field, x_t, t, velocity, warm_up, sigma_data)
+        """Losses, and the root mean square of each tangent before normalization."""
+        output, tangent = self.tangent(field, x_t, t, velocity, warm_up, sigma_data)
         norm = jnp.sqrt(jnp.square(tangent).mean((1, 2, 3)))
-        goal = jax.lax.stop_gradient(prediction + tangent / per_image(norm + self.regulariser))
-        return jnp.square(prediction - goal).mean((1, 2, 3)), norm
+        target = jax.lax.stop_gradient(output + tangent / per_image(norm + self.regularizer))
+        return jnp.square(output - target).mean((1, 2, 3)), norm
 
     def tangent(
-        self,
-        field: Field,
-        x_t: Images,
-        t: Times,
-        velocity: Images,
-        warm_up: Rate | float,
-        sigma_data: float = 0.5,
+        self, field: Field, x_t: Images, t: Times, velocity: Images, warm_up: Rate | float, sigma_data: float = 0.5
     ) -> tuple[Images, Images]:
         """F, and g = cos t df/dt with its unstable part multiplied by `warm_up` (sCM).
 
-        g = -cos^2 t (s F^- - dx/dt) - r (cos t sin t x_t + s J), where J is F's derivative along
-        cos t sin t (dx/dt / s, 1) and s = sigma_data: the product with cos t sin t keeps it of order 1 at every t.
+        g = -cos^2 t (s F^- - dx/dt) - r (cos t sin t x_t + s J), where s = sigma_data, r = warm_up, and J is F's
+        derivative along cos t sin t (dx/dt / s, 1); the factor cos t sin t keeps J of order 1 at every t.
         """
         s, cos, sin = sigma_data, jnp.cos(t), jnp.sin(t)
         directions = (per_image(cos * sin) * velocity / s, cos * sin)
-        prediction, derivative = jax.jvp(field, (x_t / s, t), directions)
-        tangent = -per_image(cos**2) * (s * prediction - velocity) - warm_up * (
-            per_image(cos * sin) * x_t + s * derivative
-        )
-        return prediction, tangent
+        output, derivative = jax.jvp(field, (x_t / s, t), directions)
+        tangent = -per_image(cos**2) * (s * output - velocity) - warm_up * (per_image(cos * sin) * x_t + s * derivative)
+        return output, tangent
 
 
 @dataclasses.dataclass(frozen=True)
 class ContinuousTraining(_ContinuousTime):
-    """sCT: dx_t / dt = v_t = cos t sigma_data z - sin t x_0, from data alone."""
+    """sCT: dx_t / dt = cos t sigma_data z - sin t x_0, from data alone."""
 
     def velocity(
         self, models: Models, frozen: FrozenParams, batch: Batch, x_t: Images, t: Times, noise: Images
@@ -135,33 +121,33 @@ class ContinuousDistillation(_ContinuousTime):
         super().check(models)
         if models.teacher is None:
             return
-        ours, theirs = (trigflow_scaling(f).sigma_data for f in (models.student, models.teacher))
-        if ours != theirs:
-            raise InputError(f"Student and teacher must agree on sigma_data; got {ours} and {theirs}.")
+        student, teacher = (trigflow_preconditioning(f).sigma_data for f in (models.student, models.teacher))
+        if student != teacher:
+            raise InputError(f"Student and teacher need the same sigma_data; got {student} and {teacher}.")
 
     def velocity(
         self, models: Models, frozen: FrozenParams, batch: Batch, x_t: Images, t: Times, noise: Images
     ) -> Images:
         del noise
         teacher, teacher_params = self.teacher(models, frozen)
-        sigma_data = trigflow_scaling(teacher).sigma_data
+        sigma_data = trigflow_preconditioning(teacher).sigma_data
         return sigma_data * trigflow_field(teacher, teacher_params, batch.labels)(x_t / sigma_data, t)
 
 
 def trigflow_field(
     function: ConsistencyFunction, params: Params, labels: Labels | None = None, dropout_keys: Keys | None = None
 ) -> Field:
-    """TrigFlow's F(x_t / sigma_data, t), which is minus the raw network at c_noise(sigma_data tan t)."""
+    """TrigFlow's F(x_t / sigma_data, t): minus the network's output at c_noise(sigma_data tan t)."""
 
     def field(u: Images, t: Times) -> Images:
-        sigma: Sigmas = sigma_at_trigflow_time(t, trigflow_scaling(function).sigma_data)
+        sigma = sigma_at_trigflow_time(t, trigflow_preconditioning(function).sigma_data)
         return -function.network.predict(params, u, function.preconditioning.c_noise(sigma), labels, dropout_keys)
 
     return field
 
 
-def trigflow_scaling(function: ConsistencyFunction) -> EDMPreconditioning:
-    """The scaling of a student or teacher. Raises InputError where it is none of TrigFlow's."""
+def trigflow_preconditioning(function: ConsistencyFunction) -> EDMPreconditioning:
+    """The preconditioning of a student or teacher. Raises InputError unless it is EDM's or TrigFlow's."""
     if not isinstance(function.preconditioning, EDMPreconditioning):
         raise InputError(
             f"Continuous-time objectives need f(x, 0) = x, got {type(function.preconditioning).__name__}. "

@@ -1,4 +1,4 @@
-"""Training of a denoiser, the teacher (EDM)."""
+"""Training of a denoiser, such as the teacher of a distillation (EDM)."""
 
 import dataclasses
 from typing import ClassVar
@@ -7,12 +7,12 @@ from cm_jax.diffusion.curricula import Step
 from cm_jax.diffusion.distances import Distance, Squared
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.weightings import Karras, Weighting
-from cm_jax.objectives.base import Batch, FrozenParams, Losses, Metrics, Models, Objective, split_keys
+from cm_jax.objectives.base import Batch, DistanceObjective, FrozenParams, Losses, Metrics, Models, split_keys
 from cm_jax.types import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoising(Objective):
+class Denoising(DistanceObjective):
     """w(sigma) d(D(x + sigma z, sigma), x)      (EDM, eq. 2)."""
 
     noise_distribution: LogNormal = LogNormal()
@@ -29,11 +29,17 @@ class Denoising(Objective):
         sigma = self.noise_distribution(key_level)
         noise = normal_per_image(key_noise, batch.images.shape[1:])
         denoiser = models.student.denoiser(params, batch.labels, key_dropout)
-        losses = self.losses(denoiser, batch.images, sigma, noise, frozen.perceptual)
-        return losses, {"sigma": sigma}
+        sigma_data = models.student.preconditioning.sigma_data
+        return self.losses(denoiser, batch.images, sigma, noise, frozen.perceptual, sigma_data), {"sigma": sigma}
 
     def losses(
-        self, denoiser: Denoiser, images: Images, sigma: Sigmas, noise: Images, perceptual: Params | None = None
+        self,
+        denoiser: Denoiser,
+        images: Images,
+        sigma: Sigmas,
+        noise: Images,
+        perceptual: Params | None = None,
+        sigma_data: float = 0.5,
     ) -> Losses:
         estimate = denoiser(images + per_image(sigma) * noise, sigma)
-        return self.weighting(sigma, 0 * sigma) * self.distance.with_weights(perceptual)(estimate, images)
+        return self.weighted_distance(sigma, 0 * sigma, estimate, images, perceptual, sigma_data)

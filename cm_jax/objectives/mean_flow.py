@@ -19,7 +19,7 @@ from cm_jax.objectives.base import (
     Metrics,
     Models,
     Objective,
-    demand_forward_derivatives,
+    require_forward_derivatives,
     split_keys,
 )
 from cm_jax.types import Images, Keys, Params, normal_per_image, per_image
@@ -31,10 +31,10 @@ Velocity = Callable[[Images, Times, Times], Images]
 
 @dataclasses.dataclass(frozen=True)
 class MeanFlow(Objective):
-    """||u - stop(v - (t - r) du/dt)||^2 / stop(||.||^2 + epsilon)^power on z = (1 - t) x + t e, v = e - x.
+    """||u - stop(u_target)||^2 / stop(||.||^2 + epsilon)^power, u_target = v - (t - r) du/dt (MeanFlow, algorithm 1).
 
-    (MeanFlow, algorithm 1.) du/dt is taken along the path, by one forward derivative. Where r = t it is flow
-    matching. One step of the model is e - u(e, 1, 1).
+    z = (1 - t) x + t e and v = e - x for noise e; one forward-mode derivative along the path gives du/dt. At r = t the
+    loss is that of flow matching. Sampling in one step is e - u(e, 1, 1).
     """
 
     noise_distribution: IntervalDistribution = SortedInterval()
@@ -43,16 +43,14 @@ class MeanFlow(Objective):
 
     def __post_init__(self) -> None:
         if not (self.power >= 0 and self.epsilon > 0):
-            raise InputError(
-                f"MeanFlow's weight needs power >= 0 and epsilon > 0; got {self.power} and {self.epsilon}."
-            )
+            raise InputError(f"Expected power >= 0 and epsilon > 0, got {self.power} and {self.epsilon}.")
 
     def check(self, models: Models) -> None:
         super().check(models)
         mean_flow_preconditioning(models.student)
-        demand_forward_derivatives(self, models.student)
-        if not getattr(models.student.network, "interval_embedding", False):
-            raise InputError("MeanFlow's network must be told the interval's length: set its interval_embedding=True.")
+        require_forward_derivatives(self, models.student)
+        if not models.student.network.interval_embedding:
+            raise InputError("MeanFlow needs a network with an interval embedding: set its interval_embedding=True.")
 
     def evaluate(
         self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
@@ -61,11 +59,10 @@ class MeanFlow(Objective):
         key_level, key_noise, key_dropout = split_keys(keys)
         t, r = self.noise_distribution(key_level)
         noise = normal_per_image(key_noise, batch.images.shape[1:])
-
-        network, clock = models.student.network, mean_flow_preconditioning(models.student).time_factor
+        network, factor = models.student.network, mean_flow_preconditioning(models.student).time_factor
 
         def u(z: Images, t: Times, length: Times) -> Images:
-            return network.predict(params, z, clock * t, batch.labels, key_dropout, clock * length)
+            return network.predict(params, z, factor * t, batch.labels, key_dropout, factor * length)
 
         errors = self.errors(u, batch.images, t, r, noise)
         return self.weighted(errors), {"sigma": t / (1 - t), "length": t - r, "error": errors}
@@ -74,21 +71,19 @@ class MeanFlow(Objective):
         return self.weighted(self.errors(u, images, t, r, noise))
 
     def errors(self, u: Velocity, images: Images, t: Times, r: Times, noise: Images) -> Losses:
-        """The squared error itself, summed over an image. Its decrease shows progress; the weighted loss is flat."""
+        """Unweighted squared errors, summed over each image. They show progress, while the losses are nearly flat."""
         z = per_image(1 - t) * images + per_image(t) * noise
         v = noise - images
-        prediction, derivative = jax.jvp(u, (z, t, t - r), (v, jnp.ones_like(t), jnp.ones_like(t)))
-        goal = jax.lax.stop_gradient(v - per_image(t - r) * derivative)
-        return jnp.square(prediction - goal).sum((1, 2, 3))
+        u_z, du_dt = jax.jvp(u, (z, t, t - r), (v, jnp.ones_like(t), jnp.ones_like(t)))
+        u_target = jax.lax.stop_gradient(v - per_image(t - r) * du_dt)
+        return jnp.square(u_z - u_target).sum((1, 2, 3))
 
     def weighted(self, errors: Losses) -> Losses:
         return errors / jax.lax.stop_gradient(errors + self.epsilon) ** self.power
 
 
 def mean_flow_preconditioning(function: ConsistencyFunction) -> MeanFlowPreconditioning:
-    """The scaling of MeanFlow's network. Raises InputError where it is another one."""
+    """The preconditioning of a MeanFlow network. Raises InputError for any other."""
     if not isinstance(function.preconditioning, MeanFlowPreconditioning):
-        raise InputError(
-            f"MeanFlow's network needs MeanFlowPreconditioning, and got {type(function.preconditioning).__name__}."
-        )
+        raise InputError(f"MeanFlow needs MeanFlowPreconditioning, got {type(function.preconditioning).__name__}.")
     return function.preconditioning

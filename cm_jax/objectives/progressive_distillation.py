@@ -1,6 +1,7 @@
-"""Progressive distillation: one step of the student for two of its teacher (Salimans and Ho 2022, algorithm 2)."""
+"""Progressive distillation: one student step for two teacher steps (Salimans and Ho 2022, algorithm 2)."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -9,24 +10,21 @@ import jax.numpy as jnp
 from cm_jax.diffusion.curricula import Curriculum, Halving, Step
 from cm_jax.diffusion.distances import Distance, Squared
 from cm_jax.diffusion.noise_distributions import IndexDistribution, UniformIndex
-from cm_jax.diffusion.noise_schedule import KarrasCurve
-from cm_jax.diffusion.ode import EulerStep
+from cm_jax.diffusion.ode import dx_dsigma, euler_step
 from cm_jax.diffusion.weightings import TruncatedSNR, Weighting
-from cm_jax.objectives.base import Batch, FrozenParams, Losses, Metrics, Models, Objective, split_keys
+from cm_jax.objectives.base import Batch, DistanceObjective, FrozenParams, Losses, Metrics, Models, split_keys
 from cm_jax.types import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
 
 
 @dataclasses.dataclass(frozen=True)
-class ProgressiveDistillation(Objective):
-    """w(t) d(D(x_t, t), x^), where one Euler step with x^ from t to r ends where two of the teacher do.
+class ProgressiveDistillation(DistanceObjective):
+    """w(t) d(D(x_t, t), x^), where one Euler step from t to r with x^ equals two Euler steps of the teacher.
 
-    Student and teacher are both EDM denoisers. At the end of a stage the student becomes the teacher: the training step
-    hands over its parameters.
+    Student and teacher are EDM denoisers. After each stage of the curriculum the student becomes the teacher.
     """
 
-    curriculum: Curriculum = Halving()
-    """N(k) counts steps here, not levels: the grid has N + 1 levels."""
-    curve: KarrasCurve = KarrasCurve()
+    curriculum: Curriculum = Halving()  # type: ignore[override]  # a field in place of the property
+    """N(k) is the number of sampling steps, between N + 1 noise levels."""
     noise_distribution: IndexDistribution = UniformIndex()
     weighting: Weighting = TruncatedSNR()
     distance: Distance = Squared()
@@ -39,15 +37,15 @@ class ProgressiveDistillation(Objective):
         self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
         key_level, key_noise, key_dropout = split_keys(keys)
-        levels = self.curriculum(step) + 1
-        index = self.noise_distribution(key_level, self.curve, levels)
-        t, middle, r = (self.curve.sigma(index + ahead, levels) for ahead in (0, 0.5, 1))
+        num_levels, schedule = self.curriculum(step) + 1, models.student.schedule
+        index = self.noise_distribution(key_level, schedule, num_levels)
+        t, middle, r = (schedule.sigma(index + offset, num_levels) for offset in (0, 0.5, 1))
         noise = normal_per_image(key_noise, batch.images.shape[1:])
         student = models.student.denoiser(params, batch.labels, key_dropout)
-        teacher, teacher_params = self.teacher(models, frozen)
-        denoiser = teacher.denoiser(teacher_params, batch.labels)
-        losses = self.losses(student, denoiser, batch.images, t, middle, r, noise, frozen.perceptual)
-        return losses, {"sigma": t, "levels": jnp.full_like(t, levels)}
+        teacher = self.teacher_denoiser(models, frozen, batch.labels)
+        sigma_data = models.student.preconditioning.sigma_data
+        losses = self.losses(student, teacher, batch.images, t, middle, r, noise, frozen.perceptual, sigma_data)
+        return losses, {"sigma": t, "levels": jnp.full_like(t, num_levels)}
 
     def losses(
         self,
@@ -59,9 +57,9 @@ class ProgressiveDistillation(Objective):
         r: Sigmas,
         noise: Images,
         perceptual: Params | None = None,
+        sigma_data: float = 0.5,
     ) -> Losses:
-        x_t = images + per_image(t) * noise
-        euler = EulerStep()
-        x_r = euler(teacher, euler(teacher, x_t, t, middle), middle, r)
+        x_t, derivative = images + per_image(t) * noise, functools.partial(dx_dsigma, teacher)
+        x_r = euler_step(derivative, euler_step(derivative, x_t, t, middle), middle, r)
         clean = jax.lax.stop_gradient(x_t - per_image(t / (r - t)) * (x_r - x_t))
-        return self.weighting(t, r) * self.distance.with_weights(perceptual)(student(x_t, t), clean)
+        return self.weighted_distance(t, r, student(x_t, t), clean, perceptual, sigma_data)

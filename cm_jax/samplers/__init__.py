@@ -1,12 +1,12 @@
-"""Samplers: from standard normal noise to images, along falling noise levels.
+"""Samplers: from standard normal noise to images, along descending noise levels.
 
-A sampler is a frozen dataclass, called with a denoiser, its levels and a source of noise; the call is pure JAX, so that
-it compiles into one program with the network.
+A sampler is a frozen dataclass called with a denoiser, noise levels and a source of noise. The call is pure JAX, so it
+compiles into one program with the network.
 """
 
 from cm_jax.samplers.base import Sampler
 from cm_jax.samplers.consistency import Consistency
-from cm_jax.samplers.levels import choose_levels
+from cm_jax.samplers.levels import NoiseLevelArgs, choose_levels
 from cm_jax.samplers.probability_flow import DPM, Churn, Euler, Heun, ProgressiveEuler
 from cm_jax.samplers.stochastic import Ancestral
 
@@ -18,6 +18,7 @@ __all__ = [
     "Consistency",
     "Euler",
     "Heun",
+    "NoiseLevelArgs",
     "ProgressiveEuler",
     "Sampler",
     "choose_levels",
@@ -31,4 +32,4 @@ SAMPLERS: dict[str, Sampler] = {
     "ancestral": Ancestral(),
     "progdist": ProgressiveEuler(),
 }
-"""Their names on the command line, each with its defaults."""
+"""Samplers by their names on the command line, with default settings."""

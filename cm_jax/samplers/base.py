@@ -1,61 +1,92 @@
-"""What samplers have in common."""
+"""The interface of samplers."""
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from cm_jax.diffusion.noise_schedule import KarrasGrid
-from cm_jax.types import Denoiser, Images, NoiseSource
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
+from cm_jax.diffusion.ode import Derivative, dx_dsigma
+from cm_jax.types import Denoiser, Images, NoiseSource, Sigmas
 
 Levels = Float[Array, " n"]
-"""Falling noise levels, the closing one included: n - 1 steps."""
+"""Descending noise levels with the final one: n - 1 steps."""
 Level = Float[Array, ""]
-"""One level for the whole batch."""
+"""One noise level for the whole batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler(abc.ABC):
-    """sampler(denoiser, levels, draw) -> images in [-1, 1].
+    """sampler(denoiser, levels, noise) -> images in [-1, 1].
 
-    `draw(0)` times the first level is the start; `draw(i + 1)` belongs to step i, in the order in which the original
-    draws. `clip` holds every denoised image in [-1, 1] on the way, as the original does by default.
+    noise(0) is the initial noise, of standard deviation 1; noise(i + 1) belongs to step i, in the order of OpenAI's
+    random numbers. `clip` clips every denoised image to [-1, 1], as OpenAI's samplers do by default.
     """
 
     clip: bool = True
 
     ends_at_boundary: ClassVar[bool] = False
-    """Whether it ends at sigma_min, where consistency functions are the identity: tuned timesteps are for these."""
+    """Whether it ends at sigma_min, where consistency functions are the identity. Tuned timesteps need this."""
 
-    def levels(self, steps: int, grid: KarrasGrid) -> tuple[float, ...]:
-        """Its own choice of levels for `steps` steps, the closing one included: by default EDM's spacing."""
-        return (*map(float, grid.descending(steps)), self.closing(grid))
+    def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
+        """The default noise levels of `steps` steps for a model of `num_levels` levels, with the final level."""
+        del num_levels
+        return (*map(float, schedule.descending(steps)), self.final_level(schedule))
 
-    def closing(self, grid: KarrasGrid) -> float:
-        """The level at which it ends, after the last call of the denoiser."""
-        return grid.sigma_min if self.ends_at_boundary else 0.0
+    def final_level(self, schedule: KarrasSchedule) -> float:
+        """The level after the last step."""
+        return schedule.sigma_min if self.ends_at_boundary else 0.0
 
-    def draws(self, steps: int) -> int:
-        """How many draws of noise it uses in so many steps, the start included."""
+    def num_noise_samples(self, steps: int) -> int:
+        """The number of noise samples in `steps` steps, with the initial one."""
         del steps
         return 1
 
     @abc.abstractmethod
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images: ...
+    def __call__(self, denoiser: Denoiser, levels: Levels, noise: NoiseSource) -> Images: ...
 
-    def denoise(self, denoiser: Denoiser, x: Images, level: Level) -> Images:
-        """D(x, level), clipped where that is on."""
-        estimate = denoiser(x, jnp.full(x.shape[0], level))
-        return jnp.clip(estimate, -1, 1) if self.clip else estimate
+    def clipped(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser with its images clipped to [-1, 1] if `clip` is set."""
 
-    def slope(self, denoiser: Denoiser) -> Callable[[Images, Level], Images]:
-        """dx/dsigma = (x - D(x, sigma)) / sigma, the probability-flow ODE      (EDM, eq. 3)."""
-        return lambda x, level: (x - self.denoise(denoiser, x, level)) / level
+        def clip(x: Images, sigma: Sigmas) -> Images:
+            return jnp.clip(denoiser(x, sigma), -1, 1)
+
+        return clip if self.clip else denoiser
 
 
-def intervals(levels: Levels) -> tuple[Int[Array, " steps"], Float[Array, " steps"], Float[Array, " steps"]]:
-    """(step, level now, level after) of every step, to scan over."""
-    return jnp.arange(levels.shape[0] - 1), levels[:-1], levels[1:]
+class ODESampler(Sampler):
+    """A sampler whose steps follow dx/dsigma of the probability-flow ODE."""
+
+    def __call__(self, denoiser: Denoiser, levels: Levels, noise: NoiseSource) -> Images:
+        derivative, steps = functools.partial(dx_dsigma, self.clipped(denoiser)), levels.shape[0] - 1
+
+        def step(x: Images, index: Any, now: Level, after: Level) -> Images:
+            return self.step(derivative, x, now, after, steps, lambda: noise(index + 1))
+
+        return jnp.clip(scan_steps(step, levels[0] * noise(0), levels), -1, 1)
+
+    @abc.abstractmethod
+    def step(
+        self,
+        derivative: Derivative[Images],
+        x: Images,
+        now: Level,
+        after: Level,
+        steps: int,
+        noise: Callable[[], Images],
+    ) -> Images:
+        """x at the level `after`, from x at the level `now`, in one of `steps` steps."""
+
+
+def scan_steps(step: Callable[[Images, Any, Level, Level], Images], x: Images, levels: Levels) -> Images:
+    """x after step(x, i, s_i, s_{i+1}) for every pair of consecutive levels; i is traced."""
+
+    def body(x: Images, interval: tuple[Any, Level, Level]) -> tuple[Images, None]:
+        return step(x, *interval), None
+
+    return jax.lax.scan(body, x, (jnp.arange(levels.shape[0] - 1), levels[:-1], levels[1:]))[0]

@@ -1,14 +1,13 @@
-"""The samplers of a consistency function: one call, or several with fresh noise between."""
+"""Samplers of consistency functions: in one step, or in several with new noise in between."""
 
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from cm_jax.diffusion.noise_schedule import KarrasGrid
-from cm_jax.samplers.base import Levels, Sampler, intervals
-from cm_jax.types import Denoiser, Images, NoiseSource, Sigmas
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
+from cm_jax.samplers.base import Levels, Sampler, scan_steps
+from cm_jax.types import Denoiser, Images, NoiseSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,39 +16,34 @@ class Consistency(Sampler):
 
     ends_at_boundary: ClassVar[bool] = True
 
-    def levels(self, steps: int, grid: KarrasGrid) -> tuple[float, ...]:
-        """Levels at grid indices 0, q, 2q, ... with q = N // steps, as diffusers spaces them.
+    def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
+        """Levels of indices 0, q, 2q, ... with q = num_levels // steps, as in diffusers.
 
-        More steps than the grid has levels get EDM's spacing.
+        For more steps than levels it is the schedule with N = steps.
         """
-        if steps > grid.levels:
-            return super().levels(steps, grid)
-        indices = [step * (grid.levels // steps) for step in range(steps)]
-        return (*(float(grid.sigma(index)) for index in indices), self.closing(grid))
+        if steps > num_levels:
+            return super().levels(steps, schedule, num_levels)
+        indices = [step * (num_levels // steps) for step in range(steps)]
+        return (*(float(schedule.sigma(index, num_levels)) for index in indices), self.final_level(schedule))
 
-    def draws(self, steps: int) -> int:
+    def num_noise_samples(self, steps: int) -> int:
         return 1 if steps == 1 else steps + 1
 
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images:
+    def __call__(self, denoiser: Denoiser, levels: Levels, noise: NoiseSource) -> Images:
+        denoiser, x = self.clipped(denoiser), levels[0] * noise(0)
         if levels.shape[0] == 2:
-            return jnp.clip(self.denoise(denoiser, levels[0] * draw(0), levels[0]), -1, 1)
-
-        def clean(x: Images, sigma: Sigmas) -> Images:
-            return self.denoise(denoiser, x, sigma[0])
-
-        return jnp.clip(multistep_sample(clean, levels[0] * draw(0), levels, draw), -1, 1)
+            return jnp.clip(denoiser(x, jnp.full(x.shape[0], levels[0])), -1, 1)
+        return jnp.clip(multistep_sample(denoiser, x, levels, noise), -1, 1)
 
 
-def multistep_sample(denoiser: Denoiser, x: Images, levels: Levels, draw: NoiseSource) -> Images:
-    """From x at the first level: denoise, add fresh noise of the next level, and so on; nothing is clipped.
+def multistep_sample(denoiser: Denoiser, x: Images, levels: Levels, noise: NoiseSource) -> Images:
+    """CM, algorithm 1 from x at the first level: denoise, add new noise of the next level, and so on; no clipping.
 
-    No noise is added at the last level, sigma_min, so that the end is the last denoised image itself.
+    The last level is sigma_min, at which no noise is added: the result is the last denoised image.
     """
 
-    def step(x, interval):
-        index, now, after = interval
+    def step(x, index, now, after):
         clean = denoiser(x, jnp.full(x.shape[0], now))
-        return clean + jnp.sqrt((after - levels[-1]) * (after + levels[-1])) * draw(index + 1), None
+        return clean + jnp.sqrt((after - levels[-1]) * (after + levels[-1])) * noise(index + 1)
 
-    x, _ = jax.lax.scan(step, x, intervals(levels))
-    return x
+    return scan_steps(step, x, levels)

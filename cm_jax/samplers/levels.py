@@ -1,99 +1,97 @@
-"""From what a user asks for (steps, timesteps, indices or sigmas) to the levels that a sampler walks."""
+"""The noise levels of a sampler, from steps, timesteps, indices or sigmas."""
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.errors import InputError, check_int
 from cm_jax.samplers.base import Sampler
 
 
 class NoiseLevelArgs(TypedDict, total=False):
-    """The noise levels of sampling; see `choose_levels`. At most one of them is not None."""
+    """The noise levels of a sampler. Exactly one of these is given; index 0 is sigma_max."""
 
     steps: int | None
+    """Number of steps: the tuned timesteps of this length if there are any, else the sampler's default levels."""
     timesteps: Sequence[int] | None
+    """Level indices, descending to 0, as in diffusers: (22, 0). The sampler's final level is added."""
     indices: Sequence[int] | None
+    """Level indices, ascending from 0 to the final level num_levels - 1, as in OpenAI's code: (0, 22, 39)."""
     sigmas: Sequence[float] | None
+    """The levels themselves, descending: (80.0, 1.38). The sampler's final level is added."""
 
 
 def choose_levels(
     sampler: Sampler,
-    grid: KarrasGrid,
+    schedule: KarrasSchedule,
+    num_levels: int,
     *,
-    steps: int | None = None,
-    timesteps: Sequence[int] | None = None,
-    indices: Sequence[int] | None = None,
-    sigmas: Sequence[float] | None = None,
     tuned: Sequence[Sequence[int]] = (),
+    **levels: Unpack[NoiseLevelArgs],
 ) -> tuple[float, ...]:
-    """The falling levels at which the network is called, and the closing one at which the sampler ends.
+    """The descending levels at which the network is called, and the final level at which the sampler ends.
 
-    Give one of: `steps`, a number (the tuned timesteps of that length where there are any, else the sampler's own
-    spacing); `timesteps`, grid indices from the cleanest to the noisiest as diffusers writes them, (22, 0); `indices`,
-    grid indices from the noisiest to the cleanest with the closing one, (0, 22, 39), as the original writes them;
-    `sigmas`, the levels themselves, falling, without the closing one. Raises InputError for anything else.
+    `num_levels`: N of the level indices. `tuned`: tuned timesteps. Raises InputError for invalid levels.
     """
-    given = {"steps": steps, "timesteps": timesteps, "indices": indices, "sigmas": sigmas}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(named) or 'none'}.")
+    given = [name for name, value in levels.items() if value is not None]
+    if len(given) != 1:
+        raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(given) or 'none'}.")
+    steps, timesteps = levels.get("steps"), levels.get("timesteps")
+    indices, sigmas = levels.get("indices"), levels.get("sigmas")
+    final, last = sampler.final_level(schedule), num_levels - 1
     if steps is not None:
         steps = check_int("steps", steps, 1, _MOST_STEPS)
         match = next((choice for choice in tuned if len(choice) == steps), None)
         if match is None or not sampler.ends_at_boundary:
-            return sampler.levels(steps, grid)
+            return sampler.levels(steps, schedule, num_levels)
         timesteps = match
     if timesteps is not None:
-        order = _whole("timesteps", timesteps, grid)
+        order = _indices("timesteps", timesteps, num_levels)
         if not order or any(a <= b for a, b in itertools.pairwise(order)) or order[-1] != 0:
-            raise InputError(
-                f"timesteps must fall and end with 0, the noisiest level, e.g. 22,0; got {_shown(timesteps)}."
-            )
-        return (*(float(grid.sigma(index)) for index in reversed(order)), sampler.closing(grid))
+            raise InputError(f"timesteps must descend to 0, the noisiest level, e.g. 22,0; got {_shown(timesteps)}.")
+        return (*(float(schedule.sigma(index, num_levels)) for index in reversed(order)), final)
     if indices is not None:
-        order = _whole("indices", indices, grid)
-        last = grid.levels - 1
+        order = _indices("indices", indices, num_levels)
         if len(order) < 2 or any(a >= b for a, b in itertools.pairwise(order)):
             raise InputError(
-                f"indices must rise from 0, the noisiest level, to {last}, the closing one, e.g. "
+                f"indices must ascend from 0, the noisiest level, to {last}, the final one, e.g. "
                 f"0,{last // 2},{last}; got {_shown(indices)}."
             )
         if order[0] != 0 or order[-1] != last:
             raise InputError(
-                f"indices must begin with 0 and end with {last} (this model has {grid.levels} levels), or noise would "
+                f"indices must begin with 0 and end with {last} (this model has {num_levels} levels), or noise would "
                 f"be left in the images; got {_shown(indices)}."
             )
         called = order[:-1] if sampler.ends_at_boundary else order
-        return (*(float(grid.sigma(index)) for index in called), sampler.closing(grid))
-    levels, closing = _rounded(sigmas), sampler.closing(grid)
-    if not levels or not all(np.float32(closing) < sigma <= _HIGHEST for sigma in levels):
+        return (*(float(schedule.sigma(index, num_levels)) for index in called), final)
+    rounded = _rounded(sigmas)
+    if not rounded or not all(np.float32(final) < sigma <= _HIGHEST for sigma in rounded):
         raise InputError(
-            f"sigmas must be finite, greater than {closing:g} and at most {_HIGHEST:g}; got {_shown(sigmas)}."
+            f"sigmas must be finite, greater than {final:g} and at most {_HIGHEST:g}; got {_shown(sigmas)}."
         )
-    if any(a <= b for a, b in itertools.pairwise(levels)):
-        raise InputError(f"sigmas must fall, e.g. {grid.sigma_max:g},1.38; got {_shown(sigmas)}.")
-    return (*map(float, sigmas or ()), closing)
+    if any(a <= b for a, b in itertools.pairwise(rounded)):
+        raise InputError(f"sigmas must descend, e.g. {schedule.sigma_max:g},1.38; got {_shown(sigmas)}.")
+    return (*map(float, sigmas or ()), final)
 
 
 _MOST_STEPS = 10_000
 _HIGHEST = 1e6
 _LOWEST = 1e-6
-"""Of the levels that a user may name; far beyond what images need, and safe in single precision."""
+"""Bounds of user-defined levels, far beyond those of images and safe in single precision."""
 
 
-def _whole(name: str, values: Any, grid: KarrasGrid) -> list[int]:
-    """Grid indices. Raises InputError for anything else."""
+def _indices(name: str, values: Any, num_levels: int) -> list[int]:
+    """Level indices. Raises InputError for anything else."""
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
         raise InputError(f"{name} must be a list of whole numbers, got {_shown(values)}.")
-    return [check_int(f"{name} (this model has {grid.levels} levels)", each, 0, grid.levels - 1) for each in values]
+    return [check_int(f"{name} (this model has {num_levels} levels)", each, 0, num_levels - 1) for each in values]
 
 
 def _rounded(values: Any) -> tuple[float, ...]:
-    """Levels as the samplers will see them, in single precision; those too small to be one become 0."""
+    """Levels rounded to single precision, as samplers use them; levels below _LOWEST become 0."""
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
         raise InputError(f"sigmas must be a list of numbers, got {_shown(values)}.")
     try:

@@ -1,37 +1,38 @@
 """Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma, from sigma_max down to 0 (EDM)."""
 
+import abc
 import dataclasses
 import math
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
+from cm_jax.diffusion.ode import Derivative, euler_step, heun_step
 from cm_jax.errors import InputError
-from cm_jax.samplers.base import Level, Levels, Sampler, intervals
-from cm_jax.types import Denoiser, Images, NoiseSource
+from cm_jax.samplers.base import Level, ODESampler
+from cm_jax.types import Images
 
 
 @dataclasses.dataclass(frozen=True)
 class Churn:
-    """Noise added before every step, to forget the errors made so far (EDM, algorithm 2). The default adds none."""
+    """Noise added before each step, which reduces accumulated errors (EDM, algorithm 2). The default adds none."""
 
     amount: float = 0.0
-    """S_churn, shared over all steps; a step's level grows by at most sqrt(2)."""
+    """S_churn, divided among all steps; the level increases by at most a factor of sqrt(2) per step."""
     sigma_min: float = 0.0
-    """Levels below this one are left alone (S_tmin) ..."""
+    """Lowest level at which noise is added (S_tmin)."""
     sigma_max: float = math.inf
-    """... and levels above this one (S_tmax)."""
+    """Highest level at which noise is added (S_tmax)."""
     noise: float = 1.0
     """Standard deviation of the noise (S_noise)."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.amount < math.inf and 0 <= self.noise < math.inf and self.sigma_min <= self.sigma_max):
-            raise InputError(f"Churn needs amount and noise of 0 or more and sigma_min <= sigma_max; got {self}.")
+            raise InputError(f"Expected finite amount >= 0 and noise >= 0, and sigma_min <= sigma_max; got {self}.")
 
     def __call__(self, x: Images, level: Level, steps: int, noise: Images) -> tuple[Images, Level]:
-        """(x, level), both raised for one of `steps` steps."""
+        """x and its level after noise is added, in one of `steps` steps."""
         most = min(self.amount / steps, math.sqrt(2) - 1)
         growth = jnp.where((self.sigma_min <= level) & (level <= self.sigma_max), most, 0.0)
         higher = level * (1 + growth)
@@ -39,75 +40,54 @@ class Churn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Heun(Sampler):
-    """Second-order steps (EDM, algorithm 2); 2N - 1 calls of the denoiser for N steps, the last one being Euler's."""
+class Euler(ODESampler):
+    """First-order steps; one call of the denoiser per step."""
 
-    churn: Churn = Churn()
-
-    def draws(self, steps: int) -> int:
-        return steps + 1 if self.churn.amount else 1
-
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images:
-        slope = self.slope(denoiser)
-
-        def step(x, interval):
-            index, now, after = interval
-            if self.churn.amount:
-                x, now = self.churn(x, now, levels.shape[0] - 1, draw(index + 1))
-            first = slope(x, now)
-            euler = x + (after - now) * first
-            return jax.lax.cond(
-                after > 0, lambda: x + (after - now) * (first + slope(euler, after)) / 2, lambda: euler
-            ), None
-
-        x, _ = jax.lax.scan(step, levels[0] * draw(0), intervals(levels))
-        return jnp.clip(x, -1, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Euler(Sampler):
-    """First-order steps: x + (s_{i+1} - s_i) dx/dsigma."""
-
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images:
-        slope = self.slope(denoiser)
-
-        def step(x, interval):
-            _, now, after = interval
-            return x + (after - now) * slope(x, now), None
-
-        x, _ = jax.lax.scan(step, levels[0] * draw(0), intervals(levels))
-        return jnp.clip(x, -1, 1)
+    def step(self, derivative, x, now, after, steps, noise):
+        return euler_step(derivative, x, now, after)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgressiveEuler(Euler):
-    """Euler's steps on N intervals that end at sigma_min, as progressively distilled models were trained to take."""
+    """Euler steps on N intervals that end at sigma_min, as progressively distilled models are trained."""
 
     ends_at_boundary: ClassVar[bool] = True
 
-    def levels(self, steps: int, grid: KarrasGrid) -> tuple[float, ...]:
-        return tuple(map(float, grid.descending(steps + 1)))
+    def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
+        return tuple(map(float, schedule.descending(steps + 1)))
 
 
 @dataclasses.dataclass(frozen=True)
-class DPM(Sampler):
-    """Second-order steps through the middle level ((s_i^(1/3) + s_{i+1}^(1/3)) / 2)^3; two calls a step."""
+class _Churned(ODESampler):
+    """Solver steps, each after noise is added."""
 
     churn: Churn = Churn()
 
-    def draws(self, steps: int) -> int:
+    def num_noise_samples(self, steps: int) -> int:
         return steps + 1 if self.churn.amount else 1
 
-    def __call__(self, denoiser: Denoiser, levels: Levels, draw: NoiseSource) -> Images:
-        slope = self.slope(denoiser)
+    def step(self, derivative, x, now, after, steps, noise):
+        if self.churn.amount:
+            x, now = self.churn(x, now, steps, noise())
+        return self.solve(derivative, x, now, after)
 
-        def step(x, interval):
-            index, now, after = interval
-            if self.churn.amount:
-                x, now = self.churn(x, now, levels.shape[0] - 1, draw(index + 1))
-            middle = ((jnp.cbrt(now) + jnp.cbrt(after)) / 2) ** 3
-            halfway = x + (middle - now) * slope(x, now)
-            return x + (after - now) * slope(halfway, middle), None
+    @abc.abstractmethod
+    def solve(self, derivative: Derivative[Images], x: Images, now: Level, after: Level) -> Images:
+        """One step of the solver."""
 
-        x, _ = jax.lax.scan(step, levels[0] * draw(0), intervals(levels))
-        return jnp.clip(x, -1, 1)
+
+@dataclasses.dataclass(frozen=True)
+class Heun(_Churned):
+    """Second-order steps (EDM, algorithm 2): 2N - 1 calls of the denoiser for N steps; the last step is Euler's."""
+
+    def solve(self, derivative, x, now, after):
+        return heun_step(derivative, x, now, after, correct=after > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPM(_Churned):
+    """Second-order steps through the middle level ((s_i^(1/3) + s_{i+1}^(1/3)) / 2)^3; two calls per step."""
+
+    def solve(self, derivative, x, now, after):
+        middle = ((jnp.cbrt(now) + jnp.cbrt(after)) / 2) ** 3
+        return x + (after - now) * derivative(euler_step(derivative, x, now, middle), middle)

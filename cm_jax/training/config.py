@@ -10,10 +10,10 @@ import cm_jax.feature_networks.lpips  # noqa: F401  so that LPIPS is known among
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import Data, Dataset, EmojiData
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.curricula import AdaptiveTargetEMA, TargetEMA
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.curricula import StepSchedule, TargetEMA
+from cm_jax.diffusion.noise_schedule import NUM_LEVELS, KarrasSchedule
 from cm_jax.diffusion.preconditioning import EDMPreconditioning, Preconditioning
-from cm_jax.errors import InputError, nearest
+from cm_jax.errors import InputError, check_int, nearest
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.objectives import Denoising, Models, Objective
 from cm_jax.training.ema import EMA, averages_named
@@ -35,8 +35,11 @@ class TrainConfig:
     optimizer: Optimizer = Adam()
     target: TargetEMA | None = None
     """mu(k), for a target that lags behind the student; None makes the student its own target."""
-    grid: KarrasGrid = KarrasGrid()
-    """The levels that timesteps and indices will count when images are drawn."""
+    schedule: KarrasSchedule = KarrasSchedule()
+    """Noise schedule of the run and of the saved models."""
+    num_levels: int | None = None
+    """N that timesteps and indices of the saved models count, for an objective whose curriculum does not define it.
+    Default: 40."""
     teacher: str = ""
     """Checkpoint of the denoiser to distil: a run's folder, one of ours, a .pt file or a diffusers folder."""
     start: str = ""
@@ -99,6 +102,13 @@ class TrainConfig:
             raise InputError(
                 f"seed must lie in 0 ... 2^32 - 1 and keep_every not be negative; got {self.seed}, {self.keep_every}."
             )
+        if self.num_levels is not None:
+            check_int("num_levels", self.num_levels, 2, 2**20)
+        if self.objective.final_num_levels is not None and self.num_levels is not None:
+            raise InputError(
+                f"num_levels is {self.num_levels}, but {type(self.objective).__name__} trains a model of "
+                f"{self.objective.final_num_levels} levels by its curriculum: give --num-levels none."
+            )
         asked, names = self.evaluation and self.evaluation.average, [each.name for each in self.all_averages]
         if asked and asked not in (*names, PARAMETERS):
             raise InputError(
@@ -113,7 +123,7 @@ class TrainConfig:
 
     @property
     def function(self) -> ConsistencyFunction:
-        return ConsistencyFunction(self.network, self.preconditioning)
+        return ConsistencyFunction(self.network, self.preconditioning, self.schedule)
 
     @property
     def all_averages(self) -> tuple[EMA, ...]:
@@ -128,12 +138,11 @@ class TrainConfig:
     def unfinished(self) -> Iterator[str]:
         """A line for every curriculum and every falling learning rate that the run ends before."""
         for path, part in _parts(self):
-            lasts = getattr(part, "lasts", 0)
-            if lasts > self.batches:
-                field = "steps-per-stage" if hasattr(part, "stages") else "steps"
+            if isinstance(part, StepSchedule) and part.duration > self.batches:
+                field = part.LENGTH_FIELD.replace("_", "-")
                 yield (
-                    f"--{path} is laid out for {lasts:,} steps, and the run takes {self.batches:,}: it will not see "
-                    f"its end. Give --{path}.{field}, or more --images."
+                    f"--{path} changes for {part.duration:,} steps, and the run has {self.batches:,}: it ends before. "
+                    f"Give --{path}.{field}, or more --images."
                 )
 
     def parallelism(self) -> Parallelism:
@@ -150,12 +159,8 @@ class TrainConfig:
         """Raises InputError where the parts do not go together."""
         models = Models(self.function, teacher)
         self.objective.check(models)
-        curriculum = getattr(self.objective, "curriculum", None)
-        if isinstance(self.target, AdaptiveTargetEMA) and self.target.curriculum != curriculum:
-            raise InputError(
-                f"The target's rate follows {self.target.curriculum}, and the objective {curriculum}: give both "
-                "the same, --target.curriculum and --objective.curriculum."
-            )
+        if self.target is not None:
+            self.target.check(self.objective.curriculum)
         return TrainingStep(
             self.objective, models, self.optimizer, self.all_averages, self.target, self.accumulate, self.flip
         )
@@ -163,8 +168,10 @@ class TrainConfig:
     def model_config(self, dataset: Dataset) -> ModelConfig:
         """Of the checkpoints that the run leaves."""
         names = dataset.class_names if self.network.classes == len(dataset.class_names) else ()
+        num_levels = self.objective.final_num_levels or self.num_levels or NUM_LEVELS
+        consistency = not self.objective.makes_denoiser
         return ModelConfig(
-            self.network, self.preconditioning, self.grid, names, consistency=not self.objective.makes_denoiser
+            self.network, self.preconditioning, self.schedule, num_levels, names, consistency=consistency
         )
 
     def check_data(self, dataset: Dataset) -> None:

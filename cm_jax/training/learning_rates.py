@@ -7,6 +7,7 @@ import math
 import jax.numpy as jnp
 import optax
 
+from cm_jax.diffusion.curricula import StepSchedule
 from cm_jax.errors import InputError
 
 
@@ -43,7 +44,7 @@ class ConstantRate(LearningRate):
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearDecay(LearningRate):
+class LinearDecay(LearningRate, StepSchedule):
     """Down to zero in a straight line, `steps` after the warm-up."""
 
     steps: int = 100_000
@@ -53,8 +54,7 @@ class LinearDecay(LearningRate):
         _demand_steps(self, self.steps)
 
     @property
-    def lasts(self) -> int:
-        """Steps until the rate is zero."""
+    def duration(self) -> int:
         return self.warm_up + self.steps
 
     def after_warm_up(self) -> optax.Schedule:
@@ -62,7 +62,7 @@ class LinearDecay(LearningRate):
 
 
 @dataclasses.dataclass(frozen=True)
-class CosineDecay(LearningRate):
+class CosineDecay(LearningRate, StepSchedule):
     """Down to zero along a half cosine, `steps` after the warm-up."""
 
     steps: int = 100_000
@@ -72,8 +72,7 @@ class CosineDecay(LearningRate):
         _demand_steps(self, self.steps)
 
     @property
-    def lasts(self) -> int:
-        """Steps until the rate is zero."""
+    def duration(self) -> int:
         return self.warm_up + self.steps
 
     def after_warm_up(self) -> optax.Schedule:

@@ -14,7 +14,6 @@ from cm_jax.checkpoints import serialization
 from cm_jax.checkpoints.resolve import resolve
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset
-from cm_jax.diffusion.distances import Distance
 from cm_jax.errors import InputError, indented_list
 from cm_jax.objectives import Objective
 from cm_jax.training import prefetch
@@ -163,5 +162,4 @@ def _check_start(chosen: TrainConfig, source: Source) -> None:
 
 def _weights(objective: Objective) -> Params | None:
     """Of its distance, where that has some."""
-    distance: Distance | None = getattr(objective, "distance", None)
-    return None if distance is None else distance.load_weights()
+    return None if objective.distance is None else objective.distance.load_weights()

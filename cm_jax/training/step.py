@@ -134,12 +134,15 @@ class TrainingStep:
             },
         )
         if state.target is not None and self.target is not None:
-            after = after._replace(target=ema_update(state.target, params, self.target(step)))
+            after = after._replace(
+                target=ema_update(state.target, params, self.target(step, self.objective.curriculum))
+            )
         return self._handed_over(after, step) if self.objective.hands_over else after
 
     def _handed_over(self, state: TrainState, step: Any) -> TrainState:
         """At the end of a stage of progressive distillation the student becomes the teacher, and all else is fresh."""
-        curriculum = self.objective.curriculum  # type: ignore[attr-defined]  # all that hand over have one
+        curriculum = self.objective.curriculum
+        assert curriculum is not None
         fresh = state._replace(
             teacher=state.params,
             optimizer=self.optimizer.transformation().init(state.params),

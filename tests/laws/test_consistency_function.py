@@ -11,7 +11,6 @@ import pytest
 from cm_jax import conversion
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import (
     ConsistencyPreconditioning,
     EDMPreconditioning,
@@ -53,7 +52,7 @@ def test_with_the_best_raw_output_the_gaussian_denoiser_comes_out():
     """For data from N(0, sigma_data^2) the best denoiser is c_skip x, so the raw network has nothing to add."""
     x, sigma = jnp.ones((3, 1, 1, 1)), jnp.array([0.002, 1.0, 80.0])
     exact = x * (0.25 / (0.25 + sigma**2))[:, None, None, None]
-    np.testing.assert_allclose(EDMPreconditioning().blend(x, sigma, jnp.zeros_like(x)), exact, rtol=1e-6)
+    np.testing.assert_allclose(EDMPreconditioning().blend(x, sigma, jnp.zeros_like(x), 0.002), exact, rtol=1e-6)
 
 
 def test_a_fresh_network_puts_out_zero():
@@ -89,7 +88,7 @@ def test_equal_networks_hash_alike():
 
 SCALINGS = [
     EDMPreconditioning(),
-    ConsistencyPreconditioning(sigma_min=0.01),
+    ConsistencyPreconditioning(),
     TrigFlowPreconditioning(time_factor=300.0),
     MeanFlowPreconditioning(2.0),
 ]
@@ -98,21 +97,21 @@ SCALINGS = [
 @pytest.mark.parametrize("preconditioning", SCALINGS)
 @pytest.mark.parametrize("consistency", [None, True, False])
 def test_a_config_with_any_scaling_goes_there_and_back(preconditioning, consistency):
-    config = ModelConfig(SMALL, preconditioning, KarrasGrid(18), consistency=consistency)
+    config = ModelConfig(SMALL, preconditioning, num_levels=18, consistency=consistency)
     assert ModelConfig.from_json(config.to_json(), "a test") == config
 
 
 @pytest.mark.parametrize(("preconditioning", "judged"), list(zip(SCALINGS, [False, True, False, True], strict=True)))
 def test_a_model_is_what_its_scalings_say_unless_it_is_said(preconditioning, judged):
     """ECT's and sCM's students have the scalings of a denoiser, and are consistency functions all the same."""
-    config = ModelConfig(SMALL, preconditioning, KarrasGrid())
+    config = ModelConfig(SMALL, preconditioning)
     assert config.distilled == judged
     assert dataclasses.replace(config, consistency=True).distilled
     assert not dataclasses.replace(config, consistency=False).distilled
 
 
 def test_a_config_written_before_it_said_what_it_is_still_reads():
-    config = ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid())
+    config = ModelConfig(SMALL, ConsistencyPreconditioning())
     fields = json.loads(config.to_json())
     del fields["consistency"]
     assert ModelConfig.from_json(json.dumps(fields), "an old one") == config
@@ -121,7 +120,7 @@ def test_a_config_written_before_it_said_what_it_is_still_reads():
 @pytest.mark.parametrize("preconditioning", [EDMPreconditioning(), TrigFlowPreconditioning()])
 def test_a_student_with_a_denoisers_scalings_draws_in_one_step(preconditioning):
     params = random_params(SMALL)
-    student = Model(ModelConfig(SMALL, preconditioning, KarrasGrid(), consistency=True), params)
+    student = Model(ModelConfig(SMALL, preconditioning, consistency=True), params)
     noise = np.asarray(jax.random.normal(jax.random.key(0), (1, 2, 16, 16, 3)))
     f = jax.jit(student.config.function)
     expected = jnp.clip(f(params, 80 * noise[0], jnp.full(2, 80.0), jnp.array([1, 2])), -1, 1)
@@ -141,7 +140,7 @@ def test_a_student_with_a_denoisers_scalings_draws_in_one_step(preconditioning):
     ],
 )
 def test_others_formats_would_take_such_a_student_for_another_function(kind, preconditioning, wanted, tmp_path):
-    config = ModelConfig(SMALL, preconditioning, KarrasGrid(), consistency=True)
+    config = ModelConfig(SMALL, preconditioning, consistency=True)
     with pytest.raises(InputError, match=wanted):
         conversion.write(tmp_path / "there", kind, config, random_params(SMALL))
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,6 @@ from cm_jax.conversion import CheckpointHints, read, write
 from cm_jax.conversion.diffusers import DIFFUSERS, scheduler_config, unet_config
 from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.rules import from_source, source_shapes, to_source
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.io.safetensors import LazyTensor
@@ -127,7 +126,7 @@ def test_any_network_is_inferred_and_goes_there_and_back_bit_for_bit(chosen, dty
 )
 def test_files_there_and_back_bit_for_bit(tmp_path, dtype, kind, preconditioning):
     params = {path: np.asarray(leaf).astype(dtype) for path, leaf in leaves(random_params(SMALL))}
-    config = ModelConfig(SMALL, preconditioning, KarrasGrid(18))
+    config = ModelConfig(SMALL, preconditioning, num_levels=18)
     destination = tmp_path / ("model.pt" if kind == "openai" else "model")
     write(destination, kind, config, nested(params))
     edm = "edm" if isinstance(preconditioning, EDMPreconditioning) else "consistency"
@@ -159,7 +158,7 @@ def test_configs_are_those_that_diffusers_writes(folder, network, levels):
     assert ours.pop("attn_norm_num_groups") == 32
     assert ours == recorded
     recorded = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler_config(ModelConfig(network, ConsistencyPreconditioning(), KarrasGrid(levels))) == recorded
+    assert scheduler_config(ModelConfig(network, ConsistencyPreconditioning(), num_levels=levels)) == recorded
 
 
 def test_all_complaints_come_in_one_message():

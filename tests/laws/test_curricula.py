@@ -1,5 +1,6 @@
 """Curricula: exact whole numbers at every step, one compilation for all of them, and the edges of the formulas."""
 
+import functools
 import math
 
 import jax
@@ -38,10 +39,10 @@ def test_progressive_levels_end_with_one_more_than_the_last_number_and_stay(curr
 
 
 def test_progressive_levels_as_the_cifar_program_recorded_them():
-    curriculum, rate = Progressive(2, 150, 800_000), AdaptiveTargetEMA(Progressive(2, 150, 800_000), 0.9)
+    curriculum, rate = Progressive(2, 150, 800_000), AdaptiveTargetEMA(0.9)
     recorded = {0: 2, 1: 3, 1_000: 6, 10_000: 17, 50_000: 38, 100_000: 54, 200_000: 76, 400_000: 107, 740_000: 146}
     assert {step: int(curriculum(step)) for step in recorded} == recorded
-    assert [round(float(rate(step)), 5) for step in (0, 1, 1_000, 400_000)] == [0.81, 0.9, 0.95873, 0.99801]
+    assert [round(float(rate(step, curriculum)), 5) for step in (0, 1, 1_000, 400_000)] == [0.81, 0.9, 0.95873, 0.99801]
 
 
 @pytest.mark.parametrize(
@@ -57,14 +58,14 @@ def test_progressive_levels_as_the_cifar_program_recorded_them():
 )
 def test_a_curriculum_changes_until_its_last_step_and_then_no_more(curriculum):
     values = np.asarray(jax.vmap(curriculum)(jnp.arange(8_000)))
-    assert curriculum.lasts == np.argmax(values == values[-1])
+    assert curriculum.duration == np.argmax(values == values[-1])
 
 
 def test_levels_and_gaps_are_at_their_end_when_they_say_so():
     progressive, gap = Progressive(2, 150, 1_000), ShrinkingGap(steps_per_stage=10, stages=3)
-    assert progressive(progressive.lasts) == progressive(10**6) == 151 > progressive(progressive.lasts // 2)
+    assert progressive(progressive.duration) == progressive(10**6) == 151 > progressive(progressive.duration // 2)
     t = jnp.full(1, 40.0)
-    assert gap(t, gap.lasts) == gap(t, 10**6) > gap(t, gap.lasts - 1)
+    assert gap(t, gap.duration) == gap(t, 10**6) > gap(t, gap.duration - 1)
 
 
 def test_doubling_has_eight_equal_stages():
@@ -86,7 +87,7 @@ def test_the_two_adaptive_rates_divide_by_intervals_and_by_levels():
     curriculum = Progressive(2, 200, 800_000)
     for step in (0, 100, 400_000, 800_000):
         levels = int(curriculum(step))
-        released, printed = AdaptiveTargetEMA(curriculum)(step), AdaptiveTargetEMA(curriculum, over="levels")(step)
+        released, printed = (AdaptiveTargetEMA(over=over)(step, curriculum) for over in ("intervals", "levels"))
         assert released == pytest.approx(0.95 ** (2 / (levels - 1)), rel=2e-7)
         assert printed == pytest.approx(0.95 ** (2 / levels), rel=2e-7)
         assert released < printed
@@ -94,8 +95,16 @@ def test_the_two_adaptive_rates_divide_by_intervals_and_by_levels():
 
 @pytest.mark.parametrize(
     "schedule",
-    [Constant(), Progressive(), Doubling(), Halving(), ConstantTargetEMA(), AdaptiveTargetEMA(), WarmUp()],
-    ids=lambda schedule: type(schedule).__name__,
+    [
+        Constant(),
+        Progressive(),
+        Doubling(),
+        Halving(),
+        WarmUp(),
+        functools.partial(ConstantTargetEMA(), curriculum=None),
+        functools.partial(AdaptiveTargetEMA(), curriculum=Progressive()),
+    ],
+    ids=lambda schedule: type(getattr(schedule, "func", schedule)).__name__,
 )
 def test_a_schedule_compiles_once(schedule):
     compiled = jax.jit(schedule)
@@ -126,11 +135,11 @@ def test_the_warm_up_rises_to_one_and_stays():
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (lambda: Constant(1), "levels >= 2"),
+        (lambda: Constant(1), "num_levels >= 2"),
         (lambda: Progressive(200, 2), "start <= end"),
-        (lambda: Doubling(10, 1280, 5), "a step a stage"),
+        (lambda: Doubling(10, 1280, 5), "one step per stage"),
         (lambda: Halving(40), "power of 2"),
-        (lambda: ConstantTargetEMA(1.5), "0 <= rate <= 1"),
+        (lambda: ConstantTargetEMA(1.5), "0 <= decay <= 1"),
         (lambda: AdaptiveTargetEMA(start=0.0), "0 < start < 1"),
         (lambda: ShrinkingGap(ratio=1.0), "ratio > 1"),
         (lambda: WarmUp(0), "steps >= 1"),
@@ -139,6 +148,20 @@ def test_the_warm_up_rises_to_one_and_stays():
 def test_impossible_schedules_are_refused(make, wanted):
     with pytest.raises(InputError, match=wanted):
         make()
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "final"), [(Constant(18), 18), (Progressive(2, 150, 100), 151), (Doubling(10, 1280, 100), 1281)]
+)
+def test_the_final_number_of_levels_is_that_after_the_last_step(curriculum, final):
+    assert curriculum.final == int(curriculum(curriculum.duration)) == int(curriculum(10**6)) == final
+
+
+@pytest.mark.parametrize("curriculum", [None, Constant(40), Doubling()])
+def test_an_adaptive_target_needs_a_progressive_curriculum(curriculum):
+    with pytest.raises(InputError, match="follows a Progressive curriculum"):
+        AdaptiveTargetEMA().check(curriculum)
+    ConstantTargetEMA().check(curriculum)
 
 
 def test_the_number_of_stages_of_a_doubling_curriculum_reaches_its_end():

@@ -242,7 +242,7 @@ METHODS = {
     # objective, functions, target's rate, the factor by which the error fell where this was written
     "cd": (ConsistencyDistillation(Constant(18)), BOUNDARY, ConstantTargetEMA(0.95), 15),
     # The published mu0 = 0.95 would make the target remember 200 of these 1000 steps.
-    "ct": (ConsistencyTraining(GROWING), BOUNDARY, AdaptiveTargetEMA(GROWING, start=0.5), 10),
+    "ct": (ConsistencyTraining(GROWING), BOUNDARY, AdaptiveTargetEMA(start=0.5), 10),
     "ict": (
         ImprovedConsistencyTraining(Doubling(10, 80, STEPS)),
         BOUNDARY,

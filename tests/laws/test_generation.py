@@ -7,23 +7,22 @@ import numpy as np
 import pytest
 
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.samplers import Ancestral, Churn, Consistency, Heun, choose_levels
-from cm_jax.samplers.generation import draw_labels, generate
+from cm_jax.samplers.generation import generate, sample_labels
 from tests.support import SMALL, random_params
 
 BOUND = 1e-5
 CONSISTENCY = Consistency()
 CONFIG = ModelConfig(
-    SMALL, ConsistencyPreconditioning(), KarrasGrid(18), tuple(f"kind {i}, sort {i}" for i in range(10))
+    SMALL, ConsistencyPreconditioning(), num_levels=18, class_names=tuple(f"kind {i}, sort {i}" for i in range(10))
 )
 MODEL = Model(CONFIG, SMALL.prepare(random_params(SMALL)))
 TINY = dataclasses.replace(SMALL, image_size=8, channel_mult=(1,), attention_factors=())
 STUDENT, TEACHER = (
-    Model(ModelConfig(TINY, preconditioning, KarrasGrid(18)), TINY.prepare(random_params(TINY)))
+    Model(ModelConfig(TINY, preconditioning, num_levels=18), TINY.prepare(random_params(TINY)))
     for preconditioning in (ConsistencyPreconditioning(), EDMPreconditioning())
 )
 LEVELS = (80.0, 3.0, 0.002)
@@ -31,7 +30,7 @@ LEVELS = (80.0, 3.0, 0.002)
 
 def images(count, batch_size, devices, sampler=CONSISTENCY, labels=None, levels=LEVELS, model=STUDENT):
     key = jax.random.key(7)
-    labels = draw_labels(key, count, 10) if labels is None else labels
+    labels = sample_labels(key, count, 10) if labels is None else labels
     parts = generate(
         model.config.function,
         sampler,
@@ -64,7 +63,7 @@ def test_same_images_in_other_batches_and_on_other_devices(reference, batch_size
 
 @pytest.mark.parametrize("sampler", [Ancestral(), Heun(churn=Churn(10))], ids=["ancestral", "heun"])
 def test_a_teachers_samplers_on_eight_devices(sampler):
-    levels = choose_levels(sampler, TEACHER.config.grid, steps=8)
+    levels = choose_levels(sampler, TEACHER.config.schedule, 18, steps=8)
     alone, apart = (np.concatenate(images(5, 5, devices, sampler, levels=levels, model=TEACHER)) for devices in (1, 8))
     np.testing.assert_allclose(apart, alone, atol=BOUND)
 

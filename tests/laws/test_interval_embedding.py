@@ -11,7 +11,6 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion.diffusers import DIFFUSERS
 from cm_jax.conversion.openai import OPENAI
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import MeanFlowPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.model import Model
@@ -109,7 +108,7 @@ def test_mean_flow_makes_a_consistency_function(network):
 
 def test_a_mean_flow_model_draws_in_one_step_like_any_other(network):
     function = MeanFlowPreconditioning()
-    model = Model(ModelConfig(network, function, KarrasGrid()), random_params(network))
+    model = Model(ModelConfig(network, function), random_params(network))
     assert model.config.distilled
     assert ModelConfig.from_json(model.config.to_json(), "a test") == model.config
     noise = np.random.default_rng(0).standard_normal((1, 2, 8, 8, 3)).astype(np.float32)

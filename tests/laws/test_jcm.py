@@ -17,7 +17,7 @@ from cm_jax.checkpoints.published import published_cifar10, recognize_cifar10
 from cm_jax.checkpoints.resolve import resolve
 from cm_jax.conversion import CheckpointHints, jcm, read, write
 from cm_jax.conversion.rules import from_source, source_shapes, to_source
-from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasGrid
+from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.io.safetensors import LazyTensor
@@ -115,7 +115,7 @@ def test_a_file_becomes_a_model_and_our_checkpoint(tmp_path, dtype, precondition
     preconditioning = {"edm": EDMPreconditioning, "consistency": ConsistencyPreconditioning}[preconditioning](
         time_factor=EDM_TIME
     )
-    assert source.config == ModelConfig(SMALL, preconditioning, KarrasGrid(18))
+    assert source.config == ModelConfig(SMALL, preconditioning, num_levels=18)
     back = to_source(jcm.rules(SMALL), source.params)
     for name, array in leaves(content["params_ema"]):
         assert back[name].dtype == array.dtype
@@ -137,12 +137,12 @@ def test_published_files_need_no_flags(tmp_path):
         config = read(path).config
         assert config.network == network
         assert config.tuned_timesteps == ((11, 0),)
-        assert config.grid == KarrasGrid(18)
+        assert (config.schedule, config.num_levels) == (KarrasSchedule(), 18)
     model = cm_jax.load(path)
     assert model.plan(steps=2).levels[1] == pytest.approx(0.5853481)  # the notebook's indices 0, 11, 17
     teacher = read(saved(tmp_path / "edm_cifar10_ema", content)).config
     assert teacher.preconditioning == EDMPreconditioning(time_factor=EDM_TIME)
-    assert read(saved(tmp_path / "ct-lpips", content)).config.grid.levels == 151
+    assert read(saved(tmp_path / "ct-lpips", content)).config.num_levels == 151
     assert recognize_cifar10(tmp_path / "my-cd-l2-lsun") is None
     with pytest.raises(InputError, match=r"jcm_checkpoints/cd-l1/checkpoints/checkpoint_80"):
         resolve("cd-l1")

@@ -1,4 +1,4 @@
-"""Laws of the levels: their moments and masses, their ranges, and that every image draws for itself."""
+"""Noise distributions: moments, probabilities and ranges, and independence of the images of a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,20 @@ from cm_jax.diffusion.noise_distributions import (
     SortedInterval,
     UniformIndex,
 )
-from cm_jax.diffusion.noise_schedule import KarrasCurve, KarrasGrid, sigma_at_trigflow_time, trigflow_time
+from cm_jax.diffusion.noise_schedule import KarrasSchedule, sigma_at_trigflow_time, trigflow_time
 from cm_jax.errors import InputError
 
 KEYS = jax.random.split(jax.random.key(0), 200_000)
-CURVE = KarrasCurve()
+SCHEDULE = KarrasSchedule()
 
 
-def test_the_log_normal_law_has_its_moments():
+def test_log_normal_has_its_moments():
     logs = jnp.log(LogNormal()(KEYS))
     assert logs.mean() == pytest.approx(-1.2, abs=0.01)
     assert logs.std() == pytest.approx(1.2, abs=0.01)
 
 
-def test_the_logit_normal_law_has_its_moments():
+def test_logit_normal_has_its_moments():
     times = LogitNormal()(KEYS)
     logits = jnp.log(times) - jnp.log1p(-times)
     assert logits.mean() == pytest.approx(-0.4, abs=0.01)
@@ -35,13 +35,13 @@ def test_the_logit_normal_law_has_its_moments():
 
 @pytest.mark.parametrize("levels", [2, 11, 151])
 @pytest.mark.parametrize("noise_distribution", [UniformIndex(), DiscreteLogNormal()])
-def test_indices_have_the_masses_of_their_law(noise_distribution, levels):
-    indices = np.asarray(noise_distribution(KEYS, CURVE, levels))
+def test_indices_have_their_probabilities(noise_distribution, levels):
+    indices = np.asarray(noise_distribution(KEYS, SCHEDULE, levels))
     assert indices.min() >= 0
     assert indices.max() <= levels - 2
     share = np.bincount(indices, minlength=levels - 1) / len(KEYS)
     exact = (
-        noise_distribution.probabilities(CURVE, levels)
+        noise_distribution.probabilities(SCHEDULE, levels)
         if isinstance(noise_distribution, DiscreteLogNormal)
         else np.full(levels - 1, 1 / (levels - 1))
     )
@@ -49,24 +49,24 @@ def test_indices_have_the_masses_of_their_law(noise_distribution, levels):
     assert (np.abs(share - exact) <= 4.5 * std + 1e-6).all()
 
 
-def test_the_masses_are_those_of_the_paper():
+def test_the_probabilities_are_those_of_the_paper():
     """P(i) of iCT, whose levels rise from i = 1, with the error function from the standard library."""
     import math
 
-    sigma = KarrasGrid(11).sigma(np.arange(11))[::-1]
+    sigma = SCHEDULE.sigma(np.arange(11), 11)[::-1]
     value = np.array([math.erf((math.log(s) + 1.1) / (math.sqrt(2) * 2.0)) for s in sigma])
     masses = np.diff(value) / np.diff(value).sum()
-    np.testing.assert_allclose(DiscreteLogNormal().probabilities(CURVE, 11)[::-1], masses, rtol=1e-4)
+    np.testing.assert_allclose(DiscreteLogNormal().probabilities(SCHEDULE, 11)[::-1], masses, rtol=1e-4)
 
 
 @pytest.mark.parametrize("noise_distribution", [UniformIndex(), DiscreteLogNormal()])
-def test_a_growing_grid_compiles_once(noise_distribution):
-    compiled = jax.jit(lambda keys, levels: noise_distribution(keys, CURVE, levels))
+def test_a_growing_number_of_levels_compiles_once(noise_distribution):
+    compiled = jax.jit(lambda keys, levels: noise_distribution(keys, SCHEDULE, levels))
     for levels in (3, 18, 151):
         indices = compiled(KEYS[:1000], jnp.int32(levels))
         assert (indices >= 0).all()
         assert (indices <= levels - 2).all()
-        np.testing.assert_array_equal(indices, noise_distribution(KEYS[:1000], CURVE, levels))
+        np.testing.assert_array_equal(indices, noise_distribution(KEYS[:1000], SCHEDULE, levels))
     assert compiled._cache_size() == 1
 
 
@@ -77,11 +77,11 @@ def test_a_growing_grid_compiles_once(noise_distribution):
         LogitNormal(),
         SortedInterval(),
         CappedInterval(),
-        lambda keys: UniformIndex()(keys, CURVE, 40),
-        lambda keys: DiscreteLogNormal()(keys, CURVE, 40),
+        lambda keys: UniformIndex()(keys, SCHEDULE, 40),
+        lambda keys: DiscreteLogNormal()(keys, SCHEDULE, 40),
     ],
 )
-def test_what_an_image_draws_does_not_depend_on_its_neighbours(noise_distribution):
+def test_samples_of_an_image_do_not_depend_on_the_other_images(noise_distribution):
     whole = noise_distribution(KEYS[:8])
     order = jnp.array([5, 2, 7])
     jax.tree.map(
@@ -90,15 +90,17 @@ def test_what_an_image_draws_does_not_depend_on_its_neighbours(noise_distributio
     assert all(len(np.unique(part)) > 3 for part in jax.tree.leaves(whole))
 
 
-@pytest.mark.parametrize("noise_distribution", [SortedInterval(), CappedInterval(), SortedInterval(points=0.0)])
-def test_intervals_are_ordered_and_points_have_their_share(noise_distribution):
+@pytest.mark.parametrize(
+    "noise_distribution", [SortedInterval(), CappedInterval(), SortedInterval(flow_matching_ratio=0.0)]
+)
+def test_intervals_are_ordered_and_have_their_flow_matching_ratio(noise_distribution):
     t, r = noise_distribution(KEYS)
     assert ((r >= 0) & (r <= t) & (t <= 1)).all()
     if isinstance(noise_distribution, SortedInterval):
-        assert (r == t).mean() == pytest.approx(noise_distribution.points, abs=0.01)
+        assert (r == t).mean() == pytest.approx(noise_distribution.flow_matching_ratio, abs=0.01)
 
 
-def test_a_capped_interval_leaves_the_law_of_t_alone():
+def test_a_capped_interval_does_not_change_the_distribution_of_t():
     t, _ = CappedInterval()(KEYS)
     logits = jnp.log(t) - jnp.log1p(-t)
     assert logits.mean() == pytest.approx(-0.6, abs=0.015)
@@ -112,22 +114,16 @@ def test_trigflow_time_and_sigma_are_inverses():
     np.testing.assert_allclose(sigma_at_trigflow_time(jnp.array([1.1])), [0.982], atol=1e-3)
 
 
-def test_the_curve_is_the_grids():
-    indices = np.arange(18)
-    np.testing.assert_array_equal(CURVE.sigma(indices, 18), KarrasGrid(18).sigma(indices))
-    np.testing.assert_allclose(CURVE.index(CURVE.sigma(indices, 18), 18), indices, atol=1e-9)
-
-
 @pytest.mark.parametrize(
     "make",
     [
         lambda: LogNormal(0.0, 0.0),
         lambda: DiscreteLogNormal(std=-1.0),
         lambda: LogitNormal(0.0, 0.0),
-        lambda: SortedInterval(points=1.5),
-        lambda: KarrasCurve(0.0),
+        lambda: SortedInterval(flow_matching_ratio=1.5),
+        lambda: KarrasSchedule(0.0),
     ],
 )
-def test_impossible_laws_are_refused(make):
+def test_impossible_distributions_are_refused(make):
     with pytest.raises(InputError, match=r"positive|\[0, 1\]|sigma_min"):
         make()

@@ -1,4 +1,4 @@
-"""Grids and clocks: inverses, edges, and what is known in closed form."""
+"""Noise schedules and c_noise: inverses, edges and closed forms."""
 
 import json
 
@@ -7,18 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.diffusion.noise_schedule import ADM_TIME, EDM_TIME, KarrasGrid, karras_sigma, model_time, sigma_at_time
+from cm_jax.diffusion.noise_schedule import ADM_TIME, EDM_TIME, KarrasSchedule, model_time, sigma_at_time
 from cm_jax.errors import InputError
 from tests.support import DATA
 
 
-@pytest.mark.parametrize("grid", [KarrasGrid(), KarrasGrid(201), KarrasGrid(7, 0.01, 50.0, 3.0)])
-def test_index_and_sigma_are_inverses(grid):
-    indices = np.arange(grid.levels)
-    np.testing.assert_allclose(grid.index(grid.sigma(indices)), indices, atol=1e-9)
-    assert grid.sigma(0) == pytest.approx(grid.sigma_max, rel=1e-12)
-    assert grid.sigma(grid.levels - 1) == pytest.approx(grid.sigma_min, rel=1e-12)
-    assert (np.diff(grid.sigma(indices)) < 0).all()
+@pytest.mark.parametrize(
+    ("schedule", "num_levels"), [(KarrasSchedule(), 40), (KarrasSchedule(), 201), (KarrasSchedule(0.01, 50.0, 3.0), 7)]
+)
+def test_index_and_sigma_are_inverses(schedule, num_levels):
+    indices = np.arange(num_levels)
+    sigmas = schedule.sigma(indices, num_levels)
+    np.testing.assert_allclose(schedule.index(sigmas, num_levels), indices, atol=1e-9)
+    assert schedule.sigma(0, num_levels) == pytest.approx(schedule.sigma_max, rel=1e-12)
+    assert schedule.sigma(num_levels - 1, num_levels) == pytest.approx(schedule.sigma_min, rel=1e-12)
+    assert (np.diff(sigmas) < 0).all()
 
 
 @pytest.mark.parametrize("factor", [ADM_TIME, EDM_TIME])
@@ -27,7 +30,7 @@ def test_time_and_sigma_are_inverses(factor):
     np.testing.assert_allclose(sigma_at_time(model_time(sigmas, factor), factor), sigmas, rtol=1e-5)
 
 
-def test_the_two_clocks():
+def test_c_noise_of_adm_and_edm():
     assert model_time(jnp.array(80.0)) == pytest.approx(1095.5066, abs=2e-4)
     assert model_time(jnp.array(0.002)) == pytest.approx(-1553.652, abs=2e-4)
     assert model_time(jnp.array(jnp.e), EDM_TIME) == pytest.approx(0.25, rel=1e-6)
@@ -45,27 +48,25 @@ def test_the_two_clocks():
         (151, 62, 5.248503227486487),
     ],
 )
-def test_tuned_levels_of_the_original_in_double_precision(levels, index, sigma):
-    assert KarrasGrid(levels).sigma(index) == pytest.approx(sigma, rel=1e-14)
+def test_tuned_levels_of_openai_in_double_precision(levels, index, sigma):
+    assert KarrasSchedule().sigma(index, levels) == pytest.approx(sigma, rel=1e-14)
 
 
-def test_descending_levels_are_the_originals():
+def test_descending_levels_are_openais():
     recorded = json.loads((DATA / "openai" / "karras_sigmas.json").read_text())
     for count, sigmas in recorded.items():
-        np.testing.assert_allclose(KarrasGrid().descending(int(count)), sigmas[:-1], rtol=2e-6)
+        np.testing.assert_allclose(KarrasSchedule().descending(int(count)), sigmas[:-1], rtol=2e-6)
 
 
-def test_a_growing_grid_compiles_once():
-    compiled = jax.jit(karras_sigma)
+def test_a_growing_number_of_levels_compiles_once():
+    compiled = jax.jit(KarrasSchedule().sigma)
     for levels in (3, 18, 151):
         sigmas = compiled(jnp.arange(3), jnp.asarray(levels, jnp.float32))
-        np.testing.assert_allclose(sigmas, KarrasGrid(levels).sigma(np.arange(3)), rtol=2e-5)
+        np.testing.assert_allclose(sigmas, KarrasSchedule().sigma(np.arange(3), levels), rtol=2e-5)
     assert compiled._cache_size() == 1
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"levels": 1}, {"sigma_min": 0.0}, {"sigma_min": 90.0}, {"rho": 0.0}, {"sigma_max": float("inf")}]
-)
-def test_impossible_grids_are_refused(wrong):
-    with pytest.raises(InputError, match="levels >= 2"):
-        KarrasGrid(**wrong)
+@pytest.mark.parametrize("wrong", [{"sigma_min": 0.0}, {"sigma_min": 90.0}, {"rho": 0.0}, {"sigma_max": float("inf")}])
+def test_impossible_schedules_are_refused(wrong):
+    with pytest.raises(InputError, match="0 < sigma_min < sigma_max"):
+        KarrasSchedule(**wrong)

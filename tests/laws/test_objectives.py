@@ -13,7 +13,7 @@ from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import Constant, Halving, Progressive, ShrinkingGap
 from cm_jax.diffusion.distances import Distance, PseudoHuber, Resized, Squared
 from cm_jax.diffusion.noise_distributions import CappedInterval, SortedInterval
-from cm_jax.diffusion.noise_schedule import KarrasCurve
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
     ConsistencyPreconditioning,
     EDMPreconditioning,
@@ -45,7 +45,7 @@ from cm_jax.objectives.continuous_time import trigflow_field
 from cm_jax.types import Network, per_image
 from tests.support import SMALL, gaussian_denoiser, random_params, relative
 
-CURVE = KarrasCurve()
+SCHEDULE = KarrasSchedule()
 SHAPE = (6, 4, 4, 3)
 
 
@@ -57,6 +57,7 @@ class Tiny:
     image_shape: tuple[int, int, int] = SHAPE[1:]
     classes: int | None = 5
     interval_embedding: bool = False
+    attention: str = "plain"
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
         assert set(params) == set(self.shapes())
@@ -228,10 +229,12 @@ def test_consistency_training_at_3_18_and_151_levels_compiles_once():
 class OnlyRaw(Preconditioning):
     """f is the raw network, whatever the level."""
 
-    def c_skip(self, sigma):
+    sigma_data: float = 0.5
+
+    def c_skip(self, sigma, sigma_min):
         return jnp.zeros_like(sigma)
 
-    def c_out(self, sigma):
+    def c_out(self, sigma, sigma_min):
         return jnp.ones_like(sigma)
 
     def c_in(self, sigma):
@@ -259,11 +262,10 @@ def test_a_pair_of_equal_levels_has_no_loss(name):
     t = jnp.array([0.01, 0.1, 0.5, 1.0, 9.0, 80.0])
     function = ConsistencyFunction(Tiny(dropout=0.5), FUNCTIONS[name].student.preconditioning)
     student = function.denoiser(PARAMS, BATCH.labels, KEYS)
-    networks = (student, student, gaussian_denoiser()) if objective.has_teacher else (student, student)
-    np.testing.assert_array_equal(objective.losses(*networks, BATCH.images, t, t, NOISE), np.zeros(SHAPE[0]))
     other = function.denoiser(PARAMS, BATCH.labels, KEYS[::-1])
-    networks = (student, other, *networks[2:])
-    assert (objective.losses(*networks, BATCH.images, t, t, NOISE) > 0).all()
+    pair = functools.partial(objective.losses, teacher=gaussian_denoiser() if objective.has_teacher else None)
+    np.testing.assert_array_equal(pair(student, student, BATCH.images, t, t, NOISE), np.zeros(SHAPE[0]))
+    assert (pair(student, other, BATCH.images, t, t, NOISE) > 0).all()
 
 
 def one_image(sigma_min):
@@ -274,7 +276,7 @@ def one_image(sigma_min):
 @pytest.mark.parametrize("levels", [3, 18, 151])
 def test_a_data_set_of_one_image_has_no_consistency_training_loss(levels):
     index = jnp.linspace(0, levels - 2, SHAPE[0]).astype(jnp.int32)
-    t, r = CURVE.sigma(index, levels), CURVE.sigma(index + 1, levels)
+    t, r = SCHEDULE.sigma(index, levels), SCHEDULE.sigma(index + 1, levels)
     objective, exact = OBJECTIVES["ct"], one_image(0.002)
     np.testing.assert_allclose(objective.losses(exact, exact, BATCH.images, t, r, NOISE), 0, atol=1e-12)
     wrong = objective.losses(exact, one_image(0.1), BATCH.images, t, r, NOISE)
@@ -317,8 +319,10 @@ def test_the_exact_gaussian_function_has_a_distillation_loss_of_the_solvers_orde
         losses = []
         for levels in (81, 161, 321, 641):
             index = jnp.full(SHAPE[0], (levels - 1) // 2)
-            t, r = (CURVE.sigma(jnp.asarray(i, jnp.float64), levels) for i in (index, index + 1))
-            losses.append(float(objective.losses(exact, exact, gaussian_denoiser(), images, t, r, noise).mean()))
+            t, r = (SCHEDULE.sigma(jnp.asarray(i, jnp.float64), levels) for i in (index, index + 1))
+            losses.append(
+                float(objective.losses(exact, exact, images, t, r, noise, teacher=gaussian_denoiser()).mean())
+            )
         rates = -np.diff(np.log2(losses))
     assert losses[-1] < 2e-3
     np.testing.assert_allclose(rates, order, atol=0.15)
@@ -461,7 +465,7 @@ def test_the_mean_flow_target_is_held_fixed():
 
 def test_the_exact_mean_velocity_of_one_image_has_no_loss():
     """Every path runs straight to the image, so that its mean velocity is (z - x) / t over any interval."""
-    t, r = SortedInterval(points=0.3)(KEYS)
+    t, r = SortedInterval(flow_matching_ratio=0.3)(KEYS)
 
     def exact(z, t, length):
         return (z - BATCH.images) / per_image(t)
@@ -503,7 +507,7 @@ def test_any_objective_can_learn_a_weight(name):
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (lambda: ContinuousTraining(regulariser=0.0), "must be positive"),
+        (lambda: ContinuousTraining(regularizer=0.0), "positive regularizer"),
         (lambda: MeanFlow(epsilon=0.0), "epsilon > 0"),
     ],
 )
@@ -521,7 +525,7 @@ def edm(network):
     [
         (ContinuousTraining(), Models(BOUNDARY), "ConsistencyPreconditioning"),
         (ContinuousTraining(), Models(edm(SMALL)), 'attention="plain"'),
-        (ContinuousDistillation(), Models(EDM, BOUNDARY), "ConsistencyPreconditioning.* and teacher alike"),
+        (ContinuousDistillation(), Models(EDM, BOUNDARY), "ConsistencyPreconditioning.* for student and teacher"),
         (ContinuousDistillation(), Models(EDM, ConsistencyFunction(Tiny(), EDMPreconditioning(0.2))), "sigma_data"),
         (ConsistencyDistillation(), Models(BOUNDARY, edm(Tiny(classes=3))), "same images and classes"),
         (ProgressiveDistillation(), Models(EDM, edm(Tiny(image_shape=(8, 8, 3)))), "same images and classes"),

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.errors import InputError
 from cm_jax.samplers import DPM, SAMPLERS, Ancestral, Churn, Consistency, Euler, Heun, ProgressiveEuler, choose_levels
 from tests.support import gaussian_denoiser
 
-GRID = KarrasGrid()
+SCHEDULE, N = KarrasSchedule(), 40
 
 
 def counted(denoiser):
@@ -41,7 +41,7 @@ def test_order_of_convergence_on_the_exact_gaussian_denoiser(sampler, order):
         errors = []
         for steps in (40, 80, 160, 320):
             levels = jnp.asarray(
-                [*GRID.sigma(np.arange(steps) * (GRID.levels - 1) / steps), GRID.sigma_min], jnp.float64
+                [*SCHEDULE.sigma(np.arange(steps) * (N - 1) / steps, N), SCHEDULE.sigma_min], jnp.float64
             )
             # from sigma_max to sigma_min, both sides of an exactly known flow
             target = exact * np.sqrt((0.25 + 0.002**2) / 0.25)
@@ -67,7 +67,7 @@ def test_order_of_convergence_on_the_exact_gaussian_denoiser(sampler, order):
 )
 def test_calls_of_the_network_in_five_steps(sampler, calls):
     denoiser, made = counted(gaussian_denoiser())
-    levels = choose_levels(sampler, GRID, steps=5)
+    levels = choose_levels(sampler, SCHEDULE, N, steps=5)
     walk(sampler, levels, lambda index: jnp.ones((1, 2, 2, 3)), denoiser).block_until_ready()
     jax.effects_barrier()
     assert len(made) == calls
@@ -77,7 +77,7 @@ def test_calls_of_the_network_in_five_steps(sampler, calls):
 def test_one_step_is_one_call_at_sigma_max():
     denoiser, made = counted(gaussian_denoiser())
     noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
-    image = walk(Consistency(), choose_levels(Consistency(), GRID, steps=1), lambda index: noise, denoiser)
+    image = walk(Consistency(), choose_levels(Consistency(), SCHEDULE, N, steps=1), lambda index: noise, denoiser)
     jax.effects_barrier()
     assert len(made) == 1
     np.testing.assert_allclose(image, gaussian_denoiser()(80 * noise, jnp.full(2, 80.0)), rtol=1e-6)
@@ -85,7 +85,7 @@ def test_one_step_is_one_call_at_sigma_max():
 
 def test_the_last_step_of_the_consistency_sampler_adds_no_noise():
     """With f = 0 every image is only the last noise added, whose standard deviation must be exactly 0."""
-    levels = choose_levels(Consistency(), GRID, timesteps=(22, 0))
+    levels = choose_levels(Consistency(), SCHEDULE, N, timesteps=(22, 0))
     image = walk(Consistency(), levels, lambda index: jnp.ones((1, 2, 2, 3)), lambda x, sigma: 0 * x)
     assert not image.any()
 
@@ -102,7 +102,7 @@ def test_a_perfect_consistency_function_gives_the_data_law_in_one_step_and_in_fi
         keys = jax.random.split(jax.random.key(0), 8)
         images = walk(
             Consistency(clip=False),
-            choose_levels(Consistency(), GRID, steps=steps),
+            choose_levels(Consistency(), SCHEDULE, N, steps=steps),
             lambda index, keys=keys: jax.random.normal(keys[index], (4, 64, 64, 3)),
             exact,
         )
@@ -115,13 +115,13 @@ def test_no_churn_draws_no_noise():
         return jnp.ones((1, 2, 2, 3))
 
     for sampler in (Heun(), DPM(), Euler(), ProgressiveEuler()):
-        walk(sampler, choose_levels(sampler, GRID, steps=3), forbidden)
+        walk(sampler, choose_levels(sampler, SCHEDULE, N, steps=3), forbidden)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_images_lie_in_range_and_one_step_works(name):
     for steps in (1, 2, 7):
-        levels = choose_levels(SAMPLERS[name], GRID, steps=steps)
+        levels = choose_levels(SAMPLERS[name], SCHEDULE, N, steps=steps)
         images = walk(SAMPLERS[name], levels, lambda index: jnp.full((1, 2, 2, 3), 3.0), gaussian_denoiser(3.0))
         assert jnp.isfinite(images).all()
         assert jnp.abs(images).max() <= 1
@@ -129,17 +129,17 @@ def test_images_lie_in_range_and_one_step_works(name):
 
 def test_the_three_spellings_agree():
     """diffusers' 22,0 is the original's 0,22,39 and the levels 80, 1.38237."""
-    by_timesteps = choose_levels(Consistency(), GRID, timesteps=(22, 0))
-    assert by_timesteps == choose_levels(Consistency(), GRID, indices=(0, 22, 39))
-    by_sigmas = choose_levels(Consistency(), GRID, sigmas=(80.0, 1.3823679566485092))
+    by_timesteps = choose_levels(Consistency(), SCHEDULE, N, timesteps=(22, 0))
+    assert by_timesteps == choose_levels(Consistency(), SCHEDULE, N, indices=(0, 22, 39))
+    by_sigmas = choose_levels(Consistency(), SCHEDULE, N, sigmas=(80.0, 1.3823679566485092))
     np.testing.assert_allclose(by_timesteps, by_sigmas, rtol=1e-12)
-    assert by_timesteps == choose_levels(Consistency(), GRID, steps=2, tuned=[(22, 0)])
+    assert by_timesteps == choose_levels(Consistency(), SCHEDULE, N, steps=2, tuned=[(22, 0)])
 
 
 @pytest.mark.parametrize(("steps", "indices"), [(1, [0]), (2, [0, 20]), (3, [0, 13, 26]), (4, [0, 10, 20, 30])])
 def test_plain_steps_are_spaced_as_in_diffusers(steps, indices):
-    levels = choose_levels(Consistency(), GRID, steps=steps)
-    np.testing.assert_allclose(levels[:-1], GRID.sigma(np.array(indices)), rtol=1e-12)
+    levels = choose_levels(Consistency(), SCHEDULE, N, steps=steps)
+    np.testing.assert_allclose(levels[:-1], SCHEDULE.sigma(np.array(indices), N), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -164,4 +164,4 @@ def test_plain_steps_are_spaced_as_in_diffusers(steps, indices):
 )
 def test_impossible_levels_are_refused(asked, message):
     with pytest.raises(InputError, match=message):
-        choose_levels(Consistency(), GRID, **asked)
+        choose_levels(Consistency(), SCHEDULE, N, **asked)

@@ -28,10 +28,10 @@ from cm_jax.checkpoints.serialization import (
     to_text,
 )
 from cm_jax.data import ImageFolder, NpzData
-from cm_jax.diffusion.curricula import AdaptiveTargetEMA, ConstantTargetEMA, Progressive, TargetEMA
+from cm_jax.diffusion.curricula import AdaptiveTargetEMA, ConstantTargetEMA, TargetEMA
 from cm_jax.diffusion.distances import Distance, PseudoHuber, Resized, Squared
 from cm_jax.diffusion.noise_distributions import IndexDistribution
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
@@ -178,7 +178,7 @@ def test_there_and_back(kind, data):
 def different(kind, name):
     """The default settings of a kind, and the same with another value of one field that the class accepts."""
     given = {
-        ModelConfig: (SongUNet(), EDMPreconditioning(), KarrasGrid()),
+        ModelConfig: (SongUNet(), EDMPreconditioning()),
         Run: ("x",),
         ImageFolder: ("x",),
         NpzData: ("x",),
@@ -258,9 +258,7 @@ def test_kinds_are_concrete_and_can_be_stored():
 
 
 def test_differences_in_words():
-    old = Run(
-        "x", target=AdaptiveTargetEMA(Progressive(end=150)), objective=ConsistencyTraining(distance=Resized(Squared()))
-    )
+    old = Run("x", target=AdaptiveTargetEMA(), objective=ConsistencyTraining(distance=Resized(Squared())))
     new = Run(
         "y",
         target=None,
@@ -287,7 +285,7 @@ def test_differences_in_words():
 
 def test_fields_that_an_older_file_lacks_take_their_defaults():
     assert decode({"kind": "Run", "path": "x"}, Run) == Run("x")
-    older = {"kind": "Run", "path": "x", "target": {"kind": "AdaptiveTargetEMA", "curriculum": {"kind": "Progressive"}}}
+    older = {"kind": "Run", "path": "x", "target": {"kind": "AdaptiveTargetEMA"}}
     assert decode(older, Run) == Run("x", target=AdaptiveTargetEMA())
 
 
@@ -344,12 +342,11 @@ OLD_CONFIG = """{
 """As version 0.1.0 wrote it."""
 
 
-def test_configs_of_format_1_stay_readable_and_are_written_alike():
+def test_configs_of_format_1_stay_readable():
     config = ModelConfig.from_json(OLD_CONFIG, "a test")
     assert config.network == ADMUNet(16, 3, 32, (1, 2), 1, (2,), 16, classes=2)
     assert config.tuned_timesteps == ((8, 0),)
-    lines = (line.rstrip(",") for line in config.to_json().splitlines())
-    assert all(line.rstrip(",") in lines for line in OLD_CONFIG.splitlines())  # in their order; later ones add fields
+    assert (config.schedule, config.num_levels) == (KarrasSchedule(), 18)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +386,7 @@ def test_what_is_no_run(value, message):
         ({"averages": [{"kind": "Average"}]}, "Exponential or Power, got 'Average'"),
         ({"averages": [{"kind": "Power", "with": 1}]}, "averages[0] has no field 'with'. Did"),
         ({"target": 3}, "target must be an object whose kind is ConstantTargetEMA or AdaptiveTargetEMA, or null"),
-        ({"target": {"kind": "ConstantTargetEMA", "rate": 2}}, "target: ConstantTargetEMA(rate=2) is not a"),
+        ({"target": {"kind": "ConstantTargetEMA", "decay": 2}}, "target: got ConstantTargetEMA(decay=2)"),
         ({"network": None}, "network must be an object whose kind is ADMUNet or SongUNet"),
         (
             {"objective": {"kind": "ConsistencyTraining", "distance": {"kind": "Squaredd"}}},
@@ -406,7 +403,7 @@ def test_fields_that_do_not_fit(fields, message):
 def test_what_could_not_be_read_is_not_written():
     for bad in (float("nan"), float("inf"), 1e31):
         with pytest.raises(InputError, match=r"^target\.rate must be a finite number"):
-            encode(Run("x", target=unchecked(ConstantTargetEMA(), rate=bad)))
+            encode(Run("x", target=unchecked(ConstantTargetEMA(), decay=bad)))
     with pytest.raises(InputError, match=r"^seed must be a whole number of less than"):
         encode(Run("x", seed=2**53))
     for hidden in (_Hidden(), Unstorable()):

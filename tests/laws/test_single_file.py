@@ -11,7 +11,6 @@ import safetensors.numpy
 from cm_jax import conversion
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_convert
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.loading import load
@@ -24,7 +23,12 @@ NETWORK = SongUNet(
     image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1, attention_factors=(), classes=3
 )
 CONFIG = ModelConfig(
-    NETWORK, EDMPreconditioning(time_factor=0.25), KarrasGrid(levels=9), ("a", "b", "c"), ((4, 0),), consistency=True
+    NETWORK,
+    EDMPreconditioning(time_factor=0.25),
+    num_levels=9,
+    class_names=("a", "b", "c"),
+    tuned_timesteps=((4, 0),),
+    consistency=True,
 )
 
 

@@ -214,7 +214,7 @@ def test_a_curriculum_compiles_once():
             return super().__call__(*arguments)
 
     curriculum = Progressive(2, 8, steps=40)
-    step = distilling(TOY, objective=Counting(curriculum), target=AdaptiveTargetEMA(curriculum))
+    step = distilling(TOY, objective=Counting(curriculum), target=AdaptiveTargetEMA())
     _, metrics = run(step, TOY, OneDevice(), raw_batches(TOY, 44, 2), dispatches=44)
     assert set(metrics["levels"]) == set(range(2, 10))
     assert len(traced) == 1

@@ -16,14 +16,14 @@ X, Y = (jax.random.uniform(key, (3, 8, 8, 3), minval=-1) for key in jax.random.s
 
 def test_karras_is_one_over_the_square_of_edms_c_out():
     for sigma_data in (0.5, 0.2):
-        weights = Karras(sigma_data)(SIGMA, 0 * SIGMA)
+        weights = Karras()(SIGMA, 0 * SIGMA, sigma_data)
         np.testing.assert_allclose(weights * EDMPreconditioning(sigma_data).c_out(SIGMA) ** 2, 1, rtol=1e-6)
 
 
 def test_weightings_meet_where_they_must():
     zero = jnp.zeros_like(SIGMA)
     np.testing.assert_allclose(SNR()(SIGMA, zero) * SIGMA**2, Uniform()(SIGMA, zero), rtol=1e-6)
-    np.testing.assert_allclose(SNRPlusOne()(SIGMA, zero), Karras(1.0)(SIGMA, zero), rtol=1e-6)
+    np.testing.assert_allclose(SNRPlusOne()(SIGMA, zero), Karras()(SIGMA, zero, 1.0), rtol=1e-6)
     np.testing.assert_array_equal(TruncatedSNR()(SIGMA, zero) == 1, SIGMA >= 1)
     np.testing.assert_allclose(TruncatedSNR()(SIGMA, zero)[:2], SNR()(SIGMA, zero)[:2])
     np.testing.assert_allclose(InverseGap()(SIGMA, zero) ** 2, SNR()(SIGMA, zero), rtol=1e-6)
@@ -96,9 +96,9 @@ def test_perceptual_distance_is_differentiable_where_all_features_are_zero():
 
 
 def test_impossible_distances_are_refused():
-    with pytest.raises(InputError, match="must not be negative"):
+    with pytest.raises(InputError, match="scale of at least 0"):
         PseudoHuber(-1.0)
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError, match="at least 1 pixel"):
         Resized(Squared(), 0)
 
 

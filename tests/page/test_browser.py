@@ -23,7 +23,6 @@ from PIL import Image
 import cm_jax
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.demo import rendering
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.model import Model
 from tests.page.test_rendering import SMALL
@@ -49,7 +48,7 @@ def checkpoints(tmp_path_factory):
     """The bundled model, a small unconditional one, and a damaged one."""
     folder = tmp_path_factory.mktemp("models")
     network = dataclasses.replace(SMALL, classes=None)
-    config = ModelConfig(network, ConsistencyPreconditioning(), KarrasGrid(18))
+    config = ModelConfig(network, ConsistencyPreconditioning(), num_levels=18)
     Model(config, network.prepare(network.initialize(jax.random.key(0)))).save(folder / "small")
     (folder / "damaged.pt").write_bytes(b"no checkpoint")
     return ["emoji16_cd", str(folder / "small"), str(folder / "damaged.pt")]

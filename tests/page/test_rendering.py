@@ -13,7 +13,6 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_demo
 from cm_jax.data.emoji import bundled
 from cm_jax.demo import rendering
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.editing import photos
 from cm_jax.errors import InputError
@@ -36,7 +35,7 @@ SMALL = ADMUNet(
 @pytest.fixture(scope="module")
 def model():
     return Model(
-        ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid(18)),
+        ModelConfig(SMALL, ConsistencyPreconditioning(), num_levels=18),
         SMALL.prepare(SMALL.initialize(jax.random.key(0))),
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.editing import Luma, PatchMean, edit, edited_denoiser
 from cm_jax.samplers import Consistency, choose_levels
@@ -27,8 +27,9 @@ def test_recorded_edits(name, operator):
     denoiser = ConsistencyFunction(network, ConsistencyPreconditioning()).denoiser(
         params, jnp.asarray(golden["y"], jnp.int32)
     )
-    grid = KarrasGrid(int(golden["steps"]))
-    levels = jnp.asarray(choose_levels(Consistency(), grid, indices=golden["ts"].tolist()), jnp.float32)
+    levels = jnp.asarray(
+        choose_levels(Consistency(), KarrasSchedule(), int(golden["steps"]), indices=golden["ts"].tolist()), jnp.float32
+    )
     np.testing.assert_allclose(operator.project(images), given, atol=1e-6)
 
     @jax.jit

@@ -11,7 +11,7 @@ import pytest
 from cm_jax.conversion import jcm
 from cm_jax.conversion.rules import from_source, to_source
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasGrid
+from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import SongUNet
@@ -169,4 +169,4 @@ def test_filters():
 
 
 def test_time_grid():
-    np.testing.assert_allclose(KarrasGrid(18).sigma(np.arange(18)), np.load(GOLDEN)["t_grid_18"], rtol=1e-12)
+    np.testing.assert_allclose(KarrasSchedule().sigma(np.arange(18), 18), np.load(GOLDEN)["t_grid_18"], rtol=1e-12)

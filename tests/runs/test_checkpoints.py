@@ -12,13 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import cm_jax
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.types import leaves
 from tests.support import SMALL, random_params
 
-CONFIG = ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid(18), tuple("abcdefghij"), ((8, 0),))
+CONFIG = ModelConfig(
+    SMALL, ConsistencyPreconditioning(), num_levels=18, class_names=tuple("abcdefghij"), tuned_timesteps=((8, 0),)
+)
 
 
 @pytest.fixture

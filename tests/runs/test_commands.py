@@ -23,7 +23,6 @@ from cm_jax.conversion import CheckpointHints, read
 from cm_jax.conversion.diffusers import DIFFUSERS
 from cm_jax.conversion.parity import compare
 from cm_jax.conversion.rules import to_source
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.io.safetensors import LazyTensor
@@ -86,7 +85,7 @@ def test_bad_input_from_the_shell_has_no_traceback(tmp_path):
 
 def test_the_same_image_with_two_devices_and_a_warm_cache(tmp_path):
     network = dataclasses.replace(SMALL, image_size=8, channel_mult=(1,), attention_factors=())
-    Model(ModelConfig(network, ConsistencyPreconditioning(), KarrasGrid(18)), random_params(network)).save(
+    Model(ModelConfig(network, ConsistencyPreconditioning(), num_levels=18), random_params(network)).save(
         tmp_path / "small"
     )
     arguments = (
@@ -163,7 +162,7 @@ def test_conversions_in_a_circle(tmp_path, capsys):
 def test_other_levels_forget_the_tuned_ones_and_other_clocks_are_not_exported(tmp_path, capsys):
     succeeded(capsys, main_convert, EMOJI, tmp_path / "ours", "--levels", 5)
     source = read(tmp_path / "ours")
-    assert source.config.grid.levels == 5
+    assert source.config.num_levels == 5
     succeeded(capsys, main_convert, tmp_path / "ours", tmp_path / "again", "--levels", 9)
     assert read(tmp_path / "again").config.tuned_timesteps == ()
     config = dataclasses.replace(source.config, preconditioning=ConsistencyPreconditioning(time_factor=0.25))
@@ -218,7 +217,7 @@ def test_what_is_said_against_a_checkpoint_is_said_again(tmp_path, capsys):
     succeeded(capsys, main_convert, EMOJI, ours)
     said = succeeded(capsys, main_convert, ours, tmp_path / "m.safetensors", "--scalings", "edm", "--levels", 40)
     for change in (
-        "grid.levels: 18 in the checkpoint, 40 now",
+        "num_levels: 18 in the checkpoint, 40 now",
         "scaling: ConsistencyPreconditioning in the checkpoint",
     ):
         assert change in said

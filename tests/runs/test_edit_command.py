@@ -10,7 +10,6 @@ from PIL import Image
 
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_edit
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.editing import photos
 from cm_jax.errors import InputError
@@ -32,7 +31,7 @@ SMALL = ADMUNet(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small"
-    config = ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid(18))
+    config = ModelConfig(SMALL, ConsistencyPreconditioning(), num_levels=18)
     Model(config, SMALL.prepare(SMALL.initialize(jax.random.key(0)))).save(path)
     return path
 

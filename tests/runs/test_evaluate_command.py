@@ -10,7 +10,6 @@ from PIL import Image
 import cm_jax
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main, main_evaluate
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.evaluation import FeatureExtractor, Report, image_sets
 from cm_jax.networks import ADMUNet
@@ -77,7 +76,7 @@ def test_bits_of_a_teacher(tmp_path, capsys):
         head_dim=16,
         classes=9,
     )
-    config = ModelConfig(network, EDMPreconditioning(), KarrasGrid())
+    config = ModelConfig(network, EDMPreconditioning())
     cm_jax.Model(config, network.initialize(jax.random.key(0))).save(teacher)
     told = ("--metrics", "bpd", "--count", 2, "--likelihood-steps", 2, "--batch-size", 8, "--output", output, *TOLD)
     said = succeeded(capsys, main_evaluate, teacher, "emoji:held_out", *told)
@@ -98,23 +97,21 @@ def test_tuned_levels_are_kept_in_the_checkpoint(tmp_path, capsys, monkeypatch):
         head_dim=16,
         classes=9,
     )
-    config = ModelConfig(
-        network, ConsistencyPreconditioning(), KarrasGrid(levels=12), tuned_timesteps=((3, 0), (5, 2, 0))
-    )
+    config = ModelConfig(network, ConsistencyPreconditioning(), num_levels=12, tuned_timesteps=((3, 0), (5, 2, 0)))
     cm_jax.Model(config, network.initialize(jax.random.key(0))).save(tmp_path / "model")
     monkeypatch.setattr(tune, "load_inception", lambda weights: toy(8))
     asked = []
 
     def measured(extractor, samples, known, **told):
         asked.append(samples.how["sigmas"])
-        return Report({"fid": abs(samples.how["sigmas"][1] - config.grid.sigma(7))}, {}, ""), known
+        return Report({"fid": abs(samples.how["sigmas"][1] - config.schedule.sigma(7, 12))}, {}, ""), known
 
     monkeypatch.setattr(level_search, "evaluate", measured)
     said = succeeded(capsys, main, "tune", tmp_path / "model", "emoji:held_out", "--count", 4, *TOLD)
     assert "--timesteps 7,0 with FID" in said
     tuned = cm_jax.load(tmp_path / "model")
     assert tuned.config.tuned_timesteps == ((7, 0), (5, 2, 0))
-    assert tuned.plan(steps=2).levels[1] == pytest.approx(config.grid.sigma(7))
+    assert tuned.plan(steps=2).levels[1] == pytest.approx(config.schedule.sigma(7, 12))
     assert all(sigmas[0] == pytest.approx(80) for sigmas in asked)
     assert "has no place for tuned levels" in failed(capsys, main, "tune", "emoji16_cd", "emoji", *TOLD)
 

@@ -20,7 +20,6 @@ import cm_jax
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.resolve import resolve
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
@@ -37,7 +36,7 @@ NETWORK = ADMUNet(
     head_dim=16,
     classes=None,
 )
-CONFIG = ModelConfig(NETWORK, ConsistencyPreconditioning(), KarrasGrid(18))
+CONFIG = ModelConfig(NETWORK, ConsistencyPreconditioning(), num_levels=18)
 PARAMS = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), NETWORK.shapes())
 
 
@@ -344,12 +343,12 @@ import numpy as np, jax
 import orbax.checkpoint
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.networks import ADMUNet
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.training.run.folder import Retention, RunFolder
 
 SIZE = 300_000
-CONFIG = ModelConfig(ADMUNet(), ConsistencyPreconditioning(), KarrasGrid(18))
+CONFIG = ModelConfig(ADMUNet(), ConsistencyPreconditioning(), num_levels=18)
 
 def train(run, say):
     template = {"a": np.zeros(SIZE, np.float32), "b": {"c": np.zeros((), np.int32)}}

@@ -17,10 +17,10 @@ from cm_jax.cli import train as command
 from cm_jax.cli.overrides import parse
 from cm_jax.cli.running import run as run_command
 from cm_jax.cli.train import Options
-from cm_jax.diffusion.curricula import AdaptiveTargetEMA, ConstantTargetEMA, Halving, Progressive, TargetEMA
+from cm_jax.diffusion.curricula import AdaptiveTargetEMA, ConstantTargetEMA, Halving, TargetEMA
 from cm_jax.diffusion.distances import Absolute, Distance, PseudoHuber, Resized, Squared
 from cm_jax.diffusion.noise_distributions import LogNormal
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, Preconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
@@ -102,7 +102,7 @@ class TrainConfig:
     """What is minimized."""
     optimizer: Optimizer = Optimizer()
     target: TargetEMA | None = None
-    grid: KarrasGrid = KarrasGrid()
+    schedule: KarrasSchedule = KarrasSchedule()
     averages: tuple[EMA, ...] = (Exponential(), Exponential(0.9999))
     rates: tuple[float, ...] = (0.9, 0.99)
     batch_size: int = 64
@@ -153,7 +153,7 @@ def test_a_preset_alone_is_itself():
         ("--optimizer.learning_rate.warm_up 10", {"optimizer": Optimizer(LearningRate(warm_up=10))}),
         ("--optimizer.betas 0.5 0.75", {"optimizer": Optimizer(betas=(0.5, 0.75))}),
         ("--objective.distance.scale -0.0", {"objective": ConsistencyTraining(distance=PseudoHuber(0.0))}),
-        ("--target.rate 0.25 --batch-size 8", {"target": ConstantTargetEMA(0.25), "batch_size": 8}),
+        ("--target.decay 0.25 --batch-size 8", {"target": ConstantTargetEMA(0.25), "batch_size": 8}),
         ("--no-flip", {"flip": False}),
         ("--no-flip --flip", {"flip": True}),
         ("--data.no-flip", {"data": Bundled(flip=False)}),
@@ -166,10 +166,10 @@ def test_a_preset_alone_is_itself():
         # parts
         ("--target none", {"target": None}),
         ("--target AdaptiveTargetEMA", {"target": AdaptiveTargetEMA()}),
-        ("--target adaptive-rate --target.curriculum.end 9", {"target": AdaptiveTargetEMA(Progressive(end=9))}),
-        ("--target.curriculum.end 9 --target=adaptive_rate", {"target": AdaptiveTargetEMA(Progressive(end=9))}),
+        ("--target adaptive-target-ema --target.start 0.5", {"target": AdaptiveTargetEMA(0.5)}),
+        ("--target.start 0.5 --target=adaptive_target_ema", {"target": AdaptiveTargetEMA(0.5)}),
         ("--target none --target ConstantTargetEMA", {"target": ConstantTargetEMA()}),
-        ("--target fixedrate", {"target": ConstantTargetEMA(0.3)}),
+        ("--target constanttargetema", {"target": ConstantTargetEMA(0.3)}),
         ("--objective.distance squared", {"objective": ConsistencyTraining(distance=Squared())}),
         ("--objective.distance pseudo-huber", {"objective": ConsistencyTraining(distance=PseudoHuber(0.5))}),
         (
@@ -178,7 +178,7 @@ def test_a_preset_alone_is_itself():
             {"objective": ConsistencyTraining(distance=Resized(PseudoHuber(0.1), 8))},
         ),
         (
-            "--objective.distance absolute --objective denoising --objective.law.mean -0.8",
+            "--objective.distance absolute --objective denoising --objective.noise-distribution.mean -0.8",
             {"objective": Denoising(noise_distribution=LogNormal(mean=-0.8), distance=Absolute())},
         ),
         ("--objective EasyConsistencyTuning", {"objective": EasyConsistencyTuning()}),
@@ -233,14 +233,19 @@ def test_any_settings_can_be_spelt_out():
         data=ImageFolder("x", flip=True),
         network=ADMUNet(base_channels=32, head_dim=32, classes=None, rematerialize=True),
         objective=EasyConsistencyTuning(distance=Resized(Resized(PseudoHuber(1e-30), 3))),
-        target=AdaptiveTargetEMA(Progressive(3, 4, 5), over="levels"),
+        target=AdaptiveTargetEMA(over="levels"),
         averages=(Power(0.1), Exponential(), Power()),
         clip=None,
         flip=False,
         rates=(1e-9, 3.0),
     )
-    single = {"--optimizer", "--optimizer.learning-rate", "--grid", "--objective.law", "--objective.gap"}
-    single |= {"--target.curriculum"}
+    single = {
+        "--optimizer",
+        "--optimizer.learning-rate",
+        "--schedule",
+        "--objective.noise-distribution",
+        "--objective.gap",
+    }
     words = list(words_for(encode(wanted)))
     kept = [word for at, word in enumerate(words) if word not in single and words[at - 1] not in single]
     assert parse(PRESETS, Options(), "train.py", ["tiny-ct", *kept])[1] == wanted
@@ -278,11 +283,11 @@ def failed(capsys, command):
         ("plain --objective Distance", "--objective must be one of"),
         ("plain --objective.distance", "--objective.distance needs one of Absolute"),
         ("plain --target", "--target needs one of ConstantTargetEMA, AdaptiveTargetEMA, None."),
-        ("plain --target fixed-rate adaptive-rate", "--target needs one of"),
+        ("plain --target constant-target-ema adaptive-target-ema", "--target needs one of"),
         ("plain --objective none", "--objective must be one of"),
-        ("plain --target.rate 1", "--target is None here. It needs --target ConstantTargetEMA."),
+        ("plain --target.decay 1", "--target is None here. It needs --target ConstantTargetEMA."),
         ("plain --objective.distance.scale 1", "--objective.distance is Squared here. It needs --objective.dis"),
-        ("tiny-ct --target none --target.rate 1", "--target is None here"),
+        ("tiny-ct --target none --target.decay 1", "--target is None here"),
         ("plain --averages.2.beta 1", "There is no option --averages.2.beta"),
         ("plain --averages.0.width 1", "--averages.0 is Exponential here. It needs --averages.0 Power."),
         ("plain --averages squared", "--averages must be one of Exponential, Power, got 'squared'"),
@@ -298,7 +303,7 @@ def failed(capsys, command):
         ("plain --optimizer.betas 0.9", "--optimizer.betas needs 2 numbers."),
         ("plain --parallelism meshh", "--parallelism must be one of auto, pmap, mesh, got 'meshh'. Did you"),
         ("plain --network.base-channels 31", "network: This network cannot be built"),
-        ("plain --target ConstantTargetEMA --target.rate 2", "target: ConstantTargetEMA(rate=2.0) is not a schedule"),
+        ("plain --target ConstantTargetEMA --target.decay 2", "target: Expected 0 <= decay <= 1, got ConstantTargetEMA(decay=2.0)"),
         ("plain --processes 2", "need --coordinator, --processes and --process; give all three."),
         ("plain --coordinator here --processes 2 --process 0", "--coordinator must be HOST:PORT, got 'here'."),
         ("plain --coordinator a:1 --processes 2 --process 2", "got 2 of 2"),

@@ -14,7 +14,7 @@ import pytest
 import cm_jax
 from cm_jax.checkpoints import native
 from cm_jax.data import EmojiData, NpzData
-from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Progressive
+from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA
 from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, MeanFlowPreconditioning
 from cm_jax.errors import InputError
@@ -232,21 +232,21 @@ REFUSED = {
         {"network": dataclasses.replace(NETWORK, base_channels=32)},
         r"network.*\n  .*width: 16 .*32",
     ),
-    "teacher of another clock": ({"scaling": ConsistencyPreconditioning()}, "its clock is that of"),
+    "teacher of another clock": ({"preconditioning": ConsistencyPreconditioning()}, "its clock is that of"),
     "batch that does not divide": ({"batch_size": 30, "parallel": "pmap"}, "30 images .* 8 devices: the nearest is 32"),
     "classes that differ": (
         {"network": dataclasses.replace(NETWORK, classes=4), "start": "fresh"},
         "classes",
     ),
-    "a target that follows another curriculum": (
-        {"target": AdaptiveTargetEMA(Progressive(2, 20, steps=9)), "objective": ConsistencyTraining(), "teacher": ""},
-        "--target.curriculum and --objective.curriculum",
+    "an adaptive target without a progressive curriculum": (
+        {"target": AdaptiveTargetEMA(), "objective": ConsistencyTraining(Constant(18)), "teacher": ""},
+        "follows a Progressive curriculum",
     ),
     "a teacher that nobody asked for": ({"objective": ConsistencyTraining()}, "no use for a teacher"),
     "fused attention under forward derivatives": (
         {
             "objective": ContinuousTraining(),
-            "scaling": EDMPreconditioning(time_factor=EDM_TIME),
+            "preconditioning": EDMPreconditioning(time_factor=EDM_TIME),
             "network": dataclasses.replace(NETWORK, attention="auto"),
             "teacher": "",
         },
@@ -343,12 +343,12 @@ def test_presets_are_what_they_say(name):
     if COUNTS[family] and not settings.network.interval_embedding:
         assert settings.network.parameter_count() == COUNTS[family]
     steps = settings.images // settings.batch_size
-    curriculum = getattr(settings.objective, "curriculum", None)
+    curriculum = settings.objective.curriculum
     assert getattr(curriculum, "steps", steps) == steps
     assert settings.batches * settings.batch_size >= settings.images
     assert list(settings.unfinished()) == []
-    if isinstance(curriculum, Constant | Progressive) or hasattr(curriculum, "end"):
-        assert int(curriculum(steps)) <= settings.grid.levels
+    if curriculum is not None:
+        assert int(curriculum(steps)) == settings.objective.final_num_levels
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_presets_are_what_they_say(name):
     [
         ("emoji32-edm", []),
         ("emoji32-cd", []),
-        ("emoji32-ct", ["--objective.curriculum.steps", "--target.curriculum.steps"]),
+        ("emoji32-ct", ["--objective.curriculum.steps"]),
         ("emoji32-ect", ["--objective.gap.steps-per-stage"]),
         ("emoji32-sct", ["--objective.warm-up.steps"]),
     ],
@@ -367,7 +367,7 @@ def test_a_run_that_ends_before_its_curriculum_says_so(name, flags):
     assert len(lines) == len(flags)
     for line, flag in zip(lines, flags, strict=True):
         assert f"Give {flag}, or more --images." in line
-        assert "takes 782" in line
+        assert "has 782" in line
 
 
 def test_every_objective_has_an_emoji_preset():

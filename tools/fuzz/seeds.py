@@ -20,7 +20,6 @@ from cm_jax.conversion import jcm
 from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.rules import source_shapes, to_source
 from cm_jax.conversion.torch_files import write_torch
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.feature_networks import lpips
 from cm_jax.networks import ADMUNet, SongUNet
@@ -33,7 +32,9 @@ from cm_jax.types import nested
 NETWORK = ADMUNet(
     image_size=8, base_channels=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=16, classes=3
 )
-CONFIG = ModelConfig(NETWORK, ConsistencyPreconditioning(), KarrasGrid(18), ("a", "b", "c"), ((8, 0),))
+CONFIG = ModelConfig(
+    NETWORK, ConsistencyPreconditioning(), num_levels=18, class_names=("a", "b", "c"), tuned_timesteps=((8, 0),)
+)
 JCM_NETWORK = SongUNet(image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1)
 WEIGHTS = {"vgg16": {"conv1_1": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}, "heads": {}}
 """Instead of the 58 MB of VGG16, which would be written for each input."""

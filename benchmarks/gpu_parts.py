@@ -32,7 +32,6 @@ from benchmarks.random_params import random_params
 from benchmarks.step_time import HEADER, lines, train_config
 from benchmarks.training_rows import CM_JAX, COMPILED, EAGER, JaxStep, Measurement, Row, build_step
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.model import Model
 from cm_jax.networks.adm_unet import IMAGENET64
@@ -117,7 +116,7 @@ def start(task: Task) -> None:
             return
         network: Any = task.network(IMAGENET64)
         checkpoint = folder / "imagenet64"
-        config = ModelConfig(network, ConsistencyPreconditioning(), KarrasGrid(40))
+        config = ModelConfig(network, ConsistencyPreconditioning())
         Model(config, network.prepare(random_params(network))).save(checkpoint)
         _time_processes(task, str(checkpoint), "bfloat16", folder / "large", "ImageNet-64")
 

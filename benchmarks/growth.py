@@ -41,7 +41,6 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
     from benchmarks.training_rows import JaxStep
     from cm_jax.diffusion.consistency_function import ConsistencyFunction
     from cm_jax.diffusion.curricula import Constant
-    from cm_jax.diffusion.noise_schedule import KarrasGrid
     from cm_jax.diffusion.preconditioning import EDMPreconditioning
     from cm_jax.networks import ADMUNet
     from cm_jax.objectives import ConsistencyDistillation
@@ -62,7 +61,6 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
     training = dataclasses.replace(
         train_config("imagenet64", "CD", settings["batch"], network),
         objective=ConsistencyDistillation(Constant(settings["num_levels"])),
-        grid=KarrasGrid(levels=settings["num_levels"]),
     )
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (settings["batch"], *network.image_shape), np.uint8)

@@ -29,6 +29,7 @@ from benchmarks.common import header, parser, row
 from benchmarks.methods_plot import plot_curves
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import EmojiData
+from cm_jax.diffusion.curricula import StepSchedule
 from cm_jax.diffusion.distances import PseudoHuber
 from cm_jax.errors import InputError
 from cm_jax.evaluation import (
@@ -119,7 +120,9 @@ def scale_steps(component: Any, factor: float) -> Any:
         value = getattr(component, field.name)
         if dataclasses.is_dataclass(value):
             changes[field.name] = scale_steps(value, factor)
-        elif field.name == "warm_up" or (hasattr(component, "lasts") and field.name in ("steps", "steps_per_stage")):
+        elif field.name == "warm_up" or (
+            isinstance(component, StepSchedule) and field.name in ("steps", "steps_per_stage")
+        ):
             changes[field.name] = max(min(1, value), int(value * factor))
     return replace(component, **changes)
 

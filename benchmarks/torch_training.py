@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cm_jax.diffusion.noise_schedule import KarrasGrid
 from cm_jax.networks import ADMUNet
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import ConstantEMA
@@ -80,9 +79,9 @@ class TorchStep:
             assert config.target is not None
             self.teacher, self.target = _frozen(student), _frozen(student)
             self.teacher_forward, self.target_forward = wrapped(self.teacher), wrapped(self.target)
-            self.update_target = get_ema_multi_avg_fn(float(config.target(0)))
-            grid = KarrasGrid(levels=int(objective.curriculum(0)))
-            self.grid = torch.from_numpy(grid.descending(grid.levels)).to(device)
+            self.update_target = get_ema_multi_avg_fn(float(config.target(0, objective.curriculum)))
+            levels = config.schedule.descending(int(objective.curriculum(0)))
+            self.levels = torch.from_numpy(levels).to(device)
         else:
             self.noise_distribution = objective.noise_distribution
         optimizer = config.optimizer
@@ -130,8 +129,8 @@ class TorchStep:
                 self.noise_distribution.mean + self.noise_distribution.std * torch.randn(len(clean), device=self.device)
             ).exp()
             return t, 0 * t, noise
-        index = torch.randint(len(self.grid) - 1, (len(clean),), device=self.device)
-        return self.grid[index], self.grid[index + 1], noise
+        index = torch.randint(len(self.levels) - 1, (len(clean),), device=self.device)
+        return self.levels[index], self.levels[index + 1], noise
 
     def _to_device(self, sample: NoiseSample) -> tuple[Tensor, Tensor, Tensor]:
         t, r, noise = (torch.from_numpy(np.array(values)).to(self.device) for values in sample)

@@ -180,8 +180,10 @@ class OneStep(nn.Module):
         network: Any = function.network
         self.network = TorchUNet(network, params)
         preconditioning, level = function.preconditioning, jnp.float32(sigma)
-        coefficients = (preconditioning.c_skip, preconditioning.c_out, preconditioning.c_in, preconditioning.c_noise)
-        self.sigma, self.coefficients = sigma, [float(part(level)) for part in coefficients]
+        sigma_min = function.schedule.sigma_min
+        scales = (preconditioning.c_skip(level, sigma_min), preconditioning.c_out(level, sigma_min))
+        coefficients = (*scales, preconditioning.c_in(level), preconditioning.c_noise(level))
+        self.sigma, self.coefficients = sigma, [float(each) for each in coefficients]
         self.dtype = dtype
         self.network.to(dtype)
 

@@ -126,8 +126,8 @@ def step_noise(config: TrainConfig, batch: int) -> NoiseSample:
         t = np.asarray(objective.noise_distribution(keys.level))
         return NoiseSample(t, np.zeros_like(t), noise)
     levels = objective.curriculum(batch)
-    index = objective.noise_distribution(keys.level, objective.curve, levels)
-    t, r = (np.asarray(objective.curve.sigma(index + more, levels)) for more in (0, 1))
+    index = objective.noise_distribution(keys.level, config.schedule, levels)
+    t, r = (np.asarray(config.schedule.sigma(index + more, levels)) for more in (0, 1))
     return NoiseSample(t, r, noise)
 
 

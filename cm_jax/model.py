@@ -28,7 +28,7 @@ from cm_jax.editing import (
 )
 from cm_jax.errors import InputError, check_int
 from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
-from cm_jax.samplers.generation import default_batch_size, draw_labels, generate, replay
+from cm_jax.samplers.generation import default_batch_size, generate, replay, sample_labels
 from cm_jax.samplers.levels import NoiseLevelArgs
 from cm_jax.types import Keys, Params
 
@@ -212,13 +212,15 @@ class Model:
         sampler = _sampler(sampler or ("consistency" if consistency else "heun"))
         if not _given(levels):
             levels = {"steps": 1 if consistency else TEACHER_STEPS}
-        chosen = choose_levels(sampler, self.config.grid, tuned=self.config.tuned_timesteps, **levels)
+        chosen = choose_levels(
+            sampler, self.config.schedule, self.config.num_levels, tuned=self.config.tuned_timesteps, **levels
+        )
         return SamplingPlan(sampler, chosen)
 
     def sample_labels(self, key: Seed, count: int) -> Int[np.ndarray, " n"] | None:
         """The class numbers that `sample` uses for this key by default; None for an unconditional model."""
         classes = self.config.network.classes
-        return None if classes is None else draw_labels(_as_key(key), count, classes)
+        return None if classes is None else sample_labels(_as_key(key), count, classes)
 
     def class_numbers(self, labels: ClassLabels | None, count: int) -> Int[np.ndarray, " n"] | None:
         """Class numbers of `labels` for `count` images; None for an unconditional model."""
@@ -277,7 +279,7 @@ def _check_editable(config: ModelConfig) -> None:
 
 def _check_noise(noise: Float[Array | np.ndarray, "..."], images_shape: tuple[int, ...], plan: SamplingPlan) -> None:
     steps = len(plan.levels) - 1
-    needed = plan.sampler.draws(steps)
+    needed = plan.sampler.num_noise_samples(steps)
     if noise.shape[1:] != images_shape or noise.shape[0] < needed:
         shape = ", ".join(map(str, images_shape))
         raise InputError(

@@ -17,6 +17,7 @@ class ToyNetwork:
     dropout: float = 0.2
     precision: str = "float32"
     attention: str = "plain"
+    interval_embedding: bool = False
 
     @property
     def image_shape(self):

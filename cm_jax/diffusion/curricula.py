@@ -39,7 +39,7 @@ class StepSchedule(abc.ABC):
         """Steps after which the value no longer changes."""
 
 
-class Curriculum(StepSchedule):
+class Curriculum(StepSchedule, abc.ABC):
     """N(k), the number of noise levels (the number of sampling steps, for progressive distillation)."""
 
     @property

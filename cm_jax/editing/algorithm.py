@@ -12,8 +12,9 @@ from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing.operators import Noisy, Operator
 from cm_jax.errors import InputError
 from cm_jax.samplers.base import Levels
+from cm_jax.samplers.batches import by_number, compile_programs, in_batches, multiple_of
 from cm_jax.samplers.consistency import multistep_sample
-from cm_jax.samplers.generation import compiled, image_keys, in_batches, noise_from
+from cm_jax.samplers.generation import image_keys, noise_from
 from cm_jax.types import Denoiser, Images, Keys, Labels, NoiseSource, Params
 
 _VARIANT = 2
@@ -72,7 +73,7 @@ def edit_images(
     return edit(function.denoiser(params, labels), operator, images, levels, draw)
 
 
-_programs = compiled(edit_images, static=1, apart=4)
+_programs = compile_programs(edit_images, static=1, shared=2, per_image=4)
 
 
 def variant_keys(key: Key[Array, ""], images: int, variants: int) -> Keys:
@@ -98,13 +99,15 @@ def edit_batches(
     devices: Sequence[Any] | None = None,
 ) -> Iterator[Float[np.ndarray, "n h w c"]]:
     """One edit for every key, in batches. `keys` holds the same number of keys for each image, grouped by image."""
-    variants, last = len(keys) // len(images), len(keys) - 1
+    variants = len(keys) // len(images)
     known = jax.tree.map(np.asarray, operator)
 
     def rows(numbers: Int[np.ndarray, " n"]) -> tuple[Any, ...]:
-        numbers = np.minimum(numbers, last)
         image = numbers // variants
         chosen = None if labels is None else labels[image]
         return keys[numbers], chosen, jax.tree.map(lambda array: array[image], known), images[image]
 
-    return in_batches(_programs, (function,), params, levels, rows, len(keys), batch_size=batch_size, devices=devices)
+    devices = list(devices or jax.local_devices())
+    size = multiple_of(devices, min(batch_size, len(keys)))
+    shared = params, jnp.asarray(np.asarray(levels, np.float32))
+    return in_batches(_programs, (function,), shared, by_number(rows, len(keys), size), size, devices)

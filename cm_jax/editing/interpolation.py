@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float, Int, Key
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.samplers import Sampler
 from cm_jax.samplers.base import Levels
-from cm_jax.samplers.generation import compiled, image_keys, in_batches, noise_from
+from cm_jax.samplers.batches import by_number, compile_programs, in_batches, multiple_of
+from cm_jax.samplers.generation import image_keys, noise_from
 from cm_jax.types import Images, Keys, Labels, Params, per_image
 
 _SMALLEST_ANGLE = 1e-4
@@ -47,7 +49,7 @@ def slerp_images(
     return sampler(function.denoiser(params, labels), levels, lambda index: slerp(one(index), two(index), weights))
 
 
-_programs = compiled(slerp_images, static=2, apart=4)
+_programs = compile_programs(slerp_images, static=2, shared=2, per_image=4)
 
 
 def slerp_batches(
@@ -67,13 +69,13 @@ def slerp_batches(
     weights = np.linspace(0, 1, frames, dtype=np.float32)
 
     def rows(numbers: Int[np.ndarray, " n"]) -> tuple[Any, ...]:
-        frame = np.minimum(numbers, frames - 1)
-        one, two = (image_keys(key, np.zeros_like(frame)) for key in (first, second))
-        return one, two, weights[frame], None if labels is None else labels[frame]
+        one, two = (image_keys(key, np.zeros_like(numbers)) for key in (first, second))
+        return one, two, weights[numbers], None if labels is None else labels[numbers]
 
-    return in_batches(
-        _programs, (function, sampler), params, levels, rows, frames, batch_size=batch_size, devices=devices
-    )
+    devices = list(devices or jax.local_devices())
+    size = multiple_of(devices, min(batch_size, frames))
+    shared = params, jnp.asarray(np.asarray(levels, np.float32))
+    return in_batches(_programs, (function, sampler), shared, by_number(rows, frames, size), size, devices)
 
 
 def blend(

@@ -77,7 +77,7 @@ def tune(
             f"Expected a reference of {model.config.network.image_shape[:2]} pixels, got {reference.shape[:2]}."
         )
     check_int("The number of images", count, 2, 10**9)
-    check_int(f"The number of steps (of {model.config.grid.levels} levels)", steps, 2, model.config.grid.levels - 1)
+    check_int(f"The number of steps (of {model.config.num_levels} levels)", steps, 2, model.config.num_levels - 1)
     known = cached_statistics(extractor, reference, ("pool",), cache=cache, batch_size=batch_size, watch=watch)
 
     def score(timesteps: Timesteps) -> float:
@@ -86,4 +86,4 @@ def tune(
         on_probe(timesteps, report.values["fid"])
         return report.values["fid"]
 
-    return search_levels(score, model.config.grid.levels, steps)
+    return search_levels(score, model.config.num_levels, steps)

@@ -135,7 +135,7 @@ class Objective(abc.ABC):
         return function.denoiser(params, labels)
 
 
-class DistanceObjective(Objective):
+class DistanceObjective(Objective, abc.ABC):
     """An objective that compares images: w(t, r) d(estimate, target)."""
 
     weighting: Weighting
@@ -148,7 +148,7 @@ class DistanceObjective(Objective):
         return self.weighting(t, r, sigma_data) * self.distance.with_weights(perceptual)(estimate, target)
 
 
-class PairObjective(DistanceObjective):
+class PairObjective(DistanceObjective, abc.ABC):
     """w(t, r) d(f(x_t, t), f^-(x_r, r)) for noise levels t > r; subclasses define t, r and x_r.
 
     x_t = x + t z with standard normal noise z. f and f^- share the dropout mask, and f^- has no gradient.
@@ -207,7 +207,7 @@ class PairObjective(DistanceObjective):
         return images + per_image(r) * noise
 
 
-class AdjacentPairObjective(PairObjective):
+class AdjacentPairObjective(PairObjective, abc.ABC):
     """A PairObjective with adjacent levels t = s_i and r = s_{i+1} of the schedule's N(k) levels."""
 
     curriculum: Curriculum  # type: ignore[override]  # subclasses are dataclasses, and have it as a field

@@ -59,7 +59,7 @@ class Sampler(abc.ABC):
         return clip if self.clip else denoiser
 
 
-class ODESampler(Sampler):
+class ODESampler(Sampler, abc.ABC):
     """A sampler whose steps follow dx/dsigma of the probability-flow ODE."""
 
     def __call__(self, denoiser: Denoiser, levels: Levels, noise: NoiseSource) -> Images:

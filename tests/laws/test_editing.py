@@ -9,7 +9,7 @@ import pytest
 
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.editing import Luma, Mask, Noisy, PatchMean, Strokes, blend, edit, slerp, slerp_batches
 from cm_jax.editing.algorithm import edit_batches, variant_keys
@@ -35,7 +35,7 @@ PROJECTIONS = {
 SMALL = ADMUNet(
     image_size=8, base_channels=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
 )
-MODEL = Model(ModelConfig(SMALL, ConsistencyPreconditioning(), KarrasGrid()), SMALL.prepare(random_params(SMALL)))
+MODEL = Model(ModelConfig(SMALL, ConsistencyPreconditioning()), SMALL.prepare(random_params(SMALL)))
 TOY = ConsistencyFunction(ToyNetwork(image_size=8), ConsistencyPreconditioning())
 TOY_PARAMS = TOY.network.initialize(jax.random.key(0))
 
@@ -108,7 +108,7 @@ def test_a_gray_picture_has_the_known_part_of_its_color_picture():
 
 
 def edit_from_noise(operator, images=X, sigmas=(80.0, 5.0, 0.5), denoiser=None):
-    levels = jnp.asarray(choose_levels(Consistency(), KarrasGrid(), sigmas=sigmas), jnp.float32)
+    levels = jnp.asarray(choose_levels(Consistency(), KarrasSchedule(), 40, sigmas=sigmas), jnp.float32)
     keys = jax.random.split(jax.random.key(5), 9)
     return edit(
         denoiser or gaussian_denoiser(), operator, images, levels, lambda i: jax.random.normal(keys[i], images.shape)
@@ -145,7 +145,7 @@ def test_correlated_pixels_are_inpainted_by_the_exact_consistency_function():
     known[:, :, 0] = True
     sigmas = np.geomspace(80, 0.01, 60).tolist()
     keys = jax.random.split(jax.random.key(5), 61)
-    levels = jnp.asarray(choose_levels(Consistency(), KarrasGrid(), sigmas=sigmas), jnp.float32)
+    levels = jnp.asarray(choose_levels(Consistency(), KarrasSchedule(), 40, sigmas=sigmas), jnp.float32)
     pair = jnp.broadcast_to(value, (2, 64, 2, 1))
     found = edit(exact, Mask(known), pair, levels, lambda i: jax.random.normal(keys[i], pair.shape))
     assert float(jnp.abs(found - pair).max()) < 0.05

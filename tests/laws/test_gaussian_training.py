@@ -68,6 +68,7 @@ class Affine:
     """
 
     interval_embedding: bool = False
+    attention: str = "plain"
     image_shape: tuple[int, int, int] = SHAPE
     classes: int | None = None
 

@@ -7,7 +7,7 @@ import pytest
 
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import InMemory
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.evaluation import bits_per_dimension, evaluate_bits, log_density
@@ -76,8 +76,8 @@ def model(preconditioning=DENOISER, classes=None):
     network = ToyNetwork(classes=classes)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), network.shapes())
     config = object.__new__(ModelConfig)  # whose kinds of networks have no place for a toy
-    fields = {"network": network, "preconditioning": preconditioning, "grid": KarrasGrid(), "consistency": None}
-    for name, value in (fields | {"class_names": (), "tuned_timesteps": ()}).items():
+    fields = {"network": network, "preconditioning": preconditioning, "schedule": KarrasSchedule(), "num_levels": 40}
+    for name, value in (fields | {"class_names": (), "tuned_timesteps": (), "consistency": None}).items():
         object.__setattr__(config, name, value)
     return Model(config, params)
 

@@ -90,7 +90,7 @@ class Run:
             raise InputError("A seed is not negative.")
 
 
-NO_SETTINGS = {"Functions", "TrainingStep", "Evaluator", "Churn", "Heun", "DPM"}
+NO_SETTINGS = {"Models", "Published", "TrainingStep", "Evaluator", "Churn", "Heun", "DPM"}
 """Frozen and plain, but made of functions and arrays, or with an infinite limit by default, which no file holds."""
 
 
@@ -386,7 +386,7 @@ def test_what_is_no_run(value, message):
         ({"averages": [{"kind": "Average"}]}, "Exponential or Power, got 'Average'"),
         ({"averages": [{"kind": "Power", "with": 1}]}, "averages[0] has no field 'with'. Did"),
         ({"target": 3}, "target must be an object whose kind is ConstantTargetEMA or AdaptiveTargetEMA, or null"),
-        ({"target": {"kind": "ConstantTargetEMA", "decay": 2}}, "target: got ConstantTargetEMA(decay=2)"),
+        ({"target": {"kind": "ConstantTargetEMA", "decay": 2}}, "target: Expected 0 <= decay <= 1, got"),
         ({"network": None}, "network must be an object whose kind is ADMUNet or SongUNet"),
         (
             {"objective": {"kind": "ConsistencyTraining", "distance": {"kind": "Squaredd"}}},
@@ -402,7 +402,7 @@ def test_fields_that_do_not_fit(fields, message):
 
 def test_what_could_not_be_read_is_not_written():
     for bad in (float("nan"), float("inf"), 1e31):
-        with pytest.raises(InputError, match=r"^target\.rate must be a finite number"):
+        with pytest.raises(InputError, match=r"^target\.decay must be a finite number"):
             encode(Run("x", target=unchecked(ConstantTargetEMA(), decay=bad)))
     with pytest.raises(InputError, match=r"^seed must be a whole number of less than"):
         encode(Run("x", seed=2**53))

@@ -12,7 +12,7 @@ from diffusers.schedulers import scheduling_consistency_models
 import cm_jax
 from cm_jax import conversion
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.io.images import quantize
 from cm_jax.model import Model
@@ -21,15 +21,13 @@ from cm_jax.types import per_image
 from tests.parity.test_network import FLAVORS, flavor_params
 from tests.support import DATA, EMOJI, SMALL, nhwc, random_params
 
-GRID = KarrasGrid()
-
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 @pytest.mark.parametrize(("key", "options"), [("1step", {"steps": 1}), ("22_0", {"timesteps": (22, 0)})])
 def test_recorded_pipeline_images(flavor, key, options):
     golden = np.load(DATA / "diffusers" / "diffusers_golden.npz")
     network = FLAVORS[flavor]
-    model = Model(ModelConfig(network, ConsistencyPreconditioning(), GRID), flavor_params(flavor))
+    model = Model(ModelConfig(network, ConsistencyPreconditioning()), flavor_params(flavor))
     noise = np.broadcast_to(nhwc(golden["Z"]), (3, 2, 32, 32, 3))
     labels = [7, 999] if network.classes else None
     images = model.sample(0, 2, labels=labels, noise=noise, **options)
@@ -57,7 +55,7 @@ def test_constants_of_pipeline_tests(options, expected):
     network = dataclasses.replace(SMALL, image_size=32, classes=None)
     zero_output = {**random_params(network), "head": {**random_params(network)["head"]}}
     zero_output["head"]["output"] = {"kernel": jnp.zeros((3, 3, 32, 3)), "bias": jnp.zeros(3)}
-    model = Model(ModelConfig(network, ConsistencyPreconditioning(), GRID), zero_output)
+    model = Model(ModelConfig(network, ConsistencyPreconditioning()), zero_output)
     image = model.sample(0, 1, noise=noises, **options)[0] / 2 + 0.5
     np.testing.assert_allclose(image[-3:, -3:, -1].ravel(), expected, atol=1e-3)
 
@@ -66,7 +64,7 @@ def toy(x, sigma):
     """The consistency function with the network F(x, t) = x t / (t + 1) of the diffusers scheduler tests."""
     preconditioning = ConsistencyPreconditioning()
     time = per_image(preconditioning.c_noise(sigma))
-    return preconditioning.blend(x, sigma, per_image(preconditioning.c_in(sigma)) * x * time / (time + 1))
+    return preconditioning.blend(x, sigma, per_image(preconditioning.c_in(sigma)) * x * time / (time + 1), 0.002)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +74,7 @@ def test_constants_of_scheduler_tests(options, total, mean):
     start = nhwc((np.arange(768) / 768).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2))
     noise = np.load(DATA / "diffusers" / "torch_seed0_noise_4x3x8x8.npz")
     noises = jnp.asarray(np.stack([start, *(nhwc(noise[name]) for name in noise.files)]), jnp.float32)
-    levels = choose_levels(Consistency(), KarrasGrid(201), **options)
+    levels = choose_levels(Consistency(), KarrasSchedule(), 201, **options)
     images = Consistency()(toy, jnp.asarray(levels, jnp.float32), lambda index: noises[index])
     assert jnp.abs(images).sum() == pytest.approx(total, abs=1e-2)
     assert jnp.abs(images).mean() == pytest.approx(mean, abs=1e-3)
@@ -88,7 +86,7 @@ def test_exported_checkpoint_gives_the_same_images_in_diffusers(tmp_path, monkey
         model = cm_jax.load(EMOJI)
     else:
         network = dataclasses.replace(SMALL, classes=None, modulation="additive", resampling=resampling)
-        model = Model(ModelConfig(network, ConsistencyPreconditioning(), GRID), random_params(network))
+        model = Model(ModelConfig(network, ConsistencyPreconditioning()), random_params(network))
     conversion.write(tmp_path / "exported", "diffusers", model.config, model.params)
     pipeline = ConsistencyModelPipeline.from_pretrained(tmp_path / "exported")
     pipeline.set_progress_bar_config(disable=True)

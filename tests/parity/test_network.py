@@ -12,7 +12,7 @@ from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.parity import reference_network
 from cm_jax.conversion.rules import to_source
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.layers import sinusoid
@@ -105,7 +105,7 @@ def test_formula_filled_networks(name, key, preconditioning):
         output = compiled(network).predict(params, x, time, labels)
     else:
         output = ConsistencyFunction(compiled(network), preconditioning)(params, x, sigma, labels)
-        exact = np.asarray(preconditioning.blend(x, sigma, jnp.asarray(exact, jnp.float32)))
+        exact = np.asarray(preconditioning.blend(x, sigma, jnp.asarray(exact, jnp.float32), 0.002))
     assert relative(output, exact) < max(BOUND, relative(golden, exact))
     assert relative(output, golden) < BOUND + 2 * relative(golden, exact)
 
@@ -134,13 +134,15 @@ def test_recorded_sinusoid_preconditioning_and_schedule():
         (EDMPreconditioning(), "scalings_edm"),
         (ConsistencyPreconditioning(), "scalings_boundary"),
     ]:
-        output = np.stack([preconditioning.c_skip(sigmas), preconditioning.c_out(sigmas), preconditioning.c_in(sigmas)])
+        output = np.stack(
+            [preconditioning.c_skip(sigmas, 0.002), preconditioning.c_out(sigmas, 0.002), preconditioning.c_in(sigmas)]
+        )
         np.testing.assert_allclose(output, golden[f"{key}_on_karras40"], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(
         EDMPreconditioning().c_noise(sigmas), golden["rescaled_t_on_karras40"], rtol=1e-6, atol=1e-4
     )
     for count in (40, 151, 201):
-        np.testing.assert_allclose(KarrasGrid().descending(count), golden[f"karras{count}"][:-1], rtol=2e-6)
+        np.testing.assert_allclose(KarrasSchedule().descending(count), golden[f"karras{count}"][:-1], rtol=2e-6)
 
 
 # Three variants of the small test network of diffusers, filled by flavor_params.

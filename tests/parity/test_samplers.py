@@ -6,7 +6,7 @@ import pytest
 
 from cm_jax.conversion import CheckpointHints, read
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.noise_schedule import KarrasGrid
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.loading import load
 from cm_jax.model import Model
@@ -34,11 +34,11 @@ def test_recorded_samples(name):
         "progdist": ProgressiveEuler(),
     }[kind]
     options = {"indices": golden["ts"].tolist()} if "ts" in golden else {"steps": 1 if kind == "onestep" else steps}
-    levels = choose_levels(sampler, KarrasGrid(steps), **options)
+    levels = choose_levels(sampler, KarrasSchedule(), steps, **options)
     network, params, _ = adm_golden(str(golden["model"]).removeprefix("adm_"))
     preconditioning = ConsistencyPreconditioning() if golden["consistency_parameterisation"] else EDMPreconditioning()
     noise = nhwc(golden["noise"])
-    assert sampler.draws(len(levels) - 1) <= len(noise)
+    assert sampler.num_noise_samples(len(levels) - 1) <= len(noise)
     images = replay(ConsistencyFunction(network, preconditioning), sampler, params, levels, noise, golden["y"])
     np.testing.assert_allclose(images, nhwc(golden["out"]), atol=BOUND)
 
@@ -97,7 +97,7 @@ def test_toy_denoiser_without_clipping(key, sampler, options):
     """Denoiser tanh(x) / (1 + sigma), with initial noise from _pattern and 0.5 for all later noise."""
     golden = np.load(DATA / "openai" / "openai_formula_weights.npz")
     start = jnp.asarray(nhwc(_pattern((1, 3, 4, 4), 37, 97)), jnp.float32)
-    levels = jnp.asarray(choose_levels(sampler, KarrasGrid(10), **options), jnp.float32)
+    levels = jnp.asarray(choose_levels(sampler, KarrasSchedule(), 10, **options), jnp.float32)
 
     def denoiser(x, sigma):
         return jnp.tanh(x) / (1 + sigma[:, None, None, None])

@@ -1,0 +1,84 @@
+"""Functions of many images, computed in batches that all local devices share."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+Tree = Any
+"""A tree of arrays whose first axis is that of images."""
+
+
+class Programs(NamedTuple):
+    """One function, compiled for one device and for several that share the images."""
+
+    one: Callable[..., Tree]
+    many: Callable[..., Tree]
+
+
+def compile_programs(function: Callable[..., Tree], *, static: int, shared: int, per_image: int) -> Programs:
+    """Compile function(*static, *shared, *per_image), given the number of arguments of each kind.
+
+    `static` arguments are hashable constants; `shared` ones are arrays for all images; of `per_image` ones each image
+    has its own row.
+    """
+    axes = (None,) * (static + shared) + (0,) * per_image
+    fixed = tuple(range(static))
+    return Programs(
+        jax.jit(function, static_argnums=fixed),
+        jax.pmap(function, axis_name="devices", in_axes=axes, static_broadcasted_argnums=fixed),
+    )
+
+
+def in_batches(
+    programs: Programs,
+    static: tuple[Any, ...],
+    shared: tuple[Any, ...],
+    batches: Iterable[tuple[Tree, ...]],
+    size: int,
+    devices: Sequence[Any],
+    *,
+    ahead: int = 0,
+) -> Iterator[Tree]:
+    """The results for each batch of per-image arguments, on the host.
+
+    `size`: images per batch, a multiple of the number of devices; smaller batches are padded with their last image, and
+    the results of the padding are dropped. `ahead`: batches that the devices compute before the host takes a result.
+    """
+    if len(devices) > 1:
+        shared = jax.device_put(shared, NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec()))
+
+    def start(batch: tuple[Tree, ...]) -> tuple[int, Tree]:
+        count = len(jax.tree.leaves(batch)[0])
+        if count < size:
+            batch = jax.tree.map(lambda a: a[np.minimum(np.arange(size), count - 1)], batch)
+        if len(devices) == 1:
+            return count, programs.one(*static, *shared, *batch)
+        parts = jax.tree.map(lambda a: a.reshape(len(devices), -1, *a.shape[1:]), batch)
+        result = programs.many(*static, *shared, *parts)
+        return count, jax.tree.map(lambda a: a.reshape(size, *a.shape[2:]), result)
+
+    def fetch(count: int, result: Tree) -> Tree:
+        return jax.tree.map(lambda a: np.asarray(a)[:count], result)
+
+    started = map(start, batches)
+    waiting = list(itertools.islice(started, ahead))
+    for new in started:
+        waiting.append(new)
+        yield fetch(*waiting.pop(0))
+    for rest in waiting:
+        yield fetch(*rest)
+
+
+def by_number(rows: Callable[[Int[np.ndarray, " b"]], tuple[Tree, ...]], count: int, size: int) -> Iterator[Any]:
+    """rows(numbers) for images 0 ... count - 1, `size` at a time."""
+    return (rows(np.arange(start, min(start + size, count))) for start in range(0, count, size))
+
+
+def multiple_of(devices: Sequence[Any], batch_size: int) -> int:
+    """The batch size, rounded up to a multiple of the number of devices."""
+    return -(-batch_size // len(devices)) * len(devices)

@@ -195,7 +195,9 @@ def test_consistency_losses_of_a_linear_network(distance, weighting, distilled, 
     components = {"distance": DISTANCES[distance], "weighting": WEIGHTINGS[weighting]}
     t, r = (jnp.asarray(SCHEDULE.sigma(TOY_INDEX + ahead, 10), jnp.float32) for ahead in (0, 1))
     images, noise = jnp.asarray(TOY_IMAGES), jnp.asarray(TOY_NOISE)
-    losses = ConsistencyDistillation(**components).losses(TOY_STUDENT, TOY_TARGET, images, t, r, noise, teacher=TOY_TEACHER)
+    losses = ConsistencyDistillation(**components).losses(
+        TOY_STUDENT, TOY_TARGET, images, t, r, noise, teacher=TOY_TEACHER
+    )
     np.testing.assert_allclose(losses, np.array(distilled.split(), float), rtol=LOSS_BOUND)
     losses = ConsistencyTraining(**components).losses(TOY_STUDENT, TOY_TARGET, images, t, r, noise)
     np.testing.assert_allclose(losses, np.array(trained.split(), float), rtol=LOSS_BOUND)
@@ -247,4 +249,6 @@ def test_recorded_schedules(name, target_ema, curriculum):
     recorded = json.loads((DATA / "losses" / "schedules.json").read_text())[name]
     steps, decays, levels = map(np.array, zip(*recorded, strict=True))
     np.testing.assert_array_equal(jax.vmap(curriculum)(jnp.asarray(steps)), levels)
-    np.testing.assert_allclose(jax.vmap(lambda step: target_ema(step, curriculum))(jnp.asarray(steps)), decays, rtol=1.5e-7)
+    np.testing.assert_allclose(
+        jax.vmap(lambda step: target_ema(step, curriculum))(jnp.asarray(steps)), decays, rtol=1.5e-7
+    )

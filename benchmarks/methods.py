@@ -116,13 +116,12 @@ def train_config(method: str, teacher: Path, budget: Budget, network: Any) -> Tr
 def scale_steps(component: Any, factor: float) -> Any:
     """Multiply every duration in steps of a config by `factor`."""
     changes: dict[str, Any] = {}
+    scheduled = isinstance(component, StepSchedule)
     for field in dataclasses.fields(component):
         value = getattr(component, field.name)
         if dataclasses.is_dataclass(value):
             changes[field.name] = scale_steps(value, factor)
-        elif field.name == "warm_up" or (
-            isinstance(component, StepSchedule) and field.name in ("steps", "steps_per_stage")
-        ):
+        elif field.name == "warm_up" or (scheduled and field.name in ("steps", "steps_per_stage")):
             changes[field.name] = max(min(1, value), int(value * factor))
     return replace(component, **changes)
 

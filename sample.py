@@ -1,4 +1,4 @@
-"""Draw images: python sample.py [CHECKPOINT] [--labels ...] [--steps ...] [--output ...]; --help tells the rest."""
+"""Sample images: python sample.py [CHECKPOINT] [--labels ...] [--steps ...] [--output ...]; see --help."""
 
 from cm_jax.cli import main_sample
 

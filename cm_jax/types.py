@@ -14,7 +14,7 @@ Images = Float[Array, "b h w c"]
 Sigmas = Float[Array, " b"]
 Labels = Int[Array, " b"]
 Keys = Key[Array, " b"]
-"""One random key per image: what is drawn for an image does not depend on its neighbours in the batch."""
+"""One random key per image: random values of an image do not depend on the rest of the batch."""
 
 Params = dict[str, Any]
 """A tree of named arrays, as the networks make and read it."""

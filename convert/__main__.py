@@ -1,4 +1,4 @@
-"""Convert checkpoints: python -m convert SOURCE DESTINATION [--to ...] [--check]; --help tells the rest."""
+"""Convert checkpoints: python -m convert SOURCE DESTINATION [--to ...] [--check]; see --help."""
 
 from cm_jax.cli import main_convert
 

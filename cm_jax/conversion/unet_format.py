@@ -95,7 +95,7 @@ class UNetFormat:
         """
         unknown = InputError(
             f"Expected the weights of a consistency model or of its EDM teacher in {source}: an ADM U-Net in the "
-            f"{self.title} format; got {len(shapes)} tensors that begin with {', '.join(list(shapes)[:3])}."
+            f"{self.title} format; got {len(shapes)} tensors, starting with {', '.join(list(shapes)[:3])}."
         )
 
         def size(axis: int, *names: str) -> int:

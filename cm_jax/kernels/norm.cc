@@ -1,4 +1,4 @@
-// Group normalisation of NHWC images with a gain and a bias for every image and channel, and SiLU behind it:
+// Group normalization of NHWC images with a gain and a bias for every image and channel, and SiLU behind it:
 //
 //   n = (x + offset - mean) / sqrt(variance + epsilon), over a group's pixels and channels;  y = act(gain n + bias)
 //
@@ -30,12 +30,12 @@ struct Slice {
   int64_t pixels, stride, channels, group;
   float epsilon;
 
-  // For every channel the numbers in n = (x - centre) * scale. Taken apart, x * scale + shift would lose digits.
-  void normalise(const float* x, const float* offset, float* scale, float* centre, double* work) const {
+  // For every channel the numbers in n = (x - center) * scale. Taken apart, x * scale + shift would lose digits.
+  void normalize(const float* x, const float* offset, float* scale, float* center, double* work) const {
     double* squares = work + channels;
     means(x, nullptr, work);
-    for (int64_t c = 0; c < channels; ++c) centre[c] = work[c];
-    means(x, centre, squares);
+    for (int64_t c = 0; c < channels; ++c) center[c] = work[c];
+    means(x, center, squares);
     for (int64_t first = 0; first < channels; first += group) {
       double middle = 0, variance = 0;
       for (int64_t c = first; c < first + group; ++c) middle += (work[c] + offset[c]) / group;
@@ -45,21 +45,21 @@ struct Slice {
       }
       for (int64_t c = first; c < first + group; ++c) {
         scale[c] = 1 / std::sqrt(variance + epsilon);
-        centre[c] = middle - offset[c];
+        center[c] = middle - offset[c];
       }
     }
   }
 
-  // Every channel's mean over pixels of x, or of its squared deviations from `centre`.
-  void means(const float* x, const float* centre, double* found) const {
+  // Every channel's mean over pixels of x, or of its squared deviations from `center`.
+  void means(const float* x, const float* center, double* found) const {
     std::fill(found, found + channels, 0.0);
     for (int64_t begin = 0; begin < pixels; begin += kPixels) {
       int64_t end = std::min(pixels, begin + kPixels);
       for (int64_t c = 0; c < channels; c += kLanes) {
-        Vector some{}, middle = centre ? load(centre + c) : Vector{};
+        Vector some{}, middle = center ? load(center + c) : Vector{};
         for (int64_t pixel = begin; pixel < end; ++pixel) {
           Vector value = load(x + pixel * stride + c) - middle;
-          some += centre ? value * value : value;
+          some += center ? value * value : value;
         }
         add(found + c, some);
       }
@@ -73,12 +73,12 @@ void forward(Slice slice, const float* x, const float* offset, const float* gain
   static thread_local Scratch scratch;
   int64_t channels = slice.channels;
   float* scale = scratch.floats(6 * channels);
-  float* centre = scale + channels;
-  slice.normalise(x, offset, scale, centre, reinterpret_cast<double*>(centre + channels));
+  float* center = scale + channels;
+  slice.normalize(x, offset, scale, center, reinterpret_cast<double*>(center + channels));
   for (int64_t c = 0; c < channels; ++c) scale[c] *= gain[c];
   for (int64_t pixel = 0; pixel < slice.pixels; ++pixel)
     for (int64_t c = 0; c < channels; c += kLanes) {
-      Vector value = (load(x + pixel * slice.stride + c) - load(centre + c)) * load(scale + c) + load(bias + c);
+      Vector value = (load(x + pixel * slice.stride + c) - load(center + c)) * load(scale + c) + load(bias + c);
       store(y + pixel * slice.stride + c, silu ? value * sigmoid(value) : value);
     }
 }
@@ -92,16 +92,16 @@ void backward(Slice slice, const float* x, const float* offset, const float* gai
   double* sums = reinterpret_cast<double*>(scratch.floats(10 * channels));
   double* products = sums + channels;
   float* scale = reinterpret_cast<float*>(products + channels);
-  float* centre = scale + channels;
-  float* first = centre + channels;
+  float* center = scale + channels;
+  float* first = center + channels;
   float* second = first + channels;
-  slice.normalise(x, offset, scale, centre, sums);
+  slice.normalize(x, offset, scale, center, sums);
   std::fill(sums, sums + 2 * channels, 0.0);
   for (int64_t begin = 0; begin < pixels; begin += kPixels)
     for (int64_t c = 0; c < channels; c += kLanes) {
       Vector sum{}, product{};
       for (int64_t pixel = begin; pixel < std::min(pixels, begin + kPixels); ++pixel) {
-        Vector normal = (load(x + pixel * stride + c) - load(centre + c)) * load(scale + c);
+        Vector normal = (load(x + pixel * stride + c) - load(center + c)) * load(scale + c);
         Vector seen = load(dy + pixel * stride + c);
         if (silu) {
           Vector value = normal * load(gain + c) + load(bias + c), open = sigmoid(value);
@@ -133,7 +133,7 @@ void backward(Slice slice, const float* x, const float* offset, const float* gai
     for (int64_t c = 0; c < channels; c += kLanes) {
       Vector sum{}, factor = load(gain + c) * load(scale + c);
       for (int64_t pixel = begin; pixel < std::min(pixels, begin + kPixels); ++pixel) {
-        Vector normal = (load(x + pixel * stride + c) - load(centre + c)) * load(scale + c);
+        Vector normal = (load(x + pixel * stride + c) - load(center + c)) * load(scale + c);
         Vector result = load(dx + pixel * stride + c) * factor + (load(first + c) + normal * load(second + c));
         store(dx + pixel * stride + c, result);
         sum += result;

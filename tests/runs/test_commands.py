@@ -386,7 +386,7 @@ def spoil(unet, factor):
             "not a complete safetensors",
         ),
         (lambda unet: (unet / "config.json").write_text("{"), "cannot be read as JSON"),
-        (lambda unet: (unet / "config.json").write_text("[]"), "wanted: a JSON object"),
+        (lambda unet: (unet / "config.json").write_text("[]"), "expected a JSON object"),
         (lambda unet: rewrite(unet, block_out_channels=[64, 64, 64]), "contradicts the weights"),
         (
             lambda unet: rewrite(unet, num_class_embeds=1000),

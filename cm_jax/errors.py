@@ -1,4 +1,4 @@
-"""The one exception that bad input raises, and the wording of complaints."""
+"""The exception for invalid input, and parts of its messages."""
 
 import difflib
 import numbers
@@ -8,27 +8,27 @@ _MOST_LINES = 40
 
 
 class InputError(ValueError):
-    """Something given to us cannot be used. The message says what came, what was wanted and what to do.
+    """Invalid input. The message says what came, what was expected and how to fix it.
 
-    The command line prints it without a traceback and exits with status 2. Any other exception is our bug.
+    The command line prints it without a traceback and exits with status 2. Any other exception is a bug in cm_jax.
     """
 
 
-def shape_complaints(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """A line for every tensor that is missing, superfluous or of the wrong shape."""
+def shape_complaints(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line for each tensor that is missing, unexpected or of the wrong shape."""
     return [
-        *(f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found),
+        *(f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found),
         *(
             f"wrong shape: {name} is {list(found[name])}, the architecture needs {list(shape)}"
-            for name, shape in wanted.items()
+            for name, shape in expected.items()
             if name in found and tuple(found[name]) != tuple(shape)
         ),
-        *(f"not part of the network: {name} {list(shape)}" for name, shape in found.items() if name not in wanted),
+        *(f"not part of the network: {name} {list(shape)}" for name, shape in found.items() if name not in expected),
     ]
 
 
 def check_int(name: str, value: object, least: int, most: int) -> int:
-    """`value` as an int. Raises InputError unless it is a whole number from `least` to `most`."""
+    """`value` as an int. Raises InputError unless it is an integer from `least` to `most`."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not least <= int(value) <= most:  # type: ignore[arg-type]
         shown = repr(value)
@@ -38,7 +38,7 @@ def check_int(name: str, value: object, least: int, most: int) -> int:
 
 
 def nearest(word: object, choices: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" where one of the choices is near, else nothing."""
+    """ " Did you mean 'x'?" if one of the choices is similar, else an empty string."""
     names = list(choices)
     folded = {_folded(name): name for name in names}
     close = difflib.get_close_matches(_folded(word), folded, n=1) if isinstance(word, str) else []
@@ -50,6 +50,6 @@ def _folded(name: str) -> str:
 
 
 def indented_list(lines: Sequence[str]) -> str:
-    """Indented lines; of a very long list the beginning and the number of the rest."""
+    """Indented lines; a long list is cut, with the number of further lines."""
     rest = [f"... and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
     return "\n  ".join([*lines[:_MOST_LINES], *rest])

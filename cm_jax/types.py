@@ -1,7 +1,7 @@
-"""The array types that the whole library speaks, named once.
+"""Types shared by the whole library, and helpers for arrays and parameter trees.
 
-Images are NHWC float32 in [-1, 1] (noisy ones exceed it), levels are noise standard deviations, labels are class
-indices. Letters in the annotations: b batch, h height, w width, c channels.
+Images are NHWC float32 in [-1, 1], or beyond with noise. Noise levels sigma are standard deviations. Labels are class
+indices. Axes in annotations: b batch, h height, w width, c channels.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,28 +14,28 @@ Images = Float[Array, "b h w c"]
 Sigmas = Float[Array, " b"]
 Labels = Int[Array, " b"]
 Keys = Key[Array, " b"]
-"""One random key per image: random values of an image do not depend on the rest of the batch."""
+"""One random key per image, so that images do not depend on the other images of a batch."""
 
 Params = dict[str, Any]
-"""A tree of named arrays, as the networks make and read it."""
+"""A nested dictionary of arrays: the parameters of a network."""
 
 Denoiser = Callable[[Images, Sigmas], Images]
 """(x, sigma) -> an estimate of the clean image. Teacher, student, target and edited model all have this type."""
 
 NoiseSource = Callable[[Any], Images]
-"""i -> the i-th batch of standard normal noise that a sampler asks for; i may be traced."""
+"""i -> the i-th batch of standard normal noise of a sampler; i may be traced."""
 
 Precision = Literal["float32", "bfloat16", "float16"]
 """Compute precision inside a network."""
 
 
 def per_image(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
-    """One value per image, shaped to multiply pixels."""
+    """One value per image as [b, 1, 1, 1], to broadcast over pixels."""
     return values[:, None, None, None]
 
 
 def normal_per_image(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise of `shape` for every key, each from its own key alone."""
+    """Standard normal noise of `shape` for every key."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
@@ -84,7 +84,7 @@ class Network(Protocol):
         length: Float[Array, " b"] | None = None,
     ) -> Images: ...
 
-    def check_input(self, shape: tuple[int, ...], labelled: bool) -> None: ...
+    def check_input(self, shape: tuple[int, ...], labeled: bool) -> None: ...
 
     def shapes(self) -> Params: ...
 

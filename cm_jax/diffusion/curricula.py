@@ -43,9 +43,9 @@ class Curriculum(StepSchedule, abc.ABC):
     """N(k), the number of noise levels (the number of sampling steps, for progressive distillation)."""
 
     @property
-    @abc.abstractmethod
     def final(self) -> int:
         """N after `duration` steps."""
+        return int(self(self.duration))
 
     @abc.abstractmethod
     def __call__(self, step: Step) -> Count: ...
@@ -63,10 +63,6 @@ class Constant(Curriculum):
     @property
     def duration(self) -> int:
         return 0
-
-    @property
-    def final(self) -> int:
-        return self.num_levels
 
     def __call__(self, step: Step) -> Count:
         del step
@@ -93,10 +89,6 @@ class Progressive(Curriculum):
     @property
     def duration(self) -> int:
         return self.steps
-
-    @property
-    def final(self) -> int:
-        return self.end + 1
 
     def __call__(self, step: Step) -> Count:
         """One more than m, the smallest integer with K ((m + 1)^2 - s0^2) >= k ((s1 + 1)^2 - s0^2)."""
@@ -129,10 +121,6 @@ class Doubling(Curriculum):
     def duration(self) -> int:
         return self.steps_per_stage * ((self.end - 1) // self.start).bit_length()
 
-    @property
-    def final(self) -> int:
-        return self.end + 1
-
     def __call__(self, step: Step) -> Count:
         doublings = (self.end // self.start).bit_length()
         stages = [min(self.start * 2**stage, self.end) + 1 for stage in range(doublings + 1)]
@@ -156,10 +144,6 @@ class Halving(Curriculum):
     @property
     def duration(self) -> int:
         return self.steps_per_stage * self.start.bit_length()
-
-    @property
-    def final(self) -> int:
-        return 1
 
     def __call__(self, step: Step) -> Count:
         halvings = self.start.bit_length() - 1

@@ -23,9 +23,14 @@ Derivative = Callable[[State, Any], State]
 """(x, t) -> dx/dt."""
 
 
+def dx_dlog_sigma(denoiser: Denoiser, x: Images, sigma: Level) -> Images:
+    """dx / d ln sigma = x - D(x, sigma)."""
+    return x - denoiser(x, jnp.broadcast_to(sigma, x.shape[:1]))
+
+
 def dx_dsigma(denoiser: Denoiser, x: Images, sigma: Level) -> Images:
     """(x - D(x, sigma)) / sigma      (EDM, eqs. 1 and 3)."""
-    return (x - denoiser(x, jnp.broadcast_to(sigma, x.shape[:1]))) / _over_pixels(sigma)
+    return dx_dlog_sigma(denoiser, x, sigma) / _over_pixels(sigma)
 
 
 def euler_step(derivative: Derivative[State], x: State, t: Level, r: Level) -> State:

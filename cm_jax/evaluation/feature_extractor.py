@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from cm_jax.conversion import metric_networks
@@ -15,6 +14,7 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation.moments import Gaussian, Moments
 from cm_jax.feature_networks import inception
 from cm_jax.feature_networks.inception_v3 import Features
+from cm_jax.samplers.batches import compile_programs, in_batches, multiple_of
 from cm_jax.types import Params
 
 PER_DEVICE = 32
@@ -127,38 +127,25 @@ def _looks(
     batch_size: int | None,
     devices: list[Any],
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Features batch by batch; while the host has one batch, the devices have the next."""
-    size = -(-(batch_size or PER_DEVICE * len(devices)) // len(devices)) * len(devices)
-    mesh = Mesh(np.array(devices), ("devices",))
-    params = jax.device_put(extractor.params, NamedSharding(mesh, PartitionSpec()))
-    split = NamedSharding(mesh, PartitionSpec("devices"))
-    pending: tuple[int, dict[str, Array]] | None = None
-    for images in chunks(batches, size):
-        count = len(images)
-        padded = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), np.uint8)])
-        rgb = np.repeat(padded, 3, axis=3) if padded.shape[3] == 1 else padded
-        now = (count, _look(extractor.see, names, params, jax.device_put(rgb, split)))
-        if pending is not None:
-            yield _on_host(*pending)
-        pending = now
-    if pending is not None:
-        yield _on_host(*pending)
+    """Features in batches; the devices compute the next batch while the host works on one."""
+    size = multiple_of(devices, batch_size or PER_DEVICE * len(devices))
+    rgb = (np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images for images in chunks(batches, size))
+    static, shared = (extractor.see, names), (extractor.params,)
+    for look in in_batches(_look, static, shared, ((images,) for images in rgb), size, devices, ahead=1):
+        if not all(np.isfinite(values).all() for values in look.values()):
+            raise InputError("The network's features are not finite: its weights are damaged. Convert them again.")
+        yield look
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _look(
+def named_features(
     see: Callable[[Params, Array], Features], names: tuple[str, ...], params: Params, images: Array
 ) -> dict[str, Array]:
-    """Of all features those with these names; the compiler leaves out what the others would cost."""
+    """The features with these names; the compiler removes the computation of all others."""
     seen = see(params, images)
     return {name: getattr(seen, name) for name in names}
 
 
-def _on_host(count: int, look: dict[str, Array]) -> dict[str, np.ndarray]:
-    found = {name: np.asarray(values)[:count] for name, values in look.items()}
-    if not all(np.isfinite(values).all() for values in found.values()):
-        raise InputError("The network's features are not finite: its weights are damaged. Convert them again.")
-    return found
+_look = compile_programs(named_features, static=2, shared=1, per_image=1)
 
 
 def _gathered(looks: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:

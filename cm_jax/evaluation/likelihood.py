@@ -1,6 +1,5 @@
 """Bits per dimension of a denoiser, by the probability-flow ODE and Hutchinson's estimator (Song et al. 2021)."""
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,19 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Key, UInt8
+from jaxtyping import Array, Float, Int, Integer, Key, UInt8
 
 from cm_jax.data import Dataset
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.ode import dx_dlog_sigma, heun_step
 from cm_jax.errors import InputError, check_int
 from cm_jax.evaluation.image_sets import Watch, unwatched
 from cm_jax.evaluation.report import Report
 from cm_jax.model import Model
+from cm_jax.samplers.batches import by_number, compile_programs, in_batches, multiple_of
 from cm_jax.samplers.generation import default_batch_size, image_keys
 from cm_jax.types import Denoiser, Images, Keys, Labels, Params
 
 _PIXEL, _PROBE = 0, 1
-"""What is drawn from an image's key."""
+"""What is derived from an image's key."""
+
+State = tuple[Images, Float[Array, " b"]]
+"""y, and the integral of the divergence."""
 
 
 def log_density(
@@ -30,8 +34,8 @@ def log_density(
 
     With t = ln sigma: dx/dt = x - D(x, sigma) and d ln p(x)/dt = -div (x - D), where div is estimated by v . J v for
     the `probes` v (entries +1 and -1 at random). Heun's steps of equal length in t, for y = x / sqrt(sigma^2 +
-    deviation^2), which stands still where the data are Gaussian with that standard deviation. At sigma_max the density
-    is taken to be N(0, sigma_max^2 + deviation^2).
+    std^2), which stands still where the data are Gaussian with that standard deviation. At sigma_max the density
+    is taken to be N(0, sigma_max^2 + std^2).
     """
     low, high = math.log(sigma_min), math.log(sigma_max)
     length = (high - low) / steps
@@ -39,29 +43,20 @@ def log_density(
     def spread(t: Float[Array, ""]) -> Float[Array, ""]:
         return jnp.sqrt(jnp.exp(2 * t) + std**2)
 
-    def slope(y: Images, t: Float[Array, ""]) -> tuple[Images, Float[Array, " b"]]:
+    def derivative(state: State, t: Float[Array, ""]) -> State:
         """(dy/dt, the estimate of div_x dx/dt)."""
-        scale, sigma = spread(t), jnp.exp(t)
-
-        def flow(x: Images) -> Images:
-            return x - denoiser(x, jnp.full(x.shape[0], sigma))
-
-        velocity, pushed = jax.jvp(flow, (y * scale,), (probes,))
+        (y, _), scale, sigma = state, spread(t), jnp.exp(t)
+        velocity, pushed = jax.jvp(lambda x: dx_dlog_sigma(denoiser, x, sigma), (y * scale,), (probes,))
         return velocity / scale - y * (sigma / scale) ** 2, (probes * pushed).sum((1, 2, 3))
 
-    def step(state, number):
-        y, gathered = state
-        now = low + number * length
-        first, first_divergence = slope(y, now)
-        second, second_divergence = slope(y + length * first, now + length)
-        y = y + length * (first + second) / 2
-        return (y, gathered + length * (first_divergence + second_divergence) / 2), None
+    def step(state: State, number: Float[Array, ""]) -> tuple[State, None]:
+        return heun_step(derivative, state, low + number * length, low + (number + 1) * length), None
 
     start = (x / spread(jnp.float32(low)), jnp.zeros(x.shape[0]))
-    (y, gathered), _ = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.float32))
+    (y, divergence), _ = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.float32))
     dimensions = math.prod(x.shape[1:])
     variance = sigma_max**2 + std**2
-    return gathered - (y**2).sum((1, 2, 3)) / 2 - dimensions / 2 * math.log(2 * math.pi * variance)
+    return divergence - (y**2).sum((1, 2, 3)) / 2 - dimensions / 2 * math.log(2 * math.pi * variance)
 
 
 def bits_per_dimension(
@@ -90,22 +85,14 @@ def bits_per_dimension(
     chosen = model.class_numbers(labels, len(images))
     devices = list(devices or jax.local_devices())
     size = batch_size or default_batch_size(images.shape[1]) * len(devices)
-    size = -(-min(check_int("batch_size", size, 1, 10**6), len(images)) // len(devices)) * len(devices)
-    mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
-    params = jax.device_put(model.params, everywhere)
-    found = []
-    for first in range(0, len(images), size):
-        rows = np.minimum(np.arange(first, first + size), len(images) - 1)
-        keys = image_keys(jax.random.key(check_int("A seed", seed, 0, 2**32 - 1)), start + rows)
-        parts = jax.device_put((keys, images[rows], None if chosen is None else chosen[rows]), split)
-        found.append(
-            np.asarray(
-                _bits(config.function, steps, config.schedule.sigma_min, config.schedule.sigma_max, params, *parts)
-            )
-        )
-    return np.concatenate(found)[: len(images)]
+    size = multiple_of(devices, min(check_int("batch_size", size, 1, 10**6), len(images)))
+    key = jax.random.key(check_int("A seed", seed, 0, 2**32 - 1))
+
+    def rows(numbers: Int[np.ndarray, " b"]) -> tuple[Any, ...]:
+        return image_keys(key, start + numbers), images[numbers], None if chosen is None else chosen[numbers]
+
+    batches = by_number(rows, len(images), size)
+    return np.concatenate(list(in_batches(_bits, (config.function, steps), (model.params,), batches, size, devices)))
 
 
 def evaluate_bits(
@@ -151,12 +138,9 @@ def evaluate_bits(
     return Report({"bpd": mean, "bpd_standard_error": error}, told, line)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _bits(
+def image_bits(
     function: ConsistencyFunction,
     steps: int,
-    sigma_min: float,
-    sigma_max: float,
     params: Params,
     keys: Keys,
     images: UInt8[Array, "b h w c"],
@@ -176,8 +160,11 @@ def _bits(
         x,
         jax.vmap(probe)(keys),
         steps=steps,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
+        sigma_min=function.schedule.sigma_min,
+        sigma_max=function.schedule.sigma_max,
         std=function.preconditioning.sigma_data,
     )
     return -nats / (math.prod(shape) * math.log(2)) + math.log2(127.5)
+
+
+_bits = compile_programs(image_bits, static=2, shared=1, per_image=3)

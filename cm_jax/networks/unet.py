@@ -66,7 +66,7 @@ class UNet(UNetConfig):
         paths = [f"{block.name}/{unit.name}" for block in self.plan().blocks for unit in block.units]
         return {path: found[f"{path}/__call__"][0] for path in paths}
 
-    def check_input(self, shape: tuple[int, ...], labelled: bool) -> None:
+    def check_input(self, shape: tuple[int, ...], labeled: bool) -> None:
         """Raise InputError unless images of this shape, with or without labels, suit the network."""
         if len(shape) != 4 or shape[-1] != self.image_channels:
             raise InputError(
@@ -76,9 +76,9 @@ class UNet(UNetConfig):
             raise InputError(
                 f"Expected image height and width to be multiples of {self.reduction}, got {shape[1]}x{shape[2]}."
             )
-        if labelled and self.classes is None:
+        if labeled and self.classes is None:
             raise InputError("Labels were given to an unconditional network: leave them out.")
-        if not labelled and self.classes is not None:
+        if not labeled and self.classes is not None:
             raise InputError(f"This network is class-conditional: give labels from 0 to {self.classes - 1}.")
 
     def shapes(self) -> Params:

@@ -62,7 +62,7 @@ def choose_levels(
             )
         if order[0] != 0 or order[-1] != last:
             raise InputError(
-                f"indices must begin with 0 and end with {last} (this model has {num_levels} levels), or noise would "
+                f"indices must start with 0 and end with {last} (this model has {num_levels} levels), or noise would "
                 f"be left in the images; got {_shown(indices)}."
             )
         called = order[:-1] if sampler.ends_at_boundary else order

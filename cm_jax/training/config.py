@@ -104,7 +104,7 @@ class TrainConfig:
             )
         if self.num_levels is not None:
             check_int("num_levels", self.num_levels, 2, 2**20)
-        if self.objective.final_num_levels is not None and self.num_levels is not None:
+        if self.num_levels is not None and self.objective.final_num_levels is not None:
             raise InputError(
                 f"num_levels is {self.num_levels}, but {type(self.objective).__name__} trains a model of "
                 f"{self.objective.final_num_levels} levels by its curriculum: give --num-levels none."

@@ -29,7 +29,7 @@ from cm_jax.training.run.signals import Stop
 from cm_jax.training.run.state_io import on_host
 from cm_jax.training.setup import Prepared, prepare
 from cm_jax.training.state import TrainState
-from cm_jax.training.step import Curves
+from cm_jax.training.step import Curves, columns
 from cm_jax.types import Params
 
 FORMAT = 1
@@ -144,7 +144,7 @@ class _Window:
     def _take(self, metrics: Curves | None) -> None:
         if metrics is None:
             return
-        host = jax.device_get(metrics)
+        host = columns(jax.device_get(metrics))
         for place in range(len(host["loss"])):
             self._done += 1
             for name, values in host.items():

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
@@ -17,13 +19,17 @@ from cm_jax.training.parallelism import Parallelism
 from cm_jax.training.state import Constants, RawBatch, TrainState, fresh_counter
 from cm_jax.types import Images, Keys, Params
 
-Scalars = dict[str, Float[Array, ""]]
-Curves = dict[str, Float[Array, " steps"]]
+Metrics = dict[str, Float[Array, "..."]]
+"""Metrics, and arrays over the noise-level bands."""
+Curves = dict[str, Float[Array, "steps ..."]]
 
 _FLIP = 3
 """What of an image's key decides whether it is mirrored; objectives split the key itself."""
 _BANDS = (0.03, 0.4, 5.0)
-"""Levels between the bands that losses are logged by."""
+"""Boundaries of the noise-level bands of the logged losses."""
+LOSS_BY_BAND = "loss_sigma"
+"""Name of the mean losses by noise-level band, [bands]."""
+_SHARE, _SUM = "share_by_band", "loss_sum_by_band"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +66,7 @@ class TrainingStep:
     ) -> tuple[TrainState, Curves]:
         """A step for each of `batches` [steps, b, ...]; metrics [steps]."""
 
-        def one(state: TrainState, batch: RawBatch) -> tuple[TrainState, Scalars]:
+        def one(state: TrainState, batch: RawBatch) -> tuple[TrainState, Metrics]:
             return self(state, constants, batch, key, across)
 
         return across.scan(one, state, batches)
@@ -72,7 +78,7 @@ class TrainingStep:
         batch: RawBatch,
         key: Key[Array, ""],
         across: Parallelism,
-    ) -> tuple[TrainState, Scalars]:
+    ) -> tuple[TrainState, Metrics]:
         """One step. `batch` is what this device has of the global batch, and `key` is the run's."""
         count = jax.tree.leaves(batch)[0].shape[0]
         keys = image_keys(key, state.batches, across.image_numbers(count))
@@ -90,17 +96,17 @@ class TrainingStep:
         skipped = state._replace(skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, skipped)
         state = state._replace(batches=state.batches + 1)
-        return state, by_band(metrics) | {
+        return state, mean_by_band(metrics) | {
             "skipped": state.skipped.astype(jnp.float32),
             "skipped_in_a_row": state.skipped_in_a_row.astype(jnp.float32),
         }
 
     def _gradient(
         self, across: Parallelism, frozen: FrozenParams, step: Any, params: Params, batch: Batch, keys: Keys
-    ) -> tuple[Params, Scalars]:
+    ) -> tuple[Params, Metrics]:
         """The mean gradient and mean metrics of the images at hand."""
 
-        def loss(params: Params, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Scalars]:
+        def loss(params: Params, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
             losses, metrics = self.objective(self.models, params, frozen, batch, keys, step)
             return losses.mean(), means(losses, metrics)
 
@@ -173,20 +179,25 @@ def fetched(batch: RawBatch, constants: Constants, flip_keys: Keys | None) -> Ba
     return Batch(clean, None if labels is None else jnp.asarray(labels))
 
 
-def means(losses: Float[Array, " b"], metrics: dict[str, Float[Array, " b"]]) -> Scalars:
-    """Means over images; and, where levels are told, the sums of losses and the share of images in each band."""
-    scalars = {"loss": losses.mean(), **{name: values.mean() for name, values in metrics.items()}}
+def means(losses: Float[Array, " b"], metrics: dict[str, Float[Array, " b"]]) -> Metrics:
+    """Means over images. With noise levels, also the share of images and the sum of losses in each band, [bands]."""
+    averaged = {"loss": losses.mean(), **{name: values.mean() for name, values in metrics.items()}}
     if "sigma" in metrics:
         band = jnp.searchsorted(jnp.asarray(_BANDS), metrics["sigma"])
-        for index in range(len(_BANDS) + 1):
-            scalars[f"_share_{index}"] = (band == index).mean(dtype=jnp.float32)
-            scalars[f"_loss_{index}"] = jnp.where(band == index, losses, 0).mean()
-    return scalars
+        in_band = band == jnp.arange(len(_BANDS) + 1)[:, None]
+        averaged[_SHARE] = in_band.mean(1, dtype=jnp.float32)
+        averaged[_SUM] = jnp.where(in_band, losses, 0).mean(1)
+    return averaged
 
 
-def by_band(metrics: Scalars) -> Scalars:
-    """Mean losses by band of levels, instead of sums and shares; NaN where a band had no image."""
-    bands = {
-        f"loss_sigma_{name[-1]}": metrics[f"_loss_{name[-1]}"] / metrics[name] for name in metrics if "_share" in name
-    }
-    return {name: value for name, value in metrics.items() if not name.startswith("_")} | bands
+def mean_by_band(metrics: Metrics) -> Metrics:
+    """Mean losses by noise-level band in place of sums and shares; NaN for a band without images."""
+    rest = {name: value for name, value in metrics.items() if name not in (_SHARE, _SUM)}
+    return rest | ({LOSS_BY_BAND: metrics[_SUM] / metrics[_SHARE]} if _SHARE in metrics else {})
+
+
+def columns(metrics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Metrics [steps] and [steps, bands] as columns [steps]; the number of a band ends a column's name."""
+    bands = metrics.get(LOSS_BY_BAND, np.empty((0, 0)))
+    rest = {name: values for name, values in metrics.items() if name != LOSS_BY_BAND}
+    return rest | {f"{LOSS_BY_BAND}_{index}": values for index, values in enumerate(bands.T)}

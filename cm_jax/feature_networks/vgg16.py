@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cm_jax.errors import InputError
-from cm_jax.networks.convolution import convolve_3x3
+from cm_jax.networks.operations import convolve_3x3
 from cm_jax.types import Images, Params
 
 Pooling = Literal["max", "average"]

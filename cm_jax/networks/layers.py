@@ -14,11 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cm_jax.errors import InputError
-from cm_jax.networks.attention import Implementation, attend
-from cm_jax.networks.convolution import convolve_3x3
 from cm_jax.networks.fir import Filter, fir_downsample, fir_upsample, smoothed
-from cm_jax.networks.norm import group_norm
-from cm_jax.networks.products import multiply
+from cm_jax.networks.operations import Implementation, attend, convolve_3x3, group_norm, multiply
 from cm_jax.types import Keys
 
 Features = Float[Array, "b h w c"]

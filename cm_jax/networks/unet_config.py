@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import flax.linen as nn
 
 from cm_jax.errors import InputError
-from cm_jax.networks.attention import Implementation
 from cm_jax.networks.layers import Modulation, Style
+from cm_jax.networks.operations import Implementation
 from cm_jax.networks.plan import Block, UNetPlan, Unit
 from cm_jax.types import Precision
 

@@ -14,10 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cm_jax import kernels
 from cm_jax.kernels import building
-from cm_jax.networks.attention import attend
-from cm_jax.networks.convolution import convolve_3x3
-from cm_jax.networks.norm import group_norm
-from cm_jax.networks.products import multiply
+from cm_jax.networks.operations import attend, convolve_3x3, group_norm, multiply
 from tests.support import ROOT, SMALL, random_params, relative
 
 needs_a_compiler = pytest.mark.skipif(not kernels.available(), reason="There is no C++ compiler.")

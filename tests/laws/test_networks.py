@@ -9,9 +9,8 @@ import pytest
 
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.networks.attention import attend
-from cm_jax.networks.convolution import convolve_3x3
 from cm_jax.networks.layers import GroupNorm, downsample, upsample
+from cm_jax.networks.operations import attend, convolve_3x3
 from cm_jax.types import leaves
 from tests.support import SMALL, adm_golden, nhwc, random_params, relative
 

@@ -1,0 +1,155 @@
+"""Operations of the networks, each with a C++ kernel for float32 on CPUs and an XLA form for everything else."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from cm_jax import kernels
+
+Implementation = Literal["auto", "plain", "cudnn"]
+"""plain: XLA, or the CPU kernel in attention.cc; supports forward-mode derivatives, which continuous-time objectives
+need. cudnn: NVIDIA's fused kernel, half precision and reverse mode only. auto: cudnn where it can run, else plain."""
+
+Heads = Float[Array, "b s n d"]
+"""Queries, keys or values: batch, position, head, channel."""
+
+PerImage = Float[Array, "b c"]
+
+
+def product_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """HIGHEST for float32, so that GPUs do not use TF32 and TPUs do not use bfloat16; None for other dtypes."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    """x @ matrix in the precision of x."""
+    if x.ndim > 2 and kernels.suits(x, matrix.shape[-1]):
+        return kernels.multiply(x.reshape(-1, x.shape[-1]), matrix).reshape(*x.shape[:-1], -1)
+    return jnp.dot(x, matrix, precision=product_precision(x.dtype))
+
+
+def convolve_3x3(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], *, stride: int = 1, padding: int = 1
+) -> Float[Array, "b h2 w2 o"]:
+    """3x3 convolution with `padding` rows of zeros on every side, in the precision of x.
+
+    Padding follows PyTorch: with stride 2 and even sizes it differs from XLA's "SAME", which pads (0, 1).
+    """
+    if max(x.shape[1:3]) <= 2 and stride == padding == 1:
+        return _tiny_convolution(x, kernel.astype(x.dtype))
+    if stride == padding == 1 and min(x.shape[1:3]) > 2 and kernels.suits(x, kernel.shape[-1]):
+        return kernels.convolve(x, kernel.astype(x.dtype))
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        window_strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=product_precision(x.dtype),
+    )
+
+
+def _tiny_convolution(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
+    """3x3 convolution of images of at most 2x2 pixels, as one matrix product.
+
+    XLA on CPUs is slow for images smaller than the kernel: 240 ms instead of 8 ms in the last stage of LPIPS at 32
+    pixels.
+    """
+    height, width = x.shape[1:3]
+    rows = jnp.stack([kernel[1 - above : 1 - above + height] for above in range(height)])
+    between = jnp.stack([rows[:, :, 1 - left : 1 - left + width] for left in range(width)], axis=1)
+    return jnp.einsum("bhwi,yxhwio->byxo", x, between, precision=product_precision(x.dtype))
+
+
+def group_norm(
+    x: Float[Array, "b h w c"],
+    offset: PerImage | None,
+    gain: PerImage,
+    bias: PerImage,
+    *,
+    groups: int,
+    epsilon: float,
+    silu: bool = False,
+) -> Float[Array, "b h w c"]:
+    """act(gain n + bias), where n is x + offset with mean 0 and variance 1 in every group of channels per image.
+
+    Computed in float32, returned in the precision of x. act is SiLU or the identity. On CPUs it is one C++ kernel.
+    """
+    if kernels.suits(x) and x.shape[-1] % groups == 0:
+        offset = jnp.zeros_like(gain) if offset is None else offset
+        return _fused_norm(x, offset, gain, bias, groups=groups, epsilon=epsilon, silu=silu)
+    return _plain_norm(x, offset, gain, bias, groups=groups, epsilon=epsilon, silu=silu)
+
+
+def _plain_norm(
+    x: Array, offset: Array | None, gain: Array, bias: Array, *, groups: int, epsilon: float, silu: bool
+) -> Array:
+    """Combine means and variances per channel into those per group. Sums of squares would cancel in float32."""
+    moved = x if offset is None else x + offset[:, None, None].astype(x.dtype)
+    pixels = moved.astype(jnp.float32)
+    mean = pixels.mean((1, 2))
+    variance = jnp.square(pixels - mean[:, None, None]).mean((1, 2))
+    group_mean = _group_mean(mean, groups)
+    group_variance = _group_mean(variance + jnp.square(mean - group_mean), groups)
+    factor = gain * jax.lax.rsqrt(group_variance + epsilon)
+    normal = (pixels - group_mean[:, None, None]) * factor[:, None, None] + bias[:, None, None]
+    normal = normal.astype(x.dtype)
+    return jax.nn.silu(normal) if silu else normal
+
+
+_fused_norm = kernels.differentiable("cm_jax_norm", _plain_norm, lambda x, *_, **__: x.shape)
+
+
+def _group_mean(values: PerImage, groups: int) -> PerImage:
+    """Each channel's value replaced by the mean over its group of adjacent channels."""
+    b, c = values.shape
+    means = values.reshape(b, groups, c // groups).mean(-1)
+    return jnp.repeat(means, c // groups, axis=1)
+
+
+def attend(qkv: Float[Array, "b s c3"], heads: int, implementation: Implementation = "auto") -> Float[Array, "b s c"]:
+    """softmax(q k^T / sqrt(d)) v for every head, with a float32 softmax.
+
+    qkv: queries, keys and values as thirds of the channels, each ordered by head. float32 on CPUs uses attention.cc,
+    which keeps the scores in the cache.
+    """
+    pixels, head_dim = qkv.shape[1], qkv.shape[2] // 3 // heads
+    if implementation != "cudnn" and kernels.suits(qkv, head_dim) and kernels.suits(qkv, pixels):
+        return _fused_attention(qkv, heads=heads)
+    query, key, value = _split(qkv, heads)
+    if implementation == "cudnn" or (implementation == "auto" and _cudnn_runs(query)):
+        return _merge(jax.nn.dot_product_attention(query, key, value, implementation="cudnn"))
+    return _plain_attention(qkv, heads=heads)
+
+
+def _plain_attention(qkv: Array, *, heads: int) -> Array:
+    query, key, value = _split(qkv, heads)
+    precision = product_precision(query.dtype)
+    scores = jnp.einsum("bqnd,bknd->bnqk", query, key, precision=precision, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
+    return _merge(jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value, precision=precision))
+
+
+_fused_attention = kernels.differentiable(
+    "cm_jax_attention", _plain_attention, lambda x, *, heads: (*x.shape[:2], x.shape[2] // 3)
+)
+
+
+def _split(qkv: Array, heads: int) -> tuple[Heads, Heads, Heads]:
+    b, s, _ = qkv.shape
+    query, key, value = (part.reshape(b, s, heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+    return query, key, value
+
+
+def _merge(heads: Heads) -> Array:
+    return heads.reshape(*heads.shape[:2], -1)
+
+
+def _cudnn_runs(query: Heads) -> bool:
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    if not (half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128):
+        return False
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()

@@ -13,15 +13,7 @@ from typing import Any
 _ASSETS = importlib.resources.files("cm_jax.assets")
 _URL = "https://openaipublic.blob.core.windows.net/consistency"
 _EMOJI_CLASSES = (
-    "Smileys & Emotion",
-    "People & Body",
-    "Animals & Nature",
-    "Food & Drink",
-    "Travel & Places",
-    "Activities",
-    "Objects",
-    "Symbols",
-    "Flags",
+    "Smileys & Emotion/People & Body/Animals & Nature/Food & Drink/Travel & Places/Activities/Objects/Symbols/Flags"
 )
 
 
@@ -61,7 +53,12 @@ def published() -> dict[str, Published]:
     """OpenAI's twelve PyTorch checkpoints and the bundled one from the same code, by name."""
     imagenet = {"image_size": 64, "parameters": 295_899_267, "class_names": imagenet_classes()}
     lsun: dict[str, Any] = {"image_size": 256, "parameters": 526_304_771}
-    emoji: dict[str, Any] = {"image_size": 16, "parameters": 1_923_907, "head_dim": 32, "class_names": _EMOJI_CLASSES}
+    emoji: dict[str, Any] = {
+        "image_size": 16,
+        "parameters": 1_923_907,
+        "head_dim": 32,
+        "class_names": tuple(_EMOJI_CLASSES.split("/")),
+    }
     known = [
         Published("edm_imagenet64_ema", **imagenet),
         Published("cd_imagenet64_l2", timesteps=(22, 0), **imagenet),

@@ -238,7 +238,7 @@ def _read_legacy(path: Path) -> Any:
         _, version, machine = (RestrictedUnpickler(path, file).load() for _ in range(3))
         if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
             raise InputError(
-                f"Expected a little-endian torch.save file of version 1001 in {path}, got version {version}."
+                f"Expected a little-endian torch.save file of version 1001 in {path}, got version {str(version)[:40]}."
             )
         unpickler = _TensorUnpickler(path, file, read)
         content = unpickler.load()

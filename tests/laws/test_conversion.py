@@ -1,4 +1,4 @@
-"""Conversion is a bijection: every name mapped, used once, there and back bit for bit."""
+"""Conversion is a bijection: every tensor is used once, and a round trip is bitwise identical."""
 
 import dataclasses
 import json
@@ -38,33 +38,33 @@ def test_parameter_counts_of_the_published_networks(name, parameters):
 
 
 @pytest.mark.parametrize(("name", "tensors"), [("imagenet64", 541), ("lsun256", 566)])
-def test_every_tensor_of_the_originals_files_in_order(name, tensors):
+def test_all_tensors_of_openai_files_in_order(name, tensors):
     lines = (KEYS / f"openai_keys_{name}.tsv").read_text().splitlines()
     recorded = {
         key: tuple(json.loads(f"[{shape.strip('(),')}]")) for key, shape in (line.split("\t") for line in lines)
     }
-    ours = shapes_of(OPENAI, PUBLISHED[name])
-    assert len(ours) == tensors
-    assert list(ours.items()) == list(recorded.items())
+    shapes = shapes_of(OPENAI, PUBLISHED[name])
+    assert len(shapes) == tensors
+    assert list(shapes.items()) == list(recorded.items())
 
 
 @pytest.mark.parametrize(("name", "tensors"), [("imagenet64", 629), ("lsun256", 630)])
-def test_every_tensor_of_diffusers_files(name, tensors):
+def test_all_tensors_of_diffusers_files(name, tensors):
     recorded = json.loads((KEYS / f"diffusers_unet_{name}_keys.json").read_text())
-    shapes = next(value for value in recorded.values() if isinstance(value, dict) and "conv_in.weight" in value)
-    ours = shapes_of(DIFFUSERS, PUBLISHED[name])
-    assert len(ours) == tensors
-    assert ours == {key: tuple(shape) for key, shape in shapes.items()}
+    expected = next(value for value in recorded.values() if isinstance(value, dict) and "conv_in.weight" in value)
+    shapes = shapes_of(DIFFUSERS, PUBLISHED[name])
+    assert len(shapes) == tensors
+    assert shapes == {key: tuple(shape) for key, shape in expected.items()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_two_spellings_meet_where_diffusers_own_converter_puts_them(name):
-    """Composed through ours, the rules are the recorded map of diffusers' conversion script."""
+def test_both_formats_agree_with_the_conversion_script_of_diffusers(name):
+    """The composed rules are the recorded map of the conversion script of diffusers."""
     recorded = json.loads((KEYS / f"diffusers_unet_{name}_openai_map.json").read_text())
-    theirs = {rule.path: rule.sources for rule in OPENAI.rules(PUBLISHED[name])}
+    openai = {rule.path: rule.sources for rule in OPENAI.rules(PUBLISHED[name])}
     for rule in DIFFUSERS.rules(PUBLISHED[name]):
         for part, tensor in enumerate(rule.sources):
-            (expected,) = theirs[rule.path]
+            (expected,) = openai[rule.path]
             source = recorded[tensor]["openai"]
             assert source.split("[")[0].split("|")[0] == expected
             if len(rule.sources) == 3:
@@ -72,10 +72,10 @@ def test_the_two_spellings_meet_where_diffusers_own_converter_puts_them(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("spelling", [OPENAI, DIFFUSERS], ids=["openai", "diffusers"])
-def test_published_architectures_are_inferred(name, spelling):
+@pytest.mark.parametrize("format", [OPENAI, DIFFUSERS], ids=["openai", "diffusers"])
+def test_published_architectures_are_inferred(name, format):
     network = PUBLISHED[name]
-    inferred = spelling.infer(shapes_of(spelling, network), "a file", image_size=network.image_size, head_dim=64)
+    inferred = format.infer(shapes_of(format, network), "a file", image_size=network.image_size, head_dim=64)
     assert inferred == network
 
 
@@ -83,7 +83,7 @@ def test_published_architectures_are_inferred(name, spelling):
 def fields(draw):
     channel_mult = draw(st.lists(st.sampled_from([0.5, 1, 1.5, 2, 3]), min_size=1, max_size=4))
     levels = len(channel_mult)
-    return {  # the network itself is made in the test, outside of hypothesis
+    return {  # the network is created in the test, outside of hypothesis
         "image_size": 2 ** (levels + 1),
         "image_channels": draw(st.sampled_from([1, 3])),
         "base_channels": 64,
@@ -99,18 +99,18 @@ def fields(draw):
 
 @settings(max_examples=25, deadline=None)
 @given(fields(), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
-def test_any_network_is_inferred_and_goes_there_and_back_bit_for_bit(chosen, dtype):
+def test_any_network_is_inferred_and_round_trips_bitwise(chosen, dtype):
     network = ADMUNet(**chosen)
     rng = np.random.default_rng(0)
-    for spelling in (OPENAI, DIFFUSERS):
+    for format in (OPENAI, DIFFUSERS):
         arrays = {
             name: rng.integers(-999, 999, shape).astype(np.float32).astype(dtype)
-            for name, shape in shapes_of(spelling, network).items()
+            for name, shape in shapes_of(format, network).items()
         }
         shapes = {name: array.shape for name, array in arrays.items()}
-        inferred = spelling.infer(shapes, "a file", image_size=network.image_size, head_dim=network.head_dim)
+        inferred = format.infer(shapes, "a file", image_size=network.image_size, head_dim=network.head_dim)
         assert inferred == network
-        rules = spelling.rules(network)
+        rules = format.rules(network)
         tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
         back = to_source(rules, from_source(rules, network.shapes(), tensors, source="a file"))
         assert list(back) == list(arrays)
@@ -124,7 +124,7 @@ def test_any_network_is_inferred_and_goes_there_and_back_bit_for_bit(chosen, dty
 @pytest.mark.parametrize(
     "preconditioning", [ConsistencyPreconditioning(), EDMPreconditioning()], ids=["consistency", "edm"]
 )
-def test_files_there_and_back_bit_for_bit(tmp_path, dtype, kind, preconditioning):
+def test_files_round_trip_bitwise(tmp_path, dtype, kind, preconditioning):
     params = {path: np.asarray(leaf).astype(dtype) for path, leaf in leaves(random_params(SMALL))}
     config = ModelConfig(SMALL, preconditioning, num_levels=18)
     destination = tmp_path / ("model.pt" if kind == "openai" else "model")
@@ -149,19 +149,19 @@ def test_files_there_and_back_bit_for_bit(tmp_path, dtype, kind, preconditioning
         ("ct_lsun256", LSUN256, 151),
     ],
 )
-def test_configs_are_those_that_diffusers_writes(folder, network, levels):
+def test_configs_equal_those_written_by_diffusers(folder, network, levels):
     folder = DATA / "diffusers" / "configs" / folder
     recorded = json.loads((folder / "unet" / "config.json").read_text())
-    ours = unet_config(network)
-    # The norm of the middle attention is on by default in additive networks, where diffusers leaves the key unset.
+    config = unet_config(network)
+    # In additive networks, the norm of the middle attention is on by default and the key is unset.
     assert recorded.pop("attn_norm_num_groups", None) in (32, None)
-    assert ours.pop("attn_norm_num_groups") == 32
-    assert ours == recorded
+    assert config.pop("attn_norm_num_groups") == 32
+    assert config == recorded
     recorded = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler_config(ModelConfig(network, ConsistencyPreconditioning(), num_levels=levels)) == recorded
 
 
-def test_all_complaints_come_in_one_message():
+def test_all_errors_are_in_one_message():
     arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes_of(OPENAI, SMALL).items()}
     del arrays["middle_block.0.in_layers.2.weight"], arrays["out.0.bias"]
     arrays["out.0.weight"] = np.zeros(7, np.float32)
@@ -182,18 +182,18 @@ def test_all_complaints_come_in_one_message():
         assert line in message
 
 
-def test_networks_that_diffusers_cannot_express_are_refused():
+def test_networks_that_diffusers_cannot_represent():
     with pytest.raises(InputError, match="ties the embedding"):
         unet_config(dataclasses.replace(SMALL, base_channels=64, channel_mult=(0.5, 1)))
     with pytest.raises(InputError, match="one head_dim"):
         unet_config(dataclasses.replace(SMALL, attention_factors=(1, 2), heads=4, head_dim=None))
 
 
-def test_published_checkpoints_are_recognised_by_name(tmp_path):
+def test_published_checkpoints_are_recognized_by_name(tmp_path):
     assert len(set(published()) - set(BUNDLED)) == 12
     for name, entry in published().items():
-        for spelling in (f"{name}.pt", f"diffusers-{name}", name):
-            assert recognize(tmp_path / spelling) is entry
+        for format in (f"{name}.pt", f"diffusers-{name}", name):
+            assert recognize(tmp_path / format) is entry
     assert recognize(tmp_path / "my_model.pt") is None
     assert published()["ct_cat256"].timesteps == (62, 0)
     assert published()["edm_cat256_ema"].preconditioning == "edm"
@@ -202,15 +202,10 @@ def test_published_checkpoints_are_recognised_by_name(tmp_path):
 def test_class_names_of_imagenet():
     names = imagenet_classes()
     assert len(names) == 1000
-    assert [names[i].split(",")[0] for i in (0, 145, 207, 999)] == [
-        "tench",
-        "king penguin",
-        "golden retriever",
-        "toilet tissue",
-    ]
+    expected = ["tench", "king penguin", "golden retriever", "toilet tissue"]
+    assert [names[i].split(",")[0] for i in (0, 145, 207, 999)] == expected
 
 
-def test_the_top_level_convert_is_only_a_door():
-    """The converter itself lies in the package, where an installed wheel has it."""
+def test_the_top_level_convert_only_calls_the_package():
     code = [path.read_text() for path in (ROOT / "convert").glob("*.py")]
     assert sum(len(text.splitlines()) for text in code) < 15

@@ -1,4 +1,4 @@
-"""Checkpoints of openai/consistency_models_cifar10: every leaf named, used once, and nothing guessed."""
+"""jcm checkpoints: every tensor is used once, and settings that tensors do not determine are requested."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ from cm_jax.types import leaves, nested
 from tests.support import DATA
 
 SMALL = SongUNet(image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1)
-TOLD = CheckpointHints(image_size=8, preconditioning="consistency", num_levels=18)
+HINTS = CheckpointHints(image_size=8, preconditioning="consistency", num_levels=18)
 
 
 def shapes_of(network):
@@ -35,7 +35,7 @@ def shapes_of(network):
 
 
 def state(network, dtype=np.float32, seed=0):
-    """What a run of theirs saves, with other numbers in the online weights and in the optimizer."""
+    """The state that a jcm run saves; online weights and optimizer differ from the EMA weights."""
     rng = np.random.default_rng(seed)
 
     def numbers():
@@ -68,18 +68,18 @@ def saved(path, content):
     ("name", "network", "count", "parameters"),
     [("ve", NCSNPP, 445, 56_395_651), ("vp", DDPMPP, 440, 55_732_739)],
 )
-def test_every_leaf_of_the_originals_trees(name, network, count, parameters):
+def test_all_tensors_of_recorded_trees(name, network, count, parameters):
     recorded = json.loads((DATA / "jcm" / f"tree_{name}.json").read_text())["keys"]
-    ours = shapes_of(network)
-    assert len(ours) == count
-    assert ours == {path: tuple(shape) for path, shape in recorded.items()}
-    assert sum(map(math.prod, ours.values())) == parameters
-    found = jcm.candidates(ours, "a file", image_size=32)
+    shapes = shapes_of(network)
+    assert len(shapes) == count
+    assert shapes == {path: tuple(shape) for path, shape in recorded.items()}
+    assert sum(map(math.prod, shapes.values())) == parameters
+    found = jcm.candidates(shapes, "a file", image_size=32)
     assert network in found
-    told = {(n.attention_factors, n.resampling) for n in found}
+    choices = {(n.attention_factors, n.resampling) for n in found}
     filters = ["fir"] if network.pyramid else ["fir", "plain"]
-    assert told == set(itertools.product([(1,), (2,), (4,)], filters))
-    assert len(found) == len(told)
+    assert choices == set(itertools.product([(1,), (2,), (4,)], filters))
+    assert len(found) == len(choices)
 
 
 @pytest.mark.parametrize(
@@ -94,24 +94,24 @@ def test_every_leaf_of_the_originals_trees(name, network, count, parameters):
         dataclasses.replace(SMALL, channel_mult=(1, 2, 3), attention_factors=(2, 4), image_size=16),
     ],
 )
-def test_networks_are_inferred_and_go_there_and_back_bit_for_bit(network):
-    theirs = dict(leaves(state(network)["params_ema"]))
-    shapes = {name: array.shape for name, array in theirs.items()}
+def test_networks_are_inferred_and_round_trip_bitwise(network):
+    source = dict(leaves(state(network)["params_ema"]))
+    shapes = {name: array.shape for name, array in source.items()}
     found = jcm.candidates(shapes, "a file", image_size=network.image_size)
     assert [n for n in found if n.resampling == network.resampling] == [network]
-    tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in theirs.items()}
+    tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in source.items()}
     rules = jcm.rules(network)
     back = to_source(rules, from_source(rules, network.shapes(), tensors, source="a file"))
-    assert sorted(back) == sorted(theirs)
-    assert all(back[name].tobytes() == array.tobytes() for name, array in theirs.items())
+    assert sorted(back) == sorted(source)
+    assert all(back[name].tobytes() == array.tobytes() for name, array in source.items())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("preconditioning", ["consistency", "edm"])
-def test_a_file_becomes_a_model_and_our_checkpoint(tmp_path, dtype, preconditioning):
+def test_a_file_becomes_a_model_and_a_native_checkpoint(tmp_path, dtype, preconditioning):
     content = state(SMALL, dtype)
     path = saved(tmp_path / "checkpoint_80", content)
-    source = read(path, dataclasses.replace(TOLD, preconditioning=preconditioning))
+    source = read(path, dataclasses.replace(HINTS, preconditioning=preconditioning))
     preconditioning = {"edm": EDMPreconditioning, "consistency": ConsistencyPreconditioning}[preconditioning](
         time_factor=EDM_TIME
     )
@@ -120,15 +120,15 @@ def test_a_file_becomes_a_model_and_our_checkpoint(tmp_path, dtype, precondition
     for name, array in leaves(content["params_ema"]):
         assert back[name].dtype == array.dtype
         assert back[name].tobytes() == array.tobytes()
-    write(tmp_path / "ours", "native", source.config, source.params)
-    again = read(tmp_path / "ours")
+    write(tmp_path / "native", "native", source.config, source.params)
+    again = read(tmp_path / "native")
     assert again.config == source.config
     assert {n: a.tobytes() for n, a in leaves(again.params)} == {n: a.tobytes() for n, a in leaves(source.params)}
     with pytest.raises(InputError, match="this is a SongUNet"):
         write(tmp_path / "model.pt", "openai", source.config, source.params)
 
 
-def test_published_files_need_no_flags(tmp_path):
+def test_published_files_need_no_hints(tmp_path):
     assert len(published_cifar10()) == 10
     network = dataclasses.replace(SMALL, image_size=32, channel_mult=(1, 1, 1))
     content = state(network)
@@ -139,7 +139,7 @@ def test_published_files_need_no_flags(tmp_path):
         assert config.tuned_timesteps == ((11, 0),)
         assert (config.schedule, config.num_levels) == (KarrasSchedule(), 18)
     model = cm_jax.load(path)
-    assert model.plan(steps=2).levels[1] == pytest.approx(0.5853481)  # the notebook's indices 0, 11, 17
+    assert model.plan(steps=2).levels[1] == pytest.approx(0.5853481)  # indices 0, 11, 17 of OpenAI's notebook
     teacher = read(saved(tmp_path / "edm_cifar10_ema", content)).config
     assert teacher.preconditioning == EDMPreconditioning(time_factor=EDM_TIME)
     assert read(saved(tmp_path / "ct-lpips", content)).config.num_levels == 151
@@ -148,7 +148,7 @@ def test_published_files_need_no_flags(tmp_path):
         resolve("cd-l1")
 
 
-def test_what_tensors_cannot_tell_is_asked_for_all_at_once(tmp_path):
+def test_missing_settings_are_requested_together(tmp_path):
     network = dataclasses.replace(SMALL, channel_mult=(1, 1), pyramid=False, resampling="plain")
     path = saved(tmp_path / "checkpoint_7", state(network))
     with pytest.raises(InputError) as caught:
@@ -162,18 +162,18 @@ def test_what_tensors_cannot_tell_is_asked_for_all_at_once(tmp_path):
     ):
         assert question in str(caught.value)
     with pytest.raises(InputError, match="--attention-factors 1 or 2"):
-        read(path, dataclasses.replace(TOLD, resampling="plain"))
-    told = dataclasses.replace(TOLD, resampling="plain", attention_factors=(2,))
-    assert read(path, told).config.network == network
+        read(path, dataclasses.replace(HINTS, resampling="plain"))
+    hints = dataclasses.replace(HINTS, resampling="plain", attention_factors=(2,))
+    assert read(path, hints).config.network == network
     with pytest.raises(InputError, match=r"Expected attention_factors 1 or 2, .*; got \(4,\)"):
-        read(path, dataclasses.replace(told, attention_factors=(4,)))
+        read(path, dataclasses.replace(hints, attention_factors=(4,)))
     with pytest.raises(InputError, match="one head"):
-        read(path, dataclasses.replace(told, head_dim=64))
+        read(path, dataclasses.replace(hints, head_dim=64))
     with pytest.raises(InputError, match="leave out --attention-factors"):
-        read(resolve("emoji16_cd"), told)
+        read(resolve("emoji16_cd"), hints)
 
 
-def test_all_complaints_come_in_one_message(tmp_path):
+def test_all_errors_are_in_one_message(tmp_path):
     content = state(SMALL)
     tree = content["params_ema"]
     del tree["ResnetBlockBigGANpp_3"]["Conv_1"]["bias"], tree["AttnBlockpp_0"]["NIN_1"]
@@ -181,7 +181,7 @@ def test_all_complaints_come_in_one_message(tmp_path):
     tree["Dense_1"]["bias"] = np.zeros(32, np.int32)
     tree["Dense_7"] = {"bias": np.zeros(3, np.float32)}
     with pytest.raises(InputError) as caught:
-        read(saved(tmp_path / "checkpoint_1", content), TOLD)
+        read(saved(tmp_path / "checkpoint_1", content), HINTS)
     for line in (
         "missing: ResnetBlockBigGANpp_3/Conv_1/bias [16]",
         "missing: AttnBlockpp_0/NIN_1/W [16, 16]",
@@ -205,9 +205,9 @@ def test_all_complaints_come_in_one_message(tmp_path):
         (lambda raw: b"\x80\x02" + raw, "torch.save"),
     ],
 )
-def test_damaged_and_foreign_files_are_refused(tmp_path, damage, message):
+def test_damaged_and_other_files_are_refused(tmp_path, damage, message):
     raw = flax.serialization.msgpack_serialize(state(SMALL))
     path = tmp_path / "checkpoint_1"
     path.write_bytes(damage(raw))
     with pytest.raises(InputError, match=message):
-        read(path, TOLD)
+        read(path, HINTS)

@@ -1,4 +1,4 @@
-"""The wheel carries the package, all of it and nothing else. What it does once installed: tools/check_wheel.sh."""
+"""The wheel contains exactly the package. tools/check_wheel.sh tests the installed wheel."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ INFO = f"cm_jax-{__version__}.dist-info"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """{place in the wheel: its content}, and the paths in the source distribution."""
+    """{path in the wheel: content}, and the paths in the source distribution."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -27,7 +27,7 @@ def built(tmp_path_factory):
         return content, {name.partition("/")[2] for name in source.getnames()}
 
 
-def test_the_wheel_is_the_package(built):
+def test_the_wheel_contains_the_package(built):
     files = {
         str(path.relative_to(ROOT)): path.read_bytes()
         for path in (ROOT / "cm_jax").rglob("*")
@@ -38,13 +38,13 @@ def test_the_wheel_is_the_package(built):
     assert {*bundled, "cm_jax/conversion/rules.py"} <= set(files)
 
 
-def test_licences_and_the_command_are_inside(built):
+def test_the_wheel_contains_licenses_and_the_command(built):
     for name in ("LICENSE", "NOTICE.md"):
         assert built[0][f"{INFO}/licenses/{name}"] == (ROOT / name).read_bytes()
     assert b"cm-jax = cm_jax.cli:main" in built[0][f"{INFO}/entry_points.txt"]
 
 
-def test_nothing_that_only_checks_is_required(built):
+def test_optional_packages_are_not_required(built):
     lines = built[0][f"{INFO}/METADATA"].decode().splitlines()
     required = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist")]
     alone = {line.partition(">")[0] for line in required if "extra ==" not in line}
@@ -52,7 +52,7 @@ def test_nothing_that_only_checks_is_required(built):
     assert not alone & {"torch", "tensorflow", "tensorflow-datasets", "diffusers", "scipy", "gradio", "matplotlib"}
 
 
-def test_the_source_can_be_tested(built):
+def test_the_source_distribution_contains_tests(built):
     wanted = {"README.md", "NOTICE.md", "Makefile", "constraints.txt", "sample.py", "convert/__main__.py"}
     wanted |= {"tests/laws/test_package.py", "tests/data/jcm/golden.npz", "docs/papers.md", "tools/check_wheel.sh"}
     assert wanted <= built[1]

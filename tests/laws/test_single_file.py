@@ -1,4 +1,4 @@
-"""A model in one safetensors file: nothing is lost there and back, and nothing damaged is read."""
+"""Models in one safetensors file: bitwise round trip, and damaged files are refused."""
 
 import dataclasses
 import json
@@ -45,32 +45,32 @@ def parts(path):
         return safetensors.numpy.load_file(path), archive.metadata()
 
 
-def test_there_and_back_bit_for_bit(file):
+def test_round_trip_is_bitwise(file):
     source = conversion.read(file)
     assert source.config == CONFIG
     before, after = dict(leaves(random_params(NETWORK))), dict(leaves(source.params))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) and after[name].dtype == np.float32 for name in before)
-    assert set(parts(file)[0]) == set(before), "others find the leaves by their paths"
+    assert set(parts(file)[0]) == set(before), "tensors are named by their paths"
 
 
-def test_others_may_read_it_as_any_new_file(file, tmp_path):
+def test_permissions_are_those_of_any_new_file(file, tmp_path):
     (tmp_path / "any").touch()
     assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
-def test_half_precision_is_rounded_once_and_drawn_from_in_float32(tmp_path, capsys):
+def test_float16_files_are_loaded_in_float32(tmp_path, capsys):
     succeeded(capsys, main_convert, EMOJI, tmp_path / "folder")
     said = succeeded(capsys, main_convert, tmp_path / "folder", tmp_path / "half.safetensors", "--half")
     assert "cm-jax sample" in said
     half, whole = load(tmp_path / "half.safetensors"), load(EMOJI)
-    assert half.config == whole.config, "levels and class names came along"
-    for (name, ours), (_, theirs) in zip(sorted(leaves(half.params)), sorted(leaves(whole.params)), strict=True):
-        assert ours.dtype == np.float32, name
-        np.testing.assert_array_equal(ours, np.float32(np.float16(theirs)))
+    assert half.config == whole.config, "levels and class names are kept"
+    for (name, loaded), (_, original) in zip(sorted(leaves(half.params)), sorted(leaves(whole.params)), strict=True):
+        assert loaded.dtype == np.float32, name
+        np.testing.assert_array_equal(loaded, np.float32(np.float16(original)))
 
 
-def test_what_float16_cannot_hold_is_refused(file, tmp_path, capsys):
+def test_values_outside_float16_are_refused(file, tmp_path, capsys):
     params = random_params(NETWORK)
     params["stem"]["bias"] = np.full_like(params["stem"]["bias"], 1e5)
     conversion.write(file, "native", CONFIG, params)
@@ -79,8 +79,8 @@ def test_what_float16_cannot_hold_is_refused(file, tmp_path, capsys):
     assert not (tmp_path / "half.safetensors").exists()
 
 
-def test_every_flipped_byte_and_every_cut_is_noticed(file):
-    """Places all over the file: header, metadata, numbers."""
+def test_flipped_bits_and_truncation_are_detected(file):
+    """In the header, the metadata and the data."""
     whole = file.read_bytes()
     dice = np.random.default_rng(0)
     for place in dice.integers(len(whole), size=30):
@@ -91,7 +91,7 @@ def test_every_flipped_byte_and_every_cut_is_noticed(file):
             source = conversion.read(file)
         except InputError:
             continue
-        assert source.config == CONFIG, "the header has spaces and escapes that may change without another meaning"
+        assert source.config == CONFIG, "spaces and escapes in the header may change without effect"
         assert all(
             np.array_equal(*pair) for pair in zip(*map(_numbers, (source.params, random_params(NETWORK))), strict=True)
         )
@@ -119,7 +119,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(file):
         conversion.read(file)
 
 
-def test_a_file_in_the_way_is_replaced_a_folder_is_not(file, tmp_path, capsys):
+def test_an_existing_file_is_replaced_and_a_folder_is_not(file, tmp_path, capsys):
     succeeded(capsys, main_convert, EMOJI, file)
     assert load(file).config == load(EMOJI).config
     (tmp_path / "folder.safetensors").mkdir()

@@ -1,4 +1,4 @@
-"""Our checkpoints: other precisions, other devices, damage."""
+"""Native checkpoints: precisions, devices, damage."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def saved(tmp_path):
     return tmp_path / "model", params
 
 
-def test_config_and_parameters_come_back(saved):
+def test_config_and_parameters_round_trip(saved):
     path, params = saved
     config, restored = native.restore(path)
     assert config == CONFIG
@@ -38,7 +38,7 @@ def test_config_and_parameters_come_back(saved):
     assert json.loads((path / "config.json").read_text())["format"] == 1
 
 
-def test_restored_in_another_precision_on_other_devices(saved):
+def test_restore_in_another_precision_on_other_devices(saved):
     path, params = saved
     devices = NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
     _, restored = native.restore(path, dtype=jnp.bfloat16, sharding=devices)
@@ -57,10 +57,10 @@ def test_a_model_is_saved_and_loaded(saved, tmp_path):
     assert again.plan(steps=2).levels == model.plan(timesteps=(8, 0)).levels
 
 
-def test_half_precision_model_draws_nearly_the_same_images(saved):
+def test_images_of_a_bfloat16_model_are_close(saved):
     path, _ = saved
-    drawn = [cm_jax.load(path, precision=name).sample(0, 2) for name in ("float32", "bfloat16")]
-    assert 0 < np.abs(drawn[0] - drawn[1]).max() < 0.1
+    images = [cm_jax.load(path, precision=name).sample(0, 2) for name in ("float32", "bfloat16")]
+    assert 0 < np.abs(images[0] - images[1]).max() < 0.1
 
 
 def test_a_folder_with_files_in_it_is_not_overwritten(saved):
@@ -69,8 +69,8 @@ def test_a_folder_with_files_in_it_is_not_overwritten(saved):
         native.save(path, CONFIG, params)
 
 
-def test_nothing_is_left_behind_when_writing_fails(tmp_path):
-    with pytest.raises(Exception):  # noqa: B017  whatever Orbax raises for such a leaf
+def test_failed_writing_leaves_no_files(tmp_path):
+    with pytest.raises(Exception):  # noqa: B017  the kind is that of Orbax
         native.save(tmp_path / "model", CONFIG, {"leaf": object()})
     assert not list(tmp_path.iterdir())
 
@@ -106,21 +106,21 @@ def damage_config(path, edit):
         (lambda fields: fields.update(class_names=["a"]), "1 class names for 10 classes"),
     ],
 )
-def test_a_config_that_contradicts_the_arrays_or_itself(saved, edit, message):
+def test_configs_that_contradict_the_parameters_or_themselves(saved, edit, message):
     path, _ = saved
     damage_config(path, edit)
     with pytest.raises(InputError, match=message):
         cm_jax.load(path)
 
 
-def test_a_config_that_is_no_json(saved):
+def test_a_config_that_is_not_json(saved):
     path, _ = saved
     (path / "config.json").write_bytes(b"\xff{")
     with pytest.raises(InputError, match="not the config"):
         cm_jax.load(path)
 
 
-def test_lost_and_truncated_arrays(saved):
+def test_missing_and_truncated_arrays(saved):
     path, _ = saved
     largest = max(
         (file for file in (path / "params").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size

@@ -1,4 +1,4 @@
-"""Hostile input: a small share of what `python -m tools.fuzz` tries, and one case for every fault that it found."""
+"""Hostile input: a few cases of `python -m tools.fuzz`, and one case for each fault that it found."""
 
 import io
 import json
@@ -75,8 +75,7 @@ def test_command_lines_run_or_are_refused(place, command, rng):
         (lambda: failing(SystemExit(1)), "exit status 1"),
     ],
 )
-def test_what_a_fault_is(tmp_path, use, why):
-    """The watcher sees each kind of fault: without it, none found would mean nothing."""
+def test_each_kind_of_fault_is_detected(tmp_path, use, why):
     (tmp_path / "there").write_text("")
     with working_directory(tmp_path):
         found = observe(use, tmp_path, lambda name, outcome: False)
@@ -94,8 +93,7 @@ def array_file(descr="'|u1'", shape="(2,)", content=b"\0\0"):
 
 
 def npz(path, content, patch=None):
-    """An .npz file with this content of images, its statistics and its names; `patch`: (place, byte) in each entry's
-    description."""
+    """An .npz file whose entries all have this content; `patch`: (offset, byte) in the directory record of each."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name in ("images", "class_names", "mu", "sigma"):
@@ -123,7 +121,7 @@ def npz(path, content, patch=None):
     ],
     ids=["header", "bytes", "letters", "objects", "petabytes", "method", "password", "patched", "version"],
 )
-def test_npz_files_of_every_damage_are_refused(tmp_path, content, patch, message):
+def test_damaged_npz_files_are_refused(tmp_path, content, patch, message):
     path = npz(tmp_path / "x.npz", content, patch)
     with pytest.raises(InputError, match=message):
         NpzData(str(path)).open(8)
@@ -135,7 +133,7 @@ def test_npz_files_of_every_damage_are_refused(tmp_path, content, patch, message
     ("patch", "message"),
     [((8, 32), "compressed patched data"), ((8, 1), "encrypted"), ((10, 77), "compression method")],
 )
-def test_storages_that_cannot_be_unpacked_are_refused(good, tmp_path, patch, message):
+def test_damaged_storages_are_refused(good, tmp_path, patch, message):
     written = bytearray((good / "openai.pt").read_bytes())
     entry = written.rfind(b"PK\x01\x02", 0, written.rfind(b"/data/"))
     written[entry + patch[0]] = patch[1]
@@ -144,18 +142,18 @@ def test_storages_that_cannot_be_unpacked_are_refused(good, tmp_path, patch, mes
         read(tmp_path / "model.pt", readers.HINTS)
 
 
-def test_a_small_file_does_not_unpack_to_a_large_one(tmp_path):
+def test_zip_bombs_are_refused(tmp_path):
     (tmp_path / "model.pt").write_bytes(payloads.bomb("archive", 2**25))
     with pytest.raises(InputError, match="unpacks to 134,2"):
         read(tmp_path / "model.pt")
 
 
-def test_a_file_that_cannot_be_read_is_refused(capsys):
+def test_unreadable_files_are_refused(capsys):
     assert "cannot be read: Input/output error" in failed(capsys, cli.main_sample, "/proc/self/mem")
 
 
-def test_a_damaged_checkpoint_is_one_line(good, tmp_path):
-    """Threads of Orbax's store go on after the first failure, and used to print a traceback each."""
+def test_the_error_of_a_damaged_checkpoint_is_one_line(good, tmp_path):
+    """Threads of the Orbax store continue after the first failure, and must not print tracebacks."""
     shutil.copytree(good / "native", tmp_path / "native")
     for file in (tmp_path / "native" / "params").glob("d/*"):
         file.write_bytes(file.read_bytes()[:-20])
@@ -165,11 +163,8 @@ def test_a_damaged_checkpoint_is_one_line(good, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_flipped_bit_in_our_checkpoint_is_noticed_or_changes_no_weight(tmp_path):
-    """Orbax's store has checksums of its tables alone, and gave 80 of 80 such weights out.
-
-    Where its files lie depends on its threads, and now and then a bit is one that no weight depends on.
-    """
+def test_a_flipped_bit_in_a_native_checkpoint_is_detected_or_has_no_effect(tmp_path):
+    """The Orbax store itself has no checksums of array data. Some bits of its files have no effect on any array."""
     source, rng = read(EMOJI), random.Random(0)
     native.save(tmp_path / "native", source.config, source.params)
     largest = max((tmp_path / "native" / "params").rglob("*"), key=lambda path: path.stat().st_size)
@@ -191,7 +186,7 @@ def test_a_flipped_bit_in_our_checkpoint_is_noticed_or_changes_no_weight(tmp_pat
     assert native.restore(tmp_path / "native")[0] == source.config
 
 
-def test_a_message_does_not_repeat_a_whole_file(tmp_path):
+def test_messages_do_not_contain_whole_files(tmp_path):
     array = msgpack.packb(((100_000,), "float32", bytes(400_000))) + b"more"
     (tmp_path / "jcm").write_bytes(msgpack.packb({"params_ema": {"a": msgpack.ExtType(1, array)}}))
     with pytest.raises(InputError, match="not a complete Flax checkpoint") as refused:
@@ -199,7 +194,7 @@ def test_a_message_does_not_repeat_a_whole_file(tmp_path):
     assert len(str(refused.value)) < 1000
 
 
-def test_keys_of_another_size_are_damage(good, tmp_path):
+def test_keys_of_another_shape_are_refused(good, tmp_path):
     content = (good / "run" / "checkpoints" / "00000005" / "state" / "state.npz").read_bytes()
     with zipfile.ZipFile(io.BytesIO(content)) as there, zipfile.ZipFile(tmp_path / "state.npz", "w") as here:
         for name in there.namelist():
@@ -208,7 +203,7 @@ def test_keys_of_another_size_are_damage(good, tmp_path):
         state_io.read(tmp_path / "state.npz", seeds.STATE)
 
 
-def test_a_run_whose_config_is_no_text(tmp_path):
+def test_a_run_config_that_is_not_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(InputError, match="is not the config of a run"):
         loop._agree(tmp_path, PRESETS["emoji32-edm"]())
@@ -246,14 +241,14 @@ def test_names_that_cannot_be_paths(capsys, tmp_path, line):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_link_to_itself_is_no_destination(capsys, tmp_path):
+def test_a_link_to_itself_as_destination(capsys, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for line in ("convert emoji16_cd loop", "sample --output loop"):
         with working_directory(tmp_path):
             assert "Too many levels" in failed(capsys, cli.main, *line.split())
 
 
-def test_names_in_files_do_not_command_the_terminal(good, tmp_path, capsys):
+def test_control_characters_of_files_are_escaped(good, tmp_path, capsys):
     shutil.copytree(good / "native", tmp_path / "native")
     config = json.loads((tmp_path / "native" / "config.json").read_text())
     (tmp_path / "native" / "config.json").write_text(json.dumps({**config, "\x1b[2J": 1}))
@@ -262,12 +257,12 @@ def test_names_in_files_do_not_command_the_terminal(good, tmp_path, capsys):
     assert r"\x1b[2J" in said
 
 
-def test_a_message_does_not_repeat_a_whole_command_line(capsys):
+def test_messages_do_not_contain_whole_command_lines(capsys):
     assert len(failed(capsys, cli.main_sample, "--batch-size", "1" + ",1" * 20_000)) < 3000
 
 
 @pytest.mark.parametrize("content", payloads.pickles()[:12], ids=range(12))
-def test_pickles_by_hand_are_refused(good, tmp_path, content):
+def test_malicious_pickles_are_refused(good, tmp_path, content):
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
         archive.writestr("archive/data.pkl", content)
     with working_directory(tmp_path), pytest.raises(InputError):

@@ -56,13 +56,10 @@ class Model:
       images: NHWC, clean images in [-1, 1].
       labels: class numbers or names, one for all images or one per image; None for an unconditional model.
       batch_size: images computed at once over all local devices. It does not change the results.
-      **levels: noise levels, as one of
-        steps=2: number of sampling steps, at the tuned timesteps of the checkpoint where it has some for this number;
-        timesteps=(22, 0): schedule indices in diffusers' notation, from the lowest noise level to the highest;
-        indices=(0, 22, 39): schedule indices in OpenAI's notation, from the highest level, with the final one;
-        sigmas=(80.0, 1.38): descending standard deviations.
+      **levels: noise levels, as steps=2, timesteps=(22, 0), indices=(0, 22, 39) or sigmas=(80.0, 1.38); see
+        cm_jax.samplers.levels.NoiseLevelArgs.
 
-    All methods raise InputError for arguments outside these ranges.
+    All methods raise InputError for invalid arguments.
     """
 
     config: ModelConfig
@@ -150,7 +147,7 @@ class Model:
         count = check_int("variants", variants, 1, 10**6)
         if not _given(levels):
             sigmas = operator.default_sigmas(self.config.network.image_shape[0])
-            levels = {"steps": EDIT_STEPS} if sigmas is None else {"sigmas": sigmas}
+            levels = NoiseLevelArgs(steps=EDIT_STEPS) if sigmas is None else NoiseLevelArgs(sigmas=sigmas)
         keys = variant_keys(_as_key(key), len(images), count)
         return self._edit(self.plan(**levels), operator, keys, images, labels, batch_size)
 
@@ -211,11 +208,9 @@ class Model:
         consistency = self.config.distilled
         sampler = _sampler(sampler or ("consistency" if consistency else "heun"))
         if not _given(levels):
-            levels = {"steps": 1 if consistency else TEACHER_STEPS}
-        chosen = choose_levels(
-            sampler, self.config.schedule, self.config.num_levels, tuned=self.config.tuned_timesteps, **levels
-        )
-        return SamplingPlan(sampler, chosen)
+            levels = NoiseLevelArgs(steps=1 if consistency else TEACHER_STEPS)
+        schedule, num_levels, tuned = self.config.schedule, self.config.num_levels, self.config.tuned_timesteps
+        return SamplingPlan(sampler, choose_levels(sampler, schedule, num_levels, tuned=tuned, **levels))
 
     def sample_labels(self, key: Seed, count: int) -> Int[np.ndarray, " n"] | None:
         """The class numbers that `sample` uses for this key by default; None for an unconditional model."""

@@ -86,7 +86,7 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
     ]
     if complaints:
         raise InputError(
-            f"Expected the tensors of one network in {source}, but {len(complaints)} of {len(expected)} disagree:\n"
+            f"{source} does not hold the tensors of one network: {len(complaints)} of {len(expected)} disagree.\n"
             f"  {indented_list(complaints)}\nCheck that the file is complete and belongs to its config."
         )
 

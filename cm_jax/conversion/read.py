@@ -184,7 +184,7 @@ def _config(
     tuned = known.timesteps if known and known.num_levels == num_levels and consistency else ()
     return ModelConfig(
         network=network,
-        preconditioning=(ConsistencyPreconditioning(**shared) if consistency else EDMPreconditioning(**shared)),
+        preconditioning=ConsistencyPreconditioning(**shared) if consistency else EDMPreconditioning(**shared),
         schedule=schedule,
         num_levels=num_levels,
         class_names=known.class_names if known and len(known.class_names) == network.classes else (),

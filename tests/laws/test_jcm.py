@@ -124,7 +124,7 @@ def test_a_file_becomes_a_model_and_a_native_checkpoint(tmp_path, dtype, precond
     again = read(tmp_path / "native")
     assert again.config == source.config
     assert {n: a.tobytes() for n, a in leaves(again.params)} == {n: a.tobytes() for n, a in leaves(source.params)}
-    with pytest.raises(InputError, match="this is a SongUNet"):
+    with pytest.raises(InputError, match="got a SongUNet"):
         write(tmp_path / "model.pt", "openai", source.config, source.params)
 
 

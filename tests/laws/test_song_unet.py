@@ -1,4 +1,4 @@
-"""NCSN++ and DDPM++: sizes, derivatives, dropout, filters, initial values, and what cannot be built."""
+"""NCSN++ and DDPM++: parameter counts, derivatives, dropout, filters, initial values and validation."""
 
 import dataclasses
 
@@ -42,14 +42,14 @@ def predict(network, params, keys=None):
     [
         (NCSNPP, 56_395_651, 421),
         (DDPMPP, 55_732_739, 416),
-        # iCT-deep: 12 blocks more going down (256 to 256 channels), 12 going up (512 to 256), 4 of attention
+        # iCT-deep: 12 more blocks going down (256 to 256 channels), 12 going up (512 to 256), 4 with attention
         (
             dataclasses.replace(NCSNPP, blocks_per_level=8),
             56_395_651 + 12 * 1_312_512 + 12 * 2_034_176 + 4 * 263_680,
             421 + 12 * 10 + 12 * 12 + 4 * 6,
         ),
         (dataclasses.replace(DDPMPP, classes=10), 55_732_739 + 10 * 128, 417),
-        # every residual block's embedding layer is twice as wide: 33 of [512, 256] and their biases
+        # the embedding layers of the 33 residual blocks are twice as wide: [512, 256] more, with biases
         (dataclasses.replace(DDPMPP, modulation="normalized"), 55_732_739 + 33 * 513 * 256, 416),
     ],
 )
@@ -60,7 +60,7 @@ def test_parameter_counts(network, parameters, tensors):
 
 
 @pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
-def test_it_is_a_network_and_the_identity_at_sigma_min(network):
+def test_consistency_function_is_identity_at_sigma_min(network):
     assert isinstance(network, Network)
     assert hash(dataclasses.replace(network, channel_mult=(1.0, 2.0))) == hash(network)
     function = ConsistencyFunction(network, ConsistencyPreconditioning(time_factor=EDM_TIME))
@@ -69,7 +69,7 @@ def test_it_is_a_network_and_the_identity_at_sigma_min(network):
 
 
 @pytest.mark.parametrize("network", VARIANTS.values(), ids=VARIANTS)
-def test_forward_and_reverse_derivatives_agree_in_pixels_and_in_time(network):
+def test_forward_and_reverse_derivatives_agree_for_images_and_noise_conditioning(network):
     params = random_params(network)
 
     def energy(x, time):
@@ -81,13 +81,13 @@ def test_forward_and_reverse_derivatives_agree_in_pixels_and_in_time(network):
     def both(x, time):
         return jax.jvp(energy, (x, time), direction)[1], jax.grad(energy, argnums=(0, 1))(x, time)
 
-    forward, slopes = both(X, TIME)
-    assert jnp.abs(slopes[1]).min() > 1e-3
-    reverse = sum(jnp.vdot(slope, v) for slope, v in zip(slopes, direction, strict=True))
+    forward, gradients = both(X, TIME)
+    assert jnp.abs(gradients[1]).min() > 1e-3
+    reverse = sum(jnp.vdot(gradient, v) for gradient, v in zip(gradients, direction, strict=True))
     assert forward == pytest.approx(float(reverse), rel=1e-4)
 
 
-def test_rematerialisation_changes_neither_names_nor_numbers():
+def test_rematerialization_changes_neither_parameter_names_nor_values():
     remat = dataclasses.replace(SMALL, rematerialize=True)
     params = random_params(SMALL)
     assert jax.tree.structure(remat.shapes()) == jax.tree.structure(SMALL.shapes())
@@ -95,14 +95,15 @@ def test_rematerialisation_changes_neither_names_nor_numbers():
     def loss(some, network):
         return jnp.mean(network.predict(params | some, X, TIME) ** 2)
 
-    some = {name: params[name] for name in ("embedding", "stem", "down_0_1")}  # through every block
+    # the gradients of these pass through every block
+    some = {name: params[name] for name in ("embedding", "stem", "down_0_1")}
     plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(some, net) for net in (SMALL, remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
-    assert not plain[1]["embedding"]["frequencies"].any()  # they are parameters that no gradient reaches
+    assert not plain[1]["embedding"]["frequencies"].any()  # fixed parameters have zero gradients
     assert plain[1]["down_0_1"]["pyramid"]["kernel"].any()
 
 
-def test_dropout_is_off_without_keys_and_belongs_to_the_image():
+def test_dropout_needs_keys_and_is_independent_for_each_image():
     network, params = dataclasses.replace(SMALL, dropout=0.3), random_params(SMALL)
     clean = predict(SMALL, params)
     np.testing.assert_array_equal(predict(network, params), clean)
@@ -110,11 +111,11 @@ def test_dropout_is_off_without_keys_and_belongs_to_the_image():
     run = jax.jit(network.predict)
     dropped = run(params, X, TIME, None, keys)
     assert not np.allclose(dropped, clean, atol=1e-3)
-    beside_another = run(params, jnp.stack([X[1], -X[0]]), TIME[::-1], None, keys[::-1])
-    np.testing.assert_allclose(beside_another[0], dropped[1], atol=1e-5)
+    other_batch = run(params, jnp.stack([X[1], -X[0]]), TIME[::-1], None, keys[::-1])
+    np.testing.assert_allclose(other_batch[0], dropped[1], atol=1e-5)
 
 
-def test_labels_and_level_matter():
+def test_output_depends_on_labels_and_noise_conditioning():
     network, params = VARIANTS["normalized"], random_params(VARIANTS["normalized"])
     run = jax.jit(network.predict)
     first = run(params, X, TIME, LABELS)
@@ -124,8 +125,8 @@ def test_labels_and_level_matter():
         network.predict(params, X, TIME)
 
 
-def test_normalised_modulation_does_not_see_the_size_of_its_embedding_layer():
-    """pnorm(a v) = pnorm(v): scaling the layer that makes scale and shift leaves the network as it is."""
+def test_normalized_modulation_is_invariant_to_the_scale_of_its_embedding_layer():
+    """pnorm(a v) = pnorm(v): scaling the layer that computes scale and shift does not change the output."""
     network, params = VARIANTS["normalized"], random_params(VARIANTS["normalized"])
 
     def tenfold(path, leaf):
@@ -140,27 +141,27 @@ def test_normalised_modulation_does_not_see_the_size_of_its_embedding_layer():
     np.testing.assert_allclose(jnp.square(pixel_norm(values)).mean(1), 1, rtol=1e-5)
 
 
-def test_filters_are_each_others_transpose_and_keep_constants():
+def test_fir_filters_are_transposes_and_preserve_constants():
     x, y = jax.random.normal(jax.random.key(0), (1, 8, 6, 2)), jax.random.normal(jax.random.key(1), (1, 4, 3, 2))
-    # <down(x), y> = <x, up(y)> / 4: the same taps, which sum to one going down and to four going up
+    # <down(x), y> = <x, up(y)> / 4: the same taps, with sum 1 for downsampling and 4 for upsampling
     assert jnp.vdot(fir_downsample(x), y) == pytest.approx(float(jnp.vdot(x, fir_upsample(y))) / 4, rel=1e-4)
     ones = jnp.ones((1, 8, 8, 1))
     np.testing.assert_allclose(fir_downsample(ones)[0, 1:-1, 1:-1], 1)
     np.testing.assert_allclose(fir_upsample(ones)[0, 1:-1, 1:-1], 1)
-    assert fir_upsample(ones)[0, 0, 0, 0] == 0.75**2  # zeros lie outside
-    # a checkerboard, which a mean of two by two removes too, and a wave of period four, which it does not
+    assert fir_upsample(ones)[0, 0, 0, 0] == 0.75**2  # zero padding
+    # a wave of period 4, which a mean of 2 x 2 pixels does not remove
     wave = jnp.broadcast_to(jnp.tile(jnp.array([1.0, 1, -1, -1]), 4)[None, None, :, None], (1, 16, 16, 1))
     assert jnp.abs(fir_downsample(wave)[0, 2:-2, 2:-2]).max() == pytest.approx(0.5)
     np.testing.assert_allclose(smoothed(ones, "plain")[0, 1:-1, 1:-1], 1)
 
 
-def test_positional_waves():
-    waves = positional(jnp.array([0.5]), 8)
+def test_positional_embedding_frequencies():
+    embedding = positional(jnp.array([0.5]), 8)
     frequencies = np.array([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4])
-    np.testing.assert_allclose(waves[0], [*np.sin(0.5 * frequencies), *np.cos(0.5 * frequencies)], rtol=1e-5)
+    np.testing.assert_allclose(embedding[0], [*np.sin(0.5 * frequencies), *np.cos(0.5 * frequencies)], rtol=1e-5)
 
 
-def test_initial_values_follow_the_originals_laws():
+def test_initial_values_have_the_variances_of_ncsnpp():
     network = dataclasses.replace(SMALL, base_channels=64, classes=50)
     params = network.initialize(jax.random.key(0))
     block, attention = params["down_1_0"]["residual"], params["down_1_0"]["attention"]
@@ -182,7 +183,7 @@ def test_initial_values_follow_the_originals_laws():
     assert all(leaf.dtype == jnp.float32 for _, leaf in leaves(params))
 
 
-def test_half_precision_stays_near_float32():
+def test_bfloat16_is_near_float32():
     params = random_params(SMALL)
     half = SMALL.at_precision("bfloat16")
     prepared = half.prepare(params)
@@ -206,6 +207,6 @@ def test_half_precision_stays_near_float32():
         ({"channel_mult": ()}, "number of levels must lie in"),
     ],
 )
-def test_networks_that_cannot_be_built_are_refused(wrong, message):
+def test_invalid_networks_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(SMALL, **wrong)

@@ -13,7 +13,7 @@ from cm_jax.cli import main, main_evaluate
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.evaluation import FeatureExtractor, Report, image_sets
 from cm_jax.networks import ADMUNet
-from tests.laws.test_evaluation import toy_see
+from tests.laws.test_evaluation import toy_features
 from tests.runs.test_commands import failed, succeeded
 
 TOLD = ("--reference-cache", "off", "--compilation-cache", "off")
@@ -21,7 +21,7 @@ TOLD = ("--reference-cache", "off", "--compilation-cache", "off")
 
 def toy(size):
     mix = np.random.default_rng(5).normal(size=(size * size * 3, 24)).astype(np.float32)
-    return FeatureExtractor(toy_see, {"mix": mix}, "a toy", "no resizing")
+    return FeatureExtractor(toy_features, {"mix": mix}, "a toy", "no resizing")
 
 
 @pytest.fixture(autouse=True)

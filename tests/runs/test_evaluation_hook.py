@@ -27,7 +27,7 @@ from cm_jax.training.run.folder import Retention, RunFolder
 from cm_jax.training.run.metrics_log import Log
 from cm_jax.training.run.plots import plot
 from cm_jax.training.setup import Prepared, prepare
-from tests.laws.test_evaluation import toy_see
+from tests.laws.test_evaluation import toy_features
 from tests.runs.test_commands import failed
 from tests.runs.test_run_folder import CONFIG, PARAMS
 from tests.runs.test_run_log import events
@@ -49,7 +49,7 @@ def quiet(line):
 def toy(weights=""):
     del weights
     return FeatureExtractor(
-        toy_see,
+        toy_features,
         {"mix": np.random.default_rng(5).normal(size=(8 * 8 * 3, 16)).astype(np.float32)},
         "a toy",
         "no resizing",

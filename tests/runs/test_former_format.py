@@ -18,7 +18,7 @@ from cm_jax.training.config import TrainConfig
 from cm_jax.training.loop import FORMAT, train
 from cm_jax.training.run import evaluation_hook
 from cm_jax.training.setup import prepare
-from tests.laws.test_evaluation import toy_see
+from tests.laws.test_evaluation import toy_features
 from tests.support import DATA, relative
 
 FORMER = DATA / "format1"
@@ -125,7 +125,7 @@ def toy(weights=""):
     """The feature extractor with which run `evaluated` was recorded."""
     del weights
     mix = np.random.default_rng(5).normal(size=(8 * 8 * 3, 16)).astype(np.float32)
-    return FeatureExtractor(toy_see, {"mix": mix, "logits": np.zeros(1, np.float32)}, "a toy", "no resizing")
+    return FeatureExtractor(toy_features, {"mix": mix, "logits": np.zeros(1, np.float32)}, "a toy", "no resizing")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=EVALUATED if name == "evaluated" else ()) for name in RUNS])

@@ -139,7 +139,7 @@ def test_kid_of_subsets_depends_only_on_the_seed():
     assert first == kernel_distance(x, y, subsets=5, size=20, seed=3)
     assert first != kernel_distance(x, y, subsets=5, size=20, seed=4)
     assert first.std > 0
-    # Between a set and itself, the unbiased estimate is negative: it omits k(x, x) within the sets but not between them.
+    # Unbiased: k(x, x) is left out within each set but not between the sets, so a set and itself give less than 0.
     assert kernel_distance(x, x, subsets=3, size=1000).mean < 0
     whole = kernel_distance(x, y[:50], subsets=2, size=50)
     assert whole.mean == pytest.approx(squared_mmd(x, y), rel=0.3)

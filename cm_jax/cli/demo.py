@@ -1,4 +1,4 @@
-"""`demo`: a page in the browser, to draw and to edit with."""
+"""`demo`: sampling and editing on a web page."""
 
 import dataclasses
 import os
@@ -17,19 +17,19 @@ from cm_jax.errors import InputError, check_int
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """A page in the browser: draw in one step and in several, paint on a picture what is to be made anew.
+    """Sample and edit in the browser.
 
-    It is served by this machine to this machine, and fetches nothing from anywhere. Ctrl-C ends it.
+    The page is served locally and loads nothing from the internet. Ctrl-C stops the server.
     """
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")] = ()
-    """Models to choose from, as `sample` takes them, each read when it is first chosen. Default: the bundled ones."""
+    """Models to offer, as for `sample`; each is loaded on first use. Default: the bundled models."""
     port: int = 7860
-    """Where the page is: http://127.0.0.1:PORT."""
+    """Port of the server."""
     host: str = "127.0.0.1"
-    """The address to listen on. 0.0.0.0 lets other machines in: whoever reaches the port can use the page."""
+    """Address to listen on. 0.0.0.0 admits other machines: anyone who can reach the port can use the page."""
     compilation_cache: str = ""
-    """Folder in which compiled programs are kept from run to run, or "off". Default: in the user's cache folder."""
+    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
 
 
 def demo(arguments: Demo) -> None:
@@ -38,16 +38,16 @@ def demo(arguments: Demo) -> None:
     names = arguments.checkpoints or tuple(BUNDLED)
     checkpoints = {name: resolve(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="cm_jax-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and pictures go there, and go with the page
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and images are removed with it
         _serve(checkpoints, arguments)
     if threading.active_count() > 1:
-        os._exit(0)  # something is being drawn: where Python ends a thread within XLA's code, the process aborts
+        os._exit(0)  # a thread is still sampling: ending it inside XLA would abort the process
 
 
 def _serve(checkpoints: dict[str, Path], arguments: Demo) -> None:
     try:
         from cm_jax.demo.page import page, serve
     except ImportError as error:
-        raise InputError(f"The page needs Gradio, and {error.name} is not installed: pip install gradio.") from error
+        raise InputError(f"The demo needs Gradio, and {error.name} is not installed: pip install gradio.") from error
     use_compilation_cache(arguments.compilation_cache)
     serve(page(checkpoints), arguments.host, arguments.port, lambda address: say(f"The page is at {address}"))

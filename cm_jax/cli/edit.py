@@ -1,4 +1,4 @@
-"""`edit`: inpaint, colourise, sharpen, repaint, denoise and blend pictures with a consistency model."""
+"""`edit`: inpaint, colorize, super-resolve, stroke, denoise and interpolate images with a consistency model."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from PIL import Image
 
 from cm_jax.checkpoints.published import DEFAULT
 from cm_jax.checkpoints.resolve import resolve
-from cm_jax.cli.parsing import chosen, numbers, parsed
+from cm_jax.cli.parsing import choose, numbers, parse
 from cm_jax.cli.running import compilation_time, say, use_compilation_cache
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError, check_int
@@ -26,48 +26,49 @@ from cm_jax.types import Precision
 
 _LARGEST_GRID = 4096
 
-Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE...")]
+Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Edit:
     checkpoint: str = DEFAULT
-    """A cm_jax checkpoint, a run's folder, the original's .pt file, a diffusers folder, or the name of a bundled
-    model."""
+    """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint), or the
+    name of a bundled model."""
     labels: str = ""
-    """Classes by number or name, one for all or one per picture; a class-conditional model must be told."""
+    """Classes by index or name, separated by commas: one for all images or one per image. Required for a
+    class-conditional model. Default: none."""
     seed: int = 0
-    """The same seed gives the same edits, whatever the batch size and the devices."""
+    """Random seed. The edits do not depend on the batch size or the devices."""
     precision: Precision = "float32"
-    """Of the products inside the network."""
+    """Precision of matrix products and convolutions in the network."""
     batch_size: int | None = None
-    """Images edited at once over all devices. Default: 64 a device, fewer above 64 pixels."""
+    """Images per batch over all devices. Default: 64 per device, fewer above 64 pixels."""
     output: Path = Path("edited.png")
-    """A grid: in every row a picture as the model sees it, what is known of it where that is less, and its edits."""
+    """Grid of results. Each row shows an input at the model's size, its known part if that differs, and its edits."""
     compilation_cache: str = ""
-    """Folder in which compiled programs are kept from run to run, or "off". Default: in the user's cache folder."""
+    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pictures(_Edit):
     pictures: Pictures
-    """One or several: png, jpg, webp, gif or bmp. The model sees the square in the middle, scaled to its size."""
+    """Images to edit: png, jpg, webp, gif or bmp. The center square is resized to the model's size."""
     variants: int = 4
-    """Edits of every picture."""
+    """Number of edits per image."""
     folder: Path | None = None
-    """Where every edit is written by itself as well, at the size of its picture and in its place there."""
+    """Folder for the single edits, each pasted into its image at full size. Default: not written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Steps(_Pictures):
     steps: int | None = None
-    """Number of steps. Default: 17."""
+    """Number of editing steps. Default: 17."""
     timesteps: str = ""
-    """Grid indices as diffusers writes them, falling to 0: "22,0"."""
+    """Timesteps in diffusers' convention, decreasing to 0: "22,0". Default: set by --steps."""
     indices: str = ""
-    """Grid indices as the original writes them, rising from 0 to the last: "0,22,39"."""
+    """Timesteps in OpenAI's convention, increasing from 0 to N - 1: "0,22,39". Default: set by --steps."""
     sigmas: str = ""
-    """Noise levels, falling: "80,20,5,1"."""
+    """Noise levels, decreasing: "80,20,5,1". Default: set by --steps."""
 
     def levels(self) -> dict[str, Any]:
         return {
@@ -80,34 +81,34 @@ class _Steps(_Pictures):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inpaint(_Steps):
-    """Paint a hole anew: what is white in a mask, or in a box."""
+    """Inpaint a region, given by a mask or a box."""
 
     mask: Path | None = None
-    """A picture of the same size, white where it is to be painted anew."""
+    """Image of the same size, white where to inpaint. Default: --box."""
     box: str = ""
-    """In place of a mask: left,top,right,bottom in pixels of the picture."""
+    """Region to inpaint in place of a mask: left,top,right,bottom in pixels of the image. Default: --mask."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Colorize(_Steps):
-    """Colour grey pictures. Of pictures in colour the brightness is kept."""
+    """Colorize gray images. Color images keep their luma."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SuperResolve(_Steps):
-    """Invent the details of small pictures. Of larger ones the means of patches are kept."""
+    """Super-resolve small images. Larger images are reduced to patch means first."""
 
     patch: int = 4
-    """How many times larger: pixels of a patch's side."""
+    """Scale factor: side of a patch in pixels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Repaint(_Pictures):
-    """Make a picture of coloured strokes, or a new one like a picture (SDEdit)."""
+class Stroke(_Pictures):
+    """Turn a stroke painting into an image, or vary an image (SDEdit)."""
 
     sigmas: str = ""
-    """Noise levels, falling; the first one says how much is hidden: higher ones change more. Default: the paper's, 5.38
-    and 2.24 at 256 pixels and in proportion at other sizes."""
+    """Noise levels, decreasing. A higher first level changes more. Default: the paper's 5.38 and 2.24 at 256 pixels,
+    scaled with the size."""
 
     def levels(self) -> dict[str, Any]:
         return {"sigmas": numbers("sigmas", self.sigmas, float)}
@@ -115,14 +116,14 @@ class Repaint(_Pictures):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoise(_Pictures):
-    """Take noise of a known level out of pictures."""
+    """Denoise images with a known noise level."""
 
     sigma: float
-    """Standard deviation of the noise, where black to white is 2: noise of 25 in 255 is 0.196."""
+    """Standard deviation of the noise for pixels in [-1, 1]: 25/255 is 0.196."""
     add: bool = False
-    """Put that noise into the pictures first (a seed's), to see what the model makes of it."""
+    """Add noise of this level first, to demonstrate denoising."""
     variants: int = 1
-    """Edits of every picture: all the same, unless noise is added."""
+    """Number of edits per image; identical unless noise is added."""
 
     def levels(self) -> dict[str, Any]:
         return {"sigmas": (self.sigma,)}
@@ -130,34 +131,34 @@ class Denoise(_Pictures):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interpolate(_Edit):
-    """Go from one picture to another, or from one seed's image to another's."""
+    """Interpolate between two images, or between the samples of two seeds."""
 
     pictures: Pictures = ()
-    """Two of them; or none, with --seeds."""
+    """Two images; none with --seeds."""
     seeds: str = ""
-    """Two: "3,8". The noise of one is turned into the noise of the other."""
+    """Two seeds, "3,8", whose noise is interpolated. Default: interpolate images."""
     frames: int = 8
-    """Images from one to the other, both ends included."""
+    """Number of frames, including both ends."""
     sigmas: str = ""
-    """Noise levels, falling. Default: between pictures those of `repaint`, between seeds sigma_max."""
+    """Noise levels, decreasing. Default: those of `stroke` between images, sigma_max between seeds."""
 
 
 def edit(prog: str, words: Sequence[str]) -> None:
-    """`prog KIND PICTURE... [options]`."""
-    name, kind, rest = chosen(_KINDS, "kind of edit", f"{prog} KIND PICTURE [options]", words)
-    _EDITS[kind](parsed(kind, f"{prog} {name}", rest))
+    """`prog KIND IMAGE... [options]`."""
+    name, kind, rest = choose(_KINDS, "kind of edit", f"{prog} KIND IMAGE [options]", words)
+    _EDITS[kind](parse(kind, f"{prog} {name}", rest))
 
 
 def _inpaint(arguments: Inpaint) -> None:
     if (arguments.mask is None) == (not arguments.box):
-        raise InputError("Say what is to be painted anew: --mask FILE or --box left,top,right,bottom, one of them.")
+        raise InputError("Specify the region with either --mask FILE or --box left,top,right,bottom.")
 
     def hole(picture: Image.Image) -> np.ndarray:
         if arguments.mask is not None:
             return photos.hole_from_mask(photos.read(arguments.mask), *picture.size)
         box = numbers("box", arguments.box, int)
         if box is None or len(box) != 4:
-            raise InputError(f"--box wants left,top,right,bottom, got {arguments.box!r}.")
+            raise InputError(f"--box must be left,top,right,bottom, got {arguments.box!r}.")
         return photos.hole_from_box(box, *picture.size)
 
     pictures = _read(arguments)
@@ -168,7 +169,7 @@ def _inpaint(arguments: Inpaint) -> None:
     _edit(arguments, model, pictures, [photos.fit(picture, size) for picture in pictures], Mask(known), holes)
 
 
-def _colourise(arguments: Colorize) -> None:
+def _colorize(arguments: Colorize) -> None:
     pictures, model = _read(arguments), _model(arguments)
     size = model.config.network.image_shape[0]
     _edit(arguments, model, pictures, [photos.fit(picture, size) for picture in pictures], Luma())
@@ -187,7 +188,7 @@ def _super_resolve(arguments: SuperResolve) -> None:
     _edit(arguments, model, pictures, [fit(picture) for picture in pictures], operator)
 
 
-def _repaint(arguments: Repaint) -> None:
+def _stroke(arguments: Stroke) -> None:
     pictures, model = _read(arguments), _model(arguments)
     size = model.config.network.image_shape[0]
     _edit(arguments, model, pictures, [photos.fit(picture, size) for picture in pictures], Strokes())
@@ -205,17 +206,17 @@ def _denoise(arguments: Denoise) -> None:
 
 
 def _edit(
-    arguments: _Steps | Repaint | Denoise,
+    arguments: _Steps | Stroke | Denoise,
     model: Model,
     pictures: Sequence[Image.Image],
     images: Sequence[np.ndarray],
     operator: Operator,
     holes: Sequence[np.ndarray] = (),
 ) -> None:
-    """Edit the fitted images, and write the grid and the folder."""
+    """Edit the images at the model's size; write the grid and the folder."""
     given = np.stack(images)
     columns = check_int("variants", arguments.variants, 1, _LARGEST_GRID // len(given))
-    _tell(arguments.pictures, pictures, given.shape[1])
+    _print_notes(arguments.pictures, pictures, given.shape[1])
     began = time.perf_counter()
     with compilation_time() as compiled:
         edits = model.edit(
@@ -232,9 +233,9 @@ def _edit(
     parts = [before, edits] if np.array_equal(before, known) else [before, known, edits]
     rows = np.concatenate(parts, axis=1)
     save_grid(arguments.output, grid(rows.reshape(-1, *given.shape[1:]), rows.shape[1]))
-    say(f"Edited in {time.perf_counter() - began:.1f} s, {compiled():.1f} s of it compiling.")
-    what = "given, edits" if len(parts) == 2 else "given, what is known of it, edits"
-    say(f"Each row of {arguments.output}: {what}.")
+    say(f"Edited in {time.perf_counter() - began:.1f} s (compilation: {compiled():.1f} s).")
+    what = "input, edits" if len(parts) == 2 else "input, known part, edits"
+    say(f"Wrote {arguments.output}. Each row: {what}.")
     if arguments.folder is not None:
         with atomic_write(arguments.folder) as beside:
             beside.mkdir()
@@ -242,14 +243,14 @@ def _edit(
                 hole = holes[row] if holes else None
                 whole = photos.paste_back(pictures[row], edits[row, column], hole)
                 whole.save(beside / f"{row:03d}_{arguments.pictures[row].stem}_{column:02d}.png")
-        say(f"Each by itself, at its picture's size, is in {arguments.folder}.")
+        say(f"Wrote the single edits at full size to {arguments.folder}.")
 
 
 def _interpolate(arguments: Interpolate) -> None:
     _check_output(arguments.output, None)
     seeds, sigmas = numbers("seeds", arguments.seeds, int), numbers("sigmas", arguments.sigmas, float)
     if len(seeds or arguments.pictures) != 2 or (seeds and arguments.pictures):
-        raise InputError("Give two pictures, or --seeds with two numbers.")
+        raise InputError("Expected two images, or --seeds with two numbers.")
     frames = check_int("frames", arguments.frames, 2, _LARGEST_GRID)
     pictures = [photos.read(path) for path in arguments.pictures]
     model = _model(arguments)
@@ -260,26 +261,26 @@ def _interpolate(arguments: Interpolate) -> None:
         )
     else:
         size = model.config.network.image_shape[0]
-        _tell(arguments.pictures, pictures, size)
+        _print_notes(arguments.pictures, pictures, size)
         ends = [photos.fit(picture, size) for picture in pictures]
         images = model.interpolate_images(
             arguments.seed, ends[0], ends[1], frames, labels=labels, sigmas=sigmas, batch_size=batch_size
         )
         images = np.stack([ends[0], *images, ends[1]])
     save_grid(arguments.output, grid(quantize(images), len(images)))
-    say(f"From left to right in {arguments.output}{'' if seeds else ', the pictures themselves at both ends'}.")
+    say(f"Wrote {arguments.output}, from left to right{'' if seeds else ', with the input images at both ends'}.")
 
 
 def _read(arguments: _Pictures) -> list[Image.Image]:
     _check_output(arguments.output, arguments.folder)
     if not 1 <= len(arguments.pictures) <= _LARGEST_GRID:
-        raise InputError(f"Name the pictures to edit, 1 to {_LARGEST_GRID}; got {len(arguments.pictures)}.")
+        raise InputError(f"Expected 1 to {_LARGEST_GRID} images, got {len(arguments.pictures)}.")
     return [photos.read(path) for path in arguments.pictures]
 
 
 def _check_output(output: Path, folder: Path | None) -> None:
     if output.suffix.lower() != ".png":
-        raise InputError(f"{output}: the grid is a .png file; --folder is for single pictures.")
+        raise InputError(f"{output}: the grid must be a .png file; use --folder for single images.")
     check_writable(output, folder=False)
     if folder is not None:
         check_writable(folder, folder=True)
@@ -292,7 +293,7 @@ def _model(arguments: _Edit) -> Model:
     return model
 
 
-def _tell(paths: Sequence[Path], pictures: Sequence[Image.Image], size: int) -> None:
+def _print_notes(paths: Sequence[Path], pictures: Sequence[Image.Image], size: int) -> None:
     for path, picture in zip(paths, pictures, strict=True):
         line = photos.describe_fit(picture, path.name, size)
         if line:
@@ -307,15 +308,15 @@ _KINDS: dict[str, type[_Edit]] = {
     "inpaint": Inpaint,
     "colorize": Colorize,
     "superres": SuperResolve,
-    "repaint": Repaint,
+    "stroke": Stroke,
     "denoise": Denoise,
     "interpolate": Interpolate,
 }
 _EDITS: dict[type[_Edit], Callable[[Any], None]] = {
     Inpaint: _inpaint,
-    Colorize: _colourise,
+    Colorize: _colorize,
     SuperResolve: _super_resolve,
-    Repaint: _repaint,
+    Stroke: _stroke,
     Denoise: _denoise,
     Interpolate: _interpolate,
 }

@@ -1,4 +1,4 @@
-"""`evaluate`: samples, or what a checkpoint draws, against a reference."""
+"""`evaluate`: metrics of samples or of a checkpoint against a reference."""
 
 import dataclasses
 from pathlib import Path
@@ -22,58 +22,58 @@ from cm_jax.model import Model
 from cm_jax.types import Precision
 
 _COUNT = 50_000
-"""Of images drawn from a checkpoint where no number is given: the field's habit."""
+"""Default number of images sampled from a checkpoint, as is customary for FID."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Judge samples, or what a checkpoint draws, against a reference: FID, sFID, KID, IS, precision and recall, bits.
+    """Evaluate samples or a checkpoint against a reference: FID, sFID, KID, IS, precision and recall, bits/dim.
 
-    A checkpoint is sampled straight into the metrics; no image is written. The last line names the protocol.
+    Images sampled from a checkpoint are not written to disk. The last line printed names the evaluation settings.
     """
 
     samples: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES_OR_CHECKPOINT")]
-    """An .npz file (arr_0) or a folder of images; or what `sample` draws from. emoji:held_out, tfds:NAME work too."""
+    """An .npz file (arr_0), a folder of images, a checkpoint as for `sample`, emoji:held_out or tfds:NAME."""
     reference: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE")]
-    """emoji, emoji:held_out, emoji:all, tfds:NAME or tfds:NAME:SPLIT, a folder, or an .npz file with arr_0, or with mu
-    and sigma (mu_s and sigma_s) of the original evaluator."""
+    """emoji, emoji:held_out, emoji:all, tfds:NAME or tfds:NAME:SPLIT, a folder, or an .npz file with arr_0 or with
+    the statistics mu and sigma (and mu_s, sigma_s) of OpenAI's evaluator."""
     metrics: str = "fid"
-    """With commas between: fid, sfid, kid, is, pr (precision and recall by 3 neighbours), prdc (with density and
-    coverage, by 5), bpd (bits per dimension that a denoiser gives the reference)."""
+    """Comma-separated: fid, sfid, kid, is, pr (precision and recall, 3 neighbors), prdc (with density and coverage,
+    5 neighbors), bpd (bits per dimension of the reference under a denoiser)."""
     count: int | None = None
-    """Number of images. Default: all of a file's; 50,000 of a checkpoint's. For bpd: of the reference's."""
+    """Number of samples; for bpd, of reference images. Default: all images of a file; 50,000 from a checkpoint."""
     inception: str = ""
-    """Weights of Inception-V3, as `convert --to inception` writes them. Default: what CM_JAX_INCEPTION names."""
+    """Weights of Inception-V3, written by `convert --to inception`. Default: the file named by CM_JAX_INCEPTION."""
     steps: int | None = None
-    """Of a checkpoint: number of steps, as `sample` takes it; so are the next ones."""
+    """Number of sampling steps of a checkpoint. Default: 1; 18 for a denoiser."""
     timesteps: str = ""
-    """Grid indices as diffusers writes them: "22,0"."""
+    """Timesteps in diffusers' convention: "22,0"."""
     indices: str = ""
-    """Grid indices as the original writes them: "0,22,39"."""
+    """Timesteps in OpenAI's convention: "0,22,39"."""
     sigmas: str = ""
-    """Noise levels, falling: "80,1.38"."""
-    sampler: Literal["", "consistency", "heun", "euler", "dpm", "ancestral", "progdist"] = ""
-    """Default: consistency, or heun for a model with EDM scalings."""
+    """Noise levels, decreasing: "80,1.38"."""
+    sampler: Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist"] | None = None
+    """Sampling algorithm. Default: consistency; heun for a denoiser."""
     seed: int = 0
-    """Of the images drawn."""
+    """Random seed of the sampled images."""
     precision: Precision = "float32"
-    """Of the products inside the checkpoint's network."""
+    """Precision of matrix products and convolutions in the checkpoint's network."""
     batch_size: int | None = None
-    """Images seen at once over all devices. Default: 32 a device."""
+    """Images per batch over all devices. Default: 32 per device."""
     likelihood_steps: int = 64
-    """Heun steps of bpd, two calls of the denoiser and its derivative each."""
+    """Heun steps of the likelihood ODE for bpd; each evaluates the denoiser and its derivative twice."""
     output: Path | None = None
-    """A JSON file with all numbers and the protocol."""
+    """JSON file for all results and the evaluation settings. Default: not written."""
     save_reference: Path | None = None
-    """An .npz file with mu and sigma of the reference, which the original evaluator reads."""
+    """.npz file for mu and sigma of the reference, as OpenAI's evaluator reads them. Default: not written."""
     reference_cache: str = ""
-    """Folder in which statistics of references are kept by content, or "off". Default: in the user's cache folder."""
+    """Folder for cached statistics of references, or "off". Default: in the user's cache folder."""
     compilation_cache: str = ""
-    """Folder in which compiled programs are kept from run to run, or "off". Default: in the user's cache folder."""
+    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
 
 
 def evaluate_command(arguments: Evaluate) -> None:
-    """Read, draw, look, measure, and say the result in one line."""
+    """Read the images, compute the metrics, and print each report in one line."""
     use_compilation_cache(arguments.compilation_cache)
     for path in (arguments.output, arguments.save_reference):
         if path is not None:
@@ -81,11 +81,11 @@ def evaluate_command(arguments: Evaluate) -> None:
     metrics = tuple(dict.fromkeys(word.strip().lower() for word in arguments.metrics.split(",")))
     unknown = [metric for metric in metrics if metric not in (*NEEDS, "bpd")]
     if unknown:
-        raise InputError(f"Unknown metric {unknown[0]!r}: choose from {', '.join(NEEDS)}, bpd.")
+        raise InputError(f"There is no metric {unknown[0]!r}: choose from {', '.join(NEEDS)}, bpd.")
     model = None if _are_images(arguments) else load(resolve(arguments.samples), precision=arguments.precision)
     others = tuple(metric for metric in metrics if metric != "bpd")
     if arguments.save_reference is not None and not {"fid", "sfid"} & set(others):
-        raise InputError("--save-reference writes what fid or sfid needs: add one of them to --metrics.")
+        raise InputError("--save-reference needs fid or sfid: add one of them to --metrics.")
     reports = [_compared(arguments, model, EvalConfig(others))] if others else []
     if "bpd" in metrics:
         reports.append(_bits(arguments, model))
@@ -102,7 +102,7 @@ def _compared(arguments: Evaluate, model: Model | None, eval_config: EvalConfig)
     reference = open_reference(arguments.reference, eval_config.reference_needs, samples.shape)
     name = "off" if arguments.reference_cache == "off" else arguments.reference_cache or str(default_cache())
     against = reference.name if isinstance(reference, ImageSet) else arguments.reference
-    say(f"Judging {samples.count:,} images of {samples.name} against {against}, by {extractor.name}, on {devices()}.")
+    say(f"Evaluating {samples.count:,} images of {samples.name} against {against}: {extractor.name}, {devices()}.")
     report, known = evaluate(
         extractor,
         samples,
@@ -119,13 +119,13 @@ def _compared(arguments: Evaluate, model: Model | None, eval_config: EvalConfig)
 
 
 def _are_images(arguments: Evaluate) -> bool:
-    """Whether samples are given. Raises InputError for options that belong to a checkpoint then."""
+    """Whether `samples` holds images. Raises InputError for options that apply to checkpoints only."""
     if not holds_images(arguments.samples):
         return False
     named = ("steps", "timesteps", "indices", "sigmas", "sampler")
     given = [name for name in named if getattr(arguments, name)]
     if given:
-        raise InputError(f"--{given[0]} is about a checkpoint, and {arguments.samples} holds images: leave it out.")
+        raise InputError(f"--{given[0]} applies to checkpoints, and {arguments.samples} holds images: omit it.")
     return True
 
 
@@ -137,7 +137,7 @@ def _samples(arguments: Evaluate, model: Model | None) -> ImageSet:
         timesteps=numbers("timesteps", arguments.timesteps, int),
         indices=numbers("indices", arguments.indices, int),
         sigmas=numbers("sigmas", arguments.sigmas, float),
-        sampler=arguments.sampler or None,
+        sampler=arguments.sampler,
     )
     count = _COUNT if arguments.count is None else arguments.count
     return of_model(model, plan, count, seed=arguments.seed, batch_size=arguments.batch_size, name=arguments.samples)
@@ -145,7 +145,7 @@ def _samples(arguments: Evaluate, model: Model | None) -> ImageSet:
 
 def _bits(arguments: Evaluate, model: Model | None) -> Report:
     if model is None:
-        raise InputError(f"bpd is about a checkpoint, and {arguments.samples} holds images.")
+        raise InputError(f"bpd needs a checkpoint, and {arguments.samples} holds images.")
     dataset = open_images(arguments.reference, model.config.network.image_shape)
     return evaluate_bits(
         model,

@@ -1,65 +1,69 @@
-"""The words of a command line: read by tyro, refused in our own words, one line each."""
+"""Command lines, read by tyro: every field of a dataclass is an option, with its docstring as help.
 
-import contextlib
+`--path NAME` for a field that holds a component exchanges the component, before tyro reads the other options.
+"""
+
 import dataclasses
 import difflib
-import re
+import functools
+import inspect
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
+import docstring_parser
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo, StructConstructorSpec, StructFieldSpec
 
+from cm_jax.checkpoints.serialization import decode, encode, hints, kinds, may_be_none
 from cm_jax.errors import InputError, nearest
 
 T = TypeVar("T")
+O = TypeVar("O")  # noqa: E741
+
+_COMPONENTS = """An option that chooses a component sets the defaults of the new component; its own options then replace
+those of the former one. Choosing the current component keeps its values. Add --help to see the new options."""
+_REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
-def parsed(
-    kind: type[T], prog: str, arguments: Sequence[str] | None, *, flags: Sequence[str] = (), description: str = ""
-) -> T:
-    """An instance of a dataclass from the command line. Raises InputError; prints and exits where help is wanted.
+def parse(kind: type[T], prog: str, words: Sequence[str] | None) -> T:
+    """An instance of a dataclass from the command line.
 
-    flags: those that a mistyped one may have meant; by default the names of the fields.
+    Raises InputError; prints a message and exits with status 2 for values that cannot be read; prints help and exits.
     """
-    names = flags or [_flag(field.name) for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    with _our_words(names):
-        return tyro.cli(kind, prog=prog, args=arguments, description=description or None)
+    return dataclasses.replace(_read(_unchecked(kind), prog, words, inspect.getdoc(kind) or ""))
 
 
-def chosen(
-    choices: Mapping[str, T], what: str, usage: str, arguments: Sequence[str], examples: Sequence[str] = ()
+def parse_preset(
+    presets: Mapping[str, T | Callable[[], T]], options: O, prog: str, words: Sequence[str]
+) -> tuple[str, T, O]:
+    """(name, configuration, options): a preset and `options` with the values that the words set.
+
+    A preset is an instance of a frozen dataclass or a function that returns one; its docstring is its help.
+    """
+    name, preset, words = choose(presets, "preset", f"{prog} PRESET [--field value ...]", words)
+    config: Any = preset() if callable(preset) else preset
+    config, words = _exchange(config, words)
+    description = f"{inspect.getdoc(preset)}\n\n{_COMPONENTS}"
+    nested = [(each, Annotated[type(value), tyro.conf.arg(name="")]) for each, value in [("o", options), ("c", config)]]
+    both = _unchecked(dataclasses.make_dataclass("Both", nested), o=options, c=config)
+    found = _read(both, f"{prog} {name}", words, description, [options, config])
+    return name, decode(encode(found.c), type(config)), dataclasses.replace(found.o)
+
+
+def choose(
+    choices: Mapping[str, T], what: str, usage: str, words: Sequence[str], examples: Sequence[str] = ()
 ) -> tuple[str, T, Sequence[str]]:
-    """The choice that the first argument names, with its name and the arguments after it.
-
-    Prints the list of choices, with the first paragraph of each one's docstring, and exits where help is wanted. Raises
-    InputError for a name that is not there.
-    """
-    if arguments and arguments[0] in ("-h", "--help"):
-        show_choices(choices, what, usage, examples)
+    """(name, choice, remaining words) of the choice that the first word names. Lists the choices for --help."""
+    if words and words[0] in ("-h", "--help"):
+        _list_choices(choices, what, usage, examples)
     advice = f" --help lists the {what}s." if len(choices) > 12 else f" Choose one of {', '.join(choices)}."
-    if not arguments or arguments[0].startswith("-"):
+    if not words or words[0].startswith("-"):
         raise InputError(f"Name a {what} first: {usage}.{advice}")
-    if arguments[0] not in choices:
-        raise InputError(f"There is no {what} {arguments[0]!r}.{nearest(arguments[0], choices) or advice}")
-    return arguments[0], choices[arguments[0]], arguments[1:]
-
-
-def show_choices(choices: Mapping[str, Any], what: str, usage: str, examples: Sequence[str] = ()) -> NoReturn:
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    for name, choice in choices.items():
-        table.add_row(Text(name), Text(" ".join((choice.__doc__ or "").strip().partition("\n\n")[0].split())))
-    console = Console(highlight=False)
-    console.print(Text(f"usage: {usage}\n"))
-    console.print(Panel(table, title=f"{what}s", title_align="left"))
-    console.print(Text(f"After a {what}, --help shows its options."))
-    if examples:
-        console.print(Text("\n  ".join(("\nFor example:", *examples))), soft_wrap=True)
-    raise SystemExit(0)
+    if words[0] not in choices:
+        raise InputError(f"There is no {what} {words[0]!r}.{nearest(words[0], choices) or advice}")
+    return words[0], choices[words[0]], words[1:]
 
 
 def numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...] | None:
@@ -70,76 +74,200 @@ def numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         wanted = "whole numbers" if kind is int else "numbers"
-        raise InputError(f"--{name} wants {wanted} with commas between, got {text!r}.") from error
+        raise InputError(f"--{name} must be {wanted} separated by commas, got {text!r}.") from error
 
 
-def unknown_option(flag: str, flags: Sequence[str]) -> InputError:
-    """For an option that does not exist: names those that are nearest, by their whole name or any end of it."""
+class _Option(NamedTuple):
+    """A field of a configuration or of a component in it."""
+
+    path: tuple[str, ...]
+    hint: Any
+    value: Any
+
+    @property
+    def flag(self) -> str:
+        return "--" + ".".join(self.path).replace("_", "-")
+
+    @property
+    def choices(self) -> list[str]:
+        """Names of the components that the field accepts; empty for plain values and where there is only one."""
+        names = [*kinds(self.hint), *(["none"] if may_be_none(self.hint) and kinds(self.hint) else [])]
+        return names if len(names) > 1 else []
+
+    @property
+    def chosen(self) -> str:
+        return "none" if self.value is None else type(self.value).__name__
+
+
+def _options(config: Any, above: tuple[str, ...] = (), nested: bool = True) -> Iterator[_Option]:
+    for name, hint in hints(type(config)).items():
+        value = getattr(config, name)
+        yield _Option((*above, name), hint, value)
+        if nested and dataclasses.is_dataclass(value):
+            yield from _options(value, (*above, name))
+
+
+def _exchange(config: Any, words: Sequence[str]) -> tuple[Any, list[str]]:
+    """The configuration with the components that the words name; the words with the components' exact names."""
+    pairs = [word.partition("=")[::2] if word.startswith("--") and "=" in word else (word,) for word in words]
+    result = [word for pair in pairs for word in pair]
+    flags = [index for index, word in enumerate(result[:-1]) if word.startswith("--")]
+    for index in sorted(flags, key=lambda index: result[index].count(".")):
+        for option in _options(config):
+            if option.choices and option.flag == result[index].replace("_", "-"):
+                result[index + 1] = name = _full_name(result[index + 1], option)
+                if name != option.chosen:
+                    component = None if name == "none" else _unchecked(kinds(option.hint)[name])
+                    config = _replaced(config, option.path, component)
+                break
+    return config, result
+
+
+def _full_name(word: str, option: _Option) -> str:
+    """The component that a word names, in any case, with or without hyphens; an unambiguous beginning suffices."""
+    folded = {name.lower(): name for name in option.choices}
+    short = word.lower().replace("-", "").replace("_", "")
+    found = [folded[short]] if short in folded else [name for key, name in folded.items() if key.startswith(short)]
+    if len(found) != 1:
+        hint = nearest(word, option.choices)
+        raise InputError(f"{option.flag} must be one of {', '.join(option.choices)}, got {word!r}.{hint}")
+    return found[0]
+
+
+def _replaced(config: Any, path: Sequence[str], component: Any) -> Any:
+    if not path:
+        return component
+    return _unchecked(type(config), config, **{path[0]: _replaced(getattr(config, path[0]), path[1:], component)})
+
+
+def _unchecked(kind: type, base: Any = None, **values: Any) -> Any:
+    """An instance without the checks of its constructor: its values are complete only after the whole command line."""
+    made = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
+        object.__setattr__(made, field.name, values.get(field.name, getattr(base, field.name, default)))
+    return made
+
+
+def _read(default: T, prog: str, words: Sequence[str] | None, description: str, parts: Sequence[Any] = ()) -> T:
+    """The default with the values of the words, unchecked."""
+    found, unknown = tyro.cli(
+        type(default),
+        default=default,
+        prog=prog,
+        args=words,
+        description=description,
+        return_unknown_args=True,
+        registry=_REGISTRY,
+    )
+    if unknown:
+        raise _refusal(unknown[0], [option for part in parts or [default] for option in _options(part)])
+    return found
+
+
+def _refusal(word: str, options: Sequence[_Option]) -> InputError:
+    """For a word that belongs to no option: names the component that has the option, or the nearest options."""
+    if not word.startswith("--"):
+        return InputError(f"Unexpected argument {word!r}. --help lists the arguments.")
+    flag = word.partition("=")[0].replace("_", "-")
+    head, _, last = flag.rpartition(".")
+    for option in options:
+        having = [name for name, kind in kinds(option.hint).items() if last.replace("-", "_") in hints(kind)]
+        if option.flag == head and having:
+            needed = f"{head} is {option.chosen} here. It needs {head} {' or '.join(having)}."
+            return InputError(f"There is no option {flag}: {needed}")
 
     def likeness(known: str) -> float:
+        """Of the flag to a known one or to the end of it."""
         parts = known[2:].split(".")
         ends = (".".join(parts[start:]) for start in range(len(parts)))
-        return max(difflib.SequenceMatcher(None, word, end).ratio() for end in ends for word in words)
+        given = {flag[2:], flag[2:].replace("no-", "", 1)}
+        return max(difflib.SequenceMatcher(None, each, end).ratio() for end in ends for each in given)
 
-    flag = flag.partition("=")[0].replace("_", "-")
-    words = {flag.lstrip("-"), flag.lstrip("-").replace("no-", "", 1)}
-    scores = {known: likeness(known) for known in flags}
+    scores = {option.flag: likeness(option.flag) for option in options if option.choices or not kinds(option.hint)}
     best = max(scores.values(), default=0)
     close = [known for known, score in scores.items() if score == best >= 0.6][:3]
-    hint = f"Did you mean {' or '.join(close)}?" if close else "--help lists the options."
-    return InputError(f"There is no option {flag}. {hint}")
+    advice = f"Did you mean {' or '.join(close)}?" if close else "--help lists the options."
+    return InputError(f"There is no option {flag}. {advice}")
 
 
-@contextlib.contextmanager
-def _our_words(flags: Sequence[str]) -> Iterator[None]:
-    """Raise InputError where tyro would print a box and exit. A version of tyro without the hook prints its box."""
-    try:
-        from tyro import _errors
-    except ImportError:
-        yield
-        return
-
-    def refuse(event: _errors.ParseErrorEvent) -> None:
-        match event:
-            case _errors.UnrecognizedArgs(tokens=words) | _errors.MissingArgs(unrecognized_tokens=[*words]) if words:
-                unknown = [word for word in words if word.startswith("--")]
-                if unknown:
-                    raise unknown_option(unknown[0], flags)
-                raise InputError(f"{words[0]!r} is more than is wanted there. --help tells what is.")
-            case _errors.MissingArgs(missing_arguments=missing):
-                names = " and ".join(_name(argument.arg) for argument in missing)
-                raise InputError(f"{names} must be given: {'it has' if len(missing) == 1 else 'they have'} no default.")
-            case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
-                wanted = ", ".join(choice for choice in choices if choice)
-                raise InputError(f"{_name(argument)} must be one of {wanted}, got {value!r}.{nearest(value, choices)}")
-            case _errors.BadValue(argument=argument) if argument.is_positional():
-                raise InputError(f"{_name(argument)} must be given: it has no default.")
-            case _errors.BadValue(argument=argument):
-                raise InputError(f"{_name(argument)} needs {_wanted(argument) or 'a value'}.")
-            case _errors.InstantiationFailure(argument=argument, message=message):
-                words = re.findall(r"'([^']*)'", (re.search(r"\[.*?\]", message) or [message])[0])
-                if argument is None or not _wanted(argument) or not words:
-                    raise InputError(message)
-                raise InputError(f"{_name(argument)} must be {_wanted(argument)}, got {' '.join(words)!r}.")
-
-    with _errors.on_parse_error(refuse):
-        yield
+@_REGISTRY.struct_rule
+def _struct(info: Any) -> StructConstructorSpec | None:
+    """Dataclasses: a choice for each component, then the fields of the current one."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    fields, texts, annotated = [], _descriptions(info.type), typing.get_type_hints(info.type, include_extras=True)
+    for option in _options(info.default, nested=False):
+        (name,), hint, text = option.path, annotated[option.path[0]], texts.get(option.path[0])
+        if option.choices:
+            choice = Annotated[Literal[tuple(option.choices)], tyro.conf.arg(name=name)]  # type: ignore[valid-type]
+            fields.append(StructFieldSpec(f"{name}_CHOICE", choice, option.chosen, text))  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(option.value):
+            kind = type(option.value) if option.choices else hint
+            summary = (inspect.getdoc(type(option.value)) or "").partition("\n\n")[0]
+            fields.append(StructFieldSpec(name, kind, option.value, summary))  # type: ignore[arg-type]
+        elif not kinds(option.hint):
+            empty = option.value in (None, "", ()) and ("Default:" in (text or "") or option.value is not None)
+            shown = Annotated[hint, tyro.conf.arg(help_behavior_hint="")] if empty else hint
+            fields.append(StructFieldSpec(name, shown, option.value, text))
+    return StructConstructorSpec(functools.partial(_unchecked, info.type, info.default), tuple(fields))
 
 
-def _name(argument: Any) -> str:
-    """Of an argument, as tyro describes it."""
-    return str(argument.lowered.metavar) if argument.is_positional() else argument.lowered.name_or_flags[0]
+@_REGISTRY.primitive_rule
+def _primitive(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Numbers, choices and values that may be none, with plain messages."""
+    optional = may_be_none(info.type)
+    kind = next(each for each in typing.get_args(info.type) if each is not type(None)) if optional else info.type
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    if not choices and kind not in ((int, float, str, Path) if optional else (int, float)):
+        return None
+
+    def read(words: list[str]) -> Any:
+        (word,) = words
+        if optional and word.lower() == "none":
+            return None
+        shown = repr(word) if len(word) < 60 else f"{word[:56]!r} ..."
+        if choices and word not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}, got {shown}.{nearest(word, choices)}")
+        try:
+            return word if choices else kind(word)
+        except ValueError as error:
+            wanted = "a whole number" if kind is int else "a number"
+            raise ValueError(f"expected {wanted}{' or none' if optional else ''}, got {shown}.") from error
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: value is None or value in choices or isinstance(value, kind),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    )
 
 
-def _wanted(argument: Any) -> str:
-    """What an argument takes, in words; empty for what is no number."""
-    metavar = str(argument.lowered.metavar)
-    kind = "whole number" if "INT" in metavar else "number"
-    count = metavar.count("INT") + metavar.count("FLOAT")
-    if count > 1:
-        return f"{kind}s" if "[" in metavar else f"{count} {kind}s"
-    return f"a {kind}{' or None' if '{None}' in metavar else ''}" if count else ""
+def _descriptions(kind: type) -> dict[str, str]:
+    """The docstrings of a dataclass's fields."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        for text in docstring_parser.parse_from_object(base).params:
+            found[text.arg_name] = " ".join((text.description or "").split())
+    return found
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _list_choices(choices: Mapping[str, Any], what: str, usage: str, examples: Sequence[str] = ()) -> NoReturn:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for name, choice in choices.items():
+        table.add_row(Text(name), Text(" ".join((choice.__doc__ or "").strip().partition("\n\n")[0].split())))
+    console = Console(highlight=False)
+    with console.capture() as text:  # printed at once: rich has its own way to end at a closed pipe
+        console.print(Text(f"usage: {usage}\n"))
+        console.print(Panel(table, title=f"{what}s", title_align="left"))
+        console.print(Text(f"Add --help after a {what} to list its options."))
+        if examples:
+            console.print(Text("\n  ".join(("\nExamples:", *examples))), soft_wrap=True)
+    print(text.get(), end="")
+    raise SystemExit(0)

@@ -1,14 +1,16 @@
-"""What the commands share while they run: exits, messages, progress, and compiled programs that are kept."""
+"""Shared by all commands: exit codes, messages, progress bars, the compilation cache."""
 
 import atexit
 import contextlib
 import gc
 import io
+import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import jax
 import numpy as np
@@ -17,27 +19,45 @@ from cm_jax import kernels
 from cm_jax.errors import InputError
 
 _LONGEST_LINE = 2000
-"""Of a message."""
+"""Characters per line of a message."""
 
 
 def run(command: Callable[[], None]) -> NoReturn:
-    """Exit with 0; or, for bad input, with 2 and one message; or with 130 when interrupted."""
+    """Run a command and exit: 0; 2 and one message for bad input; 130 if interrupted; 141 for a closed pipe."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name may have letters that the terminal lacks
+            stream.reconfigure(errors="backslashreplace")  # file and class names may not fit the terminal's encoding
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("cm_jax").setLevel(logging.INFO)
     kernels.keep_memory()
-    # Python looks for garbage after every 700 new objects, and once more at its end: a fifth of a short command's time.
+    # Fewer garbage collections: with Python's defaults they take 20 % of a short command's time.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     try:
-        command()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         print(f"error: {_visible(_shortened(str(error)))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; nothing is half-written.", file=sys.stderr)
+        print("Interrupted. Output files are complete or absent.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        if not (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes both once more when it exits
+        sys.exit(141)
     sys.exit(0)
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether the reader of a pipe has ended, as in `... | head`."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def say(line: str) -> None:
@@ -45,13 +65,13 @@ def say(line: str) -> None:
 
 
 def _shortened(text: str) -> str:
-    """The text without the rest of lines that a whole file or command line was put into."""
+    """The text with long lines cut: they may quote a whole file."""
     lines = text.split("\n")
     return "\n".join(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..." for line in lines)
 
 
 def _visible(text: str) -> str:
-    """The text without characters that would command a terminal: names in others' files and of files may have some."""
+    """The text with control characters escaped, which names in files may contain."""
     return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 
 
@@ -76,7 +96,7 @@ def progress(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
 
 @contextlib.contextmanager
 def compilation_time() -> Iterator[Callable[[], float]]:
-    """A function that tells how many seconds went into tracing and compiling inside the block."""
+    """A function that returns the seconds of tracing and compilation inside the block."""
     spent: list[float] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -91,7 +111,7 @@ def compilation_time() -> Iterator[Callable[[], float]]:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keep compiled programs between runs, unless JAX was already told where, or the user wants none."""
+    """Keep compiled programs between runs in `folder` ("" for the default, "off" for none). JAX's own setting wins."""
     if folder == "off" or (not folder and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -100,7 +120,7 @@ def use_compilation_cache(folder: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if folder:
-            raise InputError(f"Cannot keep compiled programs in {path}: {error.strerror}.") from error
+            raise InputError(f"Cannot write the compilation cache {path}: {error.strerror}.") from error
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

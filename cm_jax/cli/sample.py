@@ -1,4 +1,4 @@
-"""`sample`: draw images from a checkpoint."""
+"""`sample`: sample images from a checkpoint."""
 
 import dataclasses
 import time
@@ -25,45 +25,47 @@ _LARGEST_GRID = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draw images from a consistency model, or from an EDM teacher.
+    """Sample images from a consistency model or a denoiser.
 
-    One step by default; --steps, --timesteps, --indices and --sigmas ask for more, each in its own way.
+    A consistency model samples in one step unless --steps, --timesteps, --indices or --sigmas is given.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = DEFAULT
-    """A cm_jax checkpoint, a run's folder (its newest checkpoint; RUN/best is its best), the original's .pt file, a
-    diffusers folder, or the name of a bundled model."""
+    """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint; RUN/best
+    is the best one), or the name of a bundled model."""
     count: int | None = None
-    """Number of images. Default: 16, or 8 for each of the labels."""
+    """Number of images. Default: 16, or 8 per label."""
     labels: str = ""
-    """Classes by number or name: 145, or "145,207", or "king penguin", or "all"; images are shared out evenly among
-    them. Default: drawn at random from the seed."""
+    """Classes by index or name, separated by commas ("145,king penguin"), or "all". Each gets the same number of
+    images. Default: random classes."""
     steps: int | None = None
-    """Number of steps. Levels tuned for this checkpoint are used where they are known."""
+    """Number of sampling steps. Uses the checkpoint's tuned noise levels if it has some. Default: 1; 18 for a
+    denoiser."""
     timesteps: str = ""
-    """Grid indices as diffusers writes them, falling to 0: "22,0"."""
+    """Timesteps in diffusers' convention, decreasing to 0: "22,0"."""
     indices: str = ""
-    """Grid indices as the original writes them, rising from 0 to the last: "0,22,39"."""
+    """Timesteps in OpenAI's convention, increasing from 0 to N - 1: "0,22,39"."""
     sigmas: str = ""
-    """Noise levels, falling: "80,1.38"."""
-    sampler: Literal["", "consistency", "heun", "euler", "dpm", "ancestral", "progdist"] = ""
-    """Default: consistency, or heun for a model with EDM scalings."""
+    """Noise levels, decreasing: "80,1.38"."""
+    sampler: Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist"] | None = None
+    """Sampling algorithm. Default: consistency; heun for a denoiser."""
     seed: int = 0
-    """The same seed gives the same images, whatever the batch size and the devices."""
+    """Random seed. The images do not depend on the batch size or the devices."""
     precision: Precision = "float32"
-    """Of the products inside the network."""
+    """Precision of matrix products and convolutions in the network."""
     batch_size: int | None = None
-    """Images drawn at once over all devices. Default: 64 a device, fewer above 64 pixels."""
+    """Images per batch over all devices. Default: 64 per device, fewer above 64 pixels."""
     output: Path = Path("samples.png")
-    """samples.png: all in a grid; samples.npz: arr_0 and arr_1, for evaluators; anything else: a folder of PNGs."""
+    """NAME.png: a grid of all images. NAME.npz: arr_0 (images) and arr_1 (labels), as evaluators read them. Any other
+    name: a folder of PNG files."""
     quantization: Quantization = "round"
-    """To 8 bits by rounding, or by truncating as the original does."""
+    """Conversion to 8 bits: rounding, or truncation as in OpenAI's implementation."""
     compilation_cache: str = ""
-    """Folder in which compiled programs are kept from run to run, or "off". Default: in the user's cache folder."""
+    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
 
 
 def sample(arguments: Sample) -> None:
-    """Load, draw, write, and say what was done."""
+    """Load the model, sample, and write the images."""
     use_compilation_cache(arguments.compilation_cache)
     path = resolve(arguments.checkpoint)
     _check_output(arguments.output, arguments.count)
@@ -75,22 +77,22 @@ def sample(arguments: Sample) -> None:
         timesteps=numbers("timesteps", arguments.timesteps, int),
         indices=numbers("indices", arguments.indices, int),
         sigmas=numbers("sigmas", arguments.sigmas, float),
-        sampler=arguments.sampler or None,
+        sampler=arguments.sampler,
     )
-    labels, count, columns = _shared_out(model, arguments)
+    labels, count, columns = _labels_and_count(model, arguments)
     _check_output(arguments.output, count)
     kind = "consistency model" if model.config.distilled else "EDM denoiser"
     classes = f", {network.classes} classes" if network.classes else ""
     named = path if Path(arguments.checkpoint) in path.parents else arguments.checkpoint
     say(
         f"{named}: {kind}, {network.image_shape[0]} pixels{classes}, {arguments.precision}, on "
-        f"{devices()}; read in {time.perf_counter() - began:.1f} s."
+        f"{devices()}; loaded in {time.perf_counter() - began:.1f} s."
     )
 
     began = time.perf_counter()
     with compilation_time() as compiled:
         batches = model.batches(arguments.seed, count, plan, labels=labels, batch_size=arguments.batch_size)
-        say(f"Drawing {count} images, {_described(plan)}, seed {arguments.seed}.")
+        say(f"Sampling {count} images: {_described(plan)}, seed {arguments.seed}.")
         images = np.concatenate([quantize(batch, arguments.quantization) for batch in progress(batches, count)])
     elapsed = time.perf_counter() - began
 
@@ -101,23 +103,23 @@ def sample(arguments: Sample) -> None:
     else:
         (save_npz if suffix == ".npz" else save_folder)(arguments.output, images, labels)
     compilation = compiled()
-    say(f"Drew {count} images in {elapsed:.1f} s, {compilation:.1f} s of it compiling. They are in {arguments.output}.")
+    say(f"Sampled {count} images in {elapsed:.1f} s (compilation: {compilation:.1f} s). Wrote {arguments.output}.")
 
 
 def _check_output(output: Path, count: int | None) -> None:
-    """Raise InputError for an output that could not be written, or that would not be what its name promises."""
+    """Raise InputError for an output that cannot be written or whose format is not supported."""
     suffix = output.suffix.lower()
     if suffix in (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy"):
-        raise InputError(f"{output}: {suffix} files are not written; name a .png file, an .npz file or a folder.")
+        raise InputError(f"{output}: {suffix} files are not supported; use a .png file, an .npz file or a folder.")
     if suffix == ".png" and (count or 0) > _LARGEST_GRID:
         raise InputError(
-            f"A grid of {count} images is too large to look at: name an .npz file or a folder as --output."
+            f"A grid of {count} images is too large, at most {_LARGEST_GRID}: use an .npz file or a folder as --output."
         )
     check_writable(output, folder=suffix not in (".png", ".npz"))
 
 
-def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int, int]:
-    """(class of every image, number of images, columns of a grid)."""
+def _labels_and_count(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int, int]:
+    """(labels, number of images, columns of the grid)."""
     if not arguments.labels:
         count = 16 if arguments.count is None else check_int("count", arguments.count, 1, 10**9)
         return model.sample_labels(arguments.seed, count), count, max(1, round(count**0.5))
@@ -130,14 +132,14 @@ def _shared_out(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int
     if count % len(numbers) or count < 1:
         nearest = max(1, round(count / len(numbers))) * len(numbers)
         raise InputError(
-            f"--count {count} cannot be shared out evenly among {len(numbers)} labels: try --count {nearest}."
+            f"--count {count} is not divisible by the number of labels, {len(numbers)}: use --count {nearest}."
         )
     each = count // len(numbers)
     return np.repeat(numbers, each), count, each if len(numbers) > 1 else max(1, round(each**0.5))
 
 
 def _row_names(model: Model, labels: np.ndarray | None, columns: int) -> list[str]:
-    """What stands at the left of each row of a grid: the name of the row's class, or its number."""
+    """The class of each row of a grid, by name or number."""
     names = model.config.class_names
     first = [] if labels is None else labels[::columns].tolist()
     return [names[label].split(",")[0] if names else f"class {label}" for label in first]

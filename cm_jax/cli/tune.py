@@ -1,4 +1,4 @@
-"""`tune`: search the levels of a consistency model, and keep them in its checkpoint."""
+"""`tune`: search the noise levels of multistep sampling, and store them in the checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -19,38 +19,38 @@ from cm_jax.loading import load
 
 @dataclasses.dataclass(frozen=True)
 class Tune:
-    """Search the levels at which a consistency model's FID is lowest, and keep them in its checkpoint.
+    """Search the noise levels at which multistep sampling has the lowest FID, and store them in the checkpoint.
 
     `sample --steps N` then uses them.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A cm_jax checkpoint, or a run's folder (its newest one); `convert` makes one of a .pt file."""
+    """A native checkpoint, or a run folder (its latest checkpoint). `convert` makes one from other formats."""
     reference: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REFERENCE")]
-    """Images, as `evaluate` takes them."""
+    """Reference images, as for `evaluate`."""
     steps: int = 2
-    """Number of steps; from three on, each level is found after the ones above it."""
+    """Number of sampling steps. With three or more, the levels are searched one after the other, from the highest."""
     count: int = 10_000
-    """Images drawn for each probe."""
+    """Images sampled for each candidate."""
     seed: int = 0
-    """Of these images, the same for all probes."""
+    """Random seed of the images, the same for all candidates."""
     inception: str = ""
-    """Weights of Inception-V3. Default: what CM_JAX_INCEPTION names."""
+    """Weights of Inception-V3. Default: the file named by CM_JAX_INCEPTION."""
     batch_size: int | None = None
-    """Images drawn and seen at once over all devices."""
+    """Images per batch over all devices. Default: chosen by the image size."""
     reference_cache: str = ""
-    """Folder in which statistics of references are kept by content, or "off". Default: in the user's cache folder."""
+    """Folder for cached statistics of references, or "off". Default: in the user's cache folder."""
     compilation_cache: str = ""
-    """Folder in which compiled programs are kept from run to run, or "off". Default: in the user's cache folder."""
+    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
 
 
 def tune_command(arguments: Tune) -> None:
-    """Search, say every probe, and write the result into config.json."""
+    """Search, print every candidate, and write the result into config.json."""
     use_compilation_cache(arguments.compilation_cache)
     path = resolve(arguments.checkpoint)
     if not native.is_checkpoint(path):
         raise InputError(
-            f"{arguments.checkpoint} has no place for tuned levels: make one of our checkpoints of it first, with "
+            f"{arguments.checkpoint} cannot store tuned noise levels: convert it to a native checkpoint first, with "
             "cm-jax convert."
         )
     model = load(path)
@@ -73,6 +73,7 @@ def tune_command(arguments: Tune) -> None:
     native.rewrite_config(path, dataclasses.replace(model.config, tuned_timesteps=tuned))
     shown = ",".join(map(str, found.timesteps))
     say(
-        f"Best of {len(found.probes)} probes: --timesteps {shown} with FID {found.score:.4g} [N = {arguments.count:,} "
-        f"against {reference.count:,} of {arguments.reference}]; kept in {path / 'config.json'}."
+        f"Best of {len(found.probes)} candidates: --timesteps {shown} with FID {found.score:.4g} "
+        f"[N = {arguments.count:,} against {reference.count:,} of {arguments.reference}]; "
+        f"stored in {path / 'config.json'}."
     )

@@ -10,7 +10,10 @@ from cm_jax.data.npz import NpzData
 from cm_jax.data.streaming import Streamed
 from cm_jax.data.tfds import TFDSData
 
+AnyData = EmojiData | ImageFolder | NpzData | TFDSData
+
 __all__ = [
+    "AnyData",
     "Batches",
     "Data",
     "Dataset",

@@ -151,6 +151,9 @@ class Halving(Curriculum):
         return _at([*stages, 2, 1], step // self.steps_per_stage)
 
 
+AnyCurriculum = Constant | Progressive | Doubling | Halving
+
+
 class TargetEMA(abc.ABC):
     """mu(k) of the target's update: target <- mu target + (1 - mu) student."""
 
@@ -208,6 +211,9 @@ def _progressive(curriculum: Curriculum | None) -> Progressive:
             f"AdaptiveTargetEMA follows a Progressive curriculum, and the objective has {found}; use ConstantTargetEMA."
         )
     return curriculum
+
+
+AnyTargetEMA = ConstantTargetEMA | AdaptiveTargetEMA
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,35 +67,6 @@ class PseudoHuber(Distance):
         return squared / (jnp.sqrt(squared + c**2 + 1e-16) + c)
 
 
-@dataclasses.dataclass(frozen=True)
-class Resized(Distance):
-    """A distance between both images resized to size x size pixels.
-
-    Bilinear with half-pixel centers and no antialiasing, as PyTorch resizes. Resized(Squared(), 32) is OpenAI's
-    "l2-32"; OpenAI's LPIPS resizes to 224 pixels.
-    """
-
-    distance: Distance = Squared()
-    size: int = 32
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise InputError(f"Expected a size of at least 1 pixel, got {self.size}.")
-
-    def __call__(self, x: Images, y: Images) -> Values:
-        return self.distance(self._resized(x), self._resized(y))
-
-    def with_weights(self, params: Params | None) -> Distance:
-        return dataclasses.replace(self, distance=self.distance.with_weights(params))
-
-    def load_weights(self) -> Params | None:
-        return self.distance.load_weights()
-
-    def _resized(self, x: Images) -> Float[Array, "b {self.size} {self.size} c"]:
-        shape = (x.shape[0], self.size, self.size, x.shape[3])
-        return jax.image.resize(x, shape, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Perceptual(Distance):
     """sum_k mean_pixels sum_c head_k[c] (u_k(x) - u_k(y))^2, u_k the unit-length features of layer k (LPIPS, eq. 1).
@@ -121,3 +92,9 @@ def _unit(features: Float[Array, "b m n k"]) -> Float[Array, "b m n k"]:
     squared = jnp.square(features).sum(-1, keepdims=True)
     length = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)
     return features / (length + 1e-10)
+
+
+def resize_bilinear(x: Images, size: int) -> Float[Array, "b {size} {size} c"]:
+    """`x` at size x size: bilinear with half-pixel centers and no antialiasing, as PyTorch resizes."""
+    shape = (x.shape[0], size, size, x.shape[3])
+    return jax.image.resize(x, shape, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST)

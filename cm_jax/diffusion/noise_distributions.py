@@ -79,6 +79,9 @@ class DiscreteLogNormal(IndexDistribution):
         return (edges[:-1] - edges[1:]) / (edges[0] - edges[-1])
 
 
+AnyIndexDistribution = UniformIndex | DiscreteLogNormal
+
+
 @dataclasses.dataclass(frozen=True)
 class LogitNormal:
     """logit t ~ N(mean, std^2), for t on the straight path from data (0) to noise (1)."""
@@ -135,3 +138,6 @@ class CappedInterval(IntervalDistribution):
 
     def ordered(self, t: Times, r: Times) -> tuple[Times, Times]:
         return t, jnp.minimum(t, r)
+
+
+AnyIntervalDistribution = SortedInterval | CappedInterval

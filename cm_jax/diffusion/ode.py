@@ -78,6 +78,9 @@ class HeunStep(ODEStep):
         return heun_step(functools.partial(dx_dsigma, teacher), x, t, r)
 
 
+AnyODEStep = EulerStep | HeunStep
+
+
 def _over_pixels(level: Level) -> Array:
     """A scalar as it is; one value per image as [b, 1, 1, 1]."""
     return per_image(level) if jnp.ndim(level) else level

@@ -141,3 +141,6 @@ class MeanFlowPreconditioning(Preconditioning):
 
     def c_noise(self, sigma: Sigmas) -> Sigmas:
         return self.time_factor * flow_time(sigma)
+
+
+AnyPreconditioning = EDMPreconditioning | TrigFlowPreconditioning | ConsistencyPreconditioning | MeanFlowPreconditioning

@@ -64,3 +64,6 @@ class InverseGap(Weighting):
 
     def __call__(self, t: Sigmas, r: Sigmas, sigma_data: float = 0.5) -> Sigmas:
         return 1 / (t - r)
+
+
+AnyWeighting = Uniform | SNR | SNRPlusOne | TruncatedSNR | Karras | InverseGap

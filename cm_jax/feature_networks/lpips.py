@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from cm_jax.diffusion.distances import Distance, Perceptual, Resized, Values
+from cm_jax.diffusion.distances import Distance, Perceptual, Values, resize_bilinear
 from cm_jax.errors import InputError
 from cm_jax.feature_networks import vgg16
 from cm_jax.feature_networks.weight_file import WeightFile
@@ -77,8 +77,9 @@ class _Weighted(Distance):
             vgg16.features, self.params["vgg16"], pooling=config.pooling, precision=config.precision
         )
         distance = Perceptual(features, [self.params["heads"][tap] for tap in TAPS])
-        resized = config.size and x.shape[2] < _LARGE
-        return (Resized(distance, config.size) if resized else distance)(x, y)
+        if config.size and x.shape[2] < _LARGE:
+            x, y = (resize_bilinear(images, config.size) for images in (x, y))
+        return distance(x, y)
 
 
 def shapes() -> Params:

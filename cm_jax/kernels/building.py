@@ -129,8 +129,14 @@ def _compile(compiler: str, path: Path) -> None:
 
         objects = {source: str(Path(workspace) / f"{source.stem}.o") for source in SOURCES}
         headers = ("-isystem", jax.ffi.include_dir())
+        _log.info(
+            "Compiling the CPU kernels with %s, once on this machine: about 10 s, a minute on slow ones.", compiler
+        )
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(lambda source: run("-c", *headers, str(source), "-o", objects[source]), SOURCES))
+            jobs = [pool.submit(run, "-c", *headers, str(source), "-o", objects[source]) for source in SOURCES]
+            for done, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
+                job.result()
+                _log.info("Compiled %d of %d files.", done, len(jobs))
         library = Path(workspace) / path.name
         run("-shared", *objects.values(), "-o", str(library))
         _checksum(path).write_text(_digest(library.read_bytes()))

@@ -12,13 +12,28 @@ from cm_jax.objectives.consistency_distillation import ConsistencyDistillation
 from cm_jax.objectives.consistency_training import ConsistencyTraining
 from cm_jax.objectives.continuous_time import ContinuousDistillation, ContinuousTraining
 from cm_jax.objectives.denoising import Denoising
+from cm_jax.objectives.distances import AnyDistance, Resized
 from cm_jax.objectives.easy_consistency_tuning import EasyConsistencyTuning
 from cm_jax.objectives.improved_consistency_training import ImprovedConsistencyTraining
 from cm_jax.objectives.mean_flow import MeanFlow
 from cm_jax.objectives.progressive_distillation import ProgressiveDistillation
 
+AnyObjective = (
+    Denoising
+    | ConsistencyDistillation
+    | ConsistencyTraining
+    | ImprovedConsistencyTraining
+    | EasyConsistencyTuning
+    | ContinuousTraining
+    | ContinuousDistillation
+    | MeanFlow
+    | ProgressiveDistillation
+)
+
 __all__ = [
     "AdaptiveWeight",
+    "AnyDistance",
+    "AnyObjective",
     "Batch",
     "ConsistencyDistillation",
     "ConsistencyTraining",
@@ -37,4 +52,5 @@ __all__ = [
     "ODEStep",
     "Objective",
     "ProgressiveDistillation",
+    "Resized",
 ]

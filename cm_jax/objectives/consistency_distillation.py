@@ -3,12 +3,13 @@
 import dataclasses
 from typing import ClassVar
 
-from cm_jax.diffusion.curricula import Constant, Curriculum
-from cm_jax.diffusion.distances import Distance, Squared
-from cm_jax.diffusion.noise_distributions import IndexDistribution, UniformIndex
-from cm_jax.diffusion.ode import HeunStep, ODEStep
-from cm_jax.diffusion.weightings import Uniform, Weighting
+from cm_jax.diffusion.curricula import AnyCurriculum, Constant
+from cm_jax.diffusion.distances import Squared
+from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, UniformIndex
+from cm_jax.diffusion.ode import AnyODEStep, HeunStep
+from cm_jax.diffusion.weightings import AnyWeighting, Uniform
 from cm_jax.objectives.base import AdjacentPairObjective
+from cm_jax.objectives.distances import AnyDistance
 from cm_jax.types import Denoiser, Images, Sigmas
 
 
@@ -16,11 +17,11 @@ from cm_jax.types import Denoiser, Images, Sigmas
 class ConsistencyDistillation(AdjacentPairObjective):
     """w(t, r) d(f(x_t, t), f^-(x_r, r)), where one step of the teacher's ODE solver leads from x_t to x_r."""
 
-    curriculum: Curriculum = Constant(40)
-    noise_distribution: IndexDistribution = UniformIndex()
-    solver: ODEStep = HeunStep()
-    weighting: Weighting = Uniform()
-    distance: Distance = Squared()
+    curriculum: AnyCurriculum = Constant(40)
+    noise_distribution: AnyIndexDistribution = UniformIndex()
+    solver: AnyODEStep = HeunStep()
+    weighting: AnyWeighting = Uniform()
+    distance: AnyDistance = Squared()
 
     has_teacher: ClassVar[bool] = True
 

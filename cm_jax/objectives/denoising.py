@@ -4,10 +4,11 @@ import dataclasses
 from typing import ClassVar
 
 from cm_jax.diffusion.curricula import Step
-from cm_jax.diffusion.distances import Distance, Squared
+from cm_jax.diffusion.distances import Squared
 from cm_jax.diffusion.noise_distributions import LogNormal
-from cm_jax.diffusion.weightings import Karras, Weighting
+from cm_jax.diffusion.weightings import AnyWeighting, Karras
 from cm_jax.objectives.base import Batch, DistanceObjective, FrozenParams, Losses, Metrics, Models, split_keys
+from cm_jax.objectives.distances import AnyDistance
 from cm_jax.types import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
 
 
@@ -16,8 +17,8 @@ class Denoising(DistanceObjective):
     """w(sigma) d(D(x + sigma z, sigma), x)      (EDM, eq. 2)."""
 
     noise_distribution: LogNormal = LogNormal()
-    weighting: Weighting = Karras()
-    distance: Distance = Squared()
+    weighting: AnyWeighting = Karras()
+    distance: AnyDistance = Squared()
 
     makes_denoiser: ClassVar[bool] = True
 

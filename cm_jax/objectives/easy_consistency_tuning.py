@@ -5,11 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from cm_jax.diffusion.curricula import ShrinkingGap, Step
-from cm_jax.diffusion.distances import Distance, PseudoHuber
+from cm_jax.diffusion.distances import PseudoHuber
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.diffusion.weightings import InverseGap, Weighting
+from cm_jax.diffusion.weightings import AnyWeighting, InverseGap
 from cm_jax.objectives.base import Losses, Metrics, PairObjective
+from cm_jax.objectives.distances import AnyDistance
 from cm_jax.types import Denoiser, Images, Keys, Sigmas, per_image
 
 
@@ -23,8 +24,8 @@ class EasyConsistencyTuning(PairObjective):
 
     noise_distribution: LogNormal = LogNormal(-1.1, 2.0)
     gap: ShrinkingGap = ShrinkingGap()
-    weighting: Weighting = InverseGap()
-    distance: Distance = PseudoHuber(0.0)
+    weighting: AnyWeighting = InverseGap()
+    distance: AnyDistance = PseudoHuber(0.0)
 
     def sample_pair(self, keys: Keys, schedule: KarrasSchedule, step: Step) -> tuple[Sigmas, Sigmas, Metrics]:
         del schedule

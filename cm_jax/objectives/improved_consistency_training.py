@@ -3,11 +3,12 @@
 import dataclasses
 from typing import ClassVar
 
-from cm_jax.diffusion.curricula import Curriculum, Doubling
-from cm_jax.diffusion.distances import Distance, PseudoHuber
-from cm_jax.diffusion.noise_distributions import DiscreteLogNormal, IndexDistribution
-from cm_jax.diffusion.weightings import InverseGap, Weighting
+from cm_jax.diffusion.curricula import AnyCurriculum, Doubling
+from cm_jax.diffusion.distances import PseudoHuber
+from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, DiscreteLogNormal
+from cm_jax.diffusion.weightings import AnyWeighting, InverseGap
 from cm_jax.objectives.consistency_training import ConsistencyTraining
+from cm_jax.objectives.distances import AnyDistance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +18,9 @@ class ImprovedConsistencyTraining(ConsistencyTraining):
     The target is always the student itself without gradient, because an EMA target biases the limit (iCT, section 3.2).
     """
 
-    curriculum: Curriculum = Doubling()
-    noise_distribution: IndexDistribution = DiscreteLogNormal()
-    weighting: Weighting = InverseGap()
-    distance: Distance = PseudoHuber()
+    curriculum: AnyCurriculum = Doubling()
+    noise_distribution: AnyIndexDistribution = DiscreteLogNormal()
+    weighting: AnyWeighting = InverseGap()
+    distance: AnyDistance = PseudoHuber()
 
     has_target: ClassVar[bool] = False

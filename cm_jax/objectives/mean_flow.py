@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import Step
-from cm_jax.diffusion.noise_distributions import IntervalDistribution, SortedInterval
+from cm_jax.diffusion.noise_distributions import AnyIntervalDistribution, SortedInterval
 from cm_jax.diffusion.preconditioning import MeanFlowPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.objectives.base import (
@@ -37,7 +37,7 @@ class MeanFlow(Objective):
     loss is that of flow matching. Sampling in one step is e - u(e, 1, 1).
     """
 
-    noise_distribution: IntervalDistribution = SortedInterval()
+    noise_distribution: AnyIntervalDistribution = SortedInterval()
     power: float = 1.0
     epsilon: float = 0.01
 

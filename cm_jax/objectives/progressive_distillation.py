@@ -7,12 +7,13 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cm_jax.diffusion.curricula import Curriculum, Halving, Step
-from cm_jax.diffusion.distances import Distance, Squared
-from cm_jax.diffusion.noise_distributions import IndexDistribution, UniformIndex
+from cm_jax.diffusion.curricula import AnyCurriculum, Halving, Step
+from cm_jax.diffusion.distances import Squared
+from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, UniformIndex
 from cm_jax.diffusion.ode import dx_dsigma, euler_step
-from cm_jax.diffusion.weightings import TruncatedSNR, Weighting
+from cm_jax.diffusion.weightings import AnyWeighting, TruncatedSNR
 from cm_jax.objectives.base import Batch, DistanceObjective, FrozenParams, Losses, Metrics, Models, split_keys
+from cm_jax.objectives.distances import AnyDistance
 from cm_jax.types import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
 
 
@@ -23,11 +24,11 @@ class ProgressiveDistillation(DistanceObjective):
     Student and teacher are EDM denoisers. After each stage of the curriculum the student becomes the teacher.
     """
 
-    curriculum: Curriculum = Halving()  # type: ignore[override]  # a field in place of the property
+    curriculum: AnyCurriculum = Halving()  # type: ignore[override]  # a field in place of the property
     """N(k) is the number of sampling steps, between N + 1 noise levels."""
-    noise_distribution: IndexDistribution = UniformIndex()
-    weighting: Weighting = TruncatedSNR()
-    distance: Distance = Squared()
+    noise_distribution: AnyIndexDistribution = UniformIndex()
+    weighting: AnyWeighting = TruncatedSNR()
+    distance: AnyDistance = Squared()
 
     has_teacher: ClassVar[bool] = True
     makes_denoiser: ClassVar[bool] = True

@@ -6,18 +6,17 @@ from typing import ClassVar, Literal
 
 import jax
 
-import cm_jax.feature_networks.lpips  # noqa: F401  so that LPIPS is known among the distances
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.data import Data, Dataset, EmojiData
+from cm_jax.data import AnyData, Dataset, EmojiData
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.curricula import StepSchedule, TargetEMA
+from cm_jax.diffusion.curricula import AnyTargetEMA, StepSchedule
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS, KarrasSchedule
-from cm_jax.diffusion.preconditioning import EDMPreconditioning, Preconditioning
+from cm_jax.diffusion.preconditioning import AnyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError, check_int, nearest
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.objectives import Denoising, Models, Objective
+from cm_jax.objectives import AnyObjective, Denoising, Models, Objective
 from cm_jax.training.ema import EMA, averages_named
-from cm_jax.training.optimizers import Adam, Optimizer
+from cm_jax.training.optimizers import Adam, AnyOptimizer
 from cm_jax.training.parallelism import OneDevice, Parallelism, Pmap, Sharded, check_batch_size
 from cm_jax.training.run.evaluation_hook import PARAMETERS, PeriodicEvaluation
 from cm_jax.training.step import TrainingStep
@@ -28,12 +27,12 @@ from cm_jax.types import Params
 class TrainConfig:
     """A training run. Its folder's config.json holds all of this."""
 
-    data: Data = EmojiData()
+    data: AnyData = EmojiData()
     network: SongUNet | ADMUNet = SongUNet()
-    preconditioning: Preconditioning = EDMPreconditioning()
-    objective: Objective = Denoising()
-    optimizer: Optimizer = Adam()
-    target: TargetEMA | None = None
+    preconditioning: AnyPreconditioning = EDMPreconditioning()
+    objective: AnyObjective = Denoising()
+    optimizer: AnyOptimizer = Adam()
+    target: AnyTargetEMA | None = None
     """mu(k), for a target that lags behind the student; None makes the student its own target."""
     schedule: KarrasSchedule = KarrasSchedule()
     """Noise schedule of the run and of the saved models."""

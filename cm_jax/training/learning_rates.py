@@ -93,6 +93,9 @@ class InverseRootDecay(LearningRate):
         return lambda count: self.peak / jnp.sqrt(jnp.maximum(1.0, count / self.steps))
 
 
+AnyLearningRate = ConstantRate | LinearDecay | CosineDecay | InverseRootDecay
+
+
 def _demand_steps(rate: LearningRate, steps: int) -> None:
     if steps < 1:
         raise InputError(f"The learning rate decays in 1 step or more, got {rate}.")

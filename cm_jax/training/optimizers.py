@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from cm_jax.errors import InputError
-from cm_jax.training.learning_rates import ConstantRate, LearningRate
+from cm_jax.training.learning_rates import AnyLearningRate, ConstantRate
 from cm_jax.types import Params
 
 
@@ -19,7 +19,7 @@ from cm_jax.types import Params
 class Optimizer(abc.ABC):
     """Gradients, clipped if so wished, become an update of the parameters."""
 
-    learning_rate: LearningRate = ConstantRate()
+    learning_rate: AnyLearningRate = ConstantRate()
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.999
@@ -77,6 +77,9 @@ class RAdam(Optimizer):
     def parts(self) -> tuple[optax.GradientTransformation, ...]:
         decay = (optax.add_decayed_weights(self.weight_decay),) if self.weight_decay else ()
         return (*decay, scale_by_radam(self.beta1, self.beta2, self.epsilon))
+
+
+AnyOptimizer = Adam | AdamW | RAdam
 
 
 class RAdamState(NamedTuple):

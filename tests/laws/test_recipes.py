@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from cm_jax.cli.overrides import parse
+from cm_jax.cli.parsing import parse_preset
 from cm_jax.cli.train import Options
 from cm_jax.errors import InputError
 from cm_jax.presets import PRESETS
@@ -21,7 +21,7 @@ SAMPLING_OPTIONS = {"--sigmas 80,0.8"}
 
 def parse_settings(words):
     """The settings that train.py uses for a command line."""
-    return parse(PRESETS, Options(), "train.py", words)[1]
+    return parse_preset(PRESETS, Options(), "train.py", words)[1]
 
 
 @pytest.mark.parametrize("command", COMMAND.findall(TEXT))

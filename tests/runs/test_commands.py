@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 
 import cm_jax
-from cm_jax import conversion
+from cm_jax import conversion, kernels
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main, main_convert, main_sample
 from cm_jax.conversion import CheckpointHints, read
@@ -30,7 +32,7 @@ from cm_jax.model import Model
 from tests.support import DATA, EMOJI, ROOT, SMALL, random_params, run
 
 GOLDEN = DATA / "openai" / "adm_unconditional.pt"
-TOLD = ("--image-size", "16", "--head-dim", "32", "--scalings", "consistency", "--levels", "40")
+TOLD = ("--image-size", "16", "--head-dim", "32", "--preconditioning", "consistency", "--num-levels", "40")
 
 
 def failed(capsys, command, *arguments):
@@ -40,8 +42,8 @@ def failed(capsys, command, *arguments):
     output = capsys.readouterr()
     assert stopped.value.code == 2, output
     assert "Traceback" not in output.err
-    assert output.err.count("error: ") == 1
-    assert "Drawing" not in output.out
+    assert output.err.count("error: ") == 1 or "For full helptext" in output.err
+    assert "Sampling" not in output.out
     return output.err
 
 
@@ -71,7 +73,7 @@ def test_convert_and_sample_from_the_shell(tmp_path):
         "sample.py", str(tmp_path / "emoji"), "--labels", "all", "--count", "18", "--output", str(tmp_path / "a.png")
     )
     assert drawn.returncode == 0, drawn.stderr
-    assert "Drew 18 images" in drawn.stdout
+    assert "Sampled 18 images" in drawn.stdout
     assert Image.open(tmp_path / "a.png").size[1] == 9 * 66 + 2
 
 
@@ -160,10 +162,10 @@ def test_conversions_in_a_circle(tmp_path, capsys):
 
 
 def test_other_levels_forget_the_tuned_ones_and_other_clocks_are_not_exported(tmp_path, capsys):
-    succeeded(capsys, main_convert, EMOJI, tmp_path / "ours", "--levels", 5)
+    succeeded(capsys, main_convert, EMOJI, tmp_path / "ours", "--num-levels", 5)
     source = read(tmp_path / "ours")
     assert source.config.num_levels == 5
-    succeeded(capsys, main_convert, tmp_path / "ours", tmp_path / "again", "--levels", 9)
+    succeeded(capsys, main_convert, tmp_path / "ours", tmp_path / "again", "--num-levels", 9)
     assert read(tmp_path / "again").config.tuned_timesteps == ()
     config = dataclasses.replace(source.config, preconditioning=ConsistencyPreconditioning(time_factor=0.25))
     for kind, name in (("diffusers", "d"), ("openai", "o.pt")):
@@ -174,7 +176,7 @@ def test_other_levels_forget_the_tuned_ones_and_other_clocks_are_not_exported(tm
 def test_a_teacher_becomes_a_network_without_a_pipeline(tmp_path, capsys):
     told = (*TOLD[:5], "edm")
     said = succeeded(capsys, main_convert, GOLDEN, tmp_path / "d", "--to", "diffusers", *told)
-    assert "network alone" in said
+    assert "without a pipeline" in said
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["unet"]
     assert (
         read(tmp_path / "d", CheckpointHints(preconditioning="edm")).config.network
@@ -215,14 +217,18 @@ def test_a_published_name_on_another_network_tells_nothing(tmp_path, capsys):
 def test_what_is_said_against_a_checkpoint_is_said_again(tmp_path, capsys):
     ours = tmp_path / "ours"
     succeeded(capsys, main_convert, EMOJI, ours)
-    said = succeeded(capsys, main_convert, ours, tmp_path / "m.safetensors", "--scalings", "edm", "--levels", 40)
+    said = succeeded(
+        capsys, main_convert, ours, tmp_path / "m.safetensors", "--preconditioning", "edm", "--num-levels", 40
+    )
     for change in (
         "num_levels: 18 in the checkpoint, 40 now",
-        "scaling: ConsistencyPreconditioning in the checkpoint",
+        "preconditioning: ConsistencyPreconditioning in the checkpoint",
     ):
         assert change in said
     again = tmp_path / "again.safetensors"
-    assert "As you say" not in succeeded(capsys, main_convert, tmp_path / "m.safetensors", again, "--scalings", "edm")
+    assert "Overridden" not in succeeded(
+        capsys, main_convert, tmp_path / "m.safetensors", again, "--preconditioning", "edm"
+    )
 
 
 def test_our_own_checkpoint_knows_its_heads(tmp_path, capsys):
@@ -418,12 +424,12 @@ def test_diffusers_folders_that_contradict_themselves(folder, tmp_path, capsys, 
         (("cd_imagenet64_lpips",), "download https://"),
         (("emoji16",), "Did you mean 'emoji16_cd'?"),
         (("--count", 0), "count must be"),
-        (("--count", 10, "--labels", "1,2,3"), "try --count 9"),
+        (("--count", 10, "--labels", "1,2,3"), "use --count 9"),
         (("--labels", "9"), "from 0 to 8"),
         (("--labels", "Flagz"), "did you mean 'Flags'?"),
         (("--timesteps", "0,8"), "must fall"),
         (("--timesteps", "40,0"), "0 to 39"),
-        (("--timesteps", "8;0"), "whole numbers with commas"),
+        (("--timesteps", "8;0"), "whole numbers separated by commas"),
         (("--timesteps", "8,0", "--steps", 2), "steps and timesteps"),
         (("--indices", "0,8"), "end with 39"),
         (("--sigmas", "80,-1"), "greater than 0.002"),
@@ -445,7 +451,7 @@ def test_requests_that_make_no_sense(tmp_path, capsys, arguments, message):
 
 def test_more_images_than_can_be_counted(tmp_path, capsys):
     assert "count must be" in failed(capsys, main_sample, "--count", 10**12, "--output", tmp_path / "folder")
-    assert "too large to look at" in failed(capsys, main_sample, "--count", 10**12, "--output", tmp_path / "s.png")
+    assert "is too large" in failed(capsys, main_sample, "--count", 10**12, "--output", tmp_path / "s.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -460,11 +466,33 @@ def test_outputs_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "full" / "mine.txt").write_text("")
     assert "Cannot write" in failed(capsys, main_sample, "--output", tmp_path / "file" / "s.png")
     assert "files in it" in failed(capsys, main_sample, "--output", tmp_path / "full")
-    assert ".jpg files are not written" in failed(capsys, main_sample, "--output", tmp_path / "s.jpg")
+    assert ".jpg files are not supported" in failed(capsys, main_sample, "--output", tmp_path / "s.jpg")
     assert "too large" in failed(capsys, main_sample, "--count", 50_000, "--output", tmp_path / "s.png")
     assert "nope" in failed(capsys, main_sample, "--labels", "nope", "--output", tmp_path / "deep" / "s.png")
     assert not (tmp_path / "deep").exists()
     assert "is not a folder" in failed(capsys, main_sample, "--output", tmp_path / "file")
-    assert "from 2 to" in failed(capsys, main_convert, EMOJI, tmp_path / "new", "--levels", 0)
+    assert "from 2 to" in failed(capsys, main_convert, EMOJI, tmp_path / "new", "--num-levels", 0)
     assert "exists already" in failed(capsys, main_convert, EMOJI, tmp_path / "full")
     assert "--to native writes a folder" in failed(capsys, main_convert, EMOJI, tmp_path / "x.pt", "--to", "native")
+
+
+def test_a_closed_pipe_ends_a_command_quietly():
+    """As in `cm-jax sample --help | head -1`."""
+    for words in (["sample.py", "--help"], ["train.py", "emoji32-edm", "--help"], ["edit.py", "--help"]):
+        command = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        command.stdout.close()
+        assert command.stderr.read() == ""
+        assert command.wait() == 141
+        command.stderr.close()
+
+
+def test_the_first_compilation_of_the_kernels_is_reported(tmp_path):
+    arguments = ("sample.py", "emoji16_cd", "--count", "1", "--output", str(tmp_path / "s.npz"))
+    first, second = (run(*arguments, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
+    if not kernels.available():
+        return
+    assert "Compiling the CPU kernels" in first.stderr
+    assert "Compiled 4 of 4 files." in first.stderr
+    assert "ompil" not in second.stderr

@@ -76,11 +76,11 @@ def test_the_other_kinds_run(checkpoint, tmp_path, capsys):
     for kind, *options in (
         ("colorize", "a.png", "--sigmas", "80"),
         ("superres", "tiny.png", "a.png", "--patch", 4, "--sigmas", "80"),
-        ("repaint", "a.png", "--variants", 1),
+        ("stroke", "a.png", "--variants", 1),
         ("denoise", "a.png", "--sigma", 0.5, "--add"),
     ):
         paths = [tmp_path / word if str(word).endswith(".png") else word for word in options]
-        assert "Each row of" in succeeded(capsys, main_edit, kind, *paths, *told)
+        assert "Each row: " in succeeded(capsys, main_edit, kind, *paths, *told)
     assert "both ends" in succeeded(
         capsys, main_edit, "interpolate", tmp_path / "a.png", tmp_path / "tiny.png", *told, "--frames", 3
     )
@@ -178,7 +178,7 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
         (("inpant", a), "Did you mean 'inpaint'?"),
         (("inpaint", a, *out), "--mask FILE or --box"),
         (("inpaint", a, "--box", "1,2,3", *out), "left,top,right,bottom"),
-        (("inpaint", a, "--box", "1,2,3,x", *out), "whole numbers"),
+        (("inpaint", a, "--box", "1,2,3,x", *out), "whole numbers separated by commas"),
         (("inpaint", a, "--mask", tmp_path / "black.png", *out), "black all over"),
         (("inpaint", a, "--mask", tmp_path / "wide.png", *out), "9 x 8 pixels and the picture 8 x 8"),
         (("colorize", tmp_path / "nothing.png", *out), "There is no picture"),
@@ -188,13 +188,13 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
         (("colorize", tmp_path / "half.png", *out), "cannot be read as a picture"),
         (("colorize", a, "--labels", "1", *out), "unconditional"),
         (("colorize", a, "--variants", 0, *out), "variants must be"),
-        (("colorize", a, "--output", tmp_path / "e.npz"), "is a .png file"),
+        (("colorize", a, "--output", tmp_path / "e.npz"), "must be a .png file"),
         (("superres", a, "--patch", 3, *out), "choose one of 2, 4, 8"),
-        (("denoise", a, *out), "--sigma must be given"),
+        (("denoise", a, *out), "--sigma FLOAT"),
         (("denoise", a, "--sigma", 0, *out), "greater than 0.002"),
-        (("interpolate", a, *out), "two pictures"),
-        (("interpolate", a, a, "--seeds", "1,2", *out), "two pictures"),
-        (("colorize", *out), "Name the pictures"),
+        (("interpolate", a, *out), "Expected two images"),
+        (("interpolate", a, a, "--seeds", "1,2", *out), "Expected two images"),
+        (("colorize", *out), "Expected 1 to"),
     ):
         assert message in failed(capsys, main_edit, *words), words
     assert not (tmp_path / "e.png").exists()

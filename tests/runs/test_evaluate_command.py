@@ -113,7 +113,7 @@ def test_tuned_levels_are_kept_in_the_checkpoint(tmp_path, capsys, monkeypatch):
     assert tuned.config.tuned_timesteps == ((7, 0), (5, 2, 0))
     assert tuned.plan(steps=2).levels[1] == pytest.approx(config.schedule.sigma(7, 12))
     assert all(sigmas[0] == pytest.approx(80) for sigmas in asked)
-    assert "has no place for tuned levels" in failed(capsys, main, "tune", "emoji16_cd", "emoji", *TOLD)
+    assert "cannot store tuned noise levels" in failed(capsys, main, "tune", "emoji16_cd", "emoji", *TOLD)
 
 
 def test_bad_input_is_one_message(samples, tmp_path, capsys):
@@ -124,10 +124,10 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     assert "There are no images emojis" in message(samples, "emojis")
     assert "There is no checkpoint nothing" in message("nothing", "emoji")
     assert "31 images were asked for, and" in message(samples, "emoji", "--count", 31)
-    assert "--steps is about a checkpoint" in message(samples, "emoji", "--steps", 2)
+    assert "--steps applies to checkpoints" in message(samples, "emoji", "--steps", 2)
     assert "no classifier" in message(samples, "emoji", "--metrics", "is")
     assert "pr needs at least 4 images" in message(samples, samples, "--metrics", "pr", "--count", 3)
-    assert "bpd is about a checkpoint" in message(samples, "emoji", "--metrics", "bpd")
+    assert "bpd needs a checkpoint" in message(samples, "emoji", "--metrics", "bpd")
     assert "need a denoiser" in message("emoji16_cd", "emoji", "--metrics", "bpd", "--count", 2)
     assert "add one of them" in message(samples, samples, "--metrics", "kid", "--save-reference", tmp_path / "x.npz")
     assert "There are no emoji 'test'" in message(samples, "emoji:test")

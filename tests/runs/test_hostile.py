@@ -230,7 +230,7 @@ LONG = "x" * 300
         f"convert {LONG} x.safetensors --to lpips",
         f"convert {LONG} x.safetensors --to inception",
         f"sample --output {LONG}.png",
-        f"edit repaint {LONG}",
+        f"edit stroke {LONG}",
         "evaluate ~nobody/x emoji",
         "train emoji32-edm --dry-run --data ImageFolder --data.path ~nobody/x",
     ],

@@ -1,76 +1,56 @@
 """`train.py PRESET --field value ...`: what it makes of good words and of bad ones."""
 
-import abc
 import dataclasses
-import sys
+import re
 from pathlib import Path
 from typing import Literal
 
 import jax
 import pytest
-import tyro
 
 import cm_jax
 from cm_jax.checkpoints.serialization import encode, kinds
 from cm_jax.cli import main, main_convert, main_sample
 from cm_jax.cli import train as command
-from cm_jax.cli.overrides import parse
+from cm_jax.cli.parsing import parse_preset
 from cm_jax.cli.running import run as run_command
 from cm_jax.cli.train import Options
-from cm_jax.diffusion.curricula import AdaptiveTargetEMA, ConstantTargetEMA, Halving, TargetEMA
-from cm_jax.diffusion.distances import Absolute, Distance, PseudoHuber, Resized, Squared
+from cm_jax.diffusion.curricula import AdaptiveTargetEMA, AnyTargetEMA, ConstantTargetEMA, Halving
+from cm_jax.diffusion.distances import Absolute, PseudoHuber, Squared
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, Preconditioning
+from cm_jax.diffusion.preconditioning import AnyPreconditioning, ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.objectives import ConsistencyTraining, Denoising, EasyConsistencyTuning, Objective
+from cm_jax.objectives import AnyDistance, AnyObjective, ConsistencyTraining, Denoising, EasyConsistencyTuning, Resized
 from tests.support import run
 
 
-class Data(abc.ABC):
-    @abc.abstractmethod
-    def open(self): ...
-
-
 @dataclasses.dataclass(frozen=True)
-class Bundled(Data):
+class Bundled:
     """Images that come along."""
 
     flip: bool = True
     """Every second image is mirrored."""
 
-    def open(self): ...
-
 
 @dataclasses.dataclass(frozen=True)
-class ImageFolder(Data):
+class ImageFolder:
     """Images in a folder."""
 
     path: str
     """The folder."""
     flip: bool = False
 
-    def open(self): ...
-
-
-class EMA(abc.ABC):
-    @abc.abstractmethod
-    def name(self): ...
-
 
 @dataclasses.dataclass(frozen=True)
-class Exponential(EMA):
+class Exponential:
     beta: float = 0.999
 
-    def name(self): ...
-
 
 @dataclasses.dataclass(frozen=True)
-class Power(EMA):
+class Power:
     width: float = 0.05
-
-    def name(self): ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +74,16 @@ class Optimizer:
 class TrainConfig:
     """Everything that a run computes from."""
 
-    data: Data = Bundled()
+    data: Bundled | ImageFolder = Bundled()
     """The images."""
-    network: ADMUNet | SongUNet = dataclasses.field(default_factory=SongUNet)
-    preconditioning: Preconditioning = ConsistencyPreconditioning()
-    objective: Objective = ConsistencyTraining()
+    network: ADMUNet | SongUNet = SongUNet()
+    preconditioning: AnyPreconditioning = ConsistencyPreconditioning()
+    objective: AnyObjective = ConsistencyTraining()
     """What is minimized."""
     optimizer: Optimizer = Optimizer()
-    target: TargetEMA | None = None
+    target: AnyTargetEMA | None = None
     schedule: KarrasSchedule = KarrasSchedule()
-    averages: tuple[EMA, ...] = (Exponential(), Exponential(0.9999))
+    average: Exponential | Power = Exponential(0.9999)
     rates: tuple[float, ...] = (0.9, 0.99)
     batch_size: int = 64
     """Images in a batch, over all devices."""
@@ -131,7 +111,7 @@ PRESETS = {"tiny-ct": tiny, "plain": TrainConfig()}
 
 def settings(line):
     """What a line gives."""
-    return parse(PRESETS, Options(), "train.py", line.split())[1]
+    return parse_preset(PRESETS, Options(), "train.py", line.split())[1]
 
 
 def changed(**fields):
@@ -141,7 +121,7 @@ def changed(**fields):
 def test_a_preset_alone_is_itself():
     assert settings("tiny-ct") == tiny()
     assert settings("plain") == TrainConfig()
-    assert parse(PRESETS, Options(), "train.py", ["plain"]) == ("plain", TrainConfig(), Options())
+    assert parse_preset(PRESETS, Options(), "train.py", ["plain"]) == ("plain", TrainConfig(), Options())
 
 
 @pytest.mark.parametrize(
@@ -184,27 +164,24 @@ def test_a_preset_alone_is_itself():
         ("--objective EasyConsistencyTuning", {"objective": EasyConsistencyTuning()}),
         ("--objective.curriculum halving", {"objective": dataclasses.replace(tiny().objective, curriculum=Halving())}),
         ("--network admunet", {"network": ADMUNet()}),
-        ("--scaling EDMPreconditioning --scaling.time-factor 0.25", {"scaling": EDMPreconditioning(time_factor=0.25)}),
+        ("--preconditioning edm --preconditioning.sigma-data 1", {"preconditioning": EDMPreconditioning(1.0)}),
         ("--data image-folder --data.path a/b", {"data": ImageFolder("a/b")}),
         ("--data.path a/b --data ImageFolder --data.flip", {"data": ImageFolder("a/b", flip=True)}),
-        ("--averages.1.beta 0.5", {"averages": (Exponential(), Exponential(0.5))}),
-        ("--averages.0 power --averages.0.width 0.1", {"averages": (Power(0.1), Exponential(0.9999))}),
-        (
-            "--averages power exponential exponential --averages.2.beta 0",
-            {"averages": (Power(), Exponential(0.9999), Exponential(0))},
-        ),
-        ("--averages", {"averages": ()}),
+        ("--average.beta 0.5", {"average": Exponential(0.5)}),
+        ("--average power --average.width 0.1", {"average": Power(0.1)}),
+        ("--average.width 0.1 --average pow", {"average": Power(0.1)}),
+        ("--average exponential", {"average": Exponential(0.9999)}),
     ],
 )  # fmt: skip
 def test_words_change_settings(line, expected):
     assert settings(f"tiny-ct {line}") == changed(**expected)
 
 
-@pytest.mark.parametrize("kind", kinds(Objective).values(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", kinds(AnyObjective).values(), ids=lambda kind: kind.__name__)
 def test_every_objective_and_every_distance_can_be_asked_for(kind):
     assert settings(f"plain --objective {kind.__name__}").objective == kind()
     if hasattr(kind(), "distance"):
-        for name, distance in kinds(Distance).items():
+        for name, distance in kinds(AnyDistance).items():
             words = f"plain --objective {kind.__name__} --objective.distance {name}"
             own = kind().distance
             expected = own if isinstance(own, distance) else distance()
@@ -217,10 +194,6 @@ def words_for(part, above=""):
         flag = f"{above}{name}".replace("_", "-")
         if isinstance(value, dict):
             yield from (f"--{flag}", value["kind"], *words_for(value, f"{flag}."))
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            yield from (f"--{flag}", *(item["kind"] for item in value))
-            for index, item in enumerate(value):
-                yield from words_for(item, f"{flag}.{index}.")
         elif isinstance(value, bool):
             yield "--" + (flag if value else f"{above}no-{name}".replace("_", "-"))
         elif name != "kind":
@@ -234,7 +207,7 @@ def test_any_settings_can_be_spelt_out():
         network=ADMUNet(base_channels=32, head_dim=32, classes=None, rematerialize=True),
         objective=EasyConsistencyTuning(distance=Resized(Resized(PseudoHuber(1e-30), 3))),
         target=AdaptiveTargetEMA(over="levels"),
-        averages=(Power(0.1), Exponential(), Power()),
+        average=Power(0.1),
         clip=None,
         flip=False,
         rates=(1e-9, 3.0),
@@ -248,7 +221,7 @@ def test_any_settings_can_be_spelt_out():
     }
     words = list(words_for(encode(wanted)))
     kept = [word for at, word in enumerate(words) if word not in single and words[at - 1] not in single]
-    assert parse(PRESETS, Options(), "train.py", ["tiny-ct", *kept])[1] == wanted
+    assert parse_preset(PRESETS, Options(), "train.py", ["tiny-ct", *kept])[1] == wanted
 
 
 def failed(capsys, command):
@@ -258,9 +231,11 @@ def failed(capsys, command):
     output = capsys.readouterr()
     assert stopped.value.code == 2
     assert not output.out
-    assert output.err.startswith("error: ")
-    assert output.err.count("\n") == 1
-    return output.err
+    assert "Traceback" not in output.err
+    if output.err.startswith("error: "):
+        assert output.err.count("\n") == 1
+        return output.err
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", output.err).split())  # tyro's box
 
 
 @pytest.mark.parametrize(
@@ -270,49 +245,46 @@ def failed(capsys, command):
         ("--batch-size 4 plain", "Name a preset first"),
         ("tiny", "There is no preset 'tiny'. Did you mean 'tiny-ct'?"),
         ("dragon", "There is no preset 'dragon'. Choose one of tiny-ct, plain."),
-        ("plain --network.widht 64", "There is no option --network.widht. Did you mean --network.base-channels?"),
+        ("plain --network.dorpout 0.1", "There is no option --network.dorpout. Did you mean --network.dropout?"),
         ("plain --netwrok.base-channels=64", "option --netwrok.base-channels. Did you mean --network.base-channels?"),
         ("plain --learning-rate 1", "Did you mean --optimizer.learning-rate.peak?"),
         ("plain --peak 1", "Did you mean --optimizer.learning-rate.peak?"),
         ("plain --wings 1", "There is no option --wings. --help lists the options."),
         ("plain --no-flap", "Did you mean --data.flip or --flip?"),
-        ("plain extra", "'extra' is more than is wanted there"),
-        ("plain --no-flip 3", "'3' is more than is wanted there"),
+        ("plain extra", "Unexpected argument 'extra'"),
+        ("plain --no-flip 3", "Unexpected argument '3'"),
         ("plain --objective.distance huber", "must be one of Absolute, Squared, PseudoHuber, Resized"),
         ("plain --objective.distance huber", "Did you mean 'PseudoHuber'?"),
         ("plain --objective Distance", "--objective must be one of"),
-        ("plain --objective.distance", "--objective.distance needs one of Absolute"),
-        ("plain --target", "--target needs one of ConstantTargetEMA, AdaptiveTargetEMA, None."),
-        ("plain --target constant-target-ema adaptive-target-ema", "--target needs one of"),
+        ("plain --objective.distance", "Missing value for argument '--objective.distance'"),
+        ("plain --target", "Missing value for argument '--target'"),
+        ("plain --target none adaptive-target-ema", "Unexpected argument 'adaptive-target-ema'"),
         ("plain --objective none", "--objective must be one of"),
-        ("plain --target.decay 1", "--target is None here. It needs --target ConstantTargetEMA."),
+        ("plain --target.decay 1", "--target is none here. It needs --target ConstantTargetEMA."),
         ("plain --objective.distance.scale 1", "--objective.distance is Squared here. It needs --objective.dis"),
-        ("tiny-ct --target none --target.decay 1", "--target is None here"),
-        ("plain --averages.2.beta 1", "There is no option --averages.2.beta"),
-        ("plain --averages.0.width 1", "--averages.0 is Exponential here. It needs --averages.0 Power."),
-        ("plain --averages squared", "--averages must be one of Exponential, Power, got 'squared'"),
-        ("plain --data ImageFolder", "--data.path must be given: it has no default."),
-        ("plain --batch-size x", "--batch-size must be a whole number, got 'x'."),
-        ("plain --batch-size 1.5", "--batch-size must be a whole number, got '1.5'."),
-        ("plain --batch-size", "--batch-size needs a whole number."),
+        ("tiny-ct --target none --target.decay 1", "--target is none here"),
+        ("plain --data ImageFolder", "--data.path STR The folder. (required)"),
+        ("plain --batch-size x", "--batch-size: expected a whole number, got 'x'."),
+        ("plain --batch-size 1.5", "--batch-size: expected a whole number, got '1.5'."),
+        ("plain --batch-size", "Missing value for argument '--batch-size'"),
         ("plain --batch-size 0", "A batch has at least one image, got 0."),
         ("plain --seed 9007199254740992", "seed must be a whole number of less than 2^53, got 9007199254740992."),
-        ("plain --clip x", "--clip must be a number or None, got 'x'."),
+        ("plain --clip x", "--clip: expected a number or none, got 'x'."),
         ("plain --clip nan", "clip must be a finite number, got NaN."),
-        ("plain --rates 1 x", "--rates must be numbers, got '1 x'."),
-        ("plain --optimizer.betas 0.9", "--optimizer.betas needs 2 numbers."),
-        ("plain --parallelism meshh", "--parallelism must be one of auto, pmap, mesh, got 'meshh'. Did you"),
+        ("plain --rates 1 x", "--rates: Could not find valid parse for arguments: ['1', 'x']"),
+        ("plain --optimizer.betas 0.9", "Missing value for argument '--optimizer.betas'. Expected 2 values."),
+        ("plain --parallelism meshh", "--parallelism: expected one of auto, pmap, mesh, got 'meshh'. Did you"),
         ("plain --network.base-channels 31", "network: This network cannot be built"),
         ("plain --target ConstantTargetEMA --target.decay 2", "target: Expected 0 <= decay <= 1, got"),
-        ("plain --processes 2", "need --coordinator, --processes and --process; give all three."),
+        ("plain --processes 2", "needs all of --coordinator, --processes and --process."),
         ("plain --coordinator here --processes 2 --process 0", "--coordinator must be HOST:PORT, got 'here'."),
-        ("plain --coordinator a:1 --processes 2 --process 2", "got 2 of 2"),
+        ("plain --coordinator a:1 --processes 2 --process 2", "--process must lie in [0, 1], got 2."),
         ("plain --dry-rum", "Did you mean --dry-run?"),
     ],
 )  # fmt: skip
 def test_words_that_make_no_sense(capsys, line, message):
     def words():
-        run_command(lambda: parse(PRESETS, Options(), "train.py", line.split()))
+        run_command(lambda: parse_preset(PRESETS, Options(), "train.py", line.split()))
 
     assert message in failed(capsys, words)
 
@@ -326,7 +298,7 @@ def shown(capsys, command, *words):
 
 def test_help_lists_the_presets_and_then_every_field(capsys):
     def ask(words):
-        parse(PRESETS, Options(), "train.py", words)
+        parse_preset(PRESETS, Options(), "train.py", words)
 
     indented_list = shown(capsys, ask, "--help")
     assert "tiny-ct A small run, in a minute." in indented_list
@@ -334,15 +306,15 @@ def test_help_lists_the_presets_and_then_every_field(capsys):
     assert "FID" not in indented_list
     told = shown(capsys, ask, "tiny-ct", "--help")
     assert "A small run, in a minute. It reaches an FID of 300." in told
-    assert "another kind comes with its own defaults" in told
+    assert "sets the defaults of the new component" in told
     assert "--data {Bundled,ImageFolder} The images. (default: Bundled)" in told
-    assert "--target {ConstantTargetEMA,AdaptiveTargetEMA,None} (default: ConstantTargetEMA)" in told
+    assert "--target {ConstantTargetEMA,AdaptiveTargetEMA,none} (default: ConstantTargetEMA)" in told
     assert "--batch-size INT Images in a batch, over all devices. (default: 64)" in told
     assert "--optimizer.learning-rate.peak FLOAT The highest rate. (default: 0.0001)" in told
     assert "--objective.distance.scale FLOAT (default: 0.5)" in told
     assert "--data.flip, --data.no-flip Every second image is mirrored. (default: True)" in told
-    assert "--network.base-channels INT Channels of the first convolution" in told
-    assert "--averages [{Exponential,Power}" in told
+    assert "--network.base-channels INT Channels at multiplier 1" in told
+    assert "--average {Exponential,Power}" in told
     assert "--run STR Folder of the run." in told
     other = shown(capsys, ask, "tiny-ct", "--data", "image-folder", "--help")
     assert "--data.path STR The folder. (required)" in other
@@ -371,7 +343,7 @@ def test_the_command_trains_in_a_folder_or_tells_what_it_would_do(monkeypatch, c
 
 @pytest.mark.parametrize("name", command.PRESETS)
 def test_every_preset_is_what_its_name_alone_gives(name):
-    assert parse(command.PRESETS, Options(), "train.py", [name])[1] == command.PRESETS[name]()
+    assert parse_preset(command.PRESETS, Options(), "train.py", [name])[1] == command.PRESETS[name]()
 
 
 def test_parsing_leaves_the_devices_alone():
@@ -391,11 +363,11 @@ assert not xla_bridge.backends_are_initialized()
     [
         (main_sample, "--step 3", "There is no option --step. Did you mean --steps?"),
         (main_sample, "--sampler huen", "consistency, heun, euler, dpm, ancestral, progdist, got 'huen'. Did you mean"),
-        (main_sample, "--count x", "--count must be a whole number or None, got 'x'."),
-        (main_sample, "a b", "'b' is more than is wanted there."),
-        (main_convert, "", "SOURCE and DESTINATION must be given: they have no default."),
-        (main_convert, "a", "DESTINATION must be given: it has no default."),
-        (main_convert, "a --too 3", "DESTINATION must be given: it has no default."),
+        (main_sample, "--count x", "--count: expected a whole number or none, got 'x'."),
+        (main_sample, "a b", "Unexpected argument 'b'"),
+        (main_convert, "", "Missing from python -m convert: SOURCE"),
+        (main_convert, "a", "Missing from python -m convert: DESTINATION"),
+        (main_convert, "a --too 3", "Missing value for argument 'destination'"),
         (main_convert, "a b --head-with 3", "There is no option --head-with. Did you mean --head-dim?"),
         (main, "", "Name a command first: cm-jax COMMAND [options]. Choose one of sample, "),
         (main, "smaple", "There is no command 'smaple'. Did you mean 'sample'?"),
@@ -407,16 +379,7 @@ def test_the_other_commands_speak_alike(capsys, door, line, message):
 
 
 def test_commands_are_listed(capsys):
-    assert "sample Draw images from a consistency model" in shown(capsys, main, "--help")
-    assert "For example: cm-jax sample" in shown(capsys, main, "--help")
-    assert "--steps {None}|INT Number of steps." in shown(capsys, main, "sample", "--help")
+    assert "sample Sample images from a consistency model" in shown(capsys, main, "--help")
+    assert "Examples: cm-jax sample" in shown(capsys, main, "--help")
+    assert "--steps INT Number of sampling steps." in shown(capsys, main, "sample", "--help")
     assert f"cm_jax {cm_jax.__version__}, jax {jax.__version__}, Python" in shown(capsys, main, "--version")
-
-
-def test_a_tyro_without_the_hook_still_refuses(monkeypatch, capsys):
-    monkeypatch.delattr(tyro, "_errors")
-    monkeypatch.setitem(sys.modules, "tyro._errors", None)
-    with pytest.raises(SystemExit) as stopped:
-        main_sample(["--step", "3"])
-    assert stopped.value.code == 2
-    assert "--steps" in capsys.readouterr().err

@@ -146,7 +146,7 @@ COMMANDS: tuple[Command, ...] = (
             "inpaint picture.png --checkpoint native --labels a --box 2,2,9,9",
             "colorize picture.png --checkpoint native --labels 0 --sigmas 80",
             "superres picture.png --checkpoint native --labels b --patch 2",
-            "repaint picture.png mask.png --checkpoint run --labels 0,1 --folder new",
+            "stroke picture.png mask.png --checkpoint run --labels 0,1 --folder new",
             "denoise picture.png --sigma 0.5 --add --checkpoint native --labels 0",
             "interpolate picture.png mask.png --checkpoint native --labels 0",
             "interpolate --seeds 3,8 --frames 4 --checkpoint native --labels 0",

@@ -106,7 +106,7 @@ def _wrong_message(text: str) -> str:
 
 def _wrong_exit(stopped: SystemExit, stderr: io.StringIO) -> str:
     text = stderr.getvalue()
-    if stopped.code != 2 or text.count("error: ") < 1:
+    if stopped.code != 2 or not ("error: " in text or "For full helptext" in text):
         return f"exit status {stopped.code!r} with {text[-300:]!r}"
     strange = sorted({character for character in text if character != "\n" and not character.isprintable()})
     return f"characters that control a terminal in the message: {strange[:9]}" if strange else _wrong_message(text)

@@ -1,4 +1,4 @@
-"""What a network sees in sets of images: over all devices, a batch at a time, summed up as the metrics need it."""
+"""Features of sets of images, computed in batches on all devices, and their statistics."""
 
 import dataclasses
 import functools
@@ -18,55 +18,59 @@ from cm_jax.samplers.batches import compile_programs, in_batches, multiple_of
 from cm_jax.types import Params
 
 PER_DEVICE = 32
-"""Images that a device sees at once."""
-_GATHERED = 1024
-"""Features that are gathered before their moments are taken: batch by batch, memory would be the limit."""
+"""Images per device and batch."""
+_MOMENTS_BATCH = 1024
+"""Images per update of mean and covariance, whose cost in small batches would be memory bandwidth."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureExtractor:
-    """A network that sees features in 8-bit images, its weights, and its name in the protocol."""
+    """A feature network with its weights."""
 
-    see: Callable[[Params, UInt8[Array, "b h w 3"]], Features]
+    extract: Callable[[Params, UInt8[Array, "b h w 3"]], Features]
+    """(params, 8-bit RGB images) -> features."""
     params: Params = dataclasses.field(repr=False)
     name: str
+    """Name of the network in reports."""
     resize: str
+    """Name of the resizing method in reports."""
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the weights."""
+        """SHA-256 of the weights."""
         return metric_networks.digest(self.params)
 
     @property
     def published(self) -> bool:
-        """Whether its weights are those that papers use."""
+        """Whether these are the published weights of Inception-V3."""
         return self.digest == metric_networks.INCEPTION_DIGEST
 
     @property
     def has_logits(self) -> bool:
+        """Whether the weights include the classifier."""
         return "logits" in self.params
 
 
 def load_inception(weights: str = "") -> FeatureExtractor:
-    """Inception-V3 of 2015-12-05, from the file that `weights` or CM_JAX_INCEPTION names; InputError without one."""
+    """Inception-V3 of 2015-12-05 from the file `weights` or CM_JAX_INCEPTION. Raises InputError if there is none."""
     params = inception.load(weights)
     return FeatureExtractor(inception.features, params, "Inception-V3 2015-12-05", "TensorFlow 1 bilinear to 299")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """A set of images as the metrics need it: what they did not ask for is None."""
+    """Statistics of a set of images; fields that no metric needs are None."""
 
     count: int | None
-    """None for statistics from a file that does not say."""
+    """Number of images; None for statistics from a file without it."""
     pool: Gaussian | None = None
-    """FID."""
+    """Mean and covariance for FID."""
     spatial: Gaussian | None = None
-    """sFID."""
+    """Mean and covariance for sFID."""
     features: Float[np.ndarray, "n d"] | None = None
-    """The pooled ones of every image: KID, precision and recall."""
+    """Pooled features of every image, for KID, precision and recall."""
     logits: Float[np.ndarray, "n c"] | None = None
-    """The Inception score."""
+    """Logits of every image, for the Inception score."""
 
 
 def summarize(
@@ -77,50 +81,59 @@ def summarize(
     batch_size: int | None = None,
     devices: Sequence[Any] | None = None,
 ) -> FeatureStatistics:
-    """`needs`: fields of Summary. Raises InputError where logits are wanted and the weights have none, and for no
-    image at all.
+    """Statistics of all images in `batches`.
+
+    needs: fields of FeatureStatistics to compute. Raises InputError for an empty set, and for logits without a
+    classifier.
     """
     needs = set(needs)
     if "logits" in needs and not extractor.has_logits:
         raise InputError(
             f"The Inception score needs logits; these weights of {extractor.name} have no classifier. Convert a file "
-            "that has one (pytorch-fid's, or NVIDIA's; docs/conversion.md), or leave `is` out of the metrics."
+            "that has one (from pytorch-fid or NVIDIA; docs/conversion.md), or remove `is` from the metrics."
         )
     names = tuple(sorted({"pool" if need == "features" else need for need in needs}))
     moments: dict[str, Moments] = {}
     kept: dict[str, list[np.ndarray]] = {need: [] for need in needs & {"features", "logits"}}
     count = 0
-    looks = _looks(extractor, batches, names, batch_size, list(devices or jax.local_devices()))
-    for look in _gathered(looks):
-        count += len(next(iter(look.values())))
+    features = _features(extractor, batches, names, batch_size, list(devices or jax.local_devices()))
+    for found in regroup(features, _MOMENTS_BATCH):
+        count += _rows(found)
         for need in needs & {"pool", "spatial"}:
-            new = Moments.of(look[need])
+            new = Moments.of(found[need])
             moments[need] = moments[need].merged(new) if need in moments else new
         for need, parts in kept.items():
-            parts.append(look["pool" if need == "features" else need])
+            parts.append(found["pool" if need == "features" else need])
     if not count:
-        raise InputError("There are no images to look at.")
-    found: dict[str, Any] = {need: of_need.gaussian() for need, of_need in moments.items()}
-    found |= {need: np.concatenate(parts) for need, parts in kept.items()}
-    return FeatureStatistics(count, **found)
+        raise InputError("There are no images to evaluate.")
+    statistics: dict[str, Any] = {need: each.gaussian() for need, each in moments.items()}
+    statistics |= {need: np.concatenate(parts) for need, parts in kept.items()}
+    return FeatureStatistics(count, **statistics)
 
 
-def chunks(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same rows, `size` at a time; the last ones may be fewer."""
-    waiting: list[np.ndarray] = []
-    for array in arrays:
-        waiting.append(array)
-        if sum(map(len, waiting)) >= size:
-            joined = np.concatenate(waiting)
-            whole = len(joined) // size * size
-            yield from np.split(joined[:whole], whole // size)
-            waiting = [joined[whole:]]
-    rest = np.concatenate(waiting) if waiting else np.empty(0)
-    if len(rest):
-        yield rest
+def regroup(batches: Iterable[Any], size: int) -> Iterator[Any]:
+    """The same rows of arrays, or of trees of arrays, `size` rows at a time; the last group may be smaller."""
+    waiting: list[Any] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(_rows, waiting)) >= size:
+            joined = jax.tree.map(lambda *parts: np.concatenate(parts), *waiting)
+            whole = _rows(joined) // size * size
+            yield from (_slice(joined, start, start + size) for start in range(0, whole, size))
+            waiting = [_slice(joined, whole, None)]
+    if sum(map(_rows, waiting)):
+        yield jax.tree.map(lambda *parts: np.concatenate(parts), *waiting)
 
 
-def _looks(
+def _rows(batch: Any) -> int:
+    return len(jax.tree.leaves(batch)[0])
+
+
+def _slice(batch: Any, start: int, stop: int | None) -> Any:
+    return jax.tree.map(lambda array: array[start:stop], batch)
+
+
+def _features(
     extractor: FeatureExtractor,
     batches: Iterable[np.ndarray],
     names: tuple[str, ...],
@@ -129,36 +142,20 @@ def _looks(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Features in batches; the devices compute the next batch while the host works on one."""
     size = multiple_of(devices, batch_size or PER_DEVICE * len(devices))
-    rgb = (np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images for images in chunks(batches, size))
-    static, shared = (extractor.see, names), (extractor.params,)
-    for look in in_batches(_look, static, shared, ((images,) for images in rgb), size, devices, ahead=1):
-        if not all(np.isfinite(values).all() for values in look.values()):
-            raise InputError("The network's features are not finite: its weights are damaged. Convert them again.")
-        yield look
+    rgb = (np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images for images in regroup(batches, size))
+    static, shared = (extractor.extract, names), (extractor.params,)
+    for found in in_batches(_extract, static, shared, ((images,) for images in rgb), size, devices, ahead=1):
+        if not all(np.isfinite(values).all() for values in found.values()):
+            raise InputError("The features are not finite: the weights are damaged. Convert them again.")
+        yield found
 
 
 def named_features(
-    see: Callable[[Params, Array], Features], names: tuple[str, ...], params: Params, images: Array
+    extract: Callable[[Params, Array], Features], names: tuple[str, ...], params: Params, images: Array
 ) -> dict[str, Array]:
     """The features with these names; the compiler removes the computation of all others."""
-    seen = see(params, images)
-    return {name: getattr(seen, name) for name in names}
+    found = extract(params, images)
+    return {name: getattr(found, name) for name in names}
 
 
-_look = compile_programs(named_features, static=2, shared=1, per_image=1)
-
-
-def _gathered(looks: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """The same features, a thousand images at a time."""
-    waiting: list[dict[str, np.ndarray]] = []
-
-    def joined() -> dict[str, np.ndarray]:
-        return {name: np.concatenate([look[name] for look in waiting]) for name in waiting[0]}
-
-    for look in looks:
-        waiting.append(look)
-        if sum(len(next(iter(each.values()))) for each in waiting) >= _GATHERED:
-            yield joined()
-            waiting = []
-    if waiting:
-        yield joined()
+_extract = compile_programs(named_features, static=2, shared=1, per_image=1)

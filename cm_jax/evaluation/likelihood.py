@@ -30,12 +30,11 @@ State = tuple[Images, Float[Array, " b"]]
 def log_density(
     denoiser: Denoiser, x: Images, probes: Images, *, steps: int, sigma_min: float, sigma_max: float, std: float
 ) -> Float[Array, " b"]:
-    """ln p(x) in nats, of the density that the data have at sigma_min.
+    """ln p(x) in nats for data noised to sigma_min.
 
-    With t = ln sigma: dx/dt = x - D(x, sigma) and d ln p(x)/dt = -div (x - D), where div is estimated by v . J v for
-    the `probes` v (entries +1 and -1 at random). Heun's steps of equal length in t, for y = x / sqrt(sigma^2 +
-    std^2), which stands still where the data are Gaussian with that standard deviation. At sigma_max the density
-    is taken to be N(0, sigma_max^2 + std^2).
+    With t = ln sigma: dx/dt = x - D(x, sigma) and d ln p(x)/dt = -div (x - D); div is estimated by v . J v with random
+    `probes` v of +1 and -1. Heun steps of equal length in t integrate y = x / sqrt(sigma^2 + std^2), which is constant
+    for Gaussian data with that standard deviation. The density at sigma_max is N(0, sigma_max^2 + std^2).
     """
     low, high = math.log(sigma_min), math.log(sigma_max)
     length = (high - low) / steps
@@ -70,17 +69,17 @@ def bits_per_dimension(
     batch_size: int | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Float[np.ndarray, " n"]:
-    """Of each image, -log2 P(its 8-bit pixels) / dimensions, an unbiased estimate of an upper bound.
+    """-log2 P(8-bit pixels) / dimensions of each image: an unbiased estimate of an upper bound.
 
-    Pixels are spread uniformly over their cells, x = (u - 1/2 + v) / 127.5 - 1, so that the offset is log2 127.5.
-    `start` is the number of the first image, on which its noise depends. Raises InputError for a consistency
-    function, which has no such ODE, and for images that the network does not take.
+    Uniform dequantization, x = (u - 1/2 + v) / 127.5 - 1, gives the offset log2 127.5. start: number of the first
+    image, which determines its noise. Raises InputError for a consistency function, which has no probability-flow ODE,
+    and for images of another shape.
     """
     config = model.config
     if config.distilled:
         raise InputError("Bits per dimension need a denoiser: a consistency function has no probability-flow ODE.")
     if images.shape[1:] != config.network.image_shape or not len(images):
-        raise InputError(f"The model takes images {list(config.network.image_shape)}, got {list(images.shape)}.")
+        raise InputError(f"Expected images of shape {list(config.network.image_shape)}, got {list(images.shape)}.")
     check_int("The number of steps", steps, 1, 100_000)
     chosen = model.class_numbers(labels, len(images))
     devices = list(devices or jax.local_devices())
@@ -108,12 +107,13 @@ def evaluate_bits(
 ) -> Report:
     """Mean bits per dimension of all images of a data set, or of `count` chosen by a fixed permutation.
 
-    names: of the model and of the data set. Raises InputError where a conditional model meets images without classes.
+    names: names of model and data set in the report. Raises InputError for a conditional model and images without
+    labels.
     """
     count = check_int("The number of images", dataset.size if count is None else count, 2, dataset.size)
     conditional = model.config.network.classes is not None
     if conditional and dataset.classes is None:
-        raise InputError(f"{names[0]} is class-conditional, and {names[1]} has no classes.")
+        raise InputError(f"{names[0]} is class-conditional, but {names[1]} has no labels.")
     size = batch_size or default_batch_size(dataset.image_shape[0]) * len(jax.local_devices())
 
     def batches() -> Iterator[np.ndarray]:
@@ -132,10 +132,10 @@ def evaluate_bits(
     mean, error = float(bits.mean()), float(bits.std(ddof=1) / count**0.5)
     line = (
         f"bits per dimension {mean:.4f} ± {error:.4f} (standard error) [N = {count:,} of {names[1]} under {names[0]}; "
-        f"probability-flow ODE in {steps} Heun steps, one Hutchinson probe, uniform dequantisation, seed {seed}]"
+        f"probability-flow ODE in {steps} Heun steps, one Hutchinson probe, uniform dequantization, seed {seed}]"
     )
-    told = {"bpd_model": names[0], "bpd_count": count, "bpd_images": names[1], "bpd_steps": steps, "bpd_seed": seed}
-    return Report({"bpd": mean, "bpd_standard_error": error}, told, line)
+    protocol = {"bpd_model": names[0], "bpd_count": count, "bpd_images": names[1], "bpd_steps": steps, "bpd_seed": seed}
+    return Report({"bpd": mean, "bpd_standard_error": error}, protocol, line)
 
 
 def image_bits(

@@ -102,7 +102,7 @@ def test_bits_of_a_data_set_and_invalid_inputs():
     report = evaluate_bits(model(classes=3), labeled, 7, steps=8, batch_size=8, names=("a toy", "noise"))
     assert report.line.startswith(f"bits per dimension {report.values['bpd']:.4f}")
     assert "N = 7 of noise under a toy" in report.line
-    with pytest.raises(InputError, match="has no classes"):
+    with pytest.raises(InputError, match="has no labels"):
         evaluate_bits(model(classes=3), InMemory(images), 7)
     with pytest.raises(InputError, match="need a denoiser"):
         bits_per_dimension(model(ConsistencyPreconditioning()), images)

@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 def kinds(hint: Any) -> dict[str, type]:
     """The dataclasses among the members of an annotation, by name; empty for plain values."""
-    return {kind.__name__: kind for kind in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(kind)}
+    members = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type)]
+    return {kind.__name__: kind for kind in members if dataclasses.is_dataclass(kind)}
 
 
 def may_be_none(hint: Any) -> bool:
@@ -65,7 +66,7 @@ def decode_fields(fields: dict[str, Any], kind: type[T], place: str = "") -> T:
         if name not in hints(kind):
             hint = nearest(name, hints(kind)) or f" Its fields are {', '.join(hints(kind)) or 'none'}."
             raise InputError(f"{place or 'it'} has no field {name!r}.{hint}")
-    required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+    required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}  # type: ignore[arg-type]
     values = {
         name: decode(fields.get(name), hint, within(place, name))
         for name, hint in hints(kind).items()

@@ -194,23 +194,24 @@ def _refusal(word: str, options: Sequence[_Option]) -> InputError:
 @_REGISTRY.struct_rule
 def _struct(info: Any) -> StructConstructorSpec | None:
     """Dataclasses: a choice for each component, then the fields of the current one."""
-    if not dataclasses.is_dataclass(info.type):
+    kind: type = info.type
+    if not dataclasses.is_dataclass(kind):
         return None
-    fields, texts, annotated = [], _descriptions(info.type), typing.get_type_hints(info.type, include_extras=True)
+    fields, texts, annotated = [], _descriptions(kind), typing.get_type_hints(kind, include_extras=True)
     for option in _options(info.default, nested=False):
         (name,), hint, text = option.path, annotated[option.path[0]], texts.get(option.path[0])
         if option.choices:
             choice = Annotated[Literal[tuple(option.choices)], tyro.conf.arg(name=name)]  # type: ignore[valid-type]
             fields.append(StructFieldSpec(f"{name}_CHOICE", choice, option.chosen, text))  # type: ignore[arg-type]
         if dataclasses.is_dataclass(option.value):
-            kind = type(option.value) if option.choices else hint
+            held = type(option.value) if option.choices else hint
             summary = (inspect.getdoc(type(option.value)) or "").partition("\n\n")[0]
-            fields.append(StructFieldSpec(name, kind, option.value, summary))  # type: ignore[arg-type]
+            fields.append(StructFieldSpec(name, held, option.value, summary))  # type: ignore[arg-type]
         elif not kinds(option.hint):
             empty = option.value in (None, "", ()) and ("Default:" in (text or "") or option.value is not None)
-            shown = Annotated[hint, tyro.conf.arg(help_behavior_hint="")] if empty else hint
+            shown: Any = Annotated[hint, tyro.conf.arg(help_behavior_hint="")] if empty else hint
             fields.append(StructFieldSpec(name, shown, option.value, text))
-    return StructConstructorSpec(functools.partial(_unchecked, info.type, info.default), tuple(fields))
+    return StructConstructorSpec(functools.partial(_unchecked, kind, info.default), tuple(fields))
 
 
 @_REGISTRY.primitive_rule

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.curricula import Curriculum, Step
+from cm_jax.diffusion.curricula import AnyCurriculum, Curriculum, Step
 from cm_jax.diffusion.distances import Distance
-from cm_jax.diffusion.noise_distributions import IndexDistribution
+from cm_jax.diffusion.noise_distributions import AnyIndexDistribution
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.diffusion.weightings import Weighting
+from cm_jax.diffusion.weightings import AnyWeighting
 from cm_jax.errors import InputError
 from cm_jax.objectives.adaptive_weight import AdaptiveWeight, without_weight
+from cm_jax.objectives.distances import AnyDistance
 from cm_jax.types import Denoiser, Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image
 
 Losses = Float[Array, " b"]
@@ -138,8 +139,8 @@ class Objective(abc.ABC):
 class DistanceObjective(Objective, abc.ABC):
     """An objective that compares images: w(t, r) d(estimate, target)."""
 
-    weighting: Weighting
-    distance: Distance  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
+    weighting: AnyWeighting
+    distance: AnyDistance  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
 
     def weighted_distance(
         self, t: Sigmas, r: Sigmas, estimate: Images, target: Images, perceptual: Params | None, sigma_data: float
@@ -210,8 +211,8 @@ class PairObjective(DistanceObjective, abc.ABC):
 class AdjacentPairObjective(PairObjective, abc.ABC):
     """A PairObjective with adjacent levels t = s_i and r = s_{i+1} of the schedule's N(k) levels."""
 
-    curriculum: Curriculum  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
-    noise_distribution: IndexDistribution
+    curriculum: AnyCurriculum  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
+    noise_distribution: AnyIndexDistribution
 
     def sample_pair(self, keys: Keys, schedule: KarrasSchedule, step: Step) -> tuple[Sigmas, Sigmas, Metrics]:
         num_levels = self.curriculum(step)

@@ -106,7 +106,7 @@ def test_bits_of_a_data_set_and_invalid_inputs():
         evaluate_bits(model(classes=3), InMemory(images), 7)
     with pytest.raises(InputError, match="need a denoiser"):
         bits_per_dimension(model(ConsistencyPreconditioning()), images)
-    with pytest.raises(InputError, match=r"takes images \[4, 4, 3\], got \[10, 4, 3, 3\]"):
+    with pytest.raises(InputError, match=r"of shape \[4, 4, 3\], got \[10, 4, 3, 3\]"):
         bits_per_dimension(model(), images[:, :, :3])
     with pytest.raises(InputError, match="from 2 to 10, got 11"):
         evaluate_bits(model(classes=3), labeled, 11)

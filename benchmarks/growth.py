@@ -45,7 +45,8 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
     from cm_jax.networks import ADMUNet
     from cm_jax.objectives import ConsistencyDistillation
     from cm_jax.training.parallelism import Pmap, Sharded
-    from cm_jax.training.state import Constants, RawBatch
+    from cm_jax.training.setup import make_step
+    from cm_jax.training.state import Constants, StepBatch
 
     settings = {"size": SIZE, "batch": BATCH, "num_levels": NUM_LEVELS} | (
         {axis: value} if axis != "devices" else {"batch": 16}
@@ -78,12 +79,12 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
 
     sent = {}
     for name, parallelism in (("pmap", Pmap(value)), ("sharded", Sharded(value))):
-        training_step = training.step(ConsistencyFunction(network, EDMPreconditioning()))
+        training_step = make_step(training, ConsistencyFunction(network, EDMPreconditioning()))
         params = random_params(network)
-        state = parallelism.place_state(training_step.initial(params))
+        state = parallelism.place_state(training_step.initial_state(params))
         constants = parallelism.place_constants(Constants(teacher=params))
-        program = parallelism.compile(functools.partial(training_step.many, parallelism), state, constants)
-        batches = parallelism.place_batches(RawBatch(images[None], labels[None]))
+        program = parallelism.compile(functools.partial(training_step.run_steps, parallelism), state, constants)
+        batches = parallelism.place_batches(StepBatch(images[None], labels[None]))
         text = program.lower(state, constants, batches, jax.random.key(0)).compile().as_text()  # type: ignore[attr-defined]
         kinds: dict[str, int] = {}
         for kind, size in collectives(text):

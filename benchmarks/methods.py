@@ -49,9 +49,8 @@ from cm_jax.io.images import grid, quantize
 from cm_jax.loading import load
 from cm_jax.model import Model
 from cm_jax.presets import PRESETS
-from cm_jax.training.config import TrainConfig
+from cm_jax.training.config import PeriodicEvaluation, TrainConfig
 from cm_jax.training.loop import train
-from cm_jax.training.run.evaluation_hook import PeriodicEvaluation
 
 replace = dataclasses.replace
 
@@ -104,11 +103,11 @@ def train_config(method: str, teacher: Path, budget: Budget, network: Any) -> Tr
         network=replace(network, **fields, dropout=min(network.dropout, preset.network.dropout)),
         optimizer=replace(chosen.optimizer, learning_rate=replace(rate, peak=budget.lr_scale * rate.peak)),
         teacher=str(teacher) if preset.teacher else "",
-        start=str(teacher) if preset.start else "",
+        init_from=str(teacher) if preset.init_from else "",
         batch_size=budget.batch_size,
         images=budget.images,
-        averages=(round(1 - 10 / max(20, budget.batches), 4),),
-        power_averages=(),
+        ema_decay=(round(1 - 10 / max(20, budget.batches), 4),),
+        power_ema=(),
         evaluation=evaluation if budget.num_evaluations else None,
     )
 

@@ -57,8 +57,8 @@ def train_config(family: str, method: str, batch: int, network: ADMUNet | SongUN
         preset,
         network=dataclasses.replace(network or preset.network, dropout=0.0, precision="float32"),
         optimizer=RAdam(ConstantRate(1e-3)),  # large enough to change the checked losses
-        averages=(0.9999,),
-        power_averages=(),
+        ema_decay=(0.9999,),
+        power_ema=(),
         batch_size=batch,
         flip=False,
         parallel="one",

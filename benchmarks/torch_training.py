@@ -60,7 +60,7 @@ class TorchStep:
     ) -> None:
         objective, preconditioning = cast(Any, config.objective), cast(Any, config.preconditioning)
         self.preconditioned = functools.partial(_preconditioned, preconditioning.time_factor)
-        (average,) = config.all_averages
+        (average,) = config.emas
         assert isinstance(average, ConstantEMA)
         student = copy.deepcopy(model).requires_grad_(True).train()
         for parameter in student.parameters():
@@ -73,13 +73,13 @@ class TorchStep:
 
         self.forward = wrapped(student)
         self.ema = _frozen(student)
-        self.update_ema = get_ema_multi_avg_fn(average.beta)
+        self.update_ema = get_ema_multi_avg_fn(average.decay)
         self.teacher = None
         if objective.has_teacher:
-            assert config.target is not None
+            assert config.target_ema is not None
             self.teacher, self.target = _frozen(student), _frozen(student)
             self.teacher_forward, self.target_forward = wrapped(self.teacher), wrapped(self.target)
-            self.update_target = get_ema_multi_avg_fn(float(config.target(0, objective.curriculum)))
+            self.update_target = get_ema_multi_avg_fn(float(config.target_ema(0, objective.curriculum)))
             levels = config.schedule.descending(int(objective.curriculum(0)))
             self.levels = torch.from_numpy(levels).to(device)
         else:

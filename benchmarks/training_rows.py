@@ -25,7 +25,8 @@ from cm_jax.networks import ADMUNet
 from cm_jax.objectives import ConsistencyDistillation, Denoising
 from cm_jax.objectives.base import split_keys
 from cm_jax.training.config import TrainConfig
-from cm_jax.training.state import Constants, RawBatch
+from cm_jax.training.setup import make_parallelism, make_step
+from cm_jax.training.state import Constants, StepBatch
 from cm_jax.training.step import image_keys
 from cm_jax.types import normal_per_image
 
@@ -85,21 +86,21 @@ class JaxStep:
 
     def __init__(self, config: TrainConfig, images: np.ndarray, labels: np.ndarray | None) -> None:
         kernels.keep_memory()  # as in every command
-        params, parallelism = random_params(config.network), config.parallelism()
+        params, parallelism = random_params(config.network), make_parallelism(config)
         teacher = None
         if config.objective.has_teacher:
             assert isinstance(config.preconditioning, LogSigmaPreconditioning)
             teacher = ConsistencyFunction(
                 config.network, EDMPreconditioning(time_factor=config.preconditioning.time_factor)
             )
-        training_step = config.step(teacher)
-        self._state = parallelism.place_state(training_step.initial(params))
+        training_step = make_step(config, teacher)
+        self._state = parallelism.place_state(training_step.initial_state(params))
         prepared = teacher and teacher.network.prepare(params)
         self._constants = parallelism.place_constants(Constants(teacher=prepared))
         self._program: Any = parallelism.compile(
-            functools.partial(training_step.many, parallelism), self._state, self._constants
+            functools.partial(training_step.run_steps, parallelism), self._state, self._constants
         )
-        self._batches = RawBatch(images[None], None if labels is None else labels[None])
+        self._batches = StepBatch(images[None], None if labels is None else labels[None])
         self._parallelism, self._key = parallelism, jax.random.key(config.seed)
 
     def __call__(self, sample: NoiseSample | None = None) -> float:

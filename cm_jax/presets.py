@@ -38,7 +38,7 @@ from cm_jax.objectives import (
     MeanFlow,
 )
 from cm_jax.training.config import TrainConfig
-from cm_jax.training.ema import half_life
+from cm_jax.training.ema import decay_for_half_life
 from cm_jax.training.learning_rates import ConstantRate, InverseRootDecay
 from cm_jax.training.optimizers import Adam, RAdam
 
@@ -72,8 +72,8 @@ _EMOJI_EDM = TrainConfig(
     optimizer=Adam(ConstantRate(5e-4, warm_up=500), clip_norm=1.0),
     batch_size=_EMOJI_BATCH,
     images=_EMOJI_IMAGES,
-    averages=(0.999, 0.9999),
-    power_averages=(0.1,),
+    ema_decay=(0.999, 0.9999),
+    power_ema=(0.1,),
     sample_every=2_000,
     checkpoint_every=2_000,
 )
@@ -96,7 +96,7 @@ def emoji32_cd() -> TrainConfig:
     return replace(
         _EMOJI_STUDENT,
         objective=ConsistencyDistillation(Constant(18)),
-        target=ConstantTargetEMA(0.95),
+        target_ema=ConstantTargetEMA(0.95),
         teacher=_EMOJI_TEACHER,
     )
 
@@ -106,7 +106,7 @@ def emoji32_ct() -> TrainConfig:
     return replace(
         _EMOJI_STUDENT,
         objective=ConsistencyTraining(_EMOJI_CURRICULUM),
-        target=AdaptiveTargetEMA(start=0.9),
+        target_ema=AdaptiveTargetEMA(start=0.9),
     )
 
 
@@ -126,7 +126,7 @@ def emoji32_ect() -> TrainConfig:
         network=replace(_EMOJI_NETWORK, dropout=0.2),
         preconditioning=_EDM,
         objective=EasyConsistencyTuning(gap=ShrinkingGap(steps_per_stage=_EMOJI_STEPS // 8)),
-        start=_EMOJI_TEACHER,
+        init_from=_EMOJI_TEACHER,
     )
 
 
@@ -138,7 +138,7 @@ def emoji32_sct() -> TrainConfig:
         preconditioning=_EDM,
         objective=ContinuousTraining(LogNormal(-1.0, 1.8), WarmUp(_EMOJI_STEPS // 10), adaptive=AdaptiveWeight()),
         optimizer=Adam(ConstantRate(1e-4), beta2=0.99, clip_norm=1.0),
-        start=_EMOJI_TEACHER,
+        init_from=_EMOJI_TEACHER,
     )
 
 
@@ -176,7 +176,7 @@ _CIFAR_EDM = TrainConfig(
     num_levels=18,
     batch_size=512,
     images=200_000_000,
-    averages=(half_life(500_000, 512), 0.9999),
+    ema_decay=(decay_for_half_life(500_000, 512), 0.9999),
     sample_every=5_000,
     checkpoint_every=5_000,
     keep_every=50_000,
@@ -189,7 +189,7 @@ _CIFAR_STUDENT = replace(
     optimizer=RAdam(ConstantRate(4e-4)),
     num_levels=None,
     images=409_600_000,
-    averages=(0.9999,),
+    ema_decay=(0.9999,),
 )
 _CIFAR_CURRICULUM = Progressive(start=2, end=150, steps=800_000)
 _CIFAR_DDPMPP = replace(
@@ -224,7 +224,7 @@ def cifar10_ct() -> TrainConfig:
     return replace(
         _CIFAR_STUDENT,
         objective=ConsistencyTraining(_CIFAR_CURRICULUM),
-        target=AdaptiveTargetEMA(start=0.9),
+        target_ema=AdaptiveTargetEMA(start=0.9),
     )
 
 
@@ -236,7 +236,7 @@ def cifar10_ict() -> TrainConfig:
         objective=ImprovedConsistencyTraining(Doubling(10, 1280, steps=400_000)),
         optimizer=RAdam(ConstantRate(1e-4)),
         batch_size=1024,
-        averages=(0.99993,),
+        ema_decay=(0.99993,),
     )
 
 
@@ -251,7 +251,7 @@ def cifar10_ect() -> TrainConfig:
         optimizer=RAdam(ConstantRate(1e-4)),
         batch_size=128,
         images=51_200_000,
-        start="runs/cifar10-edm-ddpmpp",
+        init_from="runs/cifar10-edm-ddpmpp",
         flip=False,
     )
 
@@ -266,8 +266,8 @@ def cifar10_sct() -> TrainConfig:
         objective=ContinuousTraining(LogNormal(-1.0, 1.8), adaptive=AdaptiveWeight()),
         optimizer=RAdam(ConstantRate(1e-4), beta2=0.99),
         images=204_800_000,
-        averages=(half_life(500_000, 512),),
-        start="runs/cifar10-edm-ddpmpp",
+        ema_decay=(decay_for_half_life(500_000, 512),),
+        init_from="runs/cifar10-edm-ddpmpp",
     )
 
 
@@ -281,7 +281,7 @@ def cifar10_scd() -> TrainConfig:
         objective=ContinuousDistillation(LogNormal(-1.0, 1.4), adaptive=AdaptiveWeight()),
         optimizer=RAdam(ConstantRate(1e-4), beta2=0.99),
         images=204_800_000,
-        averages=(half_life(500_000, 512),),
+        ema_decay=(decay_for_half_life(500_000, 512),),
         teacher="runs/cifar10-edm-ddpmpp",
     )
 
@@ -302,7 +302,7 @@ def cifar10_meanflow() -> TrainConfig:
 
 # ImageNet at 64 pixels with its 1000 classes, and LSUN at 256 pixels, with the original's networks.
 
-_SLOW = half_life(50_000_000, 4096)
+_SLOW = decay_for_half_life(50_000_000, 4096)
 _IMAGENET_NETWORK = replace(IMAGENET64, precision="bfloat16")
 _IMAGENET_EDM = TrainConfig(
     data=TFDSData("imagenet_resized/64x64"),
@@ -312,7 +312,7 @@ _IMAGENET_EDM = TrainConfig(
     optimizer=RAdam(ConstantRate(1e-4)),
     batch_size=4096,
     images=2_500_000_000,
-    averages=(_SLOW, 0.999, 0.9999),
+    ema_decay=(_SLOW, 0.999, 0.9999),
     sample_every=5_000,
     checkpoint_every=5_000,
     keep_every=50_000,
@@ -322,7 +322,7 @@ _IMAGENET_STUDENT = replace(
     network=_IMAGENET_NETWORK,
     preconditioning=ConsistencyPreconditioning(),
     batch_size=2048,
-    averages=(_SLOW, 0.999, 0.9999),
+    ema_decay=(_SLOW, 0.999, 0.9999),
 )
 _IMAGENET_TEACHER = "edm_imagenet64_ema.pt"
 _IMAGENET_CURRICULUM = Progressive(start=2, end=200, steps=800_000)
@@ -335,7 +335,7 @@ _LSUN_EDM = replace(
     images=256_000_000,
 )
 _LSUN_STUDENT = replace(
-    _LSUN_EDM, network=_LSUN_NETWORK, preconditioning=ConsistencyPreconditioning(), averages=(_SLOW, 0.99994, 0.9999)
+    _LSUN_EDM, network=_LSUN_NETWORK, preconditioning=ConsistencyPreconditioning(), ema_decay=(_SLOW, 0.99994, 0.9999)
 )
 _LSUN_CURRICULUM = Progressive(start=2, end=150, steps=1_000_000)
 
@@ -353,7 +353,7 @@ def imagenet64_cd() -> TrainConfig:
         _IMAGENET_STUDENT,
         objective=ConsistencyDistillation(Constant(40)),
         optimizer=RAdam(ConstantRate(8e-6)),
-        target=ConstantTargetEMA(0.95),
+        target_ema=ConstantTargetEMA(0.95),
         images=600_000 * 2048,
         teacher=_IMAGENET_TEACHER,
     )
@@ -361,12 +361,12 @@ def imagenet64_cd() -> TrainConfig:
 
 def imagenet64_ct() -> TrainConfig:
     """Consistency training (CM: with LPIPS FID 13.0, in two steps 11.1). Squared distance unless told otherwise; the
-    original's commands begin with the teacher's weights (--start), its paper from scratch.
+    original's commands begin with the teacher's weights (--init-from), its paper from scratch.
     """
     return replace(
         _IMAGENET_STUDENT,
         objective=ConsistencyTraining(_IMAGENET_CURRICULUM),
-        target=AdaptiveTargetEMA(start=0.95),
+        target_ema=AdaptiveTargetEMA(start=0.95),
         images=800_000 * 2048,
     )
 
@@ -379,7 +379,7 @@ def imagenet64_ict() -> TrainConfig:
         objective=ImprovedConsistencyTraining(Doubling(10, 1280, steps=800_000)),
         batch_size=4096,
         images=800_000 * 4096,
-        averages=(0.99997,),
+        ema_decay=(0.99997,),
     )
 
 
@@ -400,8 +400,8 @@ def imagenet64_ect() -> TrainConfig:
         optimizer=Adam(InverseRootDecay(1e-4, steps=2_000), beta2=0.99),
         batch_size=128,
         images=12_800_000,
-        power_averages=(0.1,),
-        start=_IMAGENET_TEACHER,
+        power_ema=(0.1,),
+        init_from=_IMAGENET_TEACHER,
     )
 
 
@@ -416,8 +416,8 @@ def imagenet64_sct() -> TrainConfig:
         objective=ContinuousTraining(LogNormal(-1.0, 1.6), adaptive=AdaptiveWeight()),
         optimizer=Adam(InverseRootDecay(1e-4, steps=35_000), beta2=0.99, epsilon=1e-11),
         images=400_000 * 2048,
-        power_averages=(0.05,),
-        start=_IMAGENET_TEACHER,
+        power_ema=(0.05,),
+        init_from=_IMAGENET_TEACHER,
     )
 
 
@@ -432,7 +432,7 @@ def imagenet64_scd() -> TrainConfig:
         objective=ContinuousDistillation(LogNormal(-1.0, 1.6), adaptive=AdaptiveWeight()),
         optimizer=Adam(InverseRootDecay(1e-4, steps=35_000), beta2=0.99, epsilon=1e-11),
         images=400_000 * 2048,
-        power_averages=(0.05,),
+        power_ema=(0.05,),
         teacher=_IMAGENET_TEACHER,
     )
 
@@ -450,7 +450,7 @@ def lsun256_cd() -> TrainConfig:
         _LSUN_STUDENT,
         objective=ConsistencyDistillation(Constant(40)),
         optimizer=RAdam(ConstantRate(1e-5)),
-        target=ConstantTargetEMA(0.95),
+        target_ema=ConstantTargetEMA(0.95),
         images=600_000 * 256,
         teacher="edm_bedroom256_ema.pt",
     )
@@ -462,7 +462,7 @@ def lsun256_ct() -> TrainConfig:
         _LSUN_STUDENT,
         objective=ConsistencyTraining(_LSUN_CURRICULUM),
         optimizer=RAdam(ConstantRate(5e-5)),
-        target=AdaptiveTargetEMA(start=0.95),
+        target_ema=AdaptiveTargetEMA(start=0.95),
         images=1_000_000 * 256,
     )
 

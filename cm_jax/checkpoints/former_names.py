@@ -32,26 +32,42 @@ KIND_FIELDS = {
     "SongUNet": {"width": "base_channels"},
     "Constant": {"levels": "num_levels"},
     "ConstantTargetEMA": {"rate": "decay"},
+    "PeriodicEvaluation": {"average": "ema"},
+    "TrainConfig": {
+        "target": "target_ema",
+        "start": "init_from",
+        "averages": "ema_decay",
+        "power_averages": "power_ema",
+        "accumulate": "grad_accum_steps",
+    },
 }
 """Class -> former names of its fields -> their names."""
 
-VALUES = {"normalised": "normalized"}
-"""Former value of a field of the U-Nets -> its value."""
+VALUES = {"modulation": {"normalised": "normalized"}}
+"""Field, in whatever class -> former values -> their values."""
+
+LEAVES = {"averages": "ema", "skipped_in_a_row": "consecutive_skips"}
+"""Former name of a component of the training state -> its name."""
 
 
-def renamed(value: Any) -> Any:
-    """Decoded JSON with the present names in place of former ones."""
+def renamed(value: Any, kind: str = "") -> Any:
+    """Decoded JSON with the present names in place of former ones. `kind`: class of an object that does not name it."""
     if isinstance(value, list):
         return [renamed(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kind = value.get("kind")
-    kind = KINDS.get(kind, kind) if isinstance(kind, str) else ""
+    fields = dict(value)
+    if isinstance(named := fields.get("kind"), str):
+        kind = fields["kind"] = KINDS.get(named, named)
     names = FIELDS | KIND_FIELDS.get(kind, {})
-    fields = {names.get(name, name): renamed(item) for name, item in value.items()}
-    if kind:
-        fields["kind"] = kind
-    modulation = fields.get("modulation")
-    if kind in ("ADMUNet", "SongUNet") and isinstance(modulation, str):
-        fields["modulation"] = VALUES.get(modulation, modulation)
+    fields = {names.get(name, name): renamed(item) for name, item in fields.items()}
+    for name, values in VALUES.items():
+        if isinstance(fields.get(name), str):
+            fields[name] = values.get(fields[name], fields[name])
     return fields
+
+
+def renamed_leaf(name: str) -> str:
+    """Present name of a leaf of the training state, such as "ema/exponential_0.9999/stem/kernel"."""
+    head, slash, rest = name.partition("/")
+    return LEAVES.get(head, head) + slash + rest

@@ -99,7 +99,7 @@ def from_text(text: str, kind: type[T], version: int, source: str, what: str) ->
         advice = "upgrade cm_jax" if newer else "it is damaged, or of another program"
         raise InputError(f"{source} has format {found!r}; this version reads format {version}: {advice}.")
     try:
-        return decode_fields(restated(renamed(fields)), kind)
+        return decode_fields(restated(renamed(fields, kind.__name__)), kind)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     except RecursionError as error:

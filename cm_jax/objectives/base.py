@@ -71,7 +71,7 @@ class Objective(abc.ABC):
     """Whether it requires models.teacher and frozen.teacher."""
     makes_denoiser: ClassVar[bool] = False
     """Whether it trains a denoiser D, which needs many sampling steps, instead of a consistency function."""
-    hands_over: ClassVar[bool] = False
+    replaces_teacher: ClassVar[bool] = False
     """Whether the student becomes the teacher each time that curriculum(step) changes."""
 
     @property

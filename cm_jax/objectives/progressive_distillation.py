@@ -32,7 +32,7 @@ class ProgressiveDistillation(DistanceObjective):
 
     has_teacher: ClassVar[bool] = True
     makes_denoiser: ClassVar[bool] = True
-    hands_over: ClassVar[bool] = True
+    replaces_teacher: ClassVar[bool] = True
 
     def evaluate(
         self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step

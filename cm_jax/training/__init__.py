@@ -1,1 +1,1 @@
-"""Training: one pure step, run on one device or many, in a folder that survives."""
+"""Training: a pure step, on one device or many, and runs that survive interruption."""

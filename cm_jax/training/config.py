@@ -1,83 +1,124 @@
-"""What a training run is: the settings that decide it, and what is checked before it starts."""
+"""Settings of a training run."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-import jax
-
-from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.data import AnyData, Dataset, EmojiData
+from cm_jax.data import AnyData, EmojiData
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.curricula import AnyTargetEMA, StepSchedule
-from cm_jax.diffusion.noise_schedule import NUM_LEVELS, KarrasSchedule
+from cm_jax.diffusion.curricula import AnyTargetEMA
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import AnyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError, check_int, nearest
+from cm_jax.evaluation.evaluate import EvalConfig
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.objectives import AnyObjective, Denoising, Models, Objective
-from cm_jax.training.ema import EMA, averages_named
+from cm_jax.objectives import AnyObjective, Denoising
+from cm_jax.training.ema import EMA, ConstantEMA, PowerEMA
 from cm_jax.training.optimizers import Adam, AnyOptimizer
-from cm_jax.training.parallelism import OneDevice, Parallelism, Pmap, Sharded, check_batch_size
-from cm_jax.training.run.evaluation_hook import PARAMETERS, PeriodicEvaluation
-from cm_jax.training.step import TrainingStep
-from cm_jax.types import Params
+
+PARAMETERS = "parameters"
+"""Value of `PeriodicEvaluation.ema` that stands for the parameters without EMA."""
+BEST_METRICS = {"fid": "fid", "sfid": "sfid", "kid": "kid", "is": "inception_score"}
+"""Metrics that can choose the best checkpoint, and the names of their values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PeriodicEvaluation:
+    """Evaluation during training. The checkpoint with the best first metric is kept."""
+
+    every: int = 500_000
+    """Images between evaluations. The end of the run is evaluated, too."""
+    count: int = 10_000
+    """Number of samples per evaluation."""
+    steps: tuple[int, ...] = ()
+    """Sampling steps of the consistency sampler, or of Heun's for a denoiser. Each number is evaluated, and the first
+    chooses the best checkpoint. Default: 1, or 18 for a denoiser."""
+    metrics: tuple[Literal["fid", "sfid", "kid", "is", "pr", "prdc"], ...] = ("fid",)
+    """Metrics, as of `evaluate`. The first chooses the best checkpoint and must be fid, sfid, kid or is."""
+    reference: str = ""
+    """Reference, as of `evaluate`: emoji:held_out, tfds:NAME, a folder, an .npz file of images or statistics. Default:
+    the training images."""
+    ema: str = ""
+    """EMA to evaluate and to save for sampling: exponential_0.9999, power_0.1, or "parameters" for the parameters
+    without EMA. Default: the first EMA."""
+    inception: str = ""
+    """Weights of Inception-V3. Default: the file that CM_JAX_INCEPTION names."""
+    seed: int = 0
+    """Sampling seed, the same in every evaluation."""
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("every", "inception")
+    """Fields that may change between evaluations of a run."""
+
+    def __post_init__(self) -> None:
+        check_int("every", self.every, 1, 10**15)
+        check_int("count", self.count, 2, 10**9)
+        check_int("seed", self.seed, 0, 2**32 - 1)
+        for steps in self.steps:
+            check_int("steps", steps, 1, 10**6)
+        if len(set(self.steps)) < len(self.steps):
+            raise InputError(f"Expected different numbers of steps, got {', '.join(map(str, self.steps))}.")
+        first = EvalConfig(self.metrics).metrics[0]
+        if first not in BEST_METRICS:
+            raise InputError(
+                f"The first metric chooses the best checkpoint: expected one of {', '.join(BEST_METRICS)}, got {first}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A training run. Its folder's config.json holds all of this."""
+    """Settings of a training run, stored as config.json in its folder."""
 
     data: AnyData = EmojiData()
     network: SongUNet | ADMUNet = SongUNet()
     preconditioning: AnyPreconditioning = EDMPreconditioning()
     objective: AnyObjective = Denoising()
     optimizer: AnyOptimizer = Adam()
-    target: AnyTargetEMA | None = None
-    """mu(k), for a target that lags behind the student; None makes the student its own target."""
+    target_ema: AnyTargetEMA | None = None
+    """EMA decay mu(k) of the target network. None: the target is the student."""
     schedule: KarrasSchedule = KarrasSchedule()
     """Noise schedule of the run and of the saved models."""
     num_levels: int | None = None
-    """N that timesteps and indices of the saved models count, for an objective whose curriculum does not define it.
-    Default: 40."""
+    """N of the saved models, for an objective whose curriculum does not define it. Default: 40."""
     teacher: str = ""
-    """Checkpoint of the denoiser to distil: a run's folder, one of ours, a .pt file or a diffusers folder."""
-    start: str = ""
-    """Checkpoint whose weights training begins with, or "fresh". Default: the teacher's where there is one."""
+    """Denoiser to distill: a run folder, a native checkpoint, a .pt file or a diffusers folder."""
+    init_from: str = ""
+    """Checkpoint to initialize the weights from, or "fresh" for random weights. Default: the teacher, if any."""
     batch_size: int = 128
-    """Images in a step, over all devices and processes."""
+    """Images per training step, over all devices and processes."""
     images: int = 10_000_000
-    """Images to be seen in all. A finished run continues when this is raised."""
-    averages: tuple[float, ...] = (0.9999,)
-    """Rates of exponential averages of the parameters. One samples from the first average."""
-    power_averages: tuple[float, ...] = ()
-    """Relative widths of power-function averages (EDM2), such as 0.05 and 0.1."""
+    """Images to train on in total. Raise it to continue a finished run."""
+    ema_decay: tuple[float, ...] = (0.9999,)
+    """Decays of EMAs of the parameters. Samples come from the first EMA."""
+    power_ema: tuple[float, ...] = ()
+    """Relative widths of power-function EMAs (EDM2), such as 0.05 and 0.1."""
     flip: bool = True
-    """Mirror every image with probability 1/2."""
+    """Flip every image horizontally with probability 1/2."""
     seed: int = 0
-    accumulate: int = 1
-    """Parts of a batch that are computed one after the other, to save memory."""
+    """Seed of the initial weights, the order of the data and the noise."""
+    grad_accum_steps: int = 1
+    """Microbatches per step: gradients are accumulated, which saves memory."""
     steps_per_dispatch: int = 1
-    """Steps in one call of the compiled program: more spare small networks the time between calls."""
+    """Training steps per call of the compiled program. More steps reduce the overhead for small networks."""
     parallel: Literal["auto", "one", "pmap", "sharded"] = "auto"
-    """auto: pmap where there are several devices. sharded: parameters and their averages are split among devices."""
+    """Parallelism: one device, pmap, or sharded (parameters, optimizer state and EMAs are split among devices). auto:
+    pmap if there are several devices."""
     max_consecutive_skips: int = 50
-    """Training stops where so many steps in a row had gradients that were not finite; fewer are left out."""
+    """Stop after this many consecutive steps with gradients that are not finite. Fewer are skipped."""
     log_every: int = 50
-    """Batches between lines of metrics.csv."""
+    """Batches between rows of metrics.csv."""
     sample_every: int = 2_000
     """Batches between grids of samples."""
     checkpoint_every: int = 2_000
     """Batches between checkpoints."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of latest checkpoints to keep."""
     keep_every: int = 0
-    """Keep also every checkpoint at a multiple of so many batches; 0 keeps none of them."""
+    """Keep every checkpoint at a multiple of this number of batches. 0: none."""
     keep_hours: float = 0.0
-    """Keep also one checkpoint for every so many hours; 0 keeps none of them."""
+    """Keep one checkpoint per this number of hours. 0: none."""
     evaluation: PeriodicEvaluation | None = None
-    """FID and its like of what the run draws, now and then; the best checkpoint is kept."""
+    """Evaluation during training (FID and others)."""
 
-    FREE: ClassVar[tuple[str, ...]] = (
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         "images",
         "steps_per_dispatch",
         "parallel",
@@ -90,17 +131,14 @@ class TrainConfig:
         "keep_hours",
         "evaluation",
     )
-    """What may change when a run goes on: it decides how far and how, and not which numbers come out."""
+    """Fields that may change when a run resumes, because they do not change the numbers that are computed."""
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "images", "accumulate", "steps_per_dispatch", "log_every", "sample_every")
+        counts = ("batch_size", "images", "grad_accum_steps", "steps_per_dispatch", "log_every", "sample_every")
         for name in (*counts, "checkpoint_every", "keep_last", "max_consecutive_skips"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**32 or self.keep_every < 0:
-            raise InputError(
-                f"seed must lie in 0 ... 2^32 - 1 and keep_every not be negative; got {self.seed}, {self.keep_every}."
-            )
+            check_int(name, getattr(self, name), 1, 10**15)
+        check_int("seed", self.seed, 0, 2**32 - 1)
+        check_int("keep_every", self.keep_every, 0, 10**15)
         if self.num_levels is not None:
             check_int("num_levels", self.num_levels, 2, 2**20)
         if self.num_levels is not None and self.objective.final_num_levels is not None:
@@ -108,102 +146,28 @@ class TrainConfig:
                 f"num_levels is {self.num_levels}, but {type(self.objective).__name__} trains a model of "
                 f"{self.objective.final_num_levels} levels by its curriculum: give --num-levels none."
             )
-        asked, names = self.evaluation and self.evaluation.average, [each.name for each in self.all_averages]
-        if asked and asked not in (*names, PARAMETERS):
-            raise InputError(
-                f"There is no average {asked!r} to evaluate: the run has {', '.join((*names, PARAMETERS))}."
-                f"{nearest(asked, (*names, PARAMETERS))}"
-            )
+        names = [*(ema.name for ema in self.emas), PARAMETERS]
+        asked = self.evaluation.ema if self.evaluation else ""
+        if asked and asked not in names:
+            hint = nearest(asked, names)
+            raise InputError(f"Expected evaluation.ema to be {' or '.join(names)}, got {asked!r}.{hint}")
 
     @property
     def batches(self) -> int:
-        """Batches of the whole run: enough for `images`."""
+        """Batches of the whole run."""
         return -(-self.images // self.batch_size)
 
     @property
     def function(self) -> ConsistencyFunction:
+        """The student."""
         return ConsistencyFunction(self.network, self.preconditioning, self.schedule)
 
     @property
-    def all_averages(self) -> tuple[EMA, ...]:
-        return averages_named(self.averages, self.power_averages)
+    def emas(self) -> tuple[EMA, ...]:
+        return (*map(ConstantEMA, self.ema_decay), *map(PowerEMA, self.power_ema))
 
     @property
-    def drawn_from(self) -> str:
-        """The average that one samples from, or PARAMETERS."""
-        asked = self.evaluation.average if self.evaluation else ""
-        return asked or next((each.name for each in self.all_averages), PARAMETERS)
-
-    def unfinished(self) -> Iterator[str]:
-        """A line for every curriculum and every falling learning rate that the run ends before."""
-        for path, part in _parts(self):
-            if isinstance(part, StepSchedule) and part.duration > self.batches:
-                field = part.LENGTH_FIELD.replace("_", "-")
-                yield (
-                    f"--{path} changes for {part.duration:,} steps, and the run has {self.batches:,}: it ends before. "
-                    f"Give --{path}.{field}, or more --images."
-                )
-
-    def parallelism(self) -> Parallelism:
-        """Raises InputError where the batch cannot be shared out."""
-        several = len(jax.devices()) > 1
-        if self.parallel == "one" and jax.process_count() > 1:
-            raise InputError("--parallel one is for one process, and there are several: leave it out.")
-        kind = self.parallel if self.parallel != "auto" else "pmap" if several else "one"
-        across = {"one": OneDevice(), "pmap": Pmap(), "sharded": Sharded()}[kind]
-        check_batch_size(self.batch_size, len(across.devices), self.accumulate)
-        return across
-
-    def step(self, teacher: ConsistencyFunction | None) -> TrainingStep:
-        """Raises InputError where the parts do not go together."""
-        models = Models(self.function, teacher)
-        self.objective.check(models)
-        if self.target is not None:
-            self.target.check(self.objective.curriculum)
-        return TrainingStep(
-            self.objective, models, self.optimizer, self.all_averages, self.target, self.accumulate, self.flip
-        )
-
-    def model_config(self, dataset: Dataset) -> ModelConfig:
-        """Of the checkpoints that the run leaves."""
-        names = dataset.class_names if self.network.classes == len(dataset.class_names) else ()
-        num_levels = self.objective.final_num_levels or self.num_levels or NUM_LEVELS
-        consistency = not self.objective.makes_denoiser
-        return ModelConfig(
-            self.network, self.preconditioning, self.schedule, num_levels, names, consistency=consistency
-        )
-
-    def check_data(self, dataset: Dataset) -> None:
-        """Raise InputError where the network and the data do not go together."""
-        if dataset.image_shape != self.network.image_shape:
-            found, wanted = map(_size, (dataset.image_shape, self.network.image_shape))
-            raise InputError(f"The images are {found}, and the network is for {wanted}.")
-        classes = self.network.classes
-        if classes is not None and dataset.classes is None:
-            raise InputError(
-                f"The network has {classes} classes, and the data have no labels: give --network.classes none."
-            )
-        if classes is not None and classes != dataset.classes:
-            raise InputError(
-                f"The network has {classes} classes, and the data {dataset.classes}: give --network.classes "
-                f"{dataset.classes}, or none to train without them."
-            )
-
-
-def without_extras(params: Params, objective: Objective) -> Params:
-    """The network's own parameters: without what the objective trained beside them."""
-    own = objective.extras()
-    return {name: branch for name, branch in params.items() if name not in own}
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]}x{shape[1]} with {shape[2]} channels"
-
-
-def _parts(part: object, above: str = "") -> Iterator[tuple[str, object]]:
-    """(path, part) of the settings inside, as the command line writes their paths."""
-    for field in dataclasses.fields(part):  # type: ignore[arg-type]
-        value, path = getattr(part, field.name), above + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            yield path, value
-            yield from _parts(value, path + ".")
+    def sampled_ema(self) -> str:
+        """Name of the EMA to sample from, or PARAMETERS."""
+        asked = self.evaluation.ema if self.evaluation else ""
+        return asked or next((ema.name for ema in self.emas), PARAMETERS)

@@ -1,4 +1,4 @@
-"""Averages of the parameters over training: the weights that one samples from."""
+"""Exponential moving averages (EMA) of the parameters over training."""
 
 import abc
 import dataclasses
@@ -14,52 +14,50 @@ from cm_jax.types import Params
 
 
 class EMA(abc.ABC):
-    """average <- beta average + (1 - beta) parameters, after every step, with beta = rate(k) at step k = 0, 1, ..."""
+    """ema <- beta ema + (1 - beta) params after every step, with beta = decay_at(k) for k = 0, 1, ..."""
 
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """Of its tree in the training state."""
+        """Key in the training state."""
 
     @abc.abstractmethod
-    def rate(self, step: Step) -> Rate: ...
+    def decay_at(self, step: Step) -> Rate: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ConstantEMA(EMA):
-    """beta is the same at every step."""
+    """EMA with a constant decay beta."""
 
-    beta: float = 0.9999
+    decay: float = 0.9999
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < 1:
-            raise InputError(f"The rate of an exponential average must lie in [0, 1), got {self.beta}.")
+        if not 0 <= self.decay < 1:
+            raise InputError(f"Expected an EMA decay in [0, 1), got {self.decay}.")
 
     @property
     def name(self) -> str:
-        return f"exponential_{self.beta!r}"
+        return f"exponential_{self.decay!r}"
 
-    def rate(self, step: Step) -> Rate:
+    def decay_at(self, step: Step) -> Rate:
         del step
-        return jnp.float32(self.beta)
+        return jnp.float32(self.decay)
 
 
 @dataclasses.dataclass(frozen=True)
 class PowerEMA(EMA):
-    """beta = (1 - 1 / (k + 1))^(gamma + 1): the weight of step i grows as i^gamma (EDM2, section 3.1).
+    """Power-function EMA, beta = (1 - 1 / (k + 1))^(gamma + 1): the weight of step i grows as i^gamma (EDM2, sec. 3.1).
 
-    Its memory is a constant share of the training so far, and fresh parameters are forgotten at once.
+    It averages over a constant fraction of the training so far, and its initial value has no weight.
     """
 
     width: float = 0.05
-    """Standard deviation of the weights' distribution over the steps, relative to their number: 0.05 or 0.10 in EDM2.
-    At most 0.288, an even average."""
+    """Standard deviation of the weights over the steps, relative to the number of steps: 0.05 or 0.10 in EDM2. At most
+    0.288, a uniform average."""
 
     def __post_init__(self) -> None:
         if not 0.001 <= self.width <= 12**-0.5:
-            raise InputError(
-                f"The relative width of a power-function average must lie in [0.001, 0.288], got {self.width}."
-            )
+            raise InputError(f"Expected a power-function EMA of relative width in [0.001, 0.288], got {self.width}.")
 
     @property
     def name(self) -> str:
@@ -67,24 +65,19 @@ class PowerEMA(EMA):
 
     @property
     def gamma(self) -> float:
-        """The root of (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = width^2 that is not negative."""
+        """Nonnegative root of (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = width^2."""
         inverse = self.width**-2
         return max(0.0, float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()))
 
-    def rate(self, step: Step) -> Rate:
+    def decay_at(self, step: Step) -> Rate:
         return (1 - 1 / (jnp.asarray(step, jnp.float32) + 1)) ** (self.gamma + 1)
 
 
-def half_life(images: float, batch_size: int) -> float:
-    """The beta that forgets half in so many images: 0.9999432 for 50 million at batch 4096, as the original has it."""
+def decay_for_half_life(images: float, batch_size: int) -> float:
+    """EMA decay with a half-life of `images`. OpenAI's is 0.9999432: 50 million images at batch size 4096."""
     return math.exp(math.log(0.5) * batch_size / images)
 
 
-def averages_named(rates: tuple[float, ...], widths: tuple[float, ...]) -> tuple[EMA, ...]:
-    """An exponential average for each rate, then a power-function average for each relative width."""
-    return (*map(ConstantEMA, rates), *map(PowerEMA, widths))
-
-
-def ema_update(average: Params, params: Params, rate: Rate | float) -> Params:
-    """rate average + (1 - rate) params, leaf by leaf; written so that a rate of 1 changes no bit."""
-    return jax.tree.map(lambda old, new: old + (1 - rate) * (new - old), average, params)
+def ema_update(ema: Params, params: Params, decay: Rate | float) -> Params:
+    """decay ema + (1 - decay) params, leaf by leaf; a decay of 1 leaves `ema` bitwise identical."""
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)

@@ -1,4 +1,4 @@
-"""Optimizers, as optax transformations: RAdam equal to PyTorch's, Adam, AdamW."""
+"""Optimizers as optax transformations: Adam, AdamW, and RAdam as PyTorch computes it."""
 
 import abc
 import dataclasses
@@ -17,37 +17,37 @@ from cm_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(abc.ABC):
-    """Gradients, clipped if so wished, become an update of the parameters."""
+    """An optax gradient transformation with a learning-rate schedule and optional clipping."""
 
     learning_rate: AnyLearningRate = ConstantRate()
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the first-moment estimate."""
     beta2: float = 0.999
-    """Decay of the mean of their squares."""
+    """Decay of the second-moment estimate."""
     epsilon: float = 1e-8
     clip_norm: float | None = None
-    """Gradients whose norm over all parameters is greater are scaled down to it."""
+    """Maximum global gradient norm; larger gradients are scaled down. None: no clipping."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.beta1 < 1 and 0 < self.beta2 < 1 and self.epsilon > 0):
-            raise InputError(f"An optimizer needs 0 <= beta1 < 1, 0 < beta2 < 1 and epsilon > 0; got {self}.")
+            raise InputError(f"Expected an optimizer with 0 <= beta1 < 1, 0 < beta2 < 1 and epsilon > 0, got {self}.")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"clip_norm must be positive, or None for no clipping; got {self.clip_norm}.")
+            raise InputError(f"Expected clip_norm > 0, or None for no clipping, got {self.clip_norm}.")
 
     def transformation(self) -> optax.GradientTransformation:
         clip = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
-        return optax.chain(*clip, *self.parts(), optax.scale_by_learning_rate(self.learning_rate.schedule()))
+        return optax.chain(*clip, *self.core(), optax.scale_by_learning_rate(self.learning_rate.schedule()))
 
     @abc.abstractmethod
-    def parts(self) -> tuple[optax.GradientTransformation, ...]:
-        """What lies between clipping and the learning rate."""
+    def core(self) -> tuple[optax.GradientTransformation, ...]:
+        """Transformations between clipping and the learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Optimizer):
     """Adam (Kingma and Ba 2015)."""
 
-    def parts(self) -> tuple[optax.GradientTransformation, ...]:
+    def core(self) -> tuple[optax.GradientTransformation, ...]:
         return (optax.scale_by_adam(self.beta1, self.beta2, self.epsilon),)
 
 
@@ -57,7 +57,7 @@ class AdamW(Optimizer):
 
     weight_decay: float = 0.01
 
-    def parts(self) -> tuple[optax.GradientTransformation, ...]:
+    def core(self) -> tuple[optax.GradientTransformation, ...]:
         return (
             optax.scale_by_adam(self.beta1, self.beta2, self.epsilon),
             optax.add_decayed_weights(self.weight_decay),
@@ -66,15 +66,15 @@ class AdamW(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class RAdam(Optimizer):
-    """Rectified Adam (Liu et al. 2020) as torch.optim.RAdam computes it; all published consistency models used it.
+    """Rectified Adam (Liu et al. 2020), equal to torch.optim.RAdam; all published consistency models used it.
 
-    Its first five steps, where the variance is not known yet, are plain momentum in the size of the gradients.
+    In the first five steps, before the variance is tractable, it is SGD with momentum.
     """
 
     weight_decay: float = 0.0
-    """Times the parameters, added to the gradients."""
+    """L2 penalty: this times the parameters is added to the gradients."""
 
-    def parts(self) -> tuple[optax.GradientTransformation, ...]:
+    def core(self) -> tuple[optax.GradientTransformation, ...]:
         decay = (optax.add_decayed_weights(self.weight_decay),) if self.weight_decay else ()
         return (*decay, scale_by_radam(self.beta1, self.beta2, self.epsilon))
 
@@ -91,8 +91,8 @@ class RAdamState(NamedTuple):
 def scale_by_radam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
     """m^ r_t sqrt(1 - beta2^t) / (sqrt(v) + epsilon), and m^ alone while rho_t <= 5.
 
-    optax.scale_by_radam takes the difference that is rho_t in single precision, where it cancels: its first rectified
-    step is 1.2 % too small. It also adds epsilon after the bias correction, PyTorch before.
+    optax.scale_by_radam differs: it computes rho_t as a difference in single precision, whose cancellation makes the
+    first rectified step 1.2 % too small, and it adds epsilon after the bias correction (PyTorch: before).
     """
     longest = 2 / (1 - beta2) - 1  # rho_inf
 
@@ -121,9 +121,9 @@ def scale_by_radam(beta1: float, beta2: float, epsilon: float) -> optax.Gradient
 
 
 def variance_length(step: Int[Array, ""], beta2: float) -> Float[Array, ""]:
-    """rho_t = 2 / (1 - beta2) - 1 - 2 t beta2^t / (1 - beta2^t), to single precision's last digits.
+    """rho_t = 2 / (1 - beta2) - 1 - 2 t beta2^t / (1 - beta2^t), accurate in single precision.
 
-    With y = -t ln beta2, beta2^t / (1 - beta2^t) = 1 / (e^y - 1), and rho_t is a constant plus
+    With y = -t ln beta2, beta2^t / (1 - beta2^t) = 1 / (e^y - 1), so rho_t is a constant plus
     2 / -ln beta2 (1 - y / (e^y - 1)); for small y the bracket is y/2 - y^2/12 + y^4/720 - ...
     """
     decay = -math.log(beta2)

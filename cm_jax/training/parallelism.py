@@ -1,10 +1,10 @@
-"""One step on many devices, in three ways with one result.
+"""One training step on one or many devices, with equal results up to rounding.
 
-`OneDevice` is jax.jit. `Pmap` is jax.pmap over the local devices of every process, each with a copy of everything.
-`Sharded` is jax.jit over a mesh, where parameters, optimizer state and averages are split among the devices and put
-together for the products, so that a network fits whose state would not.
+- `OneDevice`: jax.jit.
+- `Pmap`: jax.pmap over the local devices of every process; the state is replicated.
+- `Sharded`: jax.jit over a mesh; parameters, optimizer state and EMAs are sharded, and gathered for the network.
 
-Image i of a batch draws from its own key whichever device it is on; so the three agree to rounding.
+The random numbers of an image depend on its index in the global batch, not on its device.
 """
 
 import abc
@@ -24,14 +24,14 @@ from cm_jax.types import Params
 
 AXIS = "devices"
 _LEAST_SHARDED = 4096
-"""Leaves with fewer numbers are not worth splitting."""
+"""Arrays with fewer elements are replicated."""
 
 Step = Callable[..., tuple[Any, dict[str, Array]]]
 """(state, constants, batches, key) -> (state, metrics); batches [steps, b, ...]."""
 
 
 class Parallelism(abc.ABC):
-    """What a step asks of the devices, how arrays are put there, and how the step is compiled."""
+    """Collectives of a step, placement of arrays, and compilation."""
 
     @property
     @abc.abstractmethod
@@ -39,10 +39,7 @@ class Parallelism(abc.ABC):
 
     # Inside the compiled step
     def scan(self, function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, items: Any) -> tuple[Any, Any]:
-        """jax.lax.scan; on CPUs written out, because XLA's loops have slow gradients of convolutions there.
-
-        (Those in a loop are not brought to the form that the fast library takes: a step took twenty times as long.)
-        """
+        """jax.lax.scan; unrolled on CPUs, where XLA does not use its fast convolutions in loops (20 times slower)."""
         if self.devices[0].platform != "cpu":
             return jax.lax.scan(function, carry, items)
         results = []
@@ -51,33 +48,33 @@ class Parallelism(abc.ABC):
             results.append(result)
         return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
-    def image_numbers(self, count: int) -> Int[Array, " b"]:
-        """Places in the global batch of the `count` images at hand."""
+    def image_indices(self, count: int) -> Int[Array, " b"]:
+        """Indices in the global batch of this device's `count` images."""
         return jnp.arange(count)
 
     def mean(self, tree: Any) -> Any:
-        """The mean over devices of means over the images at hand."""
+        """Mean over devices of means over each device's images."""
         return tree
 
-    def whole(self, params: Params | None) -> Any:
-        """Parameters as the network reads them."""
+    def gather(self, params: Params | None) -> Any:
+        """Full parameters for the network."""
         return params
 
-    def split(self, params: Params) -> Any:
-        """Parameters, or gradients, as the optimizer keeps them."""
+    def shard(self, params: Params) -> Any:
+        """Parameters or gradients as the optimizer stores them."""
         return params
 
     # Outside
     @abc.abstractmethod
     def compile(self, step: Step, state: Any, constants: Any) -> Step:
-        """The step, compiled at its first call; its state argument is used up."""
+        """The step, compiled at the first call; its state argument is donated."""
 
     @abc.abstractmethod
     def shardings(self, state: Any) -> Any:
-        """Where each leaf of a state, or of its shapes, lies."""
+        """Sharding of each leaf of a state or of its shapes."""
 
     def place_state(self, state: Any) -> Any:
-        """Copies on the devices that belong to nobody else, because the step uses them up."""
+        """Copies on the devices, which the step may donate."""
         return jax.tree.map(jnp.copy, _global(state, self.shardings(state)))
 
     @abc.abstractmethod
@@ -85,7 +82,7 @@ class Parallelism(abc.ABC):
 
     @abc.abstractmethod
     def place_batches(self, batches: Any) -> Any:
-        """NumPy arrays [steps, b, ...] with this process's share of each batch, on the devices."""
+        """This process's share of each batch, NumPy arrays [steps, b, ...], on the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +108,11 @@ class OneDevice(Parallelism):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Many(Parallelism):
-    """What both ways over all devices share."""
+class _MultiDevice(Parallelism):
+    """Base of the parallelisms over many devices."""
 
     count: int | None = None
-    """Number of devices; None takes all, of all processes."""
+    """Number of devices; None: all devices of all processes."""
 
     @property
     def devices(self) -> Sequence[Any]:
@@ -134,10 +131,10 @@ class _Many(Parallelism):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pmap(_Many):
-    """jax.pmap: every device has a copy of the state and a share of the batch, and gradients are averaged once."""
+class Pmap(_MultiDevice):
+    """jax.pmap: the state is replicated, the batch is split, and gradients are averaged once."""
 
-    def image_numbers(self, count: int) -> Int[Array, " b"]:
+    def image_indices(self, count: int) -> Int[Array, " b"]:
         return jax.lax.axis_index(AXIS) * count + jnp.arange(count)
 
     def mean(self, tree: Any) -> Any:
@@ -150,7 +147,7 @@ class Pmap(_Many):
             step,
             AXIS,
             in_axes=(None, None, 0, None),
-            out_axes=(None, None),  # type: ignore[arg-type]  # None is as good here as in in_axes
+            out_axes=(None, None),  # type: ignore[arg-type]  # None is accepted, as in in_axes
             donate_argnums=0,
             devices=devices,
         )
@@ -161,27 +158,27 @@ class Pmap(_Many):
     def place_batches(self, batches: Any) -> Any:
         here = sum(device.process_index == jax.process_index() for device in self.devices)
 
-        def apart(array: np.ndarray) -> np.ndarray:
+        def split(array: np.ndarray) -> np.ndarray:
             steps, images, *rest = array.shape
             return np.moveaxis(array.reshape(steps, here, images // here, *rest), 1, 0)
 
-        return jax.tree.map(apart, batches)
+        return jax.tree.map(split, batches)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sharded(_Many):
-    """jax.jit over a mesh of one axis, over which the batch is split and, leaf by leaf, the largest axis that divides.
+class Sharded(_MultiDevice):
+    """jax.jit over a mesh with one axis. The batch is split, and of each leaf the largest divisible axis.
 
-    Parameters are gathered for the network, and gradients are averaged into the shards; so is what is done with them.
+    Parameters are gathered for the network; gradients are reduced into the shards, where the optimizer runs.
     """
 
-    def image_numbers(self, count: int) -> Int[Array, " b"]:
+    def image_indices(self, count: int) -> Int[Array, " b"]:
         return jax.lax.with_sharding_constraint(jnp.arange(count), NamedSharding(self.mesh, PartitionSpec(AXIS)))
 
-    def whole(self, params: Params | None) -> Any:
+    def gather(self, params: Params | None) -> Any:
         return jax.lax.with_sharding_constraint(params, jax.tree.map(lambda _: self.replicated, params))
 
-    def split(self, params: Params) -> Any:
+    def shard(self, params: Params) -> Any:
         return jax.lax.with_sharding_constraint(params, self.shardings(params))
 
     def shardings(self, state: Any) -> Any:
@@ -211,17 +208,17 @@ class Sharded(_Many):
         return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batches)
 
 
-def check_batch_size(batch_size: int, devices: int, accumulate: int) -> None:
-    """Raise InputError unless a batch can be shared out evenly."""
-    parts = devices * accumulate
+def check_batch_size(batch_size: int, devices: int, grad_accum_steps: int) -> None:
+    """Raise InputError unless the batch can be split evenly."""
+    parts = devices * grad_accum_steps
     if batch_size < 1 or batch_size % parts:
         nearest = max(1, round(batch_size / parts)) * parts
-        over = f"{devices} devices" if accumulate == 1 else f"{devices} devices in {accumulate} parts each"
-        raise InputError(f"A batch of {batch_size} images cannot be shared out over {over}: the nearest is {nearest}.")
+        by = f"{devices} devices" + (f" x {grad_accum_steps} microbatches" if grad_accum_steps > 1 else "")
+        raise InputError(f"Batch size {batch_size} is not divisible by {by}; use {nearest}.")
 
 
 def _global(tree: Any, shardings: Any) -> Any:
-    """On the devices of all processes; every process has the whole arrays."""
+    """Place arrays, of which every process has the whole, on the devices of all processes."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 

@@ -1,4 +1,4 @@
-"""Batches for the compiled step: numbers into a data set on the devices, or the images themselves, fetched ahead."""
+"""Batches for the compiled step, loaded in the background: images, or indices into a resident data set."""
 
 import contextlib
 import queue
@@ -10,37 +10,36 @@ import jax
 import numpy as np
 
 from cm_jax.data import Dataset, InMemory
-from cm_jax.training.state import RawBatch
+from cm_jax.training.state import StepBatch
 
-LARGEST_RESIDENT = 512 * 2**20
-"""Bytes of a data set that is put on the devices whole."""
+MAX_RESIDENT_BYTES = 512 * 2**20
+"""Larger data sets are not copied to the devices."""
 
 
 def is_resident(dataset: Dataset) -> bool:
-    return isinstance(dataset, InMemory) and dataset.images.nbytes <= LARGEST_RESIDENT
+    return isinstance(dataset, InMemory) and dataset.images.nbytes <= MAX_RESIDENT_BYTES
 
 
 def dispatches(
     dataset: Dataset, *, batch_size: int, seed: int, start: int, stop: int, steps: int, labelled: bool, resident: bool
-) -> Iterator[RawBatch]:
-    """This process's share of batches start ... stop - 1, `steps` at a time, at the end maybe fewer: NumPy arrays
-    [steps, b, ...]."""
+) -> Iterator[StepBatch]:
+    """This process's share of batches start ... stop - 1 as NumPy arrays [steps, b, ...]; the last may be shorter."""
     host, hosts = jax.process_index(), jax.process_count()
     if resident:
         assert isinstance(dataset, InMemory)
         share = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
-        singles = (RawBatch(numbers=dataset.indices(batch_size, seed, number)[share]) for number in range(start, stop))
+        batches = (StepBatch(indices=dataset.indices(batch_size, seed, number)[share]) for number in range(start, stop))
     else:
         read = dataset.batches(batch_size, seed, start, host, hosts)
-        singles = (RawBatch(batch.images, batch.labels if labelled else None) for batch in read)
+        batches = (StepBatch(batch.images, batch.labels if labelled else None) for batch in read)
     for number in range(start, stop, steps):
-        together = [next(singles) for _ in range(min(steps, stop - number))]
-        yield jax.tree.map(lambda *parts: np.stack(parts), *together)
+        group = [next(batches) for _ in range(min(steps, stop - number))]
+        yield jax.tree.map(lambda *arrays: np.stack(arrays), *group)
 
 
 @contextlib.contextmanager
-def ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Iterator[Any]]:
-    """The same items, made by a thread that keeps `depth` of them ready. What it raises is raised to the reader."""
+def prefetch(items: Iterator[Any], depth: int = 2) -> Iterator[Iterator[Any]]:
+    """The same items, of which a thread prepares `depth` in advance. Its exceptions are raised in the reader."""
     ready: queue.Queue = queue.Queue(depth)
     closing = threading.Event()
 
@@ -57,7 +56,7 @@ def ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Iterator[Any]]:
                 if not offer((item, None)):
                     return
             offer((None, StopIteration()))
-        except BaseException as error:  # whatever it is, the reader is to know
+        except BaseException as error:
             offer((None, error))
 
     def read() -> Iterator[Any]:

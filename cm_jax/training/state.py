@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""Training state, constants and batches of a step."""
 
 from typing import Any, NamedTuple
 
@@ -12,46 +12,46 @@ Counter = Int[Array, ""]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes. All arrays; whatever is not needed is None."""
+    """Everything that a step changes: a tree of arrays. Components that a method does not use are None."""
 
     batches: Counter
-    """Batches seen: the position in the data, and what random numbers are drawn from."""
+    """Batches seen: the position in the data and in the stream of random numbers."""
     skipped: Counter
-    """Those of them whose gradients were not finite, and which changed nothing else."""
-    skipped_in_a_row: Counter
+    """Batches that were skipped because their gradients were not finite."""
+    consecutive_skips: Counter
     params: Params
-    """Float32 masters of the student, whatever precision its products have."""
+    """Float32 parameters of the student, whatever its compute precision."""
     optimizer: Any
     target: Params | None
-    """Of the target f^-, where it has parameters of its own."""
+    """Target network f^-; None if it is the student."""
     teacher: Params | None
-    """Of a teacher that changes on the way (progressive distillation); a fixed one is no part of the state."""
-    averages: dict[str, Params]
+    """Teacher that changes during training (progressive distillation); a fixed one is in Constants."""
+    ema: dict[str, Params]
 
     @property
     def step(self) -> Counter:
-        """k: steps that were taken."""
+        """k: optimizer steps taken."""
         return self.batches - self.skipped
 
 
 class Constants(NamedTuple):
-    """Arrays that every step reads and none changes; on the devices once."""
+    """Arrays that every step reads and none changes; copied to the devices once."""
 
     teacher: Params | None = None
     perceptual: Params | None = None
-    """Weights of a perceptual distance."""
+    """Weights of a perceptual distance (LPIPS)."""
     images: Array | None = None
-    """A data set that is small enough to lie on the devices: uint8 [n, h, w, c]."""
+    """Whole data set, if it is resident on the devices: uint8 [n, h, w, c]."""
     labels: Array | None = None
 
 
-class RawBatch(NamedTuple):
-    """Images as they lie in files, uint8 [b, h, w, c], and classes; or their numbers in a data set on the devices."""
+class StepBatch(NamedTuple):
+    """uint8 images [b, h, w, c] and labels [b], or indices [b] into a data set that is resident on the devices."""
 
     images: Array | np.ndarray | None = None
     labels: Array | np.ndarray | None = None
-    numbers: Array | np.ndarray | None = None
+    indices: Array | np.ndarray | None = None
 
 
-def fresh_counter() -> Counter:
+def zero_counter() -> Counter:
     return jnp.zeros((), jnp.int32)

@@ -1,7 +1,6 @@
-"""One training step, pure: (state, constants, batch, key) -> (state, metrics)."""
+"""One pure training step: (state, constants, batch, key) -> (state, metrics)."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from cm_jax.objectives import Batch, FrozenParams, Models, Objective
 from cm_jax.training.ema import EMA, ema_update
 from cm_jax.training.optimizers import Optimizer
 from cm_jax.training.parallelism import Parallelism
-from cm_jax.training.state import Constants, RawBatch, TrainState, fresh_counter
+from cm_jax.training.state import Constants, StepBatch, TrainState, zero_counter
 from cm_jax.types import Images, Keys, Params
 
 Metrics = dict[str, Float[Array, "..."]]
@@ -24,7 +23,7 @@ Metrics = dict[str, Float[Array, "..."]]
 Curves = dict[str, Float[Array, "steps ..."]]
 
 _FLIP = 3
-"""What of an image's key decides whether it is mirrored; objectives split the key itself."""
+"""Folded into an image's key for the flip; objectives split the key itself."""
 _BANDS = (0.03, 0.4, 5.0)
 """Boundaries of the noise-level bands of the logged losses."""
 LOSS_BY_BAND = "loss_sigma"
@@ -34,147 +33,145 @@ _SHARE, _SUM = "share_by_band", "loss_sum_by_band"
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStep:
-    """What is trained, and how. Each field is a component of its own; this is the order in which they act."""
+    """Components of a step, in the order in which they act."""
 
     objective: Objective
     models: Models
     optimizer: Optimizer
-    averages: tuple[EMA, ...] = ()
-    target: TargetEMA | None = None
-    """mu(k); None: the target is the student itself, held fixed."""
-    accumulate: int = 1
-    """Parts of a batch that are computed one after the other, to save memory; their gradients are averaged."""
+    emas: tuple[EMA, ...] = ()
+    target_ema: TargetEMA | None = None
+    """mu(k); None: the target network is the student with stopped gradient."""
+    grad_accum_steps: int = 1
+    """Microbatches whose gradients are averaged."""
     flip: bool = True
-    """Mirror every image with probability 1/2."""
+    """Flip every image horizontally with probability 1/2."""
 
-    def initial(self, params: Params, teacher: Params | None = None) -> TrainState:
-        """The state before the first step. `teacher` is kept only where it changes on the way."""
+    def initial_state(self, params: Params, teacher: Params | None = None) -> TrainState:
+        """State before the first step. `teacher` is kept only if it changes during training."""
         trained = {**params, **self.objective.extras()}
         return TrainState(
-            batches=fresh_counter(),
-            skipped=fresh_counter(),
-            skipped_in_a_row=fresh_counter(),
+            batches=zero_counter(),
+            skipped=zero_counter(),
+            consecutive_skips=zero_counter(),
             params=trained,
             optimizer=self.optimizer.transformation().init(trained),
-            target=trained if self.objective.has_target and self.target is not None else None,
-            teacher=teacher if self.objective.hands_over else None,
-            averages={average.name: trained for average in self.averages},
+            target=trained if self.objective.has_target and self.target_ema is not None else None,
+            teacher=teacher if self.objective.replaces_teacher else None,
+            ema={ema.name: trained for ema in self.emas},
         )
 
-    def many(
-        self, across: Parallelism, state: TrainState, constants: Constants, batches: RawBatch, key: Key[Array, ""]
+    def run_steps(
+        self, parallelism: Parallelism, state: TrainState, constants: Constants, batches: StepBatch, key: Key[Array, ""]
     ) -> tuple[TrainState, Curves]:
-        """A step for each of `batches` [steps, b, ...]; metrics [steps]."""
+        """One step for each of `batches` [steps, b, ...]; metrics [steps]."""
 
-        def one(state: TrainState, batch: RawBatch) -> tuple[TrainState, Metrics]:
-            return self(state, constants, batch, key, across)
+        def one(state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
+            return self(state, constants, batch, key, parallelism)
 
-        return across.scan(one, state, batches)
+        return parallelism.scan(one, state, batches)
 
     def __call__(
         self,
         state: TrainState,
         constants: Constants,
-        batch: RawBatch,
+        batch: StepBatch,
         key: Key[Array, ""],
-        across: Parallelism,
+        parallelism: Parallelism,
     ) -> tuple[TrainState, Metrics]:
-        """One step. `batch` is what this device has of the global batch, and `key` is the run's."""
+        """One step. `batch` is this device's share of the global batch; `key` is the same for the whole run."""
         count = jax.tree.leaves(batch)[0].shape[0]
-        keys = image_keys(key, state.batches, across.image_numbers(count))
+        keys = image_keys(key, state.batches, parallelism.image_indices(count))
         teacher = constants.teacher if state.teacher is None else state.teacher
-        frozen = FrozenParams(across.whole(state.target), across.whole(teacher), constants.perceptual)
-        clean = fetched(batch, constants, keys if self.flip else None)
-        gradient = functools.partial(self._gradient, across, frozen, state.step)
-        gradients, metrics = gradient(across.whole(state.params), clean, keys)
-        gradients, metrics = across.mean((gradients, metrics))
-        gradients = across.split(gradients)
+        frozen = FrozenParams(parallelism.gather(state.target), parallelism.gather(teacher), constants.perceptual)
+        clean = load_batch(batch, constants, keys if self.flip else None)
+        gradients, metrics = self._gradients(
+            parallelism, frozen, state.step, parallelism.gather(state.params), clean, keys
+        )
+        gradients, metrics = parallelism.mean((gradients, metrics))
+        gradients = parallelism.shard(gradients)
         metrics |= {"gradient_norm": optax.tree.norm(gradients)}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
 
-        after = self._moved(state, gradients)
-        skipped = state._replace(skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, skipped)
+        updated = self._apply_gradients(state, gradients)
+        skipped = state._replace(skipped=state.skipped + 1, consecutive_skips=state.consecutive_skips + 1)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, skipped)
         state = state._replace(batches=state.batches + 1)
         return state, mean_by_band(metrics) | {
             "skipped": state.skipped.astype(jnp.float32),
-            "skipped_in_a_row": state.skipped_in_a_row.astype(jnp.float32),
+            "consecutive_skips": state.consecutive_skips.astype(jnp.float32),
         }
 
-    def _gradient(
-        self, across: Parallelism, frozen: FrozenParams, step: Any, params: Params, batch: Batch, keys: Keys
+    def _gradients(
+        self, parallelism: Parallelism, frozen: FrozenParams, step: Any, params: Params, batch: Batch, keys: Keys
     ) -> tuple[Params, Metrics]:
-        """The mean gradient and mean metrics of the images at hand."""
+        """Mean gradient and mean metrics of this device's images."""
 
         def loss(params: Params, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
             losses, metrics = self.objective(self.models, params, frozen, batch, keys, step)
             return losses.mean(), means(losses, metrics)
 
         gradient = jax.grad(loss, has_aux=True)
-        if self.accumulate == 1:
+        count = self.grad_accum_steps
+        if count == 1:
             return gradient(params, batch, keys)
 
-        # Part j has images j, j + accumulate, ...: those that lie on a device stay on it.
-        parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, self.accumulate, *a.shape[1:]), 1, 0), (batch, keys))
+        # Microbatch j has images j, j + count, ..., so that images stay on their device.
+        microbatches = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0), (batch, keys))
 
-        def add(total: Any, part: tuple[Batch, Keys]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+        def add(total: Any, microbatch: tuple[Batch, Keys]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
 
-        first = jax.tree.map(lambda a: a[0], parts)
+        first = jax.tree.map(lambda a: a[0], microbatches)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, *first))
-        total, _ = across.scan(add, zeros, parts)
-        return jax.tree.map(lambda a: a / self.accumulate, total)
+        total, _ = parallelism.scan(add, zeros, microbatches)
+        return jax.tree.map(lambda a: a / count, total)
 
-    def _moved(self, state: TrainState, gradients: Params) -> TrainState:
-        """The state after a step with finite gradients, but for the number of batches."""
+    def _apply_gradients(self, state: TrainState, gradients: Params) -> TrainState:
+        """State after a step with finite gradients, except for the number of batches."""
         step = state.step
         updates, optimizer = self.optimizer.transformation().update(gradients, state.optimizer, state.params)
         params: Params = optax.apply_updates(state.params, updates)  # type: ignore[assignment]
-        after = state._replace(
-            skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
+        state = state._replace(
+            consecutive_skips=jnp.zeros_like(state.consecutive_skips),
             params=params,
             optimizer=optimizer,
-            averages={
-                average.name: ema_update(state.averages[average.name], params, average.rate(step))
-                for average in self.averages
-            },
+            ema={ema.name: ema_update(state.ema[ema.name], params, ema.decay_at(step)) for ema in self.emas},
         )
-        if state.target is not None and self.target is not None:
-            after = after._replace(
-                target=ema_update(state.target, params, self.target(step, self.objective.curriculum))
-            )
-        return self._handed_over(after, step) if self.objective.hands_over else after
+        if state.target is not None and self.target_ema is not None:
+            decay = self.target_ema(step, self.objective.curriculum)
+            state = state._replace(target=ema_update(state.target, params, decay))
+        return self._replace_teacher(state, step) if self.objective.replaces_teacher else state
 
-    def _handed_over(self, state: TrainState, step: Any) -> TrainState:
-        """At the end of a stage of progressive distillation the student becomes the teacher, and all else is fresh."""
+    def _replace_teacher(self, state: TrainState, step: Any) -> TrainState:
+        """At the end of a stage of progressive distillation: the student becomes the teacher, the rest is reset."""
         curriculum = self.objective.curriculum
         assert curriculum is not None
-        fresh = state._replace(
+        reset = state._replace(
             teacher=state.params,
             optimizer=self.optimizer.transformation().init(state.params),
-            averages=dict.fromkeys(state.averages, state.params),
+            ema=dict.fromkeys(state.ema, state.params),
         )
-        over = curriculum(step + 1) != curriculum(step)
-        return jax.tree.map(lambda new, old: jnp.where(over, new, old), fresh, state)
+        stage_ends = curriculum(step + 1) != curriculum(step)
+        return jax.tree.map(lambda new, old: jnp.where(stage_ends, new, old), reset, state)
 
 
-def image_keys(key: Key[Array, ""], batch: Any, numbers: Any) -> Keys:
-    """A key for each image: that of image i in batch k is fold_in(fold_in(key, k), i)."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, batch), numbers)
+def image_keys(key: Key[Array, ""], batch: Any, indices: Any) -> Keys:
+    """One key per image: fold_in(fold_in(key, k), i) for image i of batch k."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, batch), indices)
 
 
-def fetched(batch: RawBatch, constants: Constants, flip_keys: Keys | None) -> Batch:
-    """Float images in [-1, 1], some of them mirrored, from bytes or from numbers in the data set on the devices."""
-    if batch.numbers is None:
+def load_batch(batch: StepBatch, constants: Constants, flip_keys: Keys | None) -> Batch:
+    """Float images in [-1, 1], flipped at random if `flip_keys` are given, from bytes or from a resident data set."""
+    if batch.indices is None:
         images, labels = batch.images, batch.labels
     else:
         assert constants.images is not None
-        images = constants.images[batch.numbers]
-        labels = None if constants.labels is None else constants.labels[batch.numbers]
+        images = constants.images[batch.indices]
+        labels = None if constants.labels is None else constants.labels[batch.indices]
     clean: Images = jnp.asarray(images, jnp.float32) / 127.5 - 1
     if flip_keys is not None:
-        sources = jax.vmap(jax.random.fold_in, (0, None))(flip_keys, _FLIP)
-        flips = jax.vmap(jax.random.bernoulli)(sources)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(flip_keys, _FLIP)
+        flips = jax.vmap(jax.random.bernoulli)(keys)
         clean = jnp.where(flips[:, None, None, None], clean[:, :, ::-1], clean)
     return Batch(clean, None if labels is None else jnp.asarray(labels))
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cm_jax.errors import InputError
-from cm_jax.training.ema import ConstantEMA, PowerEMA, averages_named, ema_update, half_life
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.ema import ConstantEMA, PowerEMA, decay_for_half_life, ema_update
 from cm_jax.training.learning_rates import ConstantRate, CosineDecay, InverseRootDecay, LinearDecay
 from cm_jax.training.optimizers import Adam, AdamW, RAdam, variance_length
 from tests.support import DATA
@@ -109,7 +110,7 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 def averaged(average, values):
     def step(carry, value):
         tree, k = carry
-        return (ema_update(tree, {"w": value}, average.rate(k)), k + 1), None
+        return (ema_update(tree, {"w": value}, average.decay_at(k)), k + 1), None
 
     (tree, _), _ = jax.lax.scan(step, ({"w": jnp.float32(-100.0)}, 0), jnp.asarray(values, jnp.float32))
     return float(tree["w"])
@@ -122,8 +123,8 @@ def test_an_exponential_average_is_its_sum():
 
 
 def test_half_a_life_is_forgotten_after_its_images():
-    assert half_life(50e6, 4096) == 0.9999432189950708  # as the original spells it
-    assert half_life(1000, 10) ** 100 == pytest.approx(0.5)
+    assert decay_for_half_life(50e6, 4096) == 0.9999432189950708  # as the original spells it
+    assert decay_for_half_life(1000, 10) ** 100 == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25, 12**-0.5])
@@ -150,5 +151,5 @@ def test_a_rate_of_one_changes_no_bit():
 
 
 def test_averages_have_names_of_their_own():
-    names = [average.name for average in averages_named((0.999, 0.9999432189950708), (0.05, 0.1))]
+    names = [average.name for average in TrainConfig(ema_decay=(0.999, 0.9999432189950708), power_ema=(0.05, 0.1)).emas]
     assert names == ["exponential_0.999", "exponential_0.9999432189950708", "power_0.05", "power_0.1"]

@@ -26,8 +26,8 @@ from cm_jax.training.ema import ConstantEMA, PowerEMA
 from cm_jax.training.learning_rates import ConstantRate
 from cm_jax.training.optimizers import Adam, RAdam
 from cm_jax.training.parallelism import OneDevice, Pmap, Sharded, check_batch_size
-from cm_jax.training.state import Constants, RawBatch
-from cm_jax.training.step import TrainingStep, fetched, image_keys
+from cm_jax.training.state import Constants, StepBatch
+from cm_jax.training.step import TrainingStep, image_keys, load_batch
 from tests.toy import ToyNetwork
 
 TOY = ToyNetwork()
@@ -61,19 +61,19 @@ def distilling(network, **changes):
 def raw_batches(network, steps, size, seed=0):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (steps, size, *network.image_shape), dtype=np.uint8)
-    return RawBatch(images, rng.integers(0, 3, (steps, size)).astype(np.int32))
+    return StepBatch(images, rng.integers(0, 3, (steps, size)).astype(np.int32))
 
 
 def run(step, network, across, batches, dispatches=1):
     """(state, metrics) on the host, after all batches in so many calls."""
     params = network.initialize(jax.random.key(1))
     teacher = network.initialize(jax.random.key(2))
-    state = across.place_state(step.initial(params, teacher))
-    constants = across.place_constants(Constants(teacher=None if step.objective.hands_over else teacher))
-    program = across.compile(functools.partial(step.many, across), state, constants)
+    state = across.place_state(step.initial_state(params, teacher))
+    constants = across.place_constants(Constants(teacher=None if step.objective.replaces_teacher else teacher))
+    program = across.compile(functools.partial(step.run_steps, across), state, constants)
     metrics = []
     for part in zip(*(np.split(a, dispatches) for a in batches if a is not None), strict=True):
-        state, found = program(state, constants, across.place_batches(RawBatch(*part)), KEY)
+        state, found = program(state, constants, across.place_batches(StepBatch(*part)), KEY)
         metrics.append(jax.device_get(found))
     return jax.device_get(state), {name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]}
 
@@ -122,7 +122,7 @@ def test_parts_of_a_batch_are_averaged(across):
     """Accumulating over 4 parts is the step of the whole batch: same images, same keys, mean gradient."""
     batches = raw_batches(TOY, 3, 16)
     whole, metrics = run(distilling(TOY), TOY, OneDevice(), batches)
-    parts, of_parts = run(distilling(TOY, accumulate=4), TOY, across, batches)
+    parts, of_parts = run(distilling(TOY, grad_accum_steps=4), TOY, across, batches)
     for name in ("loss", "gradient_norm", "loss_sigma", "sigma"):
         np.testing.assert_allclose(of_parts[name], metrics[name], rtol=1e-5)
     assert farthest(whole, parts) < 1e-5
@@ -142,10 +142,10 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(across):
     step = distilling(TOY, objective=Poisoned(), optimizer=Adam())
     good = raw_batches(TOY, 2, 4)._replace(labels=np.zeros((2, 4), np.int32))
     bad = good._replace(labels=np.asarray([[0, 0, 0, 0], [0, 0, 0, 2]], np.int32))
-    before, _ = run(step, TOY, across, RawBatch(good.images[:1], good.labels[:1]))
+    before, _ = run(step, TOY, across, StepBatch(good.images[:1], good.labels[:1]))
     after, metrics = run(step, TOY, across, bad)
-    assert (after.batches, after.skipped, after.skipped_in_a_row) == (2, 1, 1)
-    counters = ("batches", "skipped", "skipped_in_a_row")
+    assert (after.batches, after.skipped, after.consecutive_skips) == (2, 1, 1)
+    counters = ("batches", "skipped", "consecutive_skips")
     for name in set(after._fields) - set(counters) - {"target", "teacher"}:
         assert farthest(getattr(after, name), getattr(before, name)) < 1e-6, name
     np.testing.assert_array_equal(metrics["skipped"], [0, 1])
@@ -154,10 +154,10 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(across):
 
 def test_skipped_steps_in_a_row_are_counted_from_the_last_good_one():
     labels = np.asarray([[2], [2], [0], [2]], np.int32)
-    batches = RawBatch(raw_batches(TOY, 4, 1).images, labels)
+    batches = StepBatch(raw_batches(TOY, 4, 1).images, labels)
     step = distilling(TOY, objective=Poisoned())
     _, metrics = run(step, TOY, OneDevice(), batches)
-    np.testing.assert_array_equal(metrics["skipped_in_a_row"], [1, 2, 0, 1])
+    np.testing.assert_array_equal(metrics["consecutive_skips"], [1, 2, 0, 1])
     np.testing.assert_array_equal(metrics["skipped"], [1, 2, 2, 3])
 
 
@@ -169,35 +169,35 @@ def test_target_and_averages_follow_the_new_parameters():
     move = jax.tree.map(lambda new, old: new - old, after.params, start)
     for tree, rate in (
         (after.target, 0.8),
-        (after.averages["exponential_0.9"], 0.9),
-        (after.averages["power_0.1"], 0.0),
+        (after.ema["exponential_0.9"], 0.9),
+        (after.ema["power_0.1"], 0.0),
     ):
-        ema_update = jax.tree.map(lambda a, s: a - s, tree, start)
-        wanted = jax.tree.map(lambda m, share=1 - rate: share * m, move)
-        assert farthest(ema_update, wanted) < 1e-7
+        update = jax.tree.map(lambda a, s: a - s, tree, start)
+        expected = jax.tree.map(lambda m, share=1 - rate: share * m, move)
+        assert farthest(update, expected) < 1e-7
     assert farthest(move, jax.tree.map(np.zeros_like, move)) > 1e-4
 
 
 def test_a_target_without_a_rate_is_the_student():
     """mu = 0 is no target of its own."""
     batches = raw_batches(TOY, 5, 4)
-    none, without = run(distilling(TOY, target=None), TOY, OneDevice(), batches)
-    zero, with_rate = run(distilling(TOY, target=ConstantTargetEMA(0.0)), TOY, OneDevice(), batches)
+    none, without = run(distilling(TOY, target_ema=None), TOY, OneDevice(), batches)
+    zero, with_rate = run(distilling(TOY, target_ema=ConstantTargetEMA(0.0)), TOY, OneDevice(), batches)
     np.testing.assert_allclose(without["loss"], with_rate["loss"], rtol=1e-5)
     assert none.target is None
     assert farthest(none.params, zero.params) < 1e-6
 
 
 def test_the_teacher_is_replaced_when_the_curriculum_moves_on(optimized):
-    step = distilling(TOY, objective=ProgressiveDistillation(Halving(8, steps_per_stage=3)), target=None)
+    step = distilling(TOY, objective=ProgressiveDistillation(Halving(8, steps_per_stage=3)), target_ema=None)
     step = dataclasses.replace(step, models=Models(step.models.teacher, step.models.teacher))
     batches = raw_batches(TOY, 4, 4)
     first = TOY.initialize(jax.random.key(2))
-    early, _ = run(step, TOY, OneDevice(), RawBatch(batches.images[:2], batches.labels[:2]))
+    early, _ = run(step, TOY, OneDevice(), StepBatch(batches.images[:2], batches.labels[:2]))
     assert farthest(early.teacher, first) == 0
-    over, _ = run(step, TOY, OneDevice(), RawBatch(batches.images[:3], batches.labels[:3]))
+    over, _ = run(step, TOY, OneDevice(), StepBatch(batches.images[:3], batches.labels[:3]))
     assert farthest(over.teacher, over.params) == 0
-    assert farthest(over.averages["exponential_0.9"], over.params) == 0
+    assert farthest(over.ema["exponential_0.9"], over.params) == 0
     assert farthest(over.optimizer, jax.tree.map(np.zeros_like, over.optimizer)) == 0
     later, _ = run(step, TOY, OneDevice(), batches)
     assert farthest(later.teacher, over.params) == 0
@@ -214,7 +214,7 @@ def test_a_curriculum_compiles_once():
             return super().__call__(*arguments)
 
     curriculum = Progressive(2, 8, steps=40)
-    step = distilling(TOY, objective=Counting(curriculum), target=AdaptiveTargetEMA())
+    step = distilling(TOY, objective=Counting(curriculum), target_ema=AdaptiveTargetEMA())
     _, metrics = run(step, TOY, OneDevice(), raw_batches(TOY, 44, 2), dispatches=44)
     assert set(metrics["levels"]) == set(range(2, 10))
     assert len(traced) == 1
@@ -229,7 +229,7 @@ def test_masters_stay_float32_and_half_precision_stays_near():
             network, objective=Denoising(), optimizer=RAdam(ConstantRate(1.0), beta1=0.0), **changes
         )  # its first step: -gradient
         state, _ = run(step, UNET, OneDevice(), batches)
-        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.averages))} == {np.dtype("float32")}
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema))} == {np.dtype("float32")}
         start = UNET.initialize(jax.random.key(1))
         return jax.tree.map(lambda new, old: new - old, state.params, start)
 
@@ -247,24 +247,24 @@ def test_images_are_mirrored_or_not_each_by_its_own_key():
     raw = raw_batches(TOY, 1, 64)
     images = jnp.asarray(raw.images[0])
     keys = image_keys(KEY, 3, jnp.arange(64))
-    plain = fetched(RawBatch(images), Constants(), None).images
+    plain = load_batch(StepBatch(images), Constants(), None).images
     np.testing.assert_allclose(plain, np.asarray(images) / 127.5 - 1, atol=1e-7)
     assert (float(plain.min()), float(plain.max())) == (-1, 1)
-    mixed = fetched(RawBatch(images), Constants(), keys).images
+    mixed = load_batch(StepBatch(images), Constants(), keys).images
     same = np.asarray([(mixed[i] == plain[i]).all() for i in range(64)])
     mirrored = np.asarray([(mixed[i] == plain[i, :, ::-1]).all() for i in range(64)])
     assert (same ^ mirrored).all()
     assert 16 < mirrored.sum() < 48
-    other = fetched(RawBatch(images[32:]), Constants(), keys[32:]).images
+    other = load_batch(StepBatch(images[32:]), Constants(), keys[32:]).images
     np.testing.assert_array_equal(other, mixed[32:])
 
 
 def test_numbers_fetch_from_a_set_on_the_devices():
     raw = raw_batches(TOY, 1, 6)
     images, labels = jnp.asarray(raw.images[0]), jnp.asarray(raw.labels[0])
-    numbers = jnp.asarray([4, 0, 4])
-    found = fetched(RawBatch(numbers=numbers), Constants(images=images, labels=labels), None)
-    wanted = fetched(RawBatch(images[numbers], labels[numbers]), Constants(), None)
+    indices = jnp.asarray([4, 0, 4])
+    found = load_batch(StepBatch(indices=indices), Constants(images=images, labels=labels), None)
+    wanted = load_batch(StepBatch(images[indices], labels[indices]), Constants(), None)
     np.testing.assert_array_equal(found.images, wanted.images)
     np.testing.assert_array_equal(found.labels, wanted.labels)
 
@@ -273,10 +273,10 @@ def traffic(across, size, network=TOY, **changes):
     """[(kind, bytes)] of every collective of the compiled step."""
     step = distilling(network, **changes)
     params = network.initialize(jax.random.key(1))
-    state = across.place_state(step.initial(params))
+    state = across.place_state(step.initial_state(params))
     constants = across.place_constants(Constants(teacher=params))
     batches = across.place_batches(raw_batches(network, 1, size))
-    program = across.compile(functools.partial(step.many, across), state, constants)
+    program = across.compile(functools.partial(step.run_steps, across), state, constants)
     return collectives(program.lower(state, constants, batches, KEY).compile().as_text())
 
 
@@ -284,20 +284,20 @@ def bytes_of(network):
     return 4 * sum(leaf.size for leaf in jax.tree.leaves(network.shapes()))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_pmap_sends_the_gradient_once_and_nothing_else(accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_pmap_sends_the_gradient_once_and_nothing_else(grad_accum_steps):
     for size in (32, 64):
-        ((kind, sent),) = traffic(Pmap(8), size, accumulate=accumulate)
+        ((kind, sent),) = traffic(Pmap(8), size, grad_accum_steps=grad_accum_steps)
         assert kind == "all-reduce"
         assert bytes_of(TOY) <= sent < bytes_of(TOY) + 100  # and a few scalars to log
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_sharding_sends_each_gradient_once_a_part_and_nothing_that_grows_with_the_batch(accumulate):
-    small, large = (traffic(Sharded(8), size, accumulate=accumulate) for size in (32, 64))
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_sharding_sends_each_gradient_once_a_part_and_nothing_that_grows_with_the_batch(grad_accum_steps):
+    small, large = (traffic(Sharded(8), size, grad_accum_steps=grad_accum_steps) for size in (32, 64))
     assert sorted(small) == sorted(large)
     reduced = sum(sent for kind, sent in small if kind in ("all-reduce", "reduce-scatter"))
-    assert accumulate * bytes_of(TOY) <= reduced < accumulate * bytes_of(TOY) + 1000
+    assert grad_accum_steps * bytes_of(TOY) <= reduced < grad_accum_steps * bytes_of(TOY) + 1000
     gathered = sum(sent for kind, sent in small if kind == "all-gather")
     assert gathered <= 2 * bytes_of(TOY)  # student and target; the teacher is on every device
     assert {kind for kind, _ in small} <= {"all-reduce", "reduce-scatter", "all-gather"}
@@ -306,7 +306,7 @@ def test_sharding_sends_each_gradient_once_a_part_and_nothing_that_grows_with_th
 def test_sharding_splits_what_is_large():
     across = Sharded(8)
     state = across.place_state(distilling(TOY).initial(TOY.initialize(jax.random.key(1))))
-    for tree in (state.params, state.target, state.averages["power_0.1"], state.optimizer[0].mean):
+    for tree in (state.params, state.target, state.ema["power_0.1"], state.optimizer[0].mean):
         own = tree["mlp"]
         assert own["in"].addressable_shards[0].data.shape == (48, 16)
         assert own["out"].addressable_shards[0].data.shape == (16, 48)
@@ -316,9 +316,9 @@ def test_sharding_splits_what_is_large():
 def test_the_state_before_is_used_up():
     step, across = distilling(TOY), OneDevice()
     params = TOY.initialize(jax.random.key(1))
-    state = across.place_state(step.initial(params))
+    state = across.place_state(step.initial_state(params))
     constants = across.place_constants(Constants(teacher=params))
-    program = across.compile(functools.partial(step.many, across), state, constants)
+    program = across.compile(functools.partial(step.run_steps, across), state, constants)
     program(state, constants, across.place_batches(raw_batches(TOY, 1, 2)), KEY)
     assert state.params["mlp"]["in"].is_deleted()
     assert not params["mlp"]["in"].is_deleted()  # what it was made of belongs to the caller
@@ -326,13 +326,13 @@ def test_the_state_before_is_used_up():
 
 def test_a_batch_that_cannot_be_shared_out_names_the_nearest():
     check_batch_size(24, 8, 3)
-    with pytest.raises(InputError, match="30 images cannot be shared out over 8 devices: the nearest is 32"):
+    with pytest.raises(InputError, match="Batch size 30 is not divisible by 8 devices; use 32"):
         check_batch_size(30, 8, 1)
-    with pytest.raises(InputError, match="over 8 devices in 4 parts each: the nearest is 32"):
+    with pytest.raises(InputError, match="not divisible by 8 devices x 4 microbatches; use 32"):
         check_batch_size(1, 8, 4)
 
 
 def test_pseudo_huber_pairs_train_too():
     objective = ConsistencyTraining(Constant(6), distance=PseudoHuber())
-    _, metrics = run(distilling(TOY, objective=objective, target=None), TOY, OneDevice(), raw_batches(TOY, 3, 4))
+    _, metrics = run(distilling(TOY, objective=objective, target_ema=None), TOY, OneDevice(), raw_batches(TOY, 3, 4))
     assert np.isfinite(metrics["loss"]).all()

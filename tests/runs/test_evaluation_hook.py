@@ -17,16 +17,17 @@ from cm_jax.data import EmojiData
 from cm_jax.errors import InputError
 from cm_jax.evaluation import FeatureExtractor, evaluate, load_inception, of_dataset, of_model
 from cm_jax.training import loop
+from cm_jax.training.config import PeriodicEvaluation
 from cm_jax.training.loop import train
 from cm_jax.training.parallelism import OneDevice
 from cm_jax.training.run import evaluation_hook
 from cm_jax.training.run.dry_run import report
-from cm_jax.training.run.evaluation_hook import Evaluator, PeriodicEvaluation
-from cm_jax.training.run.evaluation_log import Evaluations
-from cm_jax.training.run.folder import Retention, RunFolder
-from cm_jax.training.run.metrics_log import Log
+from cm_jax.training.run.evaluation_hook import EvaluationHook, Evaluator
+from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.metrics_log import MetricsLog
 from cm_jax.training.run.plots import plot
-from cm_jax.training.setup import Prepared, prepare
+from cm_jax.training.run.retention import Retention
+from cm_jax.training.setup import TrainingSetup, prepare
 from tests.laws.test_evaluation import toy_features
 from tests.runs.test_commands import failed
 from tests.runs.test_run_folder import CONFIG, PARAMS
@@ -59,16 +60,16 @@ def toy(weights=""):
 @pytest.fixture(scope="module", autouse=True)
 def toys(tmp_path_factory):
     """The toy, no pictures, a cache of references, and programs that are compiled once."""
-    compiled, programs = Prepared.compiled, {}
+    compiled, programs = TrainingSetup.compiled, {}
 
     def once(run, constants):
         return programs.setdefault(run.step, compiled(run, constants))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluating, "load_inception", toy)
-        patch.setattr(loop, "sheet", lambda config, params: Image.new("RGB", (8, 8)))
+        patch.setattr(evaluation_hook, "load_inception", toy)
+        patch.setattr(loop, "sample_grid", lambda config, params: Image.new("RGB", (8, 8)))
         patch.setattr(loop, "plot", lambda run: None)
-        patch.setattr(Prepared, "compiled", once)
+        patch.setattr(TrainingSetup, "compiled", once)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -109,7 +110,7 @@ def test_what_an_evaluated_run_leaves(unbroken):
     told = [line for line in said if line.startswith("Evaluated after 6 batches: FID ")]
     assert len(told) == 1
     assert " in 2 steps; FID " in told[0]
-    assert said[-1] == f"The best was after {kept['batches']} batches: cm-jax sample {folder}/best"
+    assert said[-1] == f"Best checkpoint, after {kept['batches']} batches: cm-jax sample {folder}/best"
 
 
 def test_the_best_checkpoint_has_the_numbers_that_it_was_kept_for(unbroken):
@@ -140,11 +141,11 @@ def killed(patch, owner, name, call):
 
 
 MOMENTS = [
-    (Evaluator, "measure", 1),  # within the first evaluation
+    (Evaluator, "evaluate", 1),  # within the first evaluation
     (RunFolder, "mark_best", 1),  # it is made, and not yet told
-    (Log, "evaluation", 1),  # the best is marked, and the row not yet written
+    (MetricsLog, "evaluation", 1),  # the best is marked, and the row not yet written
     (OneDevice, "place_batches", 4),  # after the evaluation of batch 6 and before the next checkpoint
-    (Evaluator, "measure", 2),  # in the evaluation at the end, when nothing is left to train
+    (Evaluator, "evaluate", 2),  # in the evaluation at the end, when nothing is left to train
 ]
 
 
@@ -158,8 +159,8 @@ def test_a_run_that_is_stopped_and_killed_around_evaluations_becomes_the_unbroke
             with pytest.raises(Killed):
                 train(EVALUATED, run, goes_on.append)
     train(EVALUATED, run, goes_on.append)
-    starts = [line.partition(":")[0] for line in goes_on if line.startswith(("Starting", "Going on"))]
-    assert starts == ["Starting"] + [f"Going on after batch {batches}" for batches in (3, 3, 3, 3, 6, 12)]
+    starts = [line.partition(":")[0] for line in goes_on if line.startswith(("Starting", "Resuming"))]
+    assert starts == ["Starting"] + [f"Resuming after batch {batches}" for batches in (3, 3, 3, 3, 6, 12)]
     assert_same_run(run, unbroken[0], 12)
     for name in ("evaluations.csv", "best.json"):
         assert (run / name).read_bytes() == (unbroken[0] / name).read_bytes()
@@ -189,9 +190,9 @@ class Scripted(Evaluator):
 
     scores = iter(())
 
-    def measure(self, params, known):
-        del params, known
-        return {self.leading: next(self.scores)}, "a score"
+    def evaluate(self, params, reference):
+        del params, reference
+        return {self.best_column: next(self.scores)}, "a score"
 
 
 @pytest.mark.parametrize(
@@ -208,34 +209,34 @@ def test_the_best_is_the_least_or_the_most_and_is_kept(metric, scores, best, tmp
     chose = PeriodicEvaluation(every=10, metrics=(metric,))
     evaluator = Scripted(chose, CONFIG, toy(), of_dataset(EmojiData().open(8), "emoji"), "emoji")
     monkeypatch.setattr(Scripted, "scores", iter(map(float, scores)))
-    with RunFolder(tmp_path, Retention(keep_last=1)) as folder, Log(tmp_path, tensorboard=False) as log:
-        evaluations = Evaluations(chosen, evaluator, folder, 0)
-        evaluations.begin()
+    with RunFolder(tmp_path, Retention(keep_last=1)) as folder, MetricsLog(tmp_path, tensorboard=False) as log:
+        evaluations = EvaluationHook(chosen, evaluator, folder, 0)
+        evaluations.start()
         for done in range(1, 51):
             assert evaluations.due(done) == (done % 10 == 0)
             if evaluations.due(done):
                 folder.save(done, CONFIG, PARAMS, {"a": np.float32(done)})
-                evaluations.make(done, PARAMS, log)
+                evaluations.evaluate(done, PARAMS, log)
                 assert not evaluations.due(done)
         folder.wait()
         assert folder.best() == best
         assert folder.steps() == sorted({best or 50, 50})
-        again = Evaluations(chosen, evaluator, folder, 50)
+        again = EvaluationHook(chosen, evaluator, folder, 50)
         assert (again._last, again._best) == (50, evaluations._best)
 
 
 def test_the_average_that_is_evaluated_is_the_one_that_one_draws_from(tmp_path):
     short = dataclasses.replace(EVALUATED, images=8 * 3)
-    assert short.drawn_from == "exponential_0.9"
-    for name, branch in (("power_0.1", "averages/power_0.1"), ("parameters", "params")):
-        chosen = dataclasses.replace(EVALUATED.evaluation, average=name, steps=(2,), metrics=("fid",))
+    assert short.sampled_ema == "exponential_0.9"
+    for name, branch in (("power_0.1", "ema/power_0.1"), ("parameters", "params")):
+        chosen = dataclasses.replace(EVALUATED.evaluation, ema=name, steps=(2,), metrics=("fid",))
         train(dataclasses.replace(short, evaluation=chosen), tmp_path / name, quiet)
         drawn = cm_jax.load(tmp_path / name / "best").params["stem"]["kernel"]
         np.testing.assert_array_equal(drawn, arrays(tmp_path / name, 3)[f"{branch}/stem/kernel"])
-    with pytest.raises(InputError, match=r"evaluation.average: power_0.1 in the folder, exponential_0.9 now"):
+    with pytest.raises(InputError, match=r"evaluation.ema: power_0.1 in the folder, exponential_0.9 now"):
         train(short, tmp_path / "power_0.1", quiet)
-    with pytest.raises(InputError, match=r"no average 'power_0.2' .* exponential_0.9, .*parameters"):
-        dataclasses.replace(short, evaluation=PeriodicEvaluation(average="power_0.2"))
+    with pytest.raises(InputError, match=r"exponential_0.9 or .*parameters, got 'power_0.2'"):
+        dataclasses.replace(short, evaluation=PeriodicEvaluation(ema="power_0.2"))
 
 
 def test_a_dry_run_tells_of_it():
@@ -259,21 +260,23 @@ SMALL_WORDS = [
             "pr needs at least 4 images; the evaluation (--evaluation.count)",
         ),
         (["--metrics", "is", "--count", "5"], "no classifier"),
-        (["--metrics", "pr"], "metrics begins with pr, which is several numbers"),
+        (["--metrics", "pr"], "first metric chooses the best checkpoint: expected one of fid, sfid, kid, is, got pr"),
         (["--metrics", "fid", "fidd"], "fidd"),
         (["--metrics", "fid", "fid"], "each once"),
         (["--metrics", "fid", "pr", "prdc"], "ask for one of them"),
         (["--count", "1"], "count must be a whole number from 2"),
         (["--steps", "0"], "steps must be a whole number from 1"),
-        (["--steps", "2", "2"], "steps has a number twice"),
-        (["--average", "power"], "There is no average 'power' to evaluate: the run has exponential_"),
+        (["--steps", "2", "2"], "Expected different numbers of steps, got 2, 2"),
+        (["--ema", "power"], "Expected evaluation.ema to be exponential_"),
         (["--reference", "emojis"], "There are no images emojis"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(words, message, tmp_path, capsys):
     named = [f"--evaluation.{word[2:]}" if word.startswith("--") else word for word in words]
     run = tmp_path / "run"
-    said = failed(capsys, main_train, "emoji32-edm", "--run", run, *SMALL_WORDS, "--evaluation", "evaluating", *named)
+    said = failed(
+        capsys, main_train, "emoji32-edm", "--run", run, *SMALL_WORDS, "--evaluation", "periodic-evaluation", *named
+    )
     assert message in said
     assert not run.exists()
 
@@ -282,6 +285,6 @@ def test_without_weights_one_is_told_how_to_get_them(tmp_path, capsys, monkeypat
     monkeypatch.setattr(evaluation_hook, "load_inception", load_inception)
     monkeypatch.delenv("CM_JAX_INCEPTION", raising=False)
     run = tmp_path / "run"
-    said = failed(capsys, main_train, "emoji32-edm", "--run", run, *SMALL_WORDS, "--evaluation", "evaluating")
+    said = failed(capsys, main_train, "emoji32-edm", "--run", run, *SMALL_WORDS, "--evaluation", "periodic-evaluation")
     assert "CM_JAX_INCEPTION is not set. Create the file once:" in said
     assert not run.exists()

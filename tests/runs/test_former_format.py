@@ -24,7 +24,6 @@ from tests.support import DATA, relative
 FORMER = DATA / "format1"
 MODELS = sorted(path.stem for path in (FORMER / "models").glob("*.npz"))
 RUNS = sorted(path.name for path in (FORMER / "runs").iterdir() if path.is_dir())
-EVALUATED = pytest.mark.xfail(strict=True, reason="best.json names the settings of its evaluation by former names")
 FIELDS = json.loads((FORMER / "settings" / "fields.json").read_text())
 
 
@@ -128,7 +127,7 @@ def toy(weights=""):
     return FeatureExtractor(toy_features, {"mix": mix, "logits": np.zeros(1, np.float32)}, "a toy", "no resizing")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=EVALUATED if name == "evaluated" else ()) for name in RUNS])
+@pytest.mark.parametrize("name", RUNS)
 def test_resumed_run(name, runs):
     """Three more batches give the parameters, state and metrics that the former code gave."""
     recorded = json.loads((runs / f"{name}.resumed.json").read_text())

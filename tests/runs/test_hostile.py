@@ -26,6 +26,7 @@ from cm_jax.evaluation.references import read_statistics
 from cm_jax.presets import PRESETS
 from cm_jax.training import loop
 from cm_jax.training.run import state_io
+from cm_jax.training.run.processes import DamagedError
 from tests.runs.test_commands import failed
 from tests.support import EMOJI, run
 from tools.fuzz import commands, payloads, readers, seeds
@@ -199,18 +200,18 @@ def test_keys_of_another_shape_are_refused(good, tmp_path):
     with zipfile.ZipFile(io.BytesIO(content)) as there, zipfile.ZipFile(tmp_path / "state.npz", "w") as here:
         for name in there.namelist():
             here.writestr(name, there.read("params/kernel.npy" if name == "key.npy" else name))
-    with pytest.raises(state_io.DamagedError, match="key has another shape"):
+    with pytest.raises(DamagedError, match="key has another shape"):
         state_io.read(tmp_path / "state.npz", seeds.STATE)
 
 
 def test_a_run_config_that_is_not_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(InputError, match="is not the config of a run"):
-        loop._agree(tmp_path, PRESETS["emoji32-edm"]())
+        loop._save_config(tmp_path, PRESETS["emoji32-edm"]())
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
-        loop._agree(tmp_path, PRESETS["emoji32-edm"]())
+        loop._save_config(tmp_path, PRESETS["emoji32-edm"]())
 
 
 LONG = "x" * 300

@@ -26,7 +26,7 @@ SMALL = [
         "0.1",
     ),
     *("--network.blocks-per-level", "1", "--batch-size", "8", "--log-every", "1", "--sample-every", "1000000"),
-    *("--averages", "0.99", "--keep-last", "2"),
+    *("--ema-decay", "0.99", "--keep-last", "2"),
 ]
 KILLS = 10
 
@@ -82,7 +82,7 @@ def test_a_run_that_is_killed_at_any_moment_becomes_the_unbroken_one(tmp_path, c
         child = begin(folder, cache, *words)
         assert child.stdout is not None
         for line in child.stdout:
-            if line.startswith(("Starting", "Going on")):
+            if line.startswith(("Starting", "Resuming")):
                 reached.append(int("".join(re.findall(r"after batch ([\d,]+)", line)).replace(",", "") or 0))
                 break
         else:

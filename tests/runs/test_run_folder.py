@@ -24,7 +24,8 @@ from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
 from cm_jax.training.run import state_io
-from cm_jax.training.run.folder import Retention, RunFolder
+from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.retention import Retention
 from tests.support import ROOT
 
 NETWORK = ADMUNet(
@@ -51,7 +52,7 @@ class State(NamedTuple):
     params: Any
     optimizer: Any
     target: Any
-    averages: Any
+    ema: Any
     inner: Inner
 
 
@@ -64,7 +65,7 @@ def state(seed=0):
         params=params,
         optimizer=optax.adam(1e-3).init(params),
         target=None,
-        averages={"0.99": params, "0.9": jax.tree.map(lambda a: a * 2, params)},
+        ema={"0.99": params, "0.9": jax.tree.map(lambda a: a * 2, params)},
         inner=Inner(np.arange(3, dtype=np.int64), None, jax.random.split(jax.random.key(seed), 4)),
     )
 
@@ -171,22 +172,22 @@ def test_another_state_is_refused_with_all_that_differs(tmp_path):
     save(tmp_path, 1)
     other = state()
     other.params["stem"] |= {"kernel": jnp.zeros((16, 9)), "extra": jnp.zeros(2)}
-    other = other._replace(batches=jnp.float32(0), target={"w": jnp.zeros(1)}, averages={})
+    other = other._replace(batches=jnp.float32(0), target={"w": jnp.zeros(1)}, ema={})
     with RunFolder(tmp_path) as folder, pytest.raises(InputError) as caught:
         folder.resume(other)
     message = str(caught.value)
     assert message.startswith(str(tmp_path / "checkpoints"))
-    assert "params/stem/kernel is float32 [16, 8] there, this run's is float32 [16, 9]" in message
-    assert "batches is int32 [] there, this run's is float32 []" in message
-    assert "not in it: params/stem/extra float32 [2]" in message
-    assert "not in it: target/w" in message
-    assert "only in it: averages/0.99/half bfloat16 [16, 8]" in message
+    assert "params/stem/kernel: float32 [16, 8] in the file, float32 [16, 9] in this run" in message
+    assert "batches: int32 [] in the file, float32 [] in this run" in message
+    assert "missing: params/stem/extra float32 [2]" in message
+    assert "missing: target/w" in message
+    assert "unknown: ema/0.99/half bfloat16 [16, 8]" in message
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.float8_e4m3fn, bool, np.uint8, np.float64])
 def test_arrays_of_every_type_and_of_no_size(tmp_path, dtype):
     tree = [np.arange(6).astype(dtype).reshape(2, 3).T, np.zeros((0, 3), dtype), np.ones((), dtype)]
-    state_io.write(tmp_path / "s", state_io.described(tree, state_io.on_host(tree)))
+    state_io.write(tmp_path / "s", state_io.named_arrays(tree, state_io.to_host(tree)))
     same(state_io.read(tmp_path / "s", tree), tree)
 
 
@@ -214,7 +215,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, caplog):
         assert folder.steps() == [1, 2, 3]
         damage(tmp_path, 2)
         damage(tmp_path, 1)
-        with pytest.raises(InputError, match=r"No checkpoint in .* is whole"):
+        with pytest.raises(InputError, match=r"All checkpoints in .* are damaged"):
             folder.resume(state())
 
 
@@ -253,13 +254,13 @@ def test_what_is_kept(tmp_path):
     hours = {batches: 3600.0 * batches / 100 for batches in range(100, 1300, 100)}
 
     def kept(retention, best=None):
-        return sorted(set(hours) - set(retention.superfluous(hours, 1200, best)))
+        return sorted(set(hours) - set(retention.to_remove(hours, 1200, best)))
 
     assert kept(Retention(2)) == [1100, 1200]
     assert kept(Retention(1, keep_every=500)) == [500, 1000, 1200]
     assert kept(Retention(1, keep_hours=4)) == [100, 500, 900, 1200]
     assert kept(Retention(1), best=300) == [300, 1200]
-    assert Retention(2).superfluous(hours, 600, None) == [100, 200, 300, 400]
+    assert Retention(2).to_remove(hours, 600, None) == [100, 200, 300, 400]
     for bad in ({"keep_last": 0}, {"keep_every": -1}, {"keep_hours": -1.0}):
         with pytest.raises(InputError):
             Retention(**bad)
@@ -288,7 +289,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
         try:
             folder.save(2, CONFIG, PARAMS, state(2))
-            with pytest.raises(InputError, match=r"after 2 batches could not be saved.*after 1 batches is there still"):
+            with pytest.raises(InputError, match=r"after 2 batches could not be saved.*after 1 batches is kept"):
                 folder.save(3, CONFIG, PARAMS, state(3))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -298,7 +299,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
         same(folder.resume(state())[1], state(2))
 
 
-@pytest.mark.parametrize("at", ["write", "settle", "rename"])
+@pytest.mark.parametrize("at", ["write", "fsync", "rename"])
 def test_a_failure_at_any_point_leaves_the_old_ones(tmp_path, monkeypatch, at):
     import cm_jax.training.run.folder as module
 
@@ -308,7 +309,7 @@ def test_a_failure_at_any_point_leaves_the_old_ones(tmp_path, monkeypatch, at):
     with RunFolder(tmp_path) as folder:
         folder.save(1, CONFIG, PARAMS, state(1))
         folder.wait()
-        where = {"write": (checkpointing, "write"), "settle": (module, "settle"), "rename": (module, "settle_one")}[at]
+        where = {"write": (state_io, "write"), "fsync": (module, "fsync_tree"), "rename": (module, "fsync_path")}[at]
         monkeypatch.setattr(*where, fail)
         folder.save(2, CONFIG, PARAMS, state(2))
         with pytest.raises(InputError, match="No space left on device"):
@@ -345,7 +346,8 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.networks import ADMUNet
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
-from cm_jax.training.run.folder import Retention, RunFolder
+from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.retention import Retention
 
 SIZE = 300_000
 CONFIG = ModelConfig(ADMUNet(), ConsistencyPreconditioning(), num_levels=18)
@@ -442,7 +444,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from cm_jax.errors import InputError
 from cm_jax.training.run import state_io
-from cm_jax.training.run.metrics_log import Log
+from cm_jax.training.run.metrics_log import MetricsLog
 from cm_jax.training.run.folder import RunFolder
 from tests.runs.test_run_folder import CONFIG, PARAMS
 mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -455,7 +457,7 @@ tree = {"rows": put(numbers, "data"), "columns": put(numbers + 1, None, "data"),
 tree |= {"half": put(numbers.astype(jnp.bfloat16), "data"), "here": jnp.int32(5)}
 params = jax.tree.map(put, PARAMS)
 with RunFolder(run) as folder:
-    Log(folder.path, tensorboard=False).row(1, {"loss": 1.0})
+    MetricsLog(folder.path, tensorboard=False).metrics(1, {"loss": 1.0})
     folder.save(1, CONFIG, params, tree)
     folder.save(2, CONFIG, params, tree)
     folder.wait()

@@ -17,13 +17,13 @@ from PIL import Image
 
 import cm_jax
 from cm_jax.errors import InputError
-from cm_jax.training.run import metrics_log as log_module
 from cm_jax.training.run import plots, progress
-from cm_jax.training.run.metrics_log import Log, read_metrics
+from cm_jax.training.run.metrics_log import MetricsLog, read_metrics
 from cm_jax.training.run.plots import plot, smoothed
 from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start
-from cm_jax.training.run.signals import Stop
+from cm_jax.training.run.signals import StopSignal
+from cm_jax.training.run.tensorboard import records
 from tests.support import ROOT
 
 
@@ -32,9 +32,9 @@ def values(batches):
 
 
 def write(run, start, end):
-    with Log(run, start) as log:
+    with MetricsLog(run, start) as log:
         for batches in range(start + 1, end + 1):
-            log.row(batches, values(batches) | ({"late": 0.5} if batches > 4 else {}))
+            log.metrics(batches, values(batches) | ({"late": 0.5} if batches > 4 else {}))
             if batches % 2 == 0:
                 log.samples(batches, Image.new("RGB", (8, 8), "red"))
 
@@ -46,10 +46,10 @@ def events(run):
     found = []
     for path in sorted((run / "tensorboard").iterdir()):
         with path.open("rb") as file:
-            records = list(log_module._records(file))
-        assert sum(len(record) for record, _ in records) == path.stat().st_size
-        for _, content in records:
-            event = Event.FromString(content)
+            content = list(records(file))
+        assert sum(len(record) for record, _ in content) == path.stat().st_size
+        for _, payload in content:
+            event = Event.FromString(payload)
             found += [(value.tag, event.step) for value in event.summary.value]
     return sorted(found)
 
@@ -81,15 +81,15 @@ def test_rows_are_what_was_measured(tmp_path):
     assert rows[2] == ["3", "0.333333343", "0.0001", "192", ""]
     assert [np.float32(row[1]) for row in rows] == [np.float32(1 / batches) for batches in range(1, 6)]
     assert (tmp_path / "metrics.csv").read_text().endswith("0.5\n")
-    with Log(tmp_path, 5) as log:
-        log.row(6, {"late": math.nan})
+    with MetricsLog(tmp_path, 5) as log:
+        log.metrics(6, {"late": math.nan})
     assert read_metrics(tmp_path / "metrics.csv")[1][-1] == ["6", "", "", "", "nan"]
 
 
 def test_a_run_started_anew_has_no_old_rows(tmp_path):
     write(tmp_path, 0, 3)
-    with Log(tmp_path, 0, tensorboard=False) as log:
-        log.row(1, {"other": 1})
+    with MetricsLog(tmp_path, 0, tensorboard=False) as log:
+        log.metrics(1, {"other": 1})
     assert not list((tmp_path / "samples").iterdir())
     assert (tmp_path / "metrics.csv").read_text() == "batches,other\n1,1\n"
 
@@ -100,14 +100,14 @@ def test_a_run_started_anew_has_no_old_rows(tmp_path):
 def test_a_csv_that_is_not_ours_is_not_touched(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
     with pytest.raises(InputError, match=r"metrics\.csv is not the"):
-        Log(tmp_path)
+        MetricsLog(tmp_path)
     assert (tmp_path / "metrics.csv").read_text() == text
 
 
 def test_without_tensorboardx_and_matplotlib_a_line_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with caplog.at_level(logging.WARNING), Log(tmp_path) as log:
-        log.row(1, {"loss": 1.0})
+    with caplog.at_level(logging.WARNING), MetricsLog(tmp_path) as log:
+        log.metrics(1, {"loss": 1.0})
         plot(tmp_path)
     assert [re.findall(r"pip install \w+", message) for message in caplog.messages] == [
         ["pip install tensorboardX"],
@@ -124,9 +124,9 @@ def test_before_the_first_row_there_is_nothing_to_plot(tmp_path):
 
 @pytest.mark.parametrize("names", [("loss",), ("loss", "loss_sigma_0", "loss_sigma_1", "gradient_norm"), ("other",)])
 def test_a_plot_of_what_there_is(tmp_path, names):
-    with Log(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path, tensorboard=False) as log:
         for batches in range(1, 30):
-            log.row(batches, dict.fromkeys(names, math.nan if batches == 7 else 1 / batches))
+            log.metrics(batches, dict.fromkeys(names, math.nan if batches == 7 else 1 / batches))
     plot(tmp_path)
     assert (tmp_path / "loss.png").exists() == (names != ("other",))
     if names != ("other",):
@@ -137,8 +137,8 @@ def test_a_plot_of_what_there_is(tmp_path, names):
 
 
 def test_a_plot_of_one_row_and_of_none(tmp_path):
-    with Log(tmp_path, tensorboard=False) as log:
-        log.row(1, {"loss": -1.0})
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.metrics(1, {"loss": -1.0})
     plot(tmp_path)
     assert (tmp_path / "loss.png").exists()
     (tmp_path / "loss.png").unlink()
@@ -193,7 +193,7 @@ def test_every_start_is_recorded(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_raises_the_flag_and_nothing_else(number):
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    with Stop() as stop:
+    with StopSignal() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
         assert stop.requested
@@ -204,8 +204,8 @@ def test_a_signal_raises_the_flag_and_nothing_else(number):
 def test_a_second_interrupt_kills_at_once():
     script = """
 import os, signal, time
-from cm_jax.training.run.signals import Stop
-with Stop() as stop:
+from cm_jax.training.run.signals import StopSignal
+with StopSignal() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
@@ -216,14 +216,14 @@ with Stop() as stop:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGINT
     assert done.stdout == "SIGINT\n"
-    assert "again kills" in done.stderr
+    assert "again to kill" in done.stderr
 
 
 def test_in_another_thread_signals_are_left_alone():
     seen = []
 
     def work():
-        with Stop() as stop:
+        with StopSignal() as stop:
             seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
 
     before = signal.getsignal(signal.SIGTERM)

@@ -26,7 +26,7 @@ from cm_jax.training.learning_rates import ConstantRate, LinearDecay
 from cm_jax.training.loop import train
 from cm_jax.training.optimizers import Adam
 from cm_jax.training.run.dry_run import report
-from cm_jax.training.setup import prepare
+from cm_jax.training.setup import make_step, prepare, unfinished_schedules
 
 NETWORK = SongUNet(
     image_size=8,
@@ -48,8 +48,8 @@ SMALL = TrainConfig(
     optimizer=Adam(ConstantRate(1e-3)),
     batch_size=8,
     images=8 * 12,
-    averages=(0.9, 0.99),
-    power_averages=(0.1,),
+    ema_decay=(0.9, 0.99),
+    power_ema=(0.1,),
     parallel="one",
     log_every=2,
     sample_every=100,
@@ -94,7 +94,7 @@ def test_a_run_leaves_all_that_it_promises(teacher):
     assert json.loads((folder / "run.json").read_text())["starts"][0]["batches"] == 0
     assert "3,334 images" in said[0]
     assert "parameters" in said[1]
-    assert said[-1] == f"Finished: 12 batches. Draw from it: cm-jax sample {folder}"
+    assert said[-1] == f"Finished: 12 batches. Sample from it: cm-jax sample {folder}"
 
 
 def test_the_averaged_weights_are_a_model(teacher):
@@ -102,7 +102,7 @@ def test_the_averaged_weights_are_a_model(teacher):
     model = cm_jax.load(folder)
     assert not model.config.distilled
     assert model.config.class_names[0] == "Smileys & Emotion"
-    averaged = arrays(folder, 12)["averages/exponential_0.9/stem/kernel"]
+    averaged = arrays(folder, 12)["ema/exponential_0.9/stem/kernel"]
     np.testing.assert_array_equal(model.params["stem"]["kernel"], averaged)
     assert model.sample(0, 2, labels=[0, 8], steps=2).shape == (2, 8, 8, 3)
 
@@ -116,9 +116,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(teacher, tmp_path)
 
     run = tmp_path / "run"
     stop_after(7, lambda: train(settings, run, said.append))
-    assert said[-1] == "Stopped by SIGTERM after 7 of 12 batches, and saved. The same command goes on."
+    assert said[-1] == "Stopped by SIGTERM after 7 of 12 batches. Run the same command to resume."
     train(settings, run, said.append)
-    assert any("Going on after batch 7" in line for line in said)
+    assert any("Resuming after batch 7" in line for line in said)
     assert_same_run(run, whole, 12)
     assert [start["batches"] for start in json.loads((run / "run.json").read_text())["starts"]] == [0, 7]
 
@@ -166,7 +166,7 @@ def test_a_finished_run_says_so_and_goes_on_when_images_are_raised(teacher, tmp_
     short = dataclasses.replace(SMALL, images=8 * 4)
     train(short, run, said.append)
     train(short, run, said.append)
-    assert "is finished: 4 batches. Raise --images to go on." in said[-1]
+    assert "is finished after 4 batches. Raise --images to continue." in said[-1]
     train(dataclasses.replace(SMALL, images=8 * 12), run, said.append)
     np.testing.assert_array_equal(arrays(run, 12)["params/stem/kernel"], arrays(teacher[0], 12)["params/stem/kernel"])
 
@@ -189,7 +189,7 @@ STUDENT = dataclasses.replace(
     network=dataclasses.replace(NETWORK, dropout=0.0),
     preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
     objective=ConsistencyDistillation(Constant(6)),
-    target=ConstantTargetEMA(0.9),
+    target_ema=ConstantTargetEMA(0.9),
 )
 
 
@@ -200,8 +200,8 @@ def test_a_student_begins_with_its_teacher_and_draws_in_one_step(teacher, tmp_pa
     config, params = native.restore(run / "checkpoints" / "00000002")
     _, before = native.restore(folder / "checkpoints" / "00000012")
     assert config.distilled
-    ema_update = jax.tree.map(lambda new, old: np.abs(new - old).max(), params, before)
-    assert 0 < max(jax.tree.leaves(ema_update)) < 0.02
+    change = jax.tree.map(lambda new, old: np.abs(new - old).max(), params, before)
+    assert 0 < max(jax.tree.leaves(change)) < 0.02
     assert cm_jax.load(run).sample(0, 1, labels=3).shape == (1, 8, 8, 3)
 
 
@@ -213,8 +213,8 @@ def test_the_extras_of_an_objective_stay_out_of_the_model(teacher, tmp_path):
         network=dataclasses.replace(NETWORK, attention="plain"),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
         objective=ContinuousTraining(adaptive=AdaptiveWeight()),
-        target=None,
-        start=str(teacher[0]),
+        target_ema=None,
+        init_from=str(teacher[0]),
         images=8 * 2,
     )
     run = tmp_path / "sct"
@@ -226,23 +226,29 @@ def test_the_extras_of_an_objective_stay_out_of_the_model(teacher, tmp_path):
 
 
 REFUSED = {
-    "no teacher": ({"teacher": ""}, "ConsistencyDistillation needs a teacher: give --teacher"),
+    "no teacher": ({"teacher": ""}, "ConsistencyDistillation needs a teacher: give a denoiser with --teacher"),
     "teacher that is not there": ({"teacher": "nowhere"}, "--teacher nowhere: There is no checkpoint nowhere"),
     "teacher of another shape": (
         {"network": dataclasses.replace(NETWORK, base_channels=32)},
-        r"network.*\n  .*width: 16 .*32",
+        r"network.*\n  .*base_channels: 16 .*32",
     ),
-    "teacher of another clock": ({"preconditioning": ConsistencyPreconditioning()}, "its clock is that of"),
-    "batch that does not divide": ({"batch_size": 30, "parallel": "pmap"}, "30 images .* 8 devices: the nearest is 32"),
+    "teacher with other noise conditioning": (
+        {"preconditioning": ConsistencyPreconditioning()},
+        r"c_noise\(sigma\): that of EDM.* in the checkpoint",
+    ),
+    "batch that does not divide": (
+        {"batch_size": 30, "parallel": "pmap"},
+        "Batch size 30 is not divisible by 8 devices; use 32",
+    ),
     "classes that differ": (
-        {"network": dataclasses.replace(NETWORK, classes=4), "start": "fresh"},
+        {"network": dataclasses.replace(NETWORK, classes=4), "init_from": "fresh"},
         "classes",
     ),
     "an adaptive target without a progressive curriculum": (
-        {"target": AdaptiveTargetEMA(), "objective": ConsistencyTraining(Constant(18)), "teacher": ""},
+        {"target_ema": AdaptiveTargetEMA(), "objective": ConsistencyTraining(Constant(18)), "teacher": ""},
         "follows a Progressive curriculum",
     ),
-    "a teacher that nobody asked for": ({"objective": ConsistencyTraining()}, "no use for a teacher"),
+    "a teacher that nobody asked for": ({"objective": ConsistencyTraining()}, "ConsistencyTraining has no teacher"),
     "fused attention under forward derivatives": (
         {
             "objective": ContinuousTraining(),
@@ -279,7 +285,7 @@ def test_labels_that_the_network_does_not_want_are_left_out(tmp_path):
 
 def test_a_loss_that_is_never_finite_stops_with_advice(tmp_path):
     settings = dataclasses.replace(SMALL, optimizer=Adam(ConstantRate(1e25)), max_consecutive_skips=3)
-    with pytest.raises(InputError, match=r"not finite in 3 steps in a row.*learning-rate"):
+    with pytest.raises(InputError, match=r"not finite in 3 consecutive steps.*learning-rate"):
         train(settings, tmp_path / "run", lambda line: None)
 
 
@@ -293,7 +299,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state_io, "write", full)
-    with pytest.raises(InputError, match=r"(?s)could not be saved.*No space left.*after 4 batches is there still"):
+    with pytest.raises(InputError, match=r"(?s)could not be saved.*No space left.*after 4 batches is kept"):
         train(SMALL, run, lambda line: None)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000004"]
     monkeypatch.undo()
@@ -306,17 +312,17 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):
     lines = "\n".join(report(prepare(SMALL)))
     assert f"{NETWORK.parameter_count():,} parameters" in lines
     assert "12 batches, 96 images" in lines
-    assert "FLOP a step" in lines
+    assert "FLOP per step" in lines
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_tells_of_a_rate_that_will_not_have_fallen():
     falling = dataclasses.replace(SMALL, optimizer=Adam(LinearDecay(1e-3, warm_up=3, steps=10)))
     lines = [line for line, _ in zip(report(prepare(falling)), range(7), strict=False)]
-    told = "--optimizer.learning-rate is laid out for 13 steps, and the run takes 12"
-    assert any(told in line for line in lines)
+    warning = "--optimizer.learning-rate takes 13 steps, but the run has 12"
+    assert any(warning in line for line in lines)
     longer = dataclasses.replace(falling, images=8 * 13)
-    assert not list(longer.unfinished())
+    assert not list(unfinished_schedules(longer))
 
 
 COUNTS = {
@@ -338,7 +344,7 @@ def test_presets_are_what_they_say(name):
         teacher = dataclasses.replace(
             teacher, preconditioning=EDMPreconditioning(time_factor=settings.preconditioning.time_factor)
         )
-    settings.step(teacher)
+    make_step(settings, teacher)
     family = name.split("-")[0]
     if COUNTS[family] and not settings.network.interval_embedding:
         assert settings.network.parameter_count() == COUNTS[family]
@@ -346,7 +352,7 @@ def test_presets_are_what_they_say(name):
     curriculum = settings.objective.curriculum
     assert getattr(curriculum, "steps", steps) == steps
     assert settings.batches * settings.batch_size >= settings.images
-    assert list(settings.unfinished()) == []
+    assert list(unfinished_schedules(settings)) == []
     if curriculum is not None:
         assert int(curriculum(steps)) == settings.objective.final_num_levels
 
@@ -363,11 +369,11 @@ def test_presets_are_what_they_say(name):
 )
 def test_a_run_that_ends_before_its_curriculum_says_so(name, flags):
     short = dataclasses.replace(PRESETS[name](), images=100_000)
-    lines = list(short.unfinished())
+    lines = list(unfinished_schedules(short))
     assert len(lines) == len(flags)
     for line, flag in zip(lines, flags, strict=True):
-        assert f"Give {flag}, or more --images." in line
-        assert "has 782" in line
+        assert f"Change {flag} or raise --images." in line
+        assert "the run has 782" in line
 
 
 def test_every_objective_has_an_emoji_preset():
@@ -394,7 +400,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
     with caplog.at_level(logging.WARNING):
         train(SMALL, run, said.append)
     assert "00000008" in caplog.text
-    assert any("Going on after batch 4" in line for line in said)
+    assert any("Resuming after batch 4" in line for line in said)
 
 
 def test_the_original_s_checkpoint_is_a_teacher(tmp_path):
@@ -417,13 +423,13 @@ def test_the_original_s_checkpoint_is_a_teacher(tmp_path):
     )
     run = prepare(settings)
     assert run.step.models.teacher == source.config.function
-    begun = run.fresh_state()
+    begun = run.initial_state()
     assert jax.tree.structure(begun.params) == jax.tree.structure(source.params)
     assert all(map(np.array_equal, jax.tree.leaves(begun.params), jax.tree.leaves(source.params)))
 
 
 def test_a_refused_start_leaves_no_folder(tmp_path):
-    chosen = dataclasses.replace(PRESETS["emoji32-edm"](), start="emoji32")
-    with pytest.raises(InputError, match=r"(?s)another network than this run.*in the checkpoint"):
+    chosen = dataclasses.replace(PRESETS["emoji32-edm"](), init_from="emoji32")
+    with pytest.raises(InputError, match=r"(?s)network in .* differs from this run.*in the checkpoint"):
         train(chosen, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ from cm_jax.presets import PRESETS
 from cm_jax.training import loop
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.run.folder import RunFolder
-from cm_jax.training.run.metrics_log import EVALUATIONS, METRICS, Log, read_metrics
+from cm_jax.training.run.metrics_log import EVALUATIONS, METRICS, MetricsLog, read_metrics
 from cm_jax.training.run.provenance import record_start
 from tools.fuzz import seeds
 from tools.fuzz.damage import damaged, json_damaged, safetensors_damaged, zip_damaged
@@ -101,9 +101,9 @@ def _read_run(folder: Path, rng: random.Random) -> None:
         lambda: read_metrics(run / METRICS),
         lambda: read_metrics(run / EVALUATIONS),
         lambda: record_start(run, 10, ["train.py"]),
-        lambda: loop._agree(run, PRESETS["emoji32-edm"]()),
+        lambda: loop._save_config(run, PRESETS["emoji32-edm"]()),
         lambda: _resume(run),
-        lambda: Log(run, 5).close(),
+        lambda: MetricsLog(run, 5).close(),
     ]
     failures = []
     for way in ways:

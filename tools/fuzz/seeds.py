@@ -25,8 +25,9 @@ from cm_jax.feature_networks import lpips
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.presets import PRESETS
 from cm_jax.training import loop
-from cm_jax.training.run.folder import Retention, RunFolder
-from cm_jax.training.run.metrics_log import Log
+from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.metrics_log import MetricsLog
+from cm_jax.training.run.retention import Retention
 from cm_jax.types import nested
 
 NETWORK = ADMUNet(
@@ -103,9 +104,9 @@ def _run(run: Path, params: Any) -> None:
         for batches in (5, 10):
             folder.save(batches, CONFIG, params, STATE)
         folder.mark_best(5, 1.5)
-    with Log(run, tensorboard=True) as log:
+    with MetricsLog(run, tensorboard=True) as log:
         for batches in (5, 10):
-            log.row(batches, {"images": 8 * batches, "loss": 0.5, "seconds": 1.0})
+            log.metrics(batches, {"images": 8 * batches, "loss": 0.5, "seconds": 1.0})
             log.evaluation(batches, {"images": 8 * batches, "fid": 1.5})
     (run / "run.json").write_text(json.dumps({"starts": [{"batches": 0, "command": "train.py"}]}))
     (run / "config.json").write_text(serialization.to_text(PRESETS["emoji32-edm"](), loop.FORMAT))

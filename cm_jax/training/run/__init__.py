@@ -1,1 +1,1 @@
-"""What a training run keeps in its folder, and what it does beside the training step."""
+"""Everything that a run keeps in its folder or does between training steps."""

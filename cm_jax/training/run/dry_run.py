@@ -1,4 +1,4 @@
-"""What a run would do: its shapes, memory and operations, from the compiled step, without running it."""
+"""Dry run: sizes, memory and FLOPs of a run from the compiled step, without running it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,51 +6,53 @@ from typing import Any
 import jax
 
 from cm_jax import kernels
-from cm_jax.training.setup import Prepared
-from cm_jax.training.state import RawBatch
+from cm_jax.training.setup import TrainingSetup, unfinished_schedules
+from cm_jax.training.state import StepBatch
+
+_COMPONENTS = ("params", "optimizer", "target", "teacher", "ema")
 
 
-def report(run: Prepared) -> Iterator[str]:
+def report(setup: TrainingSetup) -> Iterator[str]:
     """Lines for the user."""
-    chosen, network = run.settings, run.settings.network
-    devices = run.across.devices
-    state, constants = run.abstract_state(), run.constants()
-    images = chosen.batch_size * chosen.steps_per_dispatch
-    yield f"data        {run.dataset.description}" + (", kept on the devices" if run.resident else "")
-    yield f"objective   {type(chosen.objective).__name__}"
+    config, network = setup.config, setup.config.network
+    devices = setup.parallelism.devices
+    state, constants = setup.abstract_state(), setup.constants()
+    images = config.batch_size * config.steps_per_dispatch
+    yield f"data        {setup.dataset.description}" + (", copied to the devices" if setup.resident else "")
+    yield f"objective   {type(config.objective).__name__}"
     yield f"network     {type(network).__name__}, {network.parameter_count():,} parameters, {network.precision}"
     yield f"images      {'x'.join(map(str, network.image_shape))}, {network.classes or 'no'} classes"
-    way = type(run.across).__name__
-    yield f"batch       {chosen.batch_size} images over {len(devices)} x {devices[0].device_kind} ({way})"
-    yield f"length      {chosen.batches:,} batches, {chosen.batches * chosen.batch_size:,} images"
-    yield from (f"            {line}" for line in chosen.unfinished())
-    if run.evaluator is not None:
-        yield f"evaluation  {run.evaluator.description}"
-    parts = {name: _bytes(getattr(state, name)) for name in ("params", "optimizer", "target", "teacher", "averages")}
-    parts["constants"] = _bytes(constants)
-    yield "memory      " + ", ".join(f"{name} {_shown(size)}" for name, size in parts.items() if size)
+    parallelism = type(setup.parallelism).__name__
+    yield f"batch       {config.batch_size} images over {len(devices)} x {devices[0].device_kind} ({parallelism})"
+    yield f"length      {config.batches:,} batches, {config.batches * config.batch_size:,} images"
+    yield from (f"            {line}" for line in unfinished_schedules(config))
+    if setup.evaluator is not None:
+        yield f"evaluation  {setup.evaluator.description}"
+    sizes = {name: _bytes(getattr(state, name)) for name in _COMPONENTS} | {"constants": _bytes(constants)}
+    yield "memory      " + ", ".join(f"{name} {_readable(size)}" for name, size in sizes.items() if size)
 
-    first = next(run.dispatches(0, chosen.batches))
-    batches: RawBatch = run.across.place_batches(first)
-    program: Any = run.compiled(constants)
+    batches: StepBatch = setup.parallelism.place_batches(next(setup.dispatches(0, config.batches)))
+    program: Any = setup.compiled(constants)
     compiled = program.lower(state, constants, batches, jax.random.key(0)).compile()
-    found = compiled.memory_analysis()
-    if found is not None:
-        yield f"            the compiled step needs {_shown(found.temp_size_in_bytes)} more on a device"
-    with kernels.off():  # XLA does not count what is done outside of it
-        lowered: Any = run.compiled(constants)
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        yield f"            the compiled step needs {_readable(memory.temp_size_in_bytes)} more per device"
+    with kernels.off():  # XLA does not count the FLOPs of custom calls
+        lowered: Any = setup.compiled(constants)
         costs = lowered.lower(state, constants, batches, jax.random.key(0)).cost_analysis()
-    costs = costs or compiled.cost_analysis() or {}  # the first is not to be had on GPUs
+    costs = costs or compiled.cost_analysis() or {}  # on GPUs only the compiled program has them
     costs = costs[0] if isinstance(costs, list) else costs
     if costs.get("flops", 0) > 0:
         total = costs["flops"] * len(devices)
-        each = f"{total / chosen.steps_per_dispatch:.3g} FLOP a step, {total / images:.3g} an image"
-        yield f"operations  {each}, by the compiler's count"
+        yield (
+            f"operations  {total / config.steps_per_dispatch:.3g} FLOP per step, {total / images:.3g} per image "
+            "(estimated by XLA)"
+        )
 
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _shown(size: int) -> str:
+def _readable(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,73 +1,34 @@
-"""What a run measures of its own images while it trains: the settings, and all that is needed for it, checked."""
+"""Evaluation during training: metrics of the EMA's samples, evaluations.csv, and the best checkpoint."""
 
 import dataclasses
-from typing import ClassVar, Literal
+import math
+from pathlib import Path
+from typing import Any
 
+from cm_jax.checkpoints import serialization
+from cm_jax.checkpoints.former_names import renamed
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import Dataset
-from cm_jax.errors import InputError, check_int
+from cm_jax.errors import InputError, indented_list
 from cm_jax.evaluation.evaluate import EvalConfig, check, evaluate, format_values
 from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatistics, load_inception
 from cm_jax.evaluation.image_sets import ImageSet, of_dataset, of_model
 from cm_jax.evaluation.references import cached_statistics, default_cache, open_reference
+from cm_jax.io.validation import read_json
 from cm_jax.model import Model
+from cm_jax.training.config import BEST_METRICS, PeriodicEvaluation, TrainConfig
+from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.metrics_log import EVALUATIONS, MetricsLog, read_metrics
+from cm_jax.training.run.processes import from_first, raised_in_all
 from cm_jax.types import Params
 
-PARAMETERS = "parameters"
-"""In place of an average's name: the parameters themselves."""
-
-_LEADING = {"fid": "fid", "sfid": "sfid", "kid": "kid", "is": "inception_score"}
-"""Metrics by which one checkpoint is better than another, and their values' names."""
-_STEPS_OF_A_DENOISER = 18
-_OWN = "the run's own images"
-
-
-@dataclasses.dataclass(frozen=True)
-class PeriodicEvaluation:
-    """Images are drawn and judged every so often; the checkpoint that the first metric finds best is kept."""
-
-    every: int = 500_000
-    """Images seen between evaluations. One more is made at the end."""
-    count: int = 10_000
-    """Images that are drawn for one."""
-    steps: tuple[int, ...] = ()
-    """Steps to draw in, of the consistency sampler, or of Heun's for a denoiser; of several numbers, each is evaluated,
-    and the first one chooses the best. Default: 1, or 18 for a denoiser."""
-    metrics: tuple[Literal["fid", "sfid", "kid", "is", "pr", "prdc"], ...] = ("fid",)
-    """As of `evaluate`. The first one chooses the best, and must be fid, sfid, kid or is."""
-    reference: str = ""
-    """As of `evaluate`: emoji:held_out, tfds:NAME, a folder, an .npz file of images or statistics. Default: the images
-    that the run learns from."""
-    average: str = ""
-    """Name of the average that is evaluated and, then, drawn from: exponential_0.9999, power_0.1, or "parameters" for
-    the parameters themselves. Default: the first average."""
-    inception: str = ""
-    """Weights of Inception-V3. Default: what CM_JAX_INCEPTION names."""
-    seed: int = 0
-    """Of the images drawn: the same ones every time."""
-
-    FREE: ClassVar[tuple[str, ...]] = ("every", "inception")
-    """What may change from one evaluation of a run to the next."""
-
-    def __post_init__(self) -> None:
-        check_int("every", self.every, 1, 10**15)
-        check_int("count", self.count, 2, 10**9)
-        check_int("seed", self.seed, 0, 2**32 - 1)
-        for steps in self.steps:
-            check_int("steps", steps, 1, 10**6)
-        if len(set(self.steps)) < len(self.steps):
-            raise InputError(f"steps has a number twice: {', '.join(map(str, self.steps))}.")
-        first = EvalConfig(self.metrics).metrics[0]
-        if first not in _LEADING:
-            raise InputError(
-                f"metrics begins with {first}, which is several numbers, and the first metric chooses the best "
-                f"checkpoint: put one of {', '.join(_LEADING)} before it."
-            )
+_DENOISER_STEPS = 18
+_TRAINING_IMAGES = "the training images"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluator:
-    """An evaluation that can be made of any parameters: weights read, reference opened, everything checked."""
+    """Evaluates parameters: weights read, reference opened, everything checked."""
 
     settings: PeriodicEvaluation
     config: ModelConfig
@@ -77,72 +38,147 @@ class Evaluator:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        return self.settings.steps or (1 if self.config.distilled else _STEPS_OF_A_DENOISER,)
+        return self.settings.steps or (1 if self.config.distilled else _DENOISER_STEPS,)
 
     @property
-    def leading(self) -> str:
-        """The value that chooses the best checkpoint."""
-        return _column(_LEADING[self.settings.metrics[0]], self.steps[0])
+    def best_column(self) -> str:
+        """Column of the value that chooses the best checkpoint."""
+        return _column(BEST_METRICS[self.settings.metrics[0]], self.steps[0])
 
     @property
-    def rising(self) -> bool:
-        """Whether more is better."""
+    def higher_is_better(self) -> bool:
         return self.settings.metrics[0] == "is"
 
     @property
     def description(self) -> str:
-        chosen = self.settings
-        ways = " and ".join(map(_in_steps, self.steps))
+        settings = self.settings
+        steps = " and ".join(map(_in_steps, self.steps))
         return (
-            f"{', '.join(chosen.metrics)} of {chosen.count:,} images {ways}, against {self.reference_name}, every "
-            f"{chosen.every:,} images; the best is kept by {self.leading}"
+            f"{', '.join(settings.metrics)} of {settings.count:,} images {steps}, against {self.reference_name}, every "
+            f"{settings.every:,} images; the best is kept by {self.best_column}"
         )
 
-    def look(self) -> FeatureStatistics:
-        """The reference, as the metrics need it."""
+    def reference_statistics(self) -> FeatureStatistics:
         if isinstance(self.reference, FeatureStatistics):
             return self.reference
         needs = EvalConfig(self.settings.metrics).reference_needs
         return cached_statistics(self.extractor, self.reference, needs, cache=default_cache())
 
     def samples(self, params: Params, steps: int) -> ImageSet:
-        """What `cm_jax.load` would draw from a checkpoint with these parameters."""
+        """The samples that `cm_jax.load` gives for a checkpoint with these parameters."""
         network = self.config.network.at_precision("float32")
         model = Model(dataclasses.replace(self.config, network=network), network.prepare(params))
         return of_model(model, model.plan(steps=steps), self.settings.count, seed=self.settings.seed, name="the run")
 
-    def measure(self, params: Params, known: FeatureStatistics) -> tuple[dict[str, float], str]:
-        """{"fid_1_step": 12.3, ...}, and the same in words, of what is drawn with `params`; `known` is the reference.
-
-        Raises InputError for a network that diverged.
-        """
-        found: dict[str, float] = {}
+    def evaluate(self, params: Params, reference: FeatureStatistics) -> tuple[dict[str, float], str]:
+        """{"fid_1_step": 12.3, ...} and the same in words. Raises InputError for a network that diverged."""
+        values: dict[str, float] = {}
         words = []
         for steps in self.steps:
             samples, eval_config = self.samples(params, steps), EvalConfig(self.settings.metrics)
-            report, _ = evaluate(self.extractor, samples, known, eval_config, reference_name=self.reference_name)
-            found |= {_column(name, steps): value for name, value in report.values.items()}
+            report, _ = evaluate(self.extractor, samples, reference, eval_config, reference_name=self.reference_name)
+            values |= {_column(name, steps): value for name, value in report.values.items()}
             words.append(f"{format_values(report.values)} {_in_steps(steps)}")
-        return found, "; ".join(words)
+        return values, "; ".join(words)
 
 
-def make_ready(chosen: PeriodicEvaluation, config: ModelConfig, own: Dataset) -> Evaluator:
-    """own: the run's data. Raises InputError where the evaluation could not be made: no weights, too few images, ..."""
-    extractor, eval_config = load_inception(chosen.inception), EvalConfig(chosen.metrics)
-    if chosen.reference:
-        reference = open_reference(chosen.reference, eval_config.reference_needs, config.network.image_shape)
+def make_evaluator(settings: PeriodicEvaluation, config: ModelConfig, dataset: Dataset) -> Evaluator:
+    """`dataset`: the training images. Raises InputError if the evaluation is impossible: no weights, too few images."""
+    extractor, eval_config = load_inception(settings.inception), EvalConfig(settings.metrics)
+    if settings.reference:
+        reference = open_reference(settings.reference, eval_config.reference_needs, config.network.image_shape)
     else:
-        reference = of_dataset(own, _OWN)
-    ready = Evaluator(chosen, config, extractor, reference, chosen.reference or _OWN)
-    for steps in ready.steps:
-        check(extractor, _promised(config, chosen.count, steps), reference, eval_config, ready.reference_name)
-    return ready
+        reference = of_dataset(dataset, _TRAINING_IMAGES)
+    evaluator = Evaluator(settings, config, extractor, reference, settings.reference or _TRAINING_IMAGES)
+    for steps in evaluator.steps:
+        model = Model(config, {})  # without parameters, to check the plan and the number of samples
+        samples = of_model(model, model.plan(steps=steps), settings.count, name="the evaluation (--evaluation.count)")
+        check(extractor, samples, reference, eval_config, evaluator.reference_name)
+    return evaluator
 
 
-def _promised(config: ModelConfig, count: int, steps: int) -> ImageSet:
-    """What will be drawn, before there are parameters."""
-    model = Model(config, {})
-    return of_model(model, model.plan(steps=steps), count, name="the evaluation (--evaluation.count)")
+class EvaluationHook:
+    """Evaluations of the run in `folder`, resumed after `done` batches; without an evaluator none is ever due.
+
+    An evaluation is due until its row is written. So one that a killed run did not finish is repeated on resuming, and
+    none is made twice. With several processes, each evaluates all samples on its own devices, and process 0 writes.
+
+    Raises InputError if the evaluations in the folder were made with other settings.
+    """
+
+    def __init__(self, config: TrainConfig, evaluator: Evaluator | None, folder: RunFolder, done: int) -> None:
+        self._config, self._evaluator, self._folder = config, evaluator, folder
+        self._reference: FeatureStatistics | None = None
+        self._last = 0
+        self._best = math.inf
+        if evaluator is not None:
+            with raised_in_all():
+                self._read(evaluator, done)
+            self._last = from_first(self._last)
+
+    def start(self) -> None:
+        """Compute the statistics of the reference, so that its errors are found before training."""
+        if self._evaluator is not None:
+            with raised_in_all():
+                self._reference = self._evaluator.reference_statistics()
+
+    def due(self, done: int) -> bool:
+        """Whether to evaluate after `done` batches."""
+        if self._evaluator is None or done <= self._last:
+            return False
+        every, size = self._evaluator.settings.every, self._config.batch_size
+        return done >= self._config.batches or done * size // every > self._last * size // every
+
+    def evaluate(self, done: int, params: Params, log: MetricsLog) -> str:
+        """Evaluate the checkpoint after `done` batches with these parameters; a line for the user.
+
+        The row is written last, because it marks the evaluation as complete.
+        """
+        evaluator, reference = self._evaluator, self._reference
+        assert evaluator is not None
+        assert reference is not None, "call start() first"
+        with raised_in_all():
+            values, words = evaluator.evaluate(params, reference)
+        score = self._score(float(f"{values[evaluator.best_column]:.9g}"))  # rounded as in the row
+        best = bool(from_first(int(score < self._best)))
+        if best:
+            self._best = score
+            self._folder.mark_best(done, values[evaluator.best_column], {"evaluation": _compared(evaluator.settings)})
+        log.evaluation(done, {"images": done * self._config.batch_size, **values})
+        self._last = done
+        return f"Evaluated after {done:,} batches: {words}.{' The best so far.' if best else ''}"
+
+    def _read(self, evaluator: Evaluator, done: int) -> None:
+        """Read the last evaluation and the best score from the folder."""
+        best, table = self._folder.path / "best.json", self._folder.path / EVALUATIONS
+        if best.exists():
+            self._check_settings(best, evaluator.settings)
+        columns, rows = read_metrics(table) if table.exists() else ([], [])
+        for row in rows:
+            values = dict(zip(columns, row, strict=True))
+            if int(row[0]) <= done:
+                self._last = int(row[0])
+                self._best = min(self._best, self._score(float(values.get(evaluator.best_column) or "nan")))
+
+    def _check_settings(self, best: Path, settings: PeriodicEvaluation) -> None:
+        found = serialization.differences(renamed(read_json(best).get("evaluation")), _compared(settings))
+        if found:
+            raise InputError(
+                f"The evaluations in {self._folder.path} were made with other settings:\n  {indented_list(found)}\n"
+                f"Give the same ones, or move {EVALUATIONS} and {best.name} away."
+            )
+
+    def _score(self, value: float) -> float:
+        """Lower is better."""
+        assert self._evaluator is not None
+        score = -value if self._evaluator.higher_is_better else value
+        return score if math.isfinite(score) else math.inf
+
+
+def _compared(settings: PeriodicEvaluation) -> dict[str, Any]:
+    """Settings that must be equal in comparable evaluations."""
+    encoded = serialization.encode(settings)
+    return {name: value for name, value in encoded.items() if name not in PeriodicEvaluation.MAY_CHANGE}
 
 
 def _in_steps(steps: int) -> str:

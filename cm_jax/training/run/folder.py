@@ -1,24 +1,20 @@
-"""A run's folder: one process at a time trains in it, and its checkpoints survive whatever ends that process.
+"""A run's folder and its checkpoints.
 
-RUN/.lock                           who trains in it; held by the process, so that killing it frees the folder
-RUN/best.json                       the checkpoint that an evaluation liked best
+RUN/.lock                           held by the process that trains in the folder
+RUN/best.json                       the checkpoint with the best evaluation
 RUN/checkpoints/00001000/           after 1000 batches:
-    config.json, params/            a checkpoint of cm_jax.checkpoints.native: the weights to draw from
-    state/state.npz                 all that is needed to train on
+    config.json, params/            a native checkpoint: the weights to sample from
+    state/state.npz                 the training state
 
-A checkpoint is written beside its place and renamed when it and its names are on the disk. So what is visible is whole,
-whether the process is killed, the disk is full or the power fails.
+A checkpoint is written to a temporary folder, synced to disk, and renamed. So every visible checkpoint is complete,
+even if the process is killed, the disk is full or the power fails.
 """
 
-import dataclasses
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +24,13 @@ import jax
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.errors import InputError, check_int
+from cm_jax.errors import InputError
 from cm_jax.io.atomic import UNFINISHED, atomic_write, fsync_path, fsync_tree, remove, user_path, write_errors
 from cm_jax.training.run import state_io
-from cm_jax.training.run.state_io import DamagedError, Leaf, first_process, together
+from cm_jax.training.run.lock import lock
+from cm_jax.training.run.processes import DamagedError, from_first, raised_in_all
+from cm_jax.training.run.retention import Retention
+from cm_jax.training.run.state_io import Leaf
 from cm_jax.types import Params
 
 _STATE = Path("state") / "state.npz"
@@ -40,57 +39,23 @@ _REPLACED = UNFINISHED + "replaced-"
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay when a new one is whole; the new one and the best one always do."""
-
-    keep_last: int = 3
-    """The newest so many."""
-    keep_every: int = 0
-    """And for good those at multiples of so many batches. 0: none."""
-    keep_hours: float = 0.0
-    """And for good one for every so many hours of training. 0: none."""
-
-    def __post_init__(self) -> None:
-        check_int("keep_last", self.keep_last, 1, 10**6)
-        check_int("keep_every", self.keep_every, 0, 10**12)
-        if not 0 <= self.keep_hours < 10**6:
-            raise InputError(f"keep_hours must be 0 or a number of hours, got {self.keep_hours}.")
-
-    def superfluous(self, saved: dict[int, float], newest: int, best: int | None) -> list[int]:
-        """Of the checkpoints `saved` (number of batches: seconds of its time), those to remove after saving `newest`.
-
-        Those after `newest` are left alone: they are of a run that went on from an earlier one, and will be replaced.
-        """
-        older = sorted(batches for batches in saved if batches <= newest)
-        kept = {newest, best, *older[-self.keep_last :]}
-        last = float("-inf")
-        for batches in older:
-            if self.keep_every and batches % self.keep_every == 0:
-                kept.add(batches)
-            if self.keep_hours and saved[batches] - last >= self.keep_hours * 3600:
-                kept.add(batches)
-                last = saved[batches]
-        return [batches for batches in older if batches not in kept]
-
-
 class RunFolder:
     """The folder of one run, opened for training.
 
-    Of several processes (jax.distributed), all open it and call its methods together; process 0 alone writes, and the
-    others read what it wrote, so the folder must be shared. What fails in one of them is raised in all.
+    With several processes (jax.distributed), all open it and call its methods together. Process 0 alone writes, so the
+    folder must be shared. An error in one process is raised in all.
 
-    Opening raises InputError where another process trains in it, or it cannot be written.
+    Opening raises InputError if another process trains in the folder or it cannot be written.
     """
 
-    def __init__(self, path: str | Path, retention: Retention = Retention()) -> None:
+    def __init__(self, path: str | Path, retention: Retention | None = None) -> None:
         self.path = user_path(path).absolute()
-        self.retention = retention
+        self.retention = retention or Retention()
         self._thread: threading.Thread | None = None
         self._failure: InputError | None = None
-        self._whole: set[int] = set()
+        self._saved: set[int] = set()
         self._lock: int | None = None
-        with together():
+        with raised_in_all():
             if jax.process_index() == 0:
                 self._open()
 
@@ -101,134 +66,112 @@ class RunFolder:
         if error is None:
             self.close()
             return
-        self._join()  # without the other processes, which may know nothing of this error
+        self._join()  # not `wait`: the other processes may not have this error
         if self._failure is not None:
             _log.warning("%s", self._failure)
         self._unlock()
 
-    # saving
-
     def save(self, batches: int, config: ModelConfig, params: Params, state: Any) -> None:
-        """Save the checkpoint after so many batches: `params` to draw from, and `state`, any tree of arrays.
+        """Save a checkpoint after `batches`: `params` to sample from, and `state`, any tree of arrays.
 
-        Returns when all arrays are copied to the host; a thread writes them. At most one is being written: the next
-        call waits for it. Raises InputError where the one before could not be written.
+        Returns once all arrays are on the host; a thread writes them. The next call waits for it, and raises InputError
+        if it failed.
         """
         self.wait()
-        if batches in self._whole:
+        if batches in self._saved:
             return
-        held, copies = state_io.on_host((params, state))
-        self._whole.add(batches)
+        host_params, host_state = state_io.to_host((params, state))
+        self._saved.add(batches)
         if jax.process_index() == 0:
-            leaves = state_io.described(state, copies)
+            leaves = state_io.named_arrays(state, host_state)
             self._thread = threading.Thread(
-                target=self._save, args=(batches, config, held, leaves), name=f"checkpoint {batches}"
+                target=self._save, args=(batches, config, host_params, leaves), name=f"checkpoint {batches}"
             )
             self._thread.start()
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises InputError where it could not be."""
+        """Wait until the last checkpoint is written. Raises InputError if that failed."""
         try:
-            with together():
+            with raised_in_all():
                 self._join()
                 failure, self._failure = self._failure, None
                 if failure is not None:
                     raise failure
         except InputError:
-            self._whole.clear()
+            self._saved.clear()
             raise
 
     def close(self) -> None:
-        """As `wait`; then another process may train here."""
+        """Wait, and unlock the folder."""
         try:
             self.wait()
         finally:
             self._unlock()
 
-    def mark_best(self, batches: int, score: float, told: Mapping[str, Any] = {}) -> None:
-        """Note that a checkpoint is the best so far, by this score, and what else is `told` of it.
-
-        It is never removed. The next one marked takes its place.
-        """
+    def mark_best(self, batches: int, score: float, details: Mapping[str, Any] = {}) -> None:
+        """Mark a checkpoint as the best so far in best.json. It is kept until another one is marked."""
         self.wait()
-        with together():
+        with raised_in_all():
             if jax.process_index() == 0:
                 if batches not in self.steps():
-                    raise InputError(f"{self.path} has no checkpoint after {batches} batches to be called the best.")
-                with atomic_write(self.path / "best.json") as beside:
-                    beside.write_text(json.dumps({"batches": batches, "score": float(score), **told}) + "\n", "utf-8")
-
-    # reading
+                    raise InputError(f"{self.path} has no checkpoint after {batches} batches to mark as the best.")
+                with atomic_write(self.path / "best.json") as file:
+                    file.write_text(json.dumps({"batches": batches, "score": float(score), **details}) + "\n", "utf-8")
 
     def steps(self) -> list[int]:
-        """The numbers of batches of the checkpoints that are here, rising."""
+        """Numbers of batches of the checkpoints, ascending."""
         return [batches for batches, path in native.run_checkpoints(self.path).items() if (path / _STATE).is_file()]
 
     def latest(self) -> int | None:
-        """The newest checkpoint's number of batches; None where there is none yet."""
+        """Number of batches of the latest checkpoint, if there is one."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The number of batches of the checkpoint marked as the best, if one is."""
+        """Number of batches of the best checkpoint, if one is marked."""
         return native.best_checkpoint(self.path)
 
     def restore(self, batches: int, template: Any) -> Any:
-        """The state after so many batches, in the structure of `template`; every leaf is placed on the devices as the
-        template's is, whatever they were when it was saved, and has the same bits.
+        """The state after `batches`, with the structure and the placement of `template`.
 
-        Raises InputError where there is none, where it is damaged, or differs from the template in a leaf.
+        It is bitwise identical to the saved one on any devices. Raises InputError if the checkpoint is missing or
+        damaged, or differs from the template.
         """
-        with together():
+        with raised_in_all():
             if batches not in self.steps():
-                here = ", ".join(map(str, self.steps())) or "none"
-                raise InputError(f"{self.path} has no checkpoint after {batches} batches; it has {here}.")
-            state = state_io.read(self._folder(batches) / _STATE, template)
-        self._whole.add(batches)
+                found = ", ".join(map(str, self.steps())) or "none"
+                raise InputError(f"{self.path} has no checkpoint after {batches} batches; it has {found}.")
+            state = state_io.read(self._checkpoint(batches) / _STATE, template)
+        self._saved.add(batches)
         return state
 
     def resume(self, template: Any) -> tuple[int, Any] | None:
-        """(batches, state) of the newest checkpoint that is whole; None in a run that has none yet.
+        """(batches, state) of the latest readable checkpoint; None if the run has no checkpoint.
 
-        A damaged one stays where it is and is named in a warning; the run goes on from the one before. Raises
-        InputError where all are damaged, or where one differs from the template.
+        Damaged checkpoints are skipped with a warning. Raises InputError if all are damaged or one differs from the
+        template.
         """
         damaged: list[DamagedError] = []
         candidates = self.steps()
-        while (batches := first_process(candidates.pop() if candidates else -1)) >= 0:
+        while (batches := from_first(candidates.pop() if candidates else -1)) >= 0:
             try:
                 state = self.restore(batches, template)
             except DamagedError as error:
                 damaged.append(error)
                 continue
             for error in damaged:
-                _log.warning("%s Going on from the checkpoint after %d batches.", error, batches)
+                _log.warning("%s Resuming from the checkpoint after %d batches.", error, batches)
             return batches, state
         if damaged:
-            raise InputError(f"No checkpoint in {self.path} is whole: {damaged[0]} Start in a new folder.")
+            raise InputError(f"All checkpoints in {self.path} are damaged: {damaged[0]} Start in a new folder.")
         return None
 
-    # the process that writes
-
     def _open(self) -> None:
+        """Create and lock the folder, and clean up after a killed process."""
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise InputError(f"Cannot train in {self.path}: {error.strerror or error}. Name another folder.") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(handle, 500).decode(errors="replace").strip() or "unknown"
-            os.close(handle)
-            raise InputError(
-                f"Another process ({holder}) trains in {self.path}: wait for its end, stop it, or name another folder."
-            ) from error
-        except OSError as error:  # some network file systems know no locks
-            _log.warning("%s cannot be locked (%s): see that only one process trains in it.", self.path, error.strerror)
-        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        os.ftruncate(handle, 0)
-        os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}, since {since}".encode())
-        self._lock = handle
+            raise InputError(f"Cannot train in {self.path}: {error.strerror or error}. Give another folder.") from error
+        self._lock = lock(self.path)
         for left in (self.path / "checkpoints").glob(f"{_REPLACED}*"):
             original = left.with_name(left.name.removeprefix(_REPLACED))
             if not original.exists():
@@ -241,7 +184,7 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def _folder(self, batches: int) -> Path:
+    def _checkpoint(self, batches: int) -> Path:
         return self.path / "checkpoints" / f"{batches:08d}"
 
     def _join(self) -> None:
@@ -250,25 +193,25 @@ class RunFolder:
             self._thread = None
 
     def _save(self, batches: int, config: ModelConfig, params: Params, leaves: dict[str, Leaf]) -> None:
-        """In the thread: write, rename, remove what is superfluous."""
+        """In the thread: write, rename, and remove old checkpoints."""
         try:
-            with write_errors(self._folder(batches)):
+            with write_errors(self._checkpoint(batches)):
                 self._write(batches, config, params, leaves)
-            self._tidy(batches)
+            self._remove_old(batches)
         except InputError as error:
             last = max((step for step in self.steps() if step < batches), default=None)
-            stays = "None was saved before it." if last is None else f"The one after {last} batches is there still."
-            self._failure = InputError(f"The checkpoint after {batches} batches could not be saved: {error} {stays}")
+            kept = "There is no earlier one." if last is None else f"The one after {last} batches is kept."
+            self._failure = InputError(f"The checkpoint after {batches} batches could not be saved: {error} {kept}")
 
     def _write(self, batches: int, config: ModelConfig, params: Params, leaves: dict[str, Leaf]) -> None:
-        place = self._folder(batches)
+        place = self._checkpoint(batches)
         fresh, replaced = place.with_name(f"{UNFINISHED}{place.name}"), place.with_name(f"{_REPLACED}{place.name}")
         try:
             native.save(fresh, config, params)
             (fresh / _STATE.parent).mkdir()
             state_io.write(fresh / _STATE, leaves)
             fsync_tree(fresh)
-            if place.exists():  # a damaged one, or one that was not gone on from
+            if place.exists():  # damaged, or the run was resumed from an earlier one
                 os.replace(place, replaced)
             os.replace(fresh, place)
             fsync_path(place.parent)
@@ -276,10 +219,10 @@ class RunFolder:
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
-    def _tidy(self, newest: int) -> None:
+    def _remove_old(self, newest: int) -> None:
         try:
-            times = {step: (self._folder(step) / "config.json").stat().st_mtime for step in self.steps()}
-            for step in self.retention.superfluous(times, newest, self.best()):
-                remove(self._folder(step))
+            times = {step: (self._checkpoint(step) / "config.json").stat().st_mtime for step in self.steps()}
+            for step in self.retention.to_remove(times, newest, self.best()):
+                remove(self._checkpoint(step))
         except (InputError, OSError) as error:
             _log.warning("Old checkpoints in %s were not removed: %s", self.path, error)

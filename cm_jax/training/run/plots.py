@@ -1,4 +1,4 @@
-"""RUN/loss.png and RUN/evaluations.png, drawn from RUN/metrics.csv and RUN/evaluations.csv."""
+"""RUN/loss.png and RUN/evaluations.png, plots of RUN/metrics.csv and RUN/evaluations.csv."""
 
 import functools
 import importlib.util
@@ -25,47 +25,45 @@ _LABELS = {
     "kid": "KID",
     "inception_score": "Inception score",
 }
-"""Names of panels; others are called as their columns."""
+"""Titles of panels. Default: the name of the column."""
 _BELOW = ("learning_rate", "gradient_norm", "images_per_second")
 _LOGARITHMIC = ("loss", "gradient_norm", "fid", "sfid", "kid")
 _COLORS = {"loss": "C0", "learning_rate": "C2", "gradient_norm": "C1", "images_per_second": "C4"}
 _LEVEL = re.compile(r"loss_sigma_[0-9]{1,4}")
-"""Columns of the panel of the loss by noise level, the lowest first."""
+"""Columns of the loss by noise level, lowest first."""
 _EVALUATED = re.compile(r"(.+)_([0-9]{1,7})_steps?")
-"""Columns of evaluations.csv: a metric, and the steps that the images were drawn in."""
-_SMOOTHED_OVER = 50
-"""Parts of a curve that a smoothed value averages one of."""
+"""Columns of evaluations.csv: metric and sampling steps."""
+_SMOOTHING_WINDOWS = 50
+"""Length of a curve in smoothing windows."""
 _WIDTH, _HEIGHT, _DPI = 10.0, 3.0, 150
 
 _log = logging.getLogger(__name__)
 
 
 def plot(run: Path) -> None:
-    """Draw the loss, the loss by noise level, the learning rate, the gradient norm and images/s: those that there are;
-    and what evaluations found, where there were any.
+    """Plot loss, loss by noise level, learning rate, gradient norm and images/s, as far as logged, and evaluations.
 
-    Without matplotlib one line says so. Process 0 draws; the others do nothing.
+    Only process 0 plots. Without matplotlib, a warning is logged.
     """
     if jax.process_index() != 0:
         return
     if importlib.util.find_spec("matplotlib") is None:
-        _say_that_none_is_drawn(run)
+        _warn_once(run)
         return
-    if (run / METRICS).exists():  # before the first `log_every` batches there is none
+    if (run / METRICS).exists():  # it is missing before the first `log_every` batches
         _plot_metrics(run, _curves(run / METRICS))
     if (run / EVALUATIONS).exists():
         _plot_evaluations(run, _curves(run / EVALUATIONS))
 
 
 @functools.cache
-def _say_that_none_is_drawn(run: Path) -> None:
-    """Once for a run."""
-    del run
-    _log.warning("No loss.png is drawn (pip install matplotlib); metrics.csv has all numbers.")
+def _warn_once(run: Path) -> None:
+    del run  # once per run, by the cache
+    _log.warning("loss.png is not plotted (pip install matplotlib); metrics.csv has all numbers.")
 
 
 def _curves(file: Path) -> dict[str, np.ndarray]:
-    """The columns that have a finite number."""
+    """Columns that have a finite number."""
     columns, rows = read_metrics(file)
     table = np.array([[float(value or "nan") for value in row] for row in rows]).reshape(len(rows), len(columns))
     return {name: table[:, place] for place, name in enumerate(columns) if np.isfinite(table[:, place]).any()}
@@ -80,10 +78,10 @@ def _plot_metrics(run: Path, curves: dict[str, np.ndarray]) -> None:
     if not rows_of_panels:
         return
     batches = curves[BATCHES]
-    figure, strips = _figure(run, batches, len(rows_of_panels))
-    for strip, panels in zip(strips, rows_of_panels, strict=True):
+    figure, subfigures = _figure(run, batches, len(rows_of_panels))
+    for subfigure, panels in zip(subfigures, rows_of_panels, strict=True):
         for place, name in enumerate(panels):
-            axes = strip.add_subplot(1, len(panels), place + 1)
+            axes = subfigure.add_subplot(1, len(panels), place + 1)
             shown = [curves[name]]
             if name in levels:
                 shown = [smoothed(curves[level]) for level in levels]
@@ -98,20 +96,20 @@ def _plot_metrics(run: Path, curves: dict[str, np.ndarray]) -> None:
                 _LABELS.get(name, "loss by noise level"),
                 logarithmic=name in _LOGARITHMIC or name in levels,
             )
-    with atomic_write(run / "loss.png") as beside:
-        figure.savefig(beside, format="png")
+    with atomic_write(run / "loss.png") as file:
+        figure.savefig(file, format="png")
 
 
 def _plot_evaluations(run: Path, curves: dict[str, np.ndarray]) -> None:
-    """A panel for each metric, three a row; in it a curve for each number of steps."""
+    """One panel per metric, three in a row, with one curve per number of steps."""
     found = [match for match in map(_EVALUATED.fullmatch, curves) if match and not match[1].endswith("_deviation")]
     metrics = list(dict.fromkeys(match[1] for match in found))
     if not metrics:
         return
     batches = curves[BATCHES]
-    figure, strips = _figure(run, batches, -(-len(metrics) // 3))
+    figure, subfigures = _figure(run, batches, -(-len(metrics) // 3))
     for place, metric in enumerate(metrics):
-        axes = strips[place // 3].add_subplot(1, min(3, len(metrics)), place % 3 + 1)
+        axes = subfigures[place // 3].add_subplot(1, min(3, len(metrics)), place % 3 + 1)
         shown = [match for match in found if match[1] == metric]
         for match in shown:
             label = f"{match[2]} step{'s' if match[2] != '1' else ''}"
@@ -119,12 +117,12 @@ def _plot_evaluations(run: Path, curves: dict[str, np.ndarray]) -> None:
         axes.legend(fontsize=8, framealpha=0.7)
         values = [curves[match[0]] for match in shown]
         _finish(axes, values, _LABELS.get(metric, metric), logarithmic=metric in _LOGARITHMIC)
-    with atomic_write(run / "evaluations.png") as beside:
-        figure.savefig(beside, format="png")
+    with atomic_write(run / "evaluations.png") as file:
+        figure.savefig(file, format="png")
 
 
 def _figure(run: Path, batches: np.ndarray, rows: int) -> tuple[Any, Sequence[Any]]:
-    """A figure, and its strips for rows of panels."""
+    """A figure and its subfigures, one for each row of panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -139,8 +137,8 @@ def _level(name: str) -> int:
 
 
 def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The mean over a window of a fiftieth of the curve around each value, of those that are finite."""
-    width = max(1, len(values) // _SMOOTHED_OVER)
+    """Mean of the finite values in a window around each value; the window is 2 % of the curve."""
+    width = max(1, len(values) // _SMOOTHING_WINDOWS)
     finite = np.isfinite(values)
     window = np.ones(2 * (width // 2) + 1)
     sums = np.convolve(np.where(finite, values, 0), window, "same")

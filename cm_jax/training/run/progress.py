@@ -1,4 +1,4 @@
-"""How a run goes, for whoever looks: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a run: a bar on a terminal, otherwise lines of text."""
 
 import contextlib
 import datetime
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 _SMOOTHING = 0.9
-"""Of images and of seconds, whose quotient is images/s, from one update to the next."""
+"""Decay per update of the images and seconds whose ratio is images/s."""
 
 
 class Progress:
@@ -20,19 +20,19 @@ class Progress:
         with Progress(done, total, batch_size) as progress:
             progress.update(done, loss)
 
-    On a terminal a bar on standard error; elsewhere lines on standard output, the first, the last, and one every
-    `every` seconds. Process 0 alone shows it.
+    On a terminal, a bar on standard error. Otherwise lines on standard output: the first, the last, and one every
+    `every` seconds. Only process 0 shows it.
     """
 
     def __init__(self, done: int, total: int, batch_size: int, every: float = 10.0) -> None:
         from rich.console import Console
 
         self.images_per_second: float | None = None
-        """Smoothed; without what came before the first update, which is the compiler's time. None until the second."""
+        """Smoothed, without compilation, which ends before the first update. None until the second update."""
         self._done, self._total, self._batch_size, self._every = done, total, batch_size, every
         self._images = self._seconds = 0.0
         self._time: float | None = None
-        self._said: float | None = None
+        self._printed: float | None = None
         self._last_line = ""
         self._console = Console(stderr=True)
         self._quiet = jax.process_index() != 0
@@ -43,15 +43,12 @@ class Progress:
         if self._console.is_terminal and not self._quiet:
             from rich import progress
 
-            columns = (
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[rest]}"),
-            )
+            text = progress.TextColumn("{task.fields[rest]}")
+            columns = (progress.BarColumn(), progress.MofNCompleteColumn(), text)
             self._bar = progress.Progress(*columns, console=self._console)
             self._task = self._bar.add_task("batches", total=self._total, completed=self._done, rest="compiling")
             self._bar.start()
-            self._console.show_cursor(True)  # so that a killed run leaves no terminal without one
+            self._console.show_cursor(True)  # a killed run would leave the terminal without it
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -62,15 +59,15 @@ class Progress:
         self._bar, self._last_line = None, ""
 
     @contextlib.contextmanager
-    def aside(self, what: str) -> Iterator[None]:
-        """Around work that is no training: it is named on the bar, and its time is not counted in images/s."""
+    def paused(self, activity: str) -> Iterator[None]:
+        """Around other work than training: the bar names it, and its time does not count in images/s."""
         if self._bar is not None:
-            self._bar.update(self._task, rest=what)
+            self._bar.update(self._task, rest=activity)
         yield
         self._time = None
 
     def update(self, done: int, loss: float | None = None) -> None:
-        """So many batches are done, with this loss of the last one that is known."""
+        """`done` batches are done; `loss` is the latest."""
         now = time.monotonic()
         if self._time is not None and now > self._time and done > self._done:
             self._images = _SMOOTHING * self._images + (done - self._done) * self._batch_size
@@ -87,6 +84,6 @@ class Progress:
             self._bar.update(self._task, completed=done, rest=", ".join(parts))
             return
         self._last_line = ", ".join([f"batch {done:,} of {self._total:,}", *parts])
-        if self._said is None or now - self._said >= self._every:
+        if self._printed is None or now - self._printed >= self._every:
             print(self._last_line, flush=True)
-            self._said, self._last_line = now, ""
+            self._printed, self._last_line = now, ""

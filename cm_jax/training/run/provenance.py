@@ -1,4 +1,4 @@
-"""RUN/run.json: with what, on what and by which command a run was started, and every time it went on."""
+"""RUN/run.json: command, versions, commit, devices and environment of every start of a run."""
 
 import importlib.metadata
 import json
@@ -21,24 +21,24 @@ from cm_jax.io.validation import read_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tensorflow-datasets")
 _ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
-"""Variables that change what is computed."""
+"""Variables that affect the computation."""
 
 
 def record_start(run: Path, batches: int, command: Sequence[str] | None = None) -> None:
-    """Append this start, after so many batches, to RUN/run.json. Process 0 writes; the others do nothing.
+    """Append a start after `batches` to RUN/run.json (in process 0 only).
 
-    command: the program and its arguments; by default those of this process. Raises InputError where the file is
-    damaged or cannot be written.
+    command: the program and its arguments. Default: those of this process. Raises InputError if the file is damaged or
+    cannot be written.
     """
     if jax.process_index() != 0:
         return
     file = run / "run.json"
     starts = read_json(file).get("starts") if file.exists() else []
     if not isinstance(starts, list):
-        raise InputError(f"{file} has no list of starts: move it away, a new one is written.")
+        raise InputError(f"{file} has no list of starts: move it away, and a new one is written.")
     content = json.dumps({"starts": [*starts, _start(batches, command or sys.argv)]}, indent=2) + "\n"
-    with atomic_write(file) as beside:
-        beside.write_text(content, "utf-8")
+    with atomic_write(file) as fresh:
+        fresh.write_text(content, "utf-8")
 
 
 def _start(batches: int, command: Sequence[str]) -> dict[str, Any]:
@@ -67,19 +67,17 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, with a note where files differ from it; None for an installed one."""
+    """Commit of the checkout, with a note if files differ from it; None for an installed package."""
     root = Path(cm_jax.__file__).parent.parent
     if not (root / ".git").exists():
         return None
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + (", and changes that are not committed" if changed else "")
+        return git("rev-parse", "HEAD") + (", with uncommitted changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""Being asked to stop: a flag that the loop reads between two dispatches."""
+"""Graceful stop: signals set a flag that the training loop checks between dispatches."""
 
 import os
 import signal
@@ -9,37 +9,37 @@ from typing import Any
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stop:
-    """While it is entered, SIGTERM (what schedulers send) and SIGINT (Ctrl-C) set `requested` instead of ending us.
+class StopSignal:
+    """While entered, SIGTERM (sent by schedulers) and SIGINT (Ctrl-C) set `requested` instead of ending the process.
 
-        with Stop() as stop:
+        with StopSignal() as stop:
             while not stop.requested: ...
 
-    A second Ctrl-C kills the process at once, even inside a long compilation. Signals reach the main thread alone, so
-    in another one this does nothing.
+    A second Ctrl-C kills the process at once, even during compilation. Only the main thread receives signals, so in
+    another thread this does nothing.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """Name of the signal that came."""
-        self._before: dict[int, Any] = {}
+        """Name of the received signal."""
+        self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._asked) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._before = {}
+        self._previous = {}
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)  # Python's own handler would wait for the compiler to return
-            os.write(2, b"\nStopping after this step and saving; Ctrl-C again kills at once.\n")
+            signal.signal(number, signal.SIG_DFL)  # Python's handler would wait for the compiler to return
+            os.write(2, b"\nStopping after this step and saving. Press Ctrl-C again to kill at once.\n")

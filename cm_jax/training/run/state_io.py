@@ -1,7 +1,7 @@
-"""The state of a training run as one file: any tree of arrays, bit for bit, on any devices.
+"""Training state as one file: any tree of arrays, restored bitwise identical on any devices.
 
-It is a zip of .npy files, which np.load opens, and not Orbax's format: every array has a checksum, so that a damaged
-file is found out and never trained on; writing needs no second copy of the tree in memory; and it is one file.
+The format is a zip of .npy files, as of np.savez, instead of Orbax's: every array has a checksum, so that damage is
+detected; writing needs no second copy of the tree in memory; and it is a single file.
 """
 
 import contextlib
@@ -17,48 +17,45 @@ import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cm_jax.checkpoints.former_names import renamed_leaf
 from cm_jax.errors import InputError, indented_list
+from cm_jax.training.run.processes import DamagedError
 
 _LEAVES = "leaves.json"
-_LONGEST_MESSAGE = 2000
-
-
-class DamagedError(InputError):
-    """The file cannot be read whole; an older checkpoint may help."""
 
 
 class Leaf(NamedTuple):
     """An array on the host."""
 
     dtype: str
-    """float32, bfloat16, ..., or key<fry> for typed random keys, whose numbers are uint32."""
+    """float32, bfloat16, ..., or key<fry> for typed PRNG keys, which are stored as uint32."""
     shape: tuple[int, ...]
-    numbers: np.ndarray
+    values: np.ndarray
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """{"optimizer/0/mu/kernel": leaf} for every leaf of a tree of any kind. None is no leaf."""
+    """{"optimizer/0/mu/kernel": leaf} for every leaf of a tree; None is not a leaf."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
-    assert len(named) == len(paths), "two leaves with the same name"
+    assert len(named) == len(paths), "two leaves have the same name"
     return named
 
 
-def on_host(tree: Any) -> Any:
-    """The tree with NumPy arrays that nothing on the devices will overwrite; of a random key, its numbers.
+def to_host(tree: Any) -> Any:
+    """The tree as NumPy arrays that later steps do not overwrite; of PRNG keys, their key data.
 
-    All processes must call it: leaves that are spread over their devices are gathered, one after the other.
+    All processes must call it: leaves that are sharded over processes are gathered one after the other.
     """
-    numbers = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
-    for leaf in jax.tree.leaves(numbers):
+    data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+    for leaf in jax.tree.leaves(data):
         if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
             leaf.copy_to_host_async()
-    different = {id(leaf): leaf for leaf in jax.tree.leaves(numbers)}  # an array may be in the tree twice
-    copies = {name: _copied(leaf) for name, leaf in different.items()}
-    return jax.tree.map(lambda leaf: copies[id(leaf)], numbers)
+    different = {id(leaf): leaf for leaf in jax.tree.leaves(data)}  # an array may be in the tree twice
+    copies = {name: _copy(leaf) for name, leaf in different.items()}
+    return jax.tree.map(lambda leaf: copies[id(leaf)], data)
 
 
-def _copied(leaf: Any) -> np.ndarray:
+def _copy(leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)
     if not leaf.is_fully_addressable:
@@ -66,14 +63,14 @@ def _copied(leaf: Any) -> np.ndarray:
             return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         leaf = leaf.addressable_data(0)
     if next(iter(leaf.devices())).platform == "cpu":
-        return np.array(leaf)  # asarray would be a view, and keep the next step from reusing the memory
+        return np.array(leaf)  # asarray would return a view, which prevents donation
     return np.asarray(leaf)
 
 
-def described(tree: Any, copies: Any) -> dict[str, Leaf]:
-    """The leaves of a tree by name, from the tree and what `on_host` made of it."""
-    numbers = named_leaves(copies)
-    return {name: Leaf(*_kind(leaf), numbers[name]) for name, leaf in named_leaves(tree).items()}
+def named_arrays(tree: Any, host_tree: Any) -> dict[str, Leaf]:
+    """Leaves by name, from a tree and the result of `to_host`."""
+    values = named_leaves(host_tree)
+    return {name: Leaf(*_kind(leaf), values[name]) for name, leaf in named_leaves(tree).items()}
 
 
 def write(file: Path, leaves: dict[str, Leaf]) -> None:
@@ -83,62 +80,63 @@ def write(file: Path, leaves: dict[str, Leaf]) -> None:
         archive.writestr(_LEAVES, json.dumps(description, indent=1))
         for name, leaf in leaves.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, np.asarray(leaf.numbers, order="C"), allow_pickle=False)
+                np.lib.format.write_array(entry, np.asarray(leaf.values, order="C"), allow_pickle=False)
 
 
 def read(file: Path, template: Any) -> Any:
-    """The state in a file, in the structure of `template`, a tree of arrays or of their shapes, and placed as they are.
+    """Read a state with the structure and placement of `template`, a tree of arrays or of their shapes.
 
-    Raises DamagedError where the file is not whole, and InputError where it holds something else than the template,
-    naming all that differs.
+    Former names of leaves are accepted. Raises DamagedError for an incomplete file, and InputError with all differences
+    if the leaves are not those of the template.
     """
-    wanted = named_leaves(template)
-    with _whole(file), zipfile.ZipFile(file) as archive:
+    expected = named_leaves(template)
+    with _damage(file), zipfile.ZipFile(file) as archive:
         description = json.loads(archive.read(_LEAVES))
-        found = {name: (leaf["dtype"], tuple(leaf["shape"])) for name, leaf in description.items()}
-    complaints = _differences({name: _kind(leaf) for name, leaf in wanted.items()}, found)
+        stored = {name if name in expected else renamed_leaf(name): name for name in description}
+        found = {name: (description[old]["dtype"], tuple(description[old]["shape"])) for name, old in stored.items()}
+    complaints = _differences({name: _kind(leaf) for name, leaf in expected.items()}, found)
     if complaints:
         raise InputError(
             f"{file} is of a run with other settings:\n  {indented_list(complaints)}\n"
-            "Start with the settings that it was saved with, or in a new folder."
+            "Resume with the settings that it was saved with, or start in a new folder."
         )
-    placed = []
-    for name, leaf in wanted.items():
-        with _whole(file), zipfile.ZipFile(file) as archive:
-            numbers = _numbers(archive, name, found[name][0])
-            if numbers.shape != _numbers_shape(leaf):
-                raise ValueError(f"{name} has another shape than is written in {_LEAVES}")
-        placed.append(_placed(numbers, leaf))
-    return jax.tree.unflatten(jax.tree.structure(template), placed)
+    leaves = []
+    for name, leaf in expected.items():
+        with _damage(file), zipfile.ZipFile(file) as archive:
+            values = _read_values(archive, stored[name], found[name][0])
+            if values.shape != _values_shape(leaf):
+                raise ValueError(f"{name} has another shape than in {_LEAVES}")
+        leaves.append(_place(values, leaf))
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def _numbers(archive: zipfile.ZipFile, name: str, dtype: str) -> np.ndarray:
+def _read_values(archive: zipfile.ZipFile, name: str, dtype: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as entry:
-        numbers = np.lib.format.read_array(entry, allow_pickle=False)  # at its end the checksum is compared
+        values = np.lib.format.read_array(entry, allow_pickle=False)  # checks the checksum at the end
     if dtype.startswith("key<"):
         dtype = "uint32"
-    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))  # .npy files have no name for bfloat16: two bytes of anything
-    return numbers if numbers.dtype == kind else numbers.view(kind)
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))  # .npy files store bfloat16 as two opaque bytes
+    return values if values.dtype == kind else values.view(kind)
 
 
-def _numbers_shape(leaf: Any) -> tuple[int, ...]:
-    """Of the array that holds a leaf: a random key is two numbers or more."""
+def _values_shape(leaf: Any) -> tuple[int, ...]:
+    """Shape of the stored array; a PRNG key has a trailing axis."""
     return jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else np.shape(leaf)
 
 
-def _placed(numbers: np.ndarray, like: Any) -> Any:
-    """As `like` is: on the host, or on the devices in its sharding."""
+def _place(values: np.ndarray, like: Any) -> Any:
+    """On the host or on devices, with the sharding of `like`."""
     if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        return numbers
+        return values
     sharding = like.sharding if getattr(like, "committed", True) else None
     if _is_key(like):
         kinds: list[Any] = []
-        jax.eval_shape(lambda keys: kinds.append(jax.random.key_impl(keys)), like)  # of shapes alone it tells nothing
-        keys = jax.random.wrap_key_data(jnp.asarray(numbers), impl=kinds[0])
+        jax.eval_shape(lambda keys: kinds.append(jax.random.key_impl(keys)), like)  # key_impl needs an array
+        keys = jax.random.wrap_key_data(jnp.asarray(values), impl=kinds[0])
         return keys if sharding is None else jax.device_put(keys, sharding)
     if sharding is None:
-        return jnp.asarray(numbers)
-    return jax.make_array_from_callback(numbers.shape, sharding, lambda index: numbers[index])
+        return jnp.asarray(values)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def _is_key(leaf: Any) -> bool:
@@ -150,56 +148,28 @@ def _kind(leaf: Any) -> tuple[str, tuple[int, ...]]:
     return str(leaf.dtype), tuple(leaf.shape)
 
 
-def _differences(wanted: dict[str, tuple[str, tuple]], found: dict[str, tuple[str, tuple]]) -> list[str]:
-    def shown(leaf: tuple[str, tuple]) -> str:
+def _differences(expected: dict[str, tuple[str, tuple]], found: dict[str, tuple[str, tuple]]) -> list[str]:
+    def text(leaf: tuple[str, tuple]) -> str:
         return f"{leaf[0]} {list(leaf[1])}"
 
     return [
-        *(f"not in it: {name} {shown(leaf)}" for name, leaf in wanted.items() if name not in found),
+        *(f"missing: {name} {text(leaf)}" for name, leaf in expected.items() if name not in found),
         *(
-            f"{name} is {shown(found[name])} there, this run's is {shown(leaf)}"
-            for name, leaf in wanted.items()
+            f"{name}: {text(found[name])} in the file, {text(leaf)} in this run"
+            for name, leaf in expected.items()
             if name in found and found[name] != leaf
         ),
-        *(f"only in it: {name} {shown(leaf)}" for name, leaf in found.items() if name not in wanted),
+        *(f"unknown: {name} {text(leaf)}" for name, leaf in found.items() if name not in expected),
     ]
 
 
 @contextlib.contextmanager
-def _whole(file: Path) -> Iterator[None]:
+def _damage(file: Path) -> Iterator[None]:
+    """Turn any error of reading a file into a DamagedError."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # zip, JSON and NumPy have many kinds; all of them mean this file
+    except Exception as error:  # zipfile, json and NumPy raise many types
         reason = str(error).strip().splitlines()
         raise DamagedError(f"{file} is damaged or incomplete ({reason[0] if reason else error!r}).") from error
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Around what may fail in one of several processes: an InputError there is raised in all, so that none is left
-    waiting for the others. All processes must come here.
-    """
-    failure: InputError | None = None
-    try:
-        yield
-    except InputError as error:
-        failure = error
-    if jax.process_count() > 1:
-        mine = np.zeros(_LONGEST_MESSAGE, np.uint8)
-        text = str(failure or "").encode()[:_LONGEST_MESSAGE]
-        mine[: len(text)] = np.frombuffer(text, np.uint8)
-        damaged = np.asarray([isinstance(failure, DamagedError)])
-        messages, kinds = multihost_utils.process_allgather((mine, damaged))
-        for process, (message, kind) in enumerate(zip(messages, kinds, strict=True)):
-            if message.any() and failure is None:
-                said = f"process {process}: {bytes(message[message > 0]).decode(errors='replace')}"
-                failure = DamagedError(said) if kind.any() else InputError(said)
-    if failure is not None:
-        raise failure
-
-
-def first_process(number: int) -> int:
-    """Process 0's number, in all processes. All must call it."""
-    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))

@@ -51,8 +51,8 @@ def test_inpainting_keeps_all_but_the_hole_to_the_bit(checkpoint, tmp_path, caps
         capsys, main_edit, "inpaint", tmp_path / "a.png", "--checkpoint", checkpoint, "--mask", tmp_path / "mask.png",
         "--variants", 2, "--steps", 3, "--output", tmp_path / "e.png", "--folder", tmp_path / "all",
     )  # fmt: skip
-    assert "a.png: the middle 32 x 32 of its 40 x 32 pixels, reduced from 32 to 8 pixels." in said
-    assert "given, what is known of it, edits" in said
+    assert "a.png: center 32 x 32 of 40 x 32 pixels, reduced from 32 to 8 pixels." in said
+    assert "input, known part, edits" in said
     with Image.open(tmp_path / "e.png") as sheet:
         assert sheet.size == (4 * 66 + 2, 66 + 2)
     names = sorted(path.name for path in (tmp_path / "all").iterdir())
@@ -159,7 +159,7 @@ def test_small_pictures_become_patches():
 
 @pytest.mark.parametrize(
     ("box", "message"),
-    [((0, 0, 9, 8), "left < right <= 8"), ((4, 4, 4, 8), "left < right"), ((-1, 0, 2, 2), "the size of the picture")],
+    [((0, 0, 9, 8), "left < right <= 8"), ((4, 4, 4, 8), "left < right"), ((-1, 0, 2, 2), "inside the picture")],
 )
 def test_boxes_outside_of_the_picture(box, message):
     with pytest.raises(InputError, match=message):
@@ -179,8 +179,8 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
         (("inpaint", a, *out), "--mask FILE or --box"),
         (("inpaint", a, "--box", "1,2,3", *out), "left,top,right,bottom"),
         (("inpaint", a, "--box", "1,2,3,x", *out), "whole numbers separated by commas"),
-        (("inpaint", a, "--mask", tmp_path / "black.png", *out), "black all over"),
-        (("inpaint", a, "--mask", tmp_path / "wide.png", *out), "9 x 8 pixels and the picture 8 x 8"),
+        (("inpaint", a, "--mask", tmp_path / "black.png", *out), "got a black mask"),
+        (("inpaint", a, "--mask", tmp_path / "wide.png", *out), "8 x 8 pixels, the size of the picture; got 9 x 8"),
         (("colorize", tmp_path / "nothing.png", *out), "There is no picture"),
         (("colorize", tmp_path, *out), "There is no picture"),
         (("colorize", "/dev/zero", *out), "There is no picture"),
@@ -189,7 +189,7 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
         (("colorize", a, "--labels", "1", *out), "unconditional"),
         (("colorize", a, "--variants", 0, *out), "variants must be"),
         (("colorize", a, "--output", tmp_path / "e.npz"), "must be a .png file"),
-        (("superres", a, "--patch", 3, *out), "choose one of 2, 4, 8"),
+        (("superres", a, "--patch", 3, *out), "use one of 2, 4, 8"),
         (("denoise", a, *out), "--sigma FLOAT"),
         (("denoise", a, "--sigma", 0, *out), "greater than 0.002"),
         (("interpolate", a, *out), "Expected two images"),

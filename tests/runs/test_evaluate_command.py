@@ -120,21 +120,21 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     def message(*arguments):
         return failed(capsys, main_evaluate, *arguments, *TOLD)
 
-    assert "Unknown metric 'fidd'" in message(samples, "emoji", "--metrics", "fidd")
+    assert "There is no metric 'fidd'" in message(samples, "emoji", "--metrics", "fidd")
     assert "There are no images emojis" in message(samples, "emojis")
     assert "There is no checkpoint nothing" in message("nothing", "emoji")
-    assert "31 images were asked for, and" in message(samples, "emoji", "--count", 31)
+    assert "Expected a count in [1, 30]" in message(samples, "emoji", "--count", 31)
     assert "--steps applies to checkpoints" in message(samples, "emoji", "--steps", 2)
     assert "no classifier" in message(samples, "emoji", "--metrics", "is")
     assert "pr needs at least 4 images" in message(samples, samples, "--metrics", "pr", "--count", 3)
     assert "bpd needs a checkpoint" in message(samples, "emoji", "--metrics", "bpd")
     assert "need a denoiser" in message("emoji16_cd", "emoji", "--metrics", "bpd", "--count", 2)
     assert "add one of them" in message(samples, samples, "--metrics", "kid", "--save-reference", tmp_path / "x.npz")
-    assert "There are no emoji 'test'" in message(samples, "emoji:test")
+    assert "There is no emoji split 'test'" in message(samples, "emoji:test")
 
     other = tmp_path / "other.npz"
     np.savez(other, arr_0=np.zeros((30, 32, 32, 3), np.uint8))
-    assert "16 x 16 pixels and" in message(samples, other)
+    assert "has images of 16 x 16 pixels" in message(samples, other)
     np.savez(other, pictures=np.zeros((30, 16, 16, 3), np.uint8))
     assert "it has no images or arr_0, but pictures" in message(other, samples)
     assert "it has no images or arr_0, but pictures" in message(samples, other)
@@ -151,7 +151,7 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     (tmp_path / "mixed").mkdir()
     for size in (16, 20):
         Image.new("RGB", (size, size)).save(tmp_path / "mixed" / f"{size}.png")
-    assert "squares of one size" in message(tmp_path / "mixed", samples)
+    assert "square samples of one size" in message(tmp_path / "mixed", samples)
 
 
 def test_truncated_weights_and_a_network_that_draws_nothing_finite(samples, tmp_path, capsys, monkeypatch):
@@ -165,5 +165,7 @@ def test_truncated_weights_and_a_network_that_draws_nothing_finite(samples, tmp_
     monkeypatch.setattr(evaluate, "load_inception", load_inception)
     said = failed(capsys, main_evaluate, samples, "emoji", "--inception", weights, *TOLD)
     assert "is not a complete weight file" in said
-    with pytest.raises(cm_jax.errors.InputError, match="1 of 3 images of mine have pixels that are NaN"):
-        image_sets.checked(np.where(np.arange(3)[:, None, None, None] == 1, np.nan, np.zeros((3, 4, 4, 3))), "mine")
+    with pytest.raises(cm_jax.errors.InputError, match="1 of 3 images of mine have NaN"):
+        image_sets.check_finite(
+            np.where(np.arange(3)[:, None, None, None] == 1, np.nan, np.zeros((3, 4, 4, 3))), "mine"
+        )

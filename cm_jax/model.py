@@ -15,17 +15,9 @@ from cm_jax.checkpoints import native
 from cm_jax.checkpoints.class_labels import ClassLabels, class_numbers
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.editing import (
-    EDIT_STEPS,
-    Operator,
-    Strokes,
-    blend,
-    check_images,
-    edit_batches,
-    slerp_batches,
-    stroke_sigmas,
-    variant_keys,
-)
+from cm_jax.editing.algorithm import EDIT_STEPS, check_images, edit_batches, variant_keys
+from cm_jax.editing.interpolation import blend, slerp_batches
+from cm_jax.editing.operators import Operator, Strokes, stroke_sigmas
 from cm_jax.errors import InputError, check_int
 from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
 from cm_jax.samplers.generation import default_batch_size, generate, replay, sample_labels

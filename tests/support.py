@@ -67,6 +67,25 @@ def filled(format: UNetFormat, network: ADMUNet, fill) -> Params:
     return network.prepare(from_source(rules, shapes, tensors, source="a formula"))
 
 
+def integer_tensors(shapes, dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random integers for every name and shape, which all floating-point dtypes represent."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.integers(-99, 99, shape).astype(np.float32).astype(dtype) for name, shape in shapes.items()}
+
+
+def lazy(arrays) -> dict[str, LazyTensor]:
+    """Arrays as if they were tensors of a file."""
+    return {name: LazyTensor(array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()}
+
+
+def assert_bitwise_equal(found, expected) -> None:
+    """Compare dictionaries of arrays."""
+    assert sorted(found) == sorted(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
 def tensor_names(format: UNetFormat, network: ADMUNet) -> list[str]:
     return [name for rule in format.rules(network) for name in rule.sources]
 

@@ -9,6 +9,7 @@ from cm_jax.errors import InputError, check_int
 from cm_jax.networks.fir import Filter
 
 PreconditioningName = Literal["consistency", "edm"]
+PRECONDITIONING = {"consistency": ConsistencyPreconditioning, "edm": EDMPreconditioning}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,7 @@ class CheckpointHints:
         if self.preconditioning:
             current = config.log_sigma_preconditioning
             shared = {"sigma_data": current.sigma_data, "time_factor": current.time_factor}
-            preconditioning = (
-                EDMPreconditioning(**shared) if self.preconditioning == "edm" else ConsistencyPreconditioning(**shared)
-            )
+            preconditioning = PRECONDITIONING[self.preconditioning](**shared)
         same = num_levels == config.num_levels and preconditioning == config.preconditioning
         return dataclasses.replace(
             config,

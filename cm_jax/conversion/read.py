@@ -11,13 +11,12 @@ from cm_jax.checkpoints.published import Published, recognize, recognize_cifar10
 from cm_jax.conversion import jcm
 from cm_jax.conversion.diffusers import DIFFUSERS, DiffusersMetadata, check_agreement, read_metadata
 from cm_jax.conversion.flax_files import is_msgpack, read_msgpack
-from cm_jax.conversion.hints import CheckpointHints
+from cm_jax.conversion.hints import PRECONDITIONING, CheckpointHints
 from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.rules import Tensors, from_source
 from cm_jax.conversion.torch_files import read_torch
 from cm_jax.conversion.unet_format import UNetFormat
 from cm_jax.diffusion.noise_schedule import ADM_TIME, EDM_TIME, NUM_LEVELS, KarrasSchedule
-from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.io.safetensors import read_safetensors
 from cm_jax.io.validation import read_json
@@ -179,12 +178,10 @@ def _config(
     time_factor: float,
 ) -> ModelConfig:
     """The config of a third-party checkpoint, with the class names and tuned timesteps of the published one."""
-    consistency = preconditioning == "consistency"
-    shared = {"sigma_data": sigma_data, "time_factor": time_factor}
-    tuned = known.timesteps if known and known.num_levels == num_levels and consistency else ()
+    tuned = known.timesteps if known and known.num_levels == num_levels and preconditioning == "consistency" else ()
     return ModelConfig(
         network=network,
-        preconditioning=ConsistencyPreconditioning(**shared) if consistency else EDMPreconditioning(**shared),
+        preconditioning=PRECONDITIONING[preconditioning](sigma_data=sigma_data, time_factor=time_factor),
         schedule=schedule,
         num_levels=num_levels,
         class_names=known.class_names if known and len(known.class_names) == network.classes else (),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from cm_jax.demo import rendering
 from cm_jax.demo.rendering import CANVAS, EXAMPLES, KINDS, MAX_IMAGES, MAX_STEPS, Picture
-from cm_jax.editing import EDIT_STEPS
+from cm_jax.editing.algorithm import EDIT_STEPS
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 

@@ -3,25 +3,8 @@
 An operator, an orthogonal projection of image space, defines the known part of an image; the model generates the rest.
 """
 
-from cm_jax.editing.algorithm import EDIT_STEPS, check_images, edit, edit_batches, edited_denoiser, variant_keys
-from cm_jax.editing.interpolation import blend, slerp, slerp_batches
-from cm_jax.editing.operators import Luma, Mask, Noisy, Operator, PatchMean, Strokes, stroke_sigmas
+from cm_jax.editing.algorithm import edit
+from cm_jax.editing.interpolation import blend, slerp
+from cm_jax.editing.operators import Luma, Mask, Noisy, Operator, PatchMean, Strokes
 
-__all__ = [
-    "EDIT_STEPS",
-    "Luma",
-    "Mask",
-    "Noisy",
-    "Operator",
-    "PatchMean",
-    "Strokes",
-    "blend",
-    "check_images",
-    "edit",
-    "edit_batches",
-    "edited_denoiser",
-    "slerp",
-    "slerp_batches",
-    "stroke_sigmas",
-    "variant_keys",
-]
+__all__ = ["Luma", "Mask", "Noisy", "Operator", "PatchMean", "Strokes", "blend", "edit", "slerp"]

@@ -17,11 +17,10 @@ from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.rules import from_source, source_shapes, to_source
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.adm_unet import IMAGENET64, LSUN256
 from cm_jax.types import leaves, nested
-from tests.support import DATA, ROOT, SMALL, random_params
+from tests.support import DATA, ROOT, SMALL, assert_bitwise_equal, integer_tensors, lazy, random_params
 
 PUBLISHED = {"imagenet64": IMAGENET64, "lsun256": LSUN256}
 KEYS = DATA / "keys"
@@ -101,22 +100,15 @@ def fields(draw):
 @given(fields(), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
 def test_any_network_is_inferred_and_round_trips_bitwise(chosen, dtype):
     network = ADMUNet(**chosen)
-    rng = np.random.default_rng(0)
     for format in (OPENAI, DIFFUSERS):
-        arrays = {
-            name: rng.integers(-999, 999, shape).astype(np.float32).astype(dtype)
-            for name, shape in shapes_of(format, network).items()
-        }
-        shapes = {name: array.shape for name, array in arrays.items()}
+        shapes = shapes_of(format, network)
+        arrays = integer_tensors(shapes, dtype)
         inferred = format.infer(shapes, "a file", image_size=network.image_size, head_dim=network.head_dim)
         assert inferred == network
         rules = format.rules(network)
-        tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
-        back = to_source(rules, from_source(rules, network.shapes(), tensors, source="a file"))
+        back = to_source(rules, from_source(rules, network.shapes(), lazy(arrays), source="a file"))
         assert list(back) == list(arrays)
-        for name, array in arrays.items():
-            assert back[name].dtype == array.dtype
-            assert back[name].tobytes() == array.tobytes()
+        assert_bitwise_equal(back, arrays)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -132,11 +124,7 @@ def test_files_round_trip_bitwise(tmp_path, dtype, kind, preconditioning):
     edm = "edm" if isinstance(preconditioning, EDMPreconditioning) else "consistency"
     source = read(destination, CheckpointHints(16, None, edm, 18, 16) if kind != "native" else CheckpointHints())
     assert source.config == config
-    back = dict(leaves(source.params))
-    assert sorted(back) == sorted(params)
-    for path, leaf in params.items():
-        assert back[path].dtype == leaf.dtype
-        assert back[path].tobytes() == leaf.tobytes()
+    assert_bitwise_equal(dict(leaves(source.params)), params)
     assert [entry.name for entry in tmp_path.iterdir()] == [destination.name]
 
 
@@ -167,9 +155,8 @@ def test_all_errors_are_in_one_message():
     arrays["out.0.weight"] = np.zeros(7, np.float32)
     arrays["time_embed.2.bias"] = np.zeros(128, np.int64)
     arrays["extra.weight"] = np.zeros(3, np.float32)
-    tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
     with pytest.raises(InputError) as caught:
-        from_source(OPENAI.rules(SMALL), SMALL.shapes(), tensors, source="model.pt")
+        from_source(OPENAI.rules(SMALL), SMALL.shapes(), lazy(arrays), source="model.pt")
     message = str(caught.value)
     assert message.startswith("model.pt")
     for line in (

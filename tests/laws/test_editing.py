@@ -11,8 +11,9 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
-from cm_jax.editing import Luma, Mask, Noisy, PatchMean, Strokes, blend, edit, slerp, slerp_batches
+from cm_jax.editing import Luma, Mask, Noisy, PatchMean, Strokes, blend, edit, slerp
 from cm_jax.editing.algorithm import edit_batches, variant_keys
+from cm_jax.editing.interpolation import slerp_batches
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.networks import ADMUNet
@@ -272,7 +273,7 @@ def test_patch_sizes_are_checked(size):
         (PICTURES, {"variants": 0}, "variants must be"),
         (PICTURES, {"operator": PatchMean(5)}, "use one of 2, 4, 8"),
         (PICTURES, {"operator": Noisy()}, "Expected sigmas"),
-        (PICTURES, {"sigmas": (1.0, 2.0)}, "must fall"),
+        (PICTURES, {"sigmas": (1.0, 2.0)}, "must descend"),
     ],
 )
 def test_invalid_edits_are_refused(images, asked, message):

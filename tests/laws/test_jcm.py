@@ -20,11 +20,10 @@ from cm_jax.conversion.rules import from_source, source_shapes, to_source
 from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import SongUNet
 from cm_jax.networks.song_unet import DDPMPP, NCSNPP
 from cm_jax.types import leaves, nested
-from tests.support import DATA
+from tests.support import DATA, assert_bitwise_equal, integer_tensors, lazy
 
 SMALL = SongUNet(image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1)
 HINTS = CheckpointHints(image_size=8, preconditioning="consistency", num_levels=18)
@@ -34,16 +33,12 @@ def shapes_of(network):
     return source_shapes(jcm.rules(network), network.shapes())
 
 
-def state(network, dtype=np.float32, seed=0):
+def state(network, dtype=np.float32):
     """The state that a jcm run saves; online weights and optimizer differ from the EMA weights."""
-    rng = np.random.default_rng(seed)
+    seeds = itertools.count()
 
     def numbers():
-        arrays = {
-            name: rng.integers(-999, 999, shape).astype(np.float32).astype(dtype)
-            for name, shape in shapes_of(network).items()
-        }
-        return nested(dict(sorted(arrays.items())))
+        return nested(dict(sorted(integer_tensors(shapes_of(network), dtype, next(seeds)).items())))
 
     return {
         "step": np.int32(800_000),
@@ -95,15 +90,13 @@ def test_all_tensors_of_recorded_trees(name, network, count, parameters):
     ],
 )
 def test_networks_are_inferred_and_round_trip_bitwise(network):
-    source = dict(leaves(state(network)["params_ema"]))
-    shapes = {name: array.shape for name, array in source.items()}
+    shapes = shapes_of(network)
+    source = integer_tensors(shapes)
     found = jcm.candidates(shapes, "a file", image_size=network.image_size)
     assert [n for n in found if n.resampling == network.resampling] == [network]
-    tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a) for name, a in source.items()}
     rules = jcm.rules(network)
-    back = to_source(rules, from_source(rules, network.shapes(), tensors, source="a file"))
-    assert sorted(back) == sorted(source)
-    assert all(back[name].tobytes() == array.tobytes() for name, array in source.items())
+    back = to_source(rules, from_source(rules, network.shapes(), lazy(source), source="a file"))
+    assert_bitwise_equal(back, source)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -112,18 +105,13 @@ def test_a_file_becomes_a_model_and_a_native_checkpoint(tmp_path, dtype, precond
     content = state(SMALL, dtype)
     path = saved(tmp_path / "checkpoint_80", content)
     source = read(path, dataclasses.replace(HINTS, preconditioning=preconditioning))
-    preconditioning = {"edm": EDMPreconditioning, "consistency": ConsistencyPreconditioning}[preconditioning](
-        time_factor=EDM_TIME
-    )
-    assert source.config == ModelConfig(SMALL, preconditioning, num_levels=18)
-    back = to_source(jcm.rules(SMALL), source.params)
-    for name, array in leaves(content["params_ema"]):
-        assert back[name].dtype == array.dtype
-        assert back[name].tobytes() == array.tobytes()
+    kind = EDMPreconditioning if preconditioning == "edm" else ConsistencyPreconditioning
+    assert source.config == ModelConfig(SMALL, kind(time_factor=EDM_TIME), num_levels=18)
+    assert_bitwise_equal(to_source(jcm.rules(SMALL), source.params), dict(leaves(content["params_ema"])))
     write(tmp_path / "native", "native", source.config, source.params)
     again = read(tmp_path / "native")
     assert again.config == source.config
-    assert {n: a.tobytes() for n, a in leaves(again.params)} == {n: a.tobytes() for n, a in leaves(source.params)}
+    assert_bitwise_equal(dict(leaves(again.params)), dict(leaves(source.params)))
     with pytest.raises(InputError, match="got a SongUNet"):
         write(tmp_path / "model.pt", "openai", source.config, source.params)
 

@@ -17,7 +17,7 @@ from cm_jax.loading import load
 from cm_jax.networks import SongUNet
 from cm_jax.types import leaves
 from tests.runs.test_commands import failed, succeeded
-from tests.support import EMOJI, random_params
+from tests.support import EMOJI, assert_bitwise_equal, random_params
 
 NETWORK = SongUNet(
     image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1, attention_factors=(), classes=3
@@ -48,10 +48,9 @@ def parts(path):
 def test_round_trip_is_bitwise(file):
     source = conversion.read(file)
     assert source.config == CONFIG
-    before, after = dict(leaves(random_params(NETWORK))), dict(leaves(source.params))
-    assert before.keys() == after.keys()
-    assert all(np.array_equal(before[name], after[name]) and after[name].dtype == np.float32 for name in before)
-    assert set(parts(file)[0]) == set(before), "tensors are named by their paths"
+    expected = {name: np.asarray(leaf) for name, leaf in leaves(random_params(NETWORK))}
+    assert_bitwise_equal(dict(leaves(source.params)), expected)
+    assert set(parts(file)[0]) == set(expected), "tensors are named by their paths"
 
 
 def test_permissions_are_those_of_any_new_file(file, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
-from cm_jax.editing import Luma, PatchMean, edit, edited_denoiser
+from cm_jax.editing import Luma, PatchMean, edit
+from cm_jax.editing.algorithm import edited_denoiser
 from cm_jax.samplers import Consistency, choose_levels
 from cm_jax.samplers.consistency import multistep_sample
 from tests.support import DATA, adm_golden, nhwc

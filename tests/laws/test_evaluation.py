@@ -300,7 +300,7 @@ def test_invalid_metrics_and_references_are_refused(tmp_path):
     np.savez(path, arr_0=array)
     assert read_statistics(path) is None
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(InputError, match="not a complete .npz file"):
+    with pytest.raises(InputError, match=r"not a complete \.npz file"):
         read_statistics(path)
 
 

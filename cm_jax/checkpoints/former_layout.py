@@ -55,9 +55,8 @@ def restated(fields: dict[str, Any]) -> dict[str, Any]:
             followed = _complete(target.pop("curriculum"), progressive, f"{name}.curriculum")
             _state(said, f"{name}.curriculum", {"the curriculum": followed | {"kind": "Progressive"}})
             _state(said, "objective.curriculum", {"the curriculum": curriculum})
-    final = None if curriculum is None else curriculum.get("num_levels", curriculum.get("end"))
-    if isinstance(final, int):
-        final += "end" in curriculum
+    final = _final_num_levels(curriculum)
+    if final is not None:
         _state(said, "objective.curriculum", {"the number of levels": final})
         _state(said, "grid", {} if num_levels is None else {"the number of levels": num_levels})
 
@@ -93,6 +92,14 @@ def _curriculum(objective: dict[str, Any]) -> dict[str, Any] | None:
     if default is None or _fields(curriculum).get("kind") == "Halving":
         return None
     return _complete(curriculum, _CURRICULA, "objective.curriculum") | {"kind": curriculum["kind"]}
+
+
+def _final_num_levels(curriculum: dict[str, Any] | None) -> int | None:
+    """The last N of a complete curriculum; None without one, or for values that are not integers."""
+    if curriculum is None:
+        return None
+    num_levels, end = curriculum.get("num_levels"), curriculum.get("end")
+    return end + 1 if isinstance(end, int) else num_levels if isinstance(num_levels, int) else None
 
 
 def _complete(value: Any, kinds: dict[str, dict[str, Any]], place: str) -> dict[str, Any]:

@@ -53,6 +53,39 @@ class FrozenParams(NamedTuple):
     """Of a distance with weights (LPIPS)."""
 
 
+class Inputs(NamedTuple):
+    """The inputs of one evaluation of an objective, and its functions (x, sigma) -> images for the batch."""
+
+    models: Models
+    params: Params
+    frozen: FrozenParams
+    batch: Batch
+    noise: Images
+    """Standard normal, one image per image of the batch."""
+    level_keys: Keys
+    dropout_keys: Keys
+    step: Step
+
+    def student(self) -> Denoiser:
+        return self.models.student.denoiser(self.params, self.batch.labels, self.dropout_keys)
+
+    def target(self) -> Denoiser:
+        """f^-, with the dropout masks of the student."""
+        params = self.params if self.frozen.target is None else self.frozen.target
+        return self.models.student.denoiser(params, self.batch.labels, self.dropout_keys)
+
+    def teacher(self) -> Denoiser:
+        """The teacher without dropout. Raises InputError if it is missing."""
+        function, params = self.teacher_function()
+        return function.denoiser(params, self.batch.labels)
+
+    def teacher_function(self) -> tuple[ConsistencyFunction, Params]:
+        """The teacher and its parameters. Raises InputError if either is missing."""
+        if self.models.teacher is None or self.frozen.teacher is None:
+            raise InputError("This objective needs a teacher: give a denoiser and its parameters as well.")
+        return self.models.teacher, self.frozen.teacher
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective(abc.ABC):
     """objective(models, params, frozen, batch, keys, step) -> losses and metrics, per image.
@@ -92,19 +125,20 @@ class Objective(abc.ABC):
     def __call__(
         self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
     ) -> tuple[Losses, Metrics]:
-        if self.adaptive is None:
-            return self.evaluate(models, params, frozen, batch, keys, step)
-        target = None if frozen.target is None else without_weight(frozen.target)
+        key_level, key_noise, key_dropout = split_keys(keys)
+        noise = normal_per_image(key_noise, batch.images.shape[1:])
+        target = frozen.target if self.has_target and frozen.target is not None else params
         teacher = None if frozen.teacher is None else without_weight(frozen.teacher)
-        frozen = frozen._replace(target=target, teacher=teacher)
-        losses, metrics = self.evaluate(models, without_weight(params), frozen, batch, keys, step)
+        frozen = frozen._replace(target=without_weight(target), teacher=teacher)
+        inputs = Inputs(models, without_weight(params), frozen, batch, noise, key_level, key_dropout, step)
+        losses, metrics = self.evaluate(inputs)
+        if self.adaptive is None:
+            return losses, metrics
         weight = self.adaptive(params, models.student.preconditioning.c_noise(metrics["sigma"]))
         return jnp.exp(weight) * losses - weight, metrics | {"unweighted": losses, "log_weight": weight}
 
     @abc.abstractmethod
-    def evaluate(
-        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
-    ) -> tuple[Losses, Metrics]:
+    def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
         """Losses and metrics without the learned weight."""
 
     def check(self, models: Models) -> None:
@@ -123,17 +157,6 @@ class Objective(abc.ABC):
     def extras(self) -> Params:
         """Initial parameters that it trains in addition to the network's, as further branches of the same tree."""
         return {} if self.adaptive is None else self.adaptive.initialize()
-
-    def teacher(self, models: Models, frozen: FrozenParams) -> tuple[ConsistencyFunction, Params]:
-        """The teacher and its parameters. Raises InputError if either is missing."""
-        if models.teacher is None or frozen.teacher is None:
-            raise InputError(f"{type(self).__name__} needs a teacher: give a denoiser and its parameters as well.")
-        return models.teacher, frozen.teacher
-
-    def teacher_denoiser(self, models: Models, frozen: FrozenParams, labels: Labels | None) -> Denoiser:
-        """The teacher without dropout. Raises InputError as `teacher` does."""
-        function, params = self.teacher(models, frozen)
-        return function.denoiser(params, labels)
 
 
 class DistanceObjective(Objective, abc.ABC):
@@ -157,26 +180,18 @@ class PairObjective(DistanceObjective, abc.ABC):
 
     has_target: ClassVar[bool] = True
 
-    def evaluate(
-        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
-    ) -> tuple[Losses, Metrics]:
-        key_level, key_noise, key_dropout = split_keys(keys)
-        t, r, metrics = self.sample_pair(key_level, models.student.schedule, step)
-        noise = normal_per_image(key_noise, batch.images.shape[1:])
-        target_params = frozen.target if self.has_target and frozen.target is not None else params
-        student = models.student.denoiser(params, batch.labels, key_dropout)
-        target = models.student.denoiser(target_params, batch.labels, key_dropout)
-        teacher = self.teacher_denoiser(models, frozen, batch.labels) if self.has_teacher else None
+    def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
+        t, r, metrics = self.sample_pair(inputs.level_keys, inputs.models.student.schedule, inputs.step)
         losses = self.losses(
-            student,
-            target,
-            batch.images,
+            inputs.student(),
+            inputs.target(),
+            inputs.batch.images,
             t,
             r,
-            noise,
-            teacher=teacher,
-            perceptual=frozen.perceptual,
-            sigma_data=models.student.preconditioning.sigma_data,
+            inputs.noise,
+            teacher=inputs.teacher() if self.has_teacher else None,
+            perceptual=inputs.frozen.perceptual,
+            sigma_data=inputs.models.student.preconditioning.sigma_data,
         )
         return losses, {"sigma": t, **metrics}
 

@@ -15,22 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.curricula import Rate, Step, WarmUp
+from cm_jax.diffusion.curricula import Rate, WarmUp
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.noise_schedule import sigma_at_trigflow_time, trigflow_time
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.objectives.base import (
-    Batch,
-    FrozenParams,
-    Losses,
-    Metrics,
-    Models,
-    Objective,
-    require_forward_derivatives,
-    split_keys,
-)
-from cm_jax.types import Images, Keys, Labels, Params, normal_per_image, per_image
+from cm_jax.objectives.base import Inputs, Losses, Metrics, Models, Objective, require_forward_derivatives
+from cm_jax.types import Images, Keys, Labels, Params, per_image
 
 Times = Float[Array, " b"]
 Field = Callable[[Images, Times], Images]
@@ -56,25 +47,22 @@ class _ContinuousTime(Objective):
         trigflow_preconditioning(models.student)
         require_forward_derivatives(self, models.student)
 
-    def evaluate(
-        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
-    ) -> tuple[Losses, Metrics]:
-        key_level, key_noise, key_dropout = split_keys(keys)
-        sigma = self.noise_distribution(key_level)
-        sigma_data = trigflow_preconditioning(models.student).sigma_data
-        t = trigflow_time(sigma, sigma_data)
-        noise = sigma_data * normal_per_image(key_noise, batch.images.shape[1:])
-        x_t = per_image(jnp.cos(t)) * batch.images + per_image(jnp.sin(t)) * noise
-        velocity = self.velocity(models, frozen, batch, x_t, t, noise)
-        field = trigflow_field(models.student, params, batch.labels, key_dropout)
-        losses, tangent_norm = self.losses(field, x_t, t, velocity, self.warm_up(step), sigma_data)
+    def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
+        images, student = inputs.batch.images, inputs.models.student
+        sigma, sigma_data = self.noise_distribution(inputs.level_keys), student.preconditioning.sigma_data
+        t, noise = trigflow_time(sigma, sigma_data), sigma_data * inputs.noise
+        x_t = per_image(jnp.cos(t)) * images + per_image(jnp.sin(t)) * noise
+        teacher = trigflow_field(*inputs.teacher_function(), inputs.batch.labels) if self.has_teacher else None
+        velocity = self.velocity(teacher, images, noise, x_t, t, sigma_data)
+        field = trigflow_field(student, inputs.params, inputs.batch.labels, inputs.dropout_keys)
+        losses, tangent_norm = self.losses(field, x_t, t, velocity, self.warm_up(inputs.step), sigma_data)
         return losses, {"sigma": sigma, "tangent_norm": tangent_norm}
 
     @abc.abstractmethod
     def velocity(
-        self, models: Models, frozen: FrozenParams, batch: Batch, x_t: Images, t: Times, noise: Images
+        self, teacher: Field | None, images: Images, noise: Images, x_t: Images, t: Times, sigma_data: float
     ) -> Images:
-        """dx_t / dt."""
+        """dx_t / dt, for noise sigma_data z."""
 
     def losses(
         self, field: Field, x_t: Images, t: Times, velocity: Images, warm_up: Rate | float, sigma_data: float = 0.5
@@ -105,10 +93,9 @@ class ContinuousTraining(_ContinuousTime):
     """sCT: dx_t / dt = cos t sigma_data z - sin t x_0, from data alone."""
 
     def velocity(
-        self, models: Models, frozen: FrozenParams, batch: Batch, x_t: Images, t: Times, noise: Images
+        self, teacher: Field | None, images: Images, noise: Images, x_t: Images, t: Times, sigma_data: float
     ) -> Images:
-        del models, frozen, x_t
-        return per_image(jnp.cos(t)) * noise - per_image(jnp.sin(t)) * batch.images
+        return per_image(jnp.cos(t)) * noise - per_image(jnp.sin(t)) * images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +113,10 @@ class ContinuousDistillation(_ContinuousTime):
             raise InputError(f"Student and teacher need the same sigma_data; got {student} and {teacher}.")
 
     def velocity(
-        self, models: Models, frozen: FrozenParams, batch: Batch, x_t: Images, t: Times, noise: Images
+        self, teacher: Field | None, images: Images, noise: Images, x_t: Images, t: Times, sigma_data: float
     ) -> Images:
-        del noise
-        teacher, teacher_params = self.teacher(models, frozen)
-        sigma_data = trigflow_preconditioning(teacher).sigma_data
-        return sigma_data * trigflow_field(teacher, teacher_params, batch.labels)(x_t / sigma_data, t)
+        assert teacher is not None
+        return sigma_data * teacher(x_t / sigma_data, t)
 
 
 def trigflow_field(

@@ -3,13 +3,12 @@
 import dataclasses
 from typing import ClassVar
 
-from cm_jax.diffusion.curricula import Step
 from cm_jax.diffusion.distances import Squared
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.weightings import AnyWeighting, Karras
-from cm_jax.objectives.base import Batch, DistanceObjective, FrozenParams, Losses, Metrics, Models, split_keys
+from cm_jax.objectives.base import DistanceObjective, Inputs, Losses, Metrics
 from cm_jax.objectives.distances import AnyDistance
-from cm_jax.types import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
+from cm_jax.types import Denoiser, Images, Params, Sigmas, per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +21,11 @@ class Denoising(DistanceObjective):
 
     makes_denoiser: ClassVar[bool] = True
 
-    def evaluate(
-        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
-    ) -> tuple[Losses, Metrics]:
-        del step
-        key_level, key_noise, key_dropout = split_keys(keys)
-        sigma = self.noise_distribution(key_level)
-        noise = normal_per_image(key_noise, batch.images.shape[1:])
-        denoiser = models.student.denoiser(params, batch.labels, key_dropout)
-        sigma_data = models.student.preconditioning.sigma_data
-        return self.losses(denoiser, batch.images, sigma, noise, frozen.perceptual, sigma_data), {"sigma": sigma}
+    def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
+        sigma = self.noise_distribution(inputs.level_keys)
+        perceptual, sigma_data = inputs.frozen.perceptual, inputs.models.student.preconditioning.sigma_data
+        losses = self.losses(inputs.student(), inputs.batch.images, sigma, inputs.noise, perceptual, sigma_data)
+        return losses, {"sigma": sigma}
 
     def losses(
         self,

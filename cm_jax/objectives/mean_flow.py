@@ -8,21 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.curricula import Step
 from cm_jax.diffusion.noise_distributions import AnyIntervalDistribution, SortedInterval
 from cm_jax.diffusion.preconditioning import MeanFlowPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.objectives.base import (
-    Batch,
-    FrozenParams,
-    Losses,
-    Metrics,
-    Models,
-    Objective,
-    require_forward_derivatives,
-    split_keys,
-)
-from cm_jax.types import Images, Keys, Params, normal_per_image, per_image
+from cm_jax.objectives.base import Inputs, Losses, Metrics, Models, Objective, require_forward_derivatives
+from cm_jax.types import Images, per_image
 
 Times = Float[Array, " b"]
 Velocity = Callable[[Images, Times, Times], Images]
@@ -52,19 +42,16 @@ class MeanFlow(Objective):
         if not models.student.network.interval_embedding:
             raise InputError("MeanFlow needs a network with an interval embedding: set its interval_embedding=True.")
 
-    def evaluate(
-        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
-    ) -> tuple[Losses, Metrics]:
-        del frozen, step
-        key_level, key_noise, key_dropout = split_keys(keys)
-        t, r = self.noise_distribution(key_level)
-        noise = normal_per_image(key_noise, batch.images.shape[1:])
-        network, factor = models.student.network, mean_flow_preconditioning(models.student).time_factor
+    def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
+        t, r = self.noise_distribution(inputs.level_keys)
+        student = inputs.models.student
+        network, factor = student.network, mean_flow_preconditioning(student).time_factor
 
         def u(z: Images, t: Times, length: Times) -> Images:
-            return network.predict(params, z, factor * t, batch.labels, key_dropout, factor * length)
+            labels, dropout_keys = inputs.batch.labels, inputs.dropout_keys
+            return network.predict(inputs.params, z, factor * t, labels, dropout_keys, factor * length)
 
-        errors = self.errors(u, batch.images, t, r, noise)
+        errors = self.errors(u, inputs.batch.images, t, r, inputs.noise)
         return self.weighted(errors), {"sigma": t / (1 - t), "length": t - r, "error": errors}
 
     def losses(self, u: Velocity, images: Images, t: Times, r: Times, noise: Images) -> Losses:

@@ -7,14 +7,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from cm_jax.diffusion.curricula import AnyCurriculum, Halving, Step
+from cm_jax.diffusion.curricula import AnyCurriculum, Halving
 from cm_jax.diffusion.distances import Squared
 from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, UniformIndex
 from cm_jax.diffusion.ode import dx_dsigma, euler_step
 from cm_jax.diffusion.weightings import AnyWeighting, TruncatedSNR
-from cm_jax.objectives.base import Batch, DistanceObjective, FrozenParams, Losses, Metrics, Models, split_keys
+from cm_jax.objectives.base import DistanceObjective, Inputs, Losses, Metrics
 from cm_jax.objectives.distances import AnyDistance
-from cm_jax.types import Denoiser, Images, Keys, Params, Sigmas, normal_per_image, per_image
+from cm_jax.types import Denoiser, Images, Params, Sigmas, per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +34,21 @@ class ProgressiveDistillation(DistanceObjective):
     makes_denoiser: ClassVar[bool] = True
     replaces_teacher: ClassVar[bool] = True
 
-    def evaluate(
-        self, models: Models, params: Params, frozen: FrozenParams, batch: Batch, keys: Keys, step: Step
-    ) -> tuple[Losses, Metrics]:
-        key_level, key_noise, key_dropout = split_keys(keys)
-        num_levels, schedule = self.curriculum(step) + 1, models.student.schedule
-        index = self.noise_distribution(key_level, schedule, num_levels)
+    def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
+        num_levels, schedule = self.curriculum(inputs.step) + 1, inputs.models.student.schedule
+        index = self.noise_distribution(inputs.level_keys, schedule, num_levels)
         t, middle, r = (schedule.sigma(index + offset, num_levels) for offset in (0, 0.5, 1))
-        noise = normal_per_image(key_noise, batch.images.shape[1:])
-        student = models.student.denoiser(params, batch.labels, key_dropout)
-        teacher = self.teacher_denoiser(models, frozen, batch.labels)
-        sigma_data = models.student.preconditioning.sigma_data
-        losses = self.losses(student, teacher, batch.images, t, middle, r, noise, frozen.perceptual, sigma_data)
+        losses = self.losses(
+            inputs.student(),
+            inputs.teacher(),
+            inputs.batch.images,
+            t,
+            middle,
+            r,
+            inputs.noise,
+            inputs.frozen.perceptual,
+            inputs.models.student.preconditioning.sigma_data,
+        )
         return losses, {"sigma": t, "levels": jnp.full_like(t, num_levels)}
 
     def losses(

@@ -1,4 +1,4 @@
-"""What holds for every network, and for exact denoisers."""
+"""Laws of networks with their preconditioning, and of model configs."""
 
 import dataclasses
 import json
@@ -30,14 +30,14 @@ def test_the_consistency_function_is_the_identity_at_sigma_min():
     np.testing.assert_array_equal(clean, x)
 
 
-def test_a_denoiser_is_not_held_to_the_boundary():
+def test_a_denoiser_has_no_boundary_condition():
     function = jax.jit(ConsistencyFunction(SMALL, EDMPreconditioning()))
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     assert not np.array_equal(function(random_params(SMALL), x, jnp.full(2, 0.002), jnp.array([1, 2])), x)
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 80.0])
-def test_edm_scalings_give_unit_variance_inputs_and_targets(sigma):
+def test_edm_preconditioning_gives_unit_variance_inputs_and_targets(sigma):
     """The demands from which EDM derives them (appendix B.6): unit-variance inputs and targets."""
     preconditioning, level = EDMPreconditioning(), jnp.array([sigma])
     variance = preconditioning.sigma_data**2 + sigma**2
@@ -48,20 +48,20 @@ def test_edm_scalings_give_unit_variance_inputs_and_targets(sigma):
     assert target == pytest.approx(float(preconditioning.c_out(level)[0]) ** 2, rel=1e-3)
 
 
-def test_with_the_best_raw_output_the_gaussian_denoiser_comes_out():
+def test_zero_output_gives_the_gaussian_denoiser():
     """For data from N(0, sigma_data^2) the best denoiser is c_skip x, so the raw network has nothing to add."""
     x, sigma = jnp.ones((3, 1, 1, 1)), jnp.array([0.002, 1.0, 80.0])
     exact = x * (0.25 / (0.25 + sigma**2))[:, None, None, None]
     np.testing.assert_allclose(EDMPreconditioning().blend(x, sigma, jnp.zeros_like(x), 0.002), exact, rtol=1e-6)
 
 
-def test_a_fresh_network_puts_out_zero():
+def test_an_initialized_network_outputs_zero():
     params = SMALL.initialize(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     assert not jax.jit(SMALL.predict)(params, x, jnp.array([1.0, -100.0]), jnp.array([0, 9])).any()
 
 
-def test_initialisation_follows_pytorchs_laws_and_its_key():
+def test_initialization_has_the_distributions_of_pytorch():
     params = SMALL.initialize(jax.random.key(0))
     kernel = params["down_0_0"]["residual"]["conv_1"]["kernel"]
     bound = 1 / np.sqrt(9 * 32)
@@ -74,7 +74,7 @@ def test_initialisation_follows_pytorchs_laws_and_its_key():
     assert not np.array_equal(kernel, other["down_0_0"]["residual"]["conv_1"]["kernel"])
 
 
-def test_any_image_size_that_halves_goes_through():
+def test_any_divisible_image_size_works():
     params = random_params(SMALL)
     out = jax.jit(SMALL.predict)(params, jnp.ones((1, 24, 40, 3)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     assert out.shape == (1, 24, 40, 3)
@@ -86,7 +86,7 @@ def test_equal_networks_hash_alike():
     assert hash(network) == hash(SMALL)
 
 
-SCALINGS = [
+PRECONDITIONINGS = [
     EDMPreconditioning(),
     ConsistencyPreconditioning(),
     TrigFlowPreconditioning(time_factor=300.0),
@@ -94,23 +94,25 @@ SCALINGS = [
 ]
 
 
-@pytest.mark.parametrize("preconditioning", SCALINGS)
+@pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
 @pytest.mark.parametrize("consistency", [None, True, False])
-def test_a_config_with_any_scaling_goes_there_and_back(preconditioning, consistency):
+def test_configs_with_any_preconditioning_round_trip(preconditioning, consistency):
     config = ModelConfig(SMALL, preconditioning, num_levels=18, consistency=consistency)
     assert ModelConfig.from_json(config.to_json(), "a test") == config
 
 
-@pytest.mark.parametrize(("preconditioning", "judged"), list(zip(SCALINGS, [False, True, False, True], strict=True)))
-def test_a_model_is_what_its_scalings_say_unless_it_is_said(preconditioning, judged):
-    """ECT's and sCM's students have the scalings of a denoiser, and are consistency functions all the same."""
+@pytest.mark.parametrize(
+    ("preconditioning", "distilled"), list(zip(PRECONDITIONINGS, [False, True, False, True], strict=True))
+)
+def test_the_preconditioning_decides_what_a_model_is_unless_the_config_does(preconditioning, distilled):
+    """Students of ECT and sCM are consistency functions with the preconditioning of a denoiser."""
     config = ModelConfig(SMALL, preconditioning)
-    assert config.distilled == judged
+    assert config.distilled == distilled
     assert dataclasses.replace(config, consistency=True).distilled
     assert not dataclasses.replace(config, consistency=False).distilled
 
 
-def test_a_config_written_before_it_said_what_it_is_still_reads():
+def test_a_config_without_the_field_consistency_is_readable():
     config = ModelConfig(SMALL, ConsistencyPreconditioning())
     fields = json.loads(config.to_json())
     del fields["consistency"]
@@ -118,7 +120,7 @@ def test_a_config_written_before_it_said_what_it_is_still_reads():
 
 
 @pytest.mark.parametrize("preconditioning", [EDMPreconditioning(), TrigFlowPreconditioning()])
-def test_a_student_with_a_denoisers_scalings_draws_in_one_step(preconditioning):
+def test_a_student_with_edm_preconditioning_samples_in_one_step(preconditioning):
     params = random_params(SMALL)
     student = Model(ModelConfig(SMALL, preconditioning, consistency=True), params)
     noise = np.asarray(jax.random.normal(jax.random.key(0), (1, 2, 16, 16, 3)))
@@ -134,19 +136,19 @@ def test_a_student_with_a_denoisers_scalings_draws_in_one_step(preconditioning):
 @pytest.mark.parametrize(
     ("preconditioning", "wanted"),
     [
-        (EDMPreconditioning(), "with the scalings of a denoiser"),
-        (TrigFlowPreconditioning(), "clock"),
-        (MeanFlowPreconditioning(), "clock"),
+        (EDMPreconditioning(), "with EDM preconditioning"),
+        (TrigFlowPreconditioning(), "c_noise"),
+        (MeanFlowPreconditioning(), "c_noise"),
     ],
 )
-def test_others_formats_would_take_such_a_student_for_another_function(kind, preconditioning, wanted, tmp_path):
+def test_third_party_formats_cannot_hold_such_a_student(kind, preconditioning, wanted, tmp_path):
     config = ModelConfig(SMALL, preconditioning, consistency=True)
     with pytest.raises(InputError, match=wanted):
         conversion.write(tmp_path / "there", kind, config, random_params(SMALL))
     assert not list(tmp_path.iterdir())
 
 
-def test_trigflow_scalings_differ_from_edms_in_the_clock_alone():
+def test_trigflow_differs_from_edm_in_c_noise_alone():
     sigma = jnp.array([0.002, 0.5, 80.0])
     trigflow, edm = TrigFlowPreconditioning(), EDMPreconditioning()
     for name in ("c_skip", "c_out", "c_in"):

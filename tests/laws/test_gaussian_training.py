@@ -1,5 +1,6 @@
-"""Data from N(MEAN, DEVIATION^2), where denoiser, velocity and consistency function are known: what every method must
-find. The exact solutions are at rest under every objective, and a small network trained by each approaches them.
+"""Training on data from N(MEAN, STD^2), where denoiser, velocity and consistency function are known exactly.
+
+The exact solutions are stationary under every objective, and a small network trained by each approaches them.
 """
 
 import dataclasses
@@ -44,27 +45,28 @@ from cm_jax.objectives import (
     Models,
     Objective,
 )
+from cm_jax.objectives.continuous_time import trigflow_field
 from cm_jax.types import Network, per_image
 
-MEAN, DEVIATION, SIGMA_DATA = 0.3, 0.2, 0.5
+MEAN, STD, SIGMA_DATA = 0.3, 0.2, 0.5
 SHAPE = (2, 2, 1)
 
 
 def exact_denoiser(x, sigma):
     """The mean of the clean image given the noisy one."""
-    return MEAN + (x - MEAN) * per_image(DEVIATION**2 / (DEVIATION**2 + sigma**2))
+    return MEAN + (x - MEAN) * per_image(STD**2 / (STD**2 + sigma**2))
 
 
 def exact_function(x, sigma):
-    """Along the probability flow x - MEAN shrinks as the deviation of the noisy data does, down to sigma = 0."""
-    return MEAN + (x - MEAN) * per_image(DEVIATION / jnp.sqrt(DEVIATION**2 + sigma**2))
+    """Along the probability flow, x - MEAN is proportional to the standard deviation of the noisy data."""
+    return MEAN + (x - MEAN) * per_image(STD / jnp.sqrt(STD**2 + sigma**2))
 
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """a x + b in every pixel, a and b by one layer of 32 tanh's of the clock or of both clocks; fresh it puts out 0.
+    """a x + b in every pixel, with a and b from one layer of 32 tanh units of c_noise (and the length); initially 0.
 
-    All exact solutions here are affine in the image, so that it only has to find how they depend on the level.
+    All exact solutions here are affine in the image, so only their dependence on the noise level must be learned.
     """
 
     interval_embedding: bool = False
@@ -73,10 +75,10 @@ class Affine:
     classes: int | None = None
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
-        clock = c_noise[:, None]
+        c = c_noise[:, None]
         if self.interval_embedding:
-            clock = jnp.stack([c_noise, c_noise if length is None else length], axis=1)
-        a, b = (jnp.tanh(clock @ params["clock"] + params["shift"]) @ params["out"]).T
+            c = jnp.stack([c_noise, c_noise if length is None else length], axis=1)
+        a, b = (jnp.tanh(c @ params["clock"] + params["shift"]) @ params["out"]).T
         return per_image(a) * x + per_image(b)
 
     def shapes(self):
@@ -87,7 +89,7 @@ class Affine:
         fresh = {name: 2 * jax.random.normal(keys[name], shape) for name, shape in self.shapes().items()}
         return fresh | {"out": jnp.zeros((32, 2))}
 
-    def check_input(self, shape, labelled): ...
+    def check_input(self, shape, labeled): ...
 
     def prepare(self, params):
         return params
@@ -98,7 +100,7 @@ class Affine:
 
 @dataclasses.dataclass(frozen=True)
 class Exact(Affine):
-    """What a network must put out for its denoiser, with TrigFlow's scalings, to be the exact one."""
+    """The network whose denoiser, with TrigFlowPreconditioning, is the exact one."""
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
         sigma = sigma_at_trigflow_time(c_noise, SIGMA_DATA)
@@ -121,20 +123,20 @@ def test_the_toys_are_networks_and_the_teacher_is_exact():
     np.testing.assert_allclose(TEACHER({}, x, sigma), exact_denoiser(x, sigma), atol=1e-5)
 
 
-# The exact solutions are at rest. A clean image given the noisy one is normal; what an objective regresses on is affine
-# in it, so that its mean is that over the two images one deviation to either side.
+# The exact solutions are stationary. Given the noisy image the clean one is normal, and regression targets are affine
+# in it, so their mean is that over the two clean images one standard deviation above and below.
 
 TIMES = np.array([0.05, 0.3, 0.7, 0.95])
 
 
 def noisy_and_both_clean(alpha, sigma):
-    """x = alpha x_0 + sigma e in double precision, and (x_0, e) twice: one deviation to either side, given x."""
+    """x = alpha x_0 + sigma e in double precision, and (x_0, e) one standard deviation above and below, given x."""
     rng = np.random.default_rng(0)
     alpha, sigma = per_image(jnp.asarray(alpha, jnp.float64)), per_image(jnp.asarray(sigma, jnp.float64))
-    variance = alpha**2 * DEVIATION**2 + sigma**2
+    variance = alpha**2 * STD**2 + sigma**2
     x = alpha * MEAN + jnp.sqrt(variance) * rng.standard_normal((len(TIMES), *SHAPE))
-    mean = MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN)
-    std = DEVIATION * sigma / jnp.sqrt(variance)
+    mean = MEAN + alpha * STD**2 / variance * (x - alpha * MEAN)
+    std = STD * sigma / jnp.sqrt(variance)
     return x, [(clean, (x - alpha * clean) / sigma) for clean in (mean - std, mean + std)]
 
 
@@ -162,10 +164,10 @@ def test_the_exact_function_has_no_tangent_by_the_exact_teacher_and_none_in_the_
     with jax.enable_x64(True):
         t = jnp.asarray(1.5 * TIMES)
         x_t, both = noisy_and_both_clean(jnp.cos(t), SIGMA_DATA * jnp.sin(t))
-        frozen = FrozenParams(teacher={})
+        teacher = trigflow_field(TEACHER, {})
 
         def tangent(objective, clean, noise):
-            velocity = objective.velocity(TRIGFLOW, frozen, Batch(clean), x_t, t, SIGMA_DATA * noise)
+            velocity = objective.velocity(teacher, clean, SIGMA_DATA * noise, x_t, t, SIGMA_DATA)
             return objective.tangent(trigflow_exact, x_t, t, velocity, 1.0, SIGMA_DATA)[1]
 
         np.testing.assert_allclose(tangent(ContinuousDistillation(), *both[0]), 0, atol=1e-12)
@@ -175,11 +177,11 @@ def test_the_exact_function_has_no_tangent_by_the_exact_teacher_and_none_in_the_
 
 
 def test_the_exact_mean_velocity_is_at_rest():
-    """u = (z_t - z_r) / (t - r), where z - (1 - t) MEAN grows along the flow as its deviation does."""
+    """u = (z_t - z_r) / (t - r), where z - (1 - t) MEAN is proportional to its standard deviation."""
 
     def exact(z, t, length):
         def spread(t):
-            return per_image(jnp.sqrt((1 - t) ** 2 * DEVIATION**2 + t**2))
+            return per_image(jnp.sqrt((1 - t) ** 2 * STD**2 + t**2))
 
         r = t - length
         there = per_image(1 - r) * MEAN + (z - per_image(1 - t) * MEAN) * spread(r) / spread(t)
@@ -212,7 +214,7 @@ def trained(objective: Objective, models: Models, params, rate):
     def step(state, k):
         params, target, optimizer_state = state
         key_data, key_loss = jax.random.split(jax.random.fold_in(jax.random.key(0), k))
-        batch = Batch(MEAN + DEVIATION * jax.random.normal(key_data, (BATCH, *SHAPE)))
+        batch = Batch(MEAN + STD * jax.random.normal(key_data, (BATCH, *SHAPE)))
         frozen = FrozenParams(target=None if rate is None else target, teacher={})
 
         def loss(params):
@@ -220,7 +222,7 @@ def trained(objective: Objective, models: Models, params, rate):
 
         updates, optimizer_state = optimizer.update(jax.grad(loss)(params), optimizer_state)
         params = optax.apply_updates(params, updates)
-        mu = 0.0 if rate is None else rate(k)
+        mu = 0.0 if rate is None else rate(k, objective.curriculum)
         return (params, jax.tree.map(lambda a, b: mu * a + (1 - mu) * b, target, params), optimizer_state), None
 
     start = (params | objective.extras(), params | objective.extras(), optimizer.init(params | objective.extras()))
@@ -229,7 +231,7 @@ def trained(objective: Objective, models: Models, params, rate):
 
 def error(function, wanted, params, sigma):
     """Root mean square of the difference on noisy data at one level."""
-    x = MEAN + math.hypot(DEVIATION, sigma) * jax.random.normal(jax.random.key(9), (512, *SHAPE))
+    x = MEAN + math.hypot(STD, sigma) * jax.random.normal(jax.random.key(9), (512, *SHAPE))
     levels = jnp.full(512, sigma)
     return float(jnp.sqrt(jnp.square(function(params, x, levels) - wanted(x, levels)).mean()))
 
@@ -269,7 +271,7 @@ def test_training_approaches_the_exact_function(name):
     """One step from pure noise errs five times less than before training, or still less.
 
     The best that a denoiser could say there, MEAN, would err but 1.8 times less (4.2 times for MeanFlow, whose fresh
-    function is z itself): it is the flow that was learnt.
+    function is z itself).
     """
     objective, models, rate, measured = METHODS[name]
     start = fresh(models)

@@ -1,4 +1,4 @@
-"""Networks that are told an interval's length beside their clock, and MeanFlow's as a consistency function."""
+"""Networks with an interval embedding, and MeanFlow's network as a consistency function."""
 
 import dataclasses
 
@@ -52,8 +52,8 @@ def network(request):
     return NETWORKS[request.param]
 
 
-def test_the_second_clock_is_one_branch_more_and_nothing_else_changes(network):
-    """So that checkpoints, converters and counts of networks with one clock stay as they are."""
+def test_the_interval_embedding_adds_one_branch_and_changes_nothing_else(network):
+    """Checkpoints, converters and parameter counts of networks without it do not change."""
     both, one = (dict(leaves(n.shapes())) for n in (network, dataclasses.replace(network, interval_embedding=False)))
     assert {path: leaf for path, leaf in both.items() if not path.startswith("length/")} == one
     added = {path.removeprefix("length/") for path in both.keys() - one.keys()}
@@ -67,14 +67,14 @@ def test_without_a_length_it_is_the_whole_way_to_the_data(network):
     assert relative(predict(params, X, TIME, LABELS, None, LENGTH), whole) > 1e-3
 
 
-def test_a_network_with_one_clock_refuses_a_length(network):
+def test_a_network_without_interval_embedding_refuses_a_length(network):
     one = dataclasses.replace(network, interval_embedding=False)
     with pytest.raises(InputError, match="interval_embedding=True"):
         one.predict(random_params(one), X, TIME, LABELS, None, LENGTH)
 
 
-def test_forward_derivatives_through_both_clocks(network):
-    """Against central differences, as far as single precision shows them: of each clock alone, and of all together."""
+def test_forward_derivatives_through_both_embeddings(network):
+    """Against central differences, within single precision: by time and length alone, and by all inputs together."""
     params = random_params(network)
     u = jax.jit(lambda z, t, length: network.predict(params, z, t, LABELS, None, length))
     direction, one = jax.random.normal(jax.random.key(1), X.shape), jnp.ones(2)
@@ -85,7 +85,7 @@ def test_forward_derivatives_through_both_clocks(network):
 
 
 @pytest.mark.parametrize("spelling", [OPENAI, DIFFUSERS])
-def test_others_formats_have_no_second_clock(spelling):
+def test_third_party_formats_have_no_interval_embedding(spelling):
     with pytest.raises(InputError, match="no networks with an interval embedding"):
         spelling.rules(ADM)
 
@@ -118,7 +118,7 @@ def test_a_mean_flow_model_draws_in_one_step_like_any_other(network):
     assert model.sample(0, 2, labels=[1, 2], steps=2).shape == (2, 8, 8, 3)
 
 
-def test_mean_flow_trains_both_clocks_and_refuses_a_network_with_one(network):
+def test_mean_flow_trains_both_embeddings_and_requires_them(network):
     models = Models(ConsistencyFunction(network, MeanFlowPreconditioning()))
     objective = MeanFlow()
     objective.check(models)

@@ -1,4 +1,4 @@
-"""What must hold of the objectives: exact solutions have no loss, derivatives are derivatives, images stand alone."""
+"""Laws of the objectives: exact solutions have no loss, derivatives are exact, images are independent."""
 
 import dataclasses
 import functools
@@ -78,7 +78,7 @@ class Tiny:
         keys = jax.random.split(key, 4)
         return {name: jax.random.normal(k, shape) for k, (name, shape) in zip(keys, self.shapes().items(), strict=True)}
 
-    def check_input(self, shape, labelled): ...
+    def check_input(self, shape, labeled): ...
 
     def prepare(self, params):
         return params
@@ -137,7 +137,7 @@ def test_the_tiny_network_is_a_network():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_images_stand_alone(name):
+def test_images_are_independent(name):
     """Losses and metrics of an image do not depend on its neighbors, so devices do not matter."""
     objective = OBJECTIVES[name]
     whole = objective(FUNCTIONS[name], everything(objective), HELPERS, BATCH, KEYS, LATE)
@@ -247,7 +247,7 @@ class OnlyRaw(Preconditioning):
 
 @pytest.mark.parametrize("kind", [ConsistencyTraining, EasyConsistencyTuning, ConsistencyDistillation])
 def test_a_pair_shares_its_dropout(kind):
-    """Where the network sees neither image nor level, only its mask could make a difference."""
+    """The outputs depend on neither image nor noise level, so only the dropout mask could differ."""
     models = Models(ConsistencyFunction(Tiny(dropout=0.5), OnlyRaw()), EDM)
     losses, metrics = kind()(models, PARAMS, HELPERS._replace(target=None), BATCH, KEYS, LATE)
     assert (metrics.get("ratio", jnp.ones(1)) > 0).all()
@@ -399,7 +399,7 @@ def test_training_and_distillation_agree_on_one_image():
     t = jnp.concatenate([t, t[:1]])
     x_t = per_image(jnp.cos(t)) * BATCH.images + per_image(jnp.sin(t)) * noise
     exact = (per_image(jnp.cos(t)) * x_t - BATCH.images) / per_image(0.5 * jnp.sin(t))
-    np.testing.assert_allclose(0.5 * exact, SCT.velocity(FUNCTIONS["sct"], HELPERS, BATCH, x_t, t, noise), atol=2e-5)
+    np.testing.assert_allclose(0.5 * exact, SCT.velocity(None, BATCH.images, noise, x_t, t, 0.5), atol=2e-5)
 
 
 @pytest.mark.parametrize("preconditioning", [EDMPreconditioning(), TrigFlowPreconditioning(time_factor=300.0)])
@@ -485,7 +485,7 @@ def test_where_r_is_t_mean_flow_is_flow_matching():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_any_objective_can_learn_a_weight(name):
-    """e^w loss - w, at rest where e^-w is the loss; fresh, it changes nothing, and no network sees its parameters."""
+    """e^w loss - w is minimal at e^-w = loss, changes nothing initially, and is not part of the network."""
     plain = dataclasses.replace(OBJECTIVES[name], adaptive=None)
     learning = dataclasses.replace(plain, adaptive=AdaptiveWeight(16))
     extras = learning.extras()

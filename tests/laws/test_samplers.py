@@ -109,9 +109,9 @@ def test_a_perfect_consistency_function_gives_the_data_law_in_one_step_and_in_fi
         assert images.std() == pytest.approx(std, rel=0.02)
 
 
-def test_no_churn_draws_no_noise():
+def test_without_churn_there_is_no_new_noise():
     def forbidden(index):
-        assert isinstance(index, int), "a draw inside the loop"
+        assert isinstance(index, int), "noise inside the loop"
         return jnp.ones((1, 2, 2, 3))
 
     for sampler in (Heun(), DPM(), Euler(), ProgressiveEuler()):
@@ -127,8 +127,8 @@ def test_images_lie_in_range_and_one_step_works(name):
         assert jnp.abs(images).max() <= 1
 
 
-def test_the_three_spellings_agree():
-    """diffusers' 22,0 is the original's 0,22,39 and the levels 80, 1.38237."""
+def test_timesteps_indices_and_sigmas_agree():
+    """22,0 in diffusers is 0,22,39 in OpenAI's code, and the noise levels 80, 1.38237."""
     by_timesteps = choose_levels(Consistency(), SCHEDULE, N, timesteps=(22, 0))
     assert by_timesteps == choose_levels(Consistency(), SCHEDULE, N, indices=(0, 22, 39))
     by_sigmas = choose_levels(Consistency(), SCHEDULE, N, sigmas=(80.0, 1.3823679566485092))

@@ -1,4 +1,4 @@
-"""Weightings against the scalings they come from; distances against their limits."""
+"""Weightings against the preconditioning they come from; distances against their limits."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,15 @@
+"""Named training runs: the papers' hyper-parameters, and small runs on the bundled emoji.
+
+`PRESETS` maps a name to a function that returns a TrainConfig and whose docstring is the help text. FIDs are those that
+the papers report for 50,000 samples, of the student in one and in two steps; they have not been reproduced here.
+"""
+
+from collections.abc import Callable
+
+from cm_jax.presets import cifar10, emoji32, imagenet64, lsun256
+from cm_jax.training.config import TrainConfig
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    preset.__name__.replace("_", "-"): preset
+    for preset in (*emoji32.PRESETS, *cifar10.PRESETS, *imagenet64.PRESETS, *lsun256.PRESETS)
+}

@@ -1,0 +1,150 @@
+"""The bundled emoji at 32 pixels: 3,334 images in 9 classes, 50,000 steps, a network of 7 million parameters."""
+
+import functools
+from dataclasses import replace
+
+from cm_jax.data import EmojiData
+from cm_jax.diffusion.curricula import (
+    AdaptiveTargetEMA,
+    Constant,
+    ConstantTargetEMA,
+    Doubling,
+    Progressive,
+    ShrinkingGap,
+    WarmUp,
+)
+from cm_jax.diffusion.noise_distributions import LogNormal
+from cm_jax.diffusion.noise_schedule import EDM_TIME
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, MeanFlowPreconditioning
+from cm_jax.networks import SongUNet
+from cm_jax.objectives import (
+    AdaptiveWeight,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    ContinuousDistillation,
+    ContinuousTraining,
+    Denoising,
+    EasyConsistencyTuning,
+    ImprovedConsistencyTraining,
+    MeanFlow,
+)
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.learning_rates import ConstantRate
+from cm_jax.training.optimizers import Adam, RAdam
+
+_NETWORK = SongUNet(
+    base_channels=64,
+    channel_mult=(1, 2, 2),
+    blocks_per_level=2,
+    classes=9,
+    embedding="positional",
+    resampling="plain",
+    pyramid=False,
+)
+_STEPS = 50_000
+_config = functools.partial(
+    TrainConfig,
+    data=EmojiData(),
+    batch_size=128,
+    images=_STEPS * 128,
+    ema_decay=(0.999, 0.9999),
+    power_ema=(0.1,),
+)
+
+
+def emoji32_edm() -> TrainConfig:
+    """Denoiser of the bundled emoji, the teacher of the other presets (EDM)."""
+    return _config(
+        network=replace(_NETWORK, dropout=0.1),
+        preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
+        objective=Denoising(),
+        optimizer=Adam(ConstantRate(5e-4, warm_up=500), clip_norm=1.0),
+    )
+
+
+def emoji32_cd() -> TrainConfig:
+    """Consistency distillation of runs/emoji32-edm with N = 18 and Heun steps (CM, algorithm 2)."""
+    return _config(
+        network=_NETWORK,
+        preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
+        objective=ConsistencyDistillation(Constant(18)),
+        optimizer=RAdam(ConstantRate(2e-4), clip_norm=1.0),
+        target_ema=ConstantTargetEMA(0.95),
+        teacher="runs/emoji32-edm",
+    )
+
+
+def emoji32_ct() -> TrainConfig:
+    """Consistency training from scratch with increasing N (CM, algorithm 3)."""
+    return _config(
+        network=_NETWORK,
+        preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
+        objective=ConsistencyTraining(Progressive(start=2, end=150, steps=_STEPS)),
+        optimizer=RAdam(ConstantRate(2e-4), clip_norm=1.0),
+        target_ema=AdaptiveTargetEMA(start=0.9),
+    )
+
+
+def emoji32_ict() -> TrainConfig:
+    """Improved consistency training from scratch: pseudo-Huber distance, no target EMA (iCT)."""
+    return _config(
+        network=replace(_NETWORK, dropout=0.2),
+        preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
+        objective=ImprovedConsistencyTraining(Doubling(10, 1280, steps=_STEPS)),
+        optimizer=RAdam(ConstantRate(2e-4), clip_norm=1.0),
+    )
+
+
+def emoji32_ect() -> TrainConfig:
+    """Easy consistency tuning, initialized from runs/emoji32-edm (ECT)."""
+    return _config(
+        network=replace(_NETWORK, dropout=0.2),
+        preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
+        objective=EasyConsistencyTuning(gap=ShrinkingGap(steps_per_stage=_STEPS // 8)),
+        optimizer=RAdam(ConstantRate(2e-4), clip_norm=1.0),
+        init_from="runs/emoji32-edm",
+    )
+
+
+def emoji32_sct() -> TrainConfig:
+    """Continuous-time consistency training, initialized from runs/emoji32-edm (sCM, sCT)."""
+    return _config(
+        network=replace(_NETWORK, dropout=0.2, attention="plain"),
+        preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
+        objective=ContinuousTraining(LogNormal(-1.0, 1.8), WarmUp(_STEPS // 10), adaptive=AdaptiveWeight()),
+        optimizer=Adam(ConstantRate(1e-4), beta2=0.99, clip_norm=1.0),
+        init_from="runs/emoji32-edm",
+    )
+
+
+def emoji32_scd() -> TrainConfig:
+    """Continuous-time consistency distillation of runs/emoji32-edm (sCM, sCD)."""
+    return _config(
+        network=replace(_NETWORK, attention="plain"),
+        preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
+        objective=ContinuousDistillation(LogNormal(-1.0, 1.4), WarmUp(_STEPS // 10), adaptive=AdaptiveWeight()),
+        optimizer=Adam(ConstantRate(1e-4), beta2=0.99, clip_norm=1.0),
+        teacher="runs/emoji32-edm",
+    )
+
+
+def emoji32_meanflow() -> TrainConfig:
+    """Average velocity of the linear path, from scratch (MeanFlow)."""
+    return _config(
+        network=replace(_NETWORK, dropout=0.1, attention="plain", interval_embedding=True),
+        preconditioning=MeanFlowPreconditioning(),
+        objective=MeanFlow(),
+        optimizer=Adam(ConstantRate(3e-4, warm_up=500), beta2=0.95, clip_norm=1.0),
+    )
+
+
+PRESETS = (
+    emoji32_edm,
+    emoji32_cd,
+    emoji32_ct,
+    emoji32_ict,
+    emoji32_ect,
+    emoji32_sct,
+    emoji32_scd,
+    emoji32_meanflow,
+)

@@ -1,9 +1,9 @@
-// Softmax attention over the pixels of an image: queries, keys and values are the thirds of [pixels, 3 heads width].
+// Softmax attention over the pixels of an image. Input: [pixels, 3 heads width], queries, keys and values in this order.
 //
 //   p = softmax(q k^T / sqrt(width)),  o = p v, for each head
 //
-// A task has one head of one image, and sees some queries at a time: their scores stay in the cache and are never
-// written to memory. The gradient makes them again.
+// A task computes one head of one image, kQueries queries at a time, so that their scores fit in the cache. The
+// gradient recomputes the scores.
 
 #include <cmath>
 
@@ -13,9 +13,9 @@ namespace {
 
 using namespace cm_jax;
 
-constexpr int64_t kQueries = 32;  // at a time
+constexpr int64_t kQueries = 32;  // queries at a time
 
-// c[rows, columns] (+)= a b, with columns in whole vectors and rows in whole blocks.
+// c[rows, columns] (+)= a b. `columns` is a multiple of the vector width, `rows` of the block height.
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, ptrdiff_t a_row, ptrdiff_t a_step,
               const float* b, ptrdiff_t b_step, float* c, ptrdiff_t c_row, bool add) {
   int64_t vectors = vectors_at_once(columns), width = vectors * kLanes;
@@ -34,10 +34,10 @@ void copy(int64_t rows, int64_t columns, const float* from, ptrdiff_t stride, fl
 void copy_transposed(int64_t rows, int64_t columns, const float* from, ptrdiff_t stride, float* to) {
   for (int64_t row = 0; row < rows; row += kLanes)
     for (int64_t c = 0; c < columns; c += kLanes) {
-      Vector some[kLanes];
-      for (int i = 0; i < kLanes; ++i) some[i] = load(from + (row + i) * stride + c);
-      transpose(some);
-      for (int i = 0; i < kLanes; ++i) store(to + (c + i) * rows + row, some[i]);
+      Vector tile[kLanes];
+      for (int i = 0; i < kLanes; ++i) tile[i] = load(from + (row + i) * stride + c);
+      transpose(tile);
+      for (int i = 0; i < kLanes; ++i) store(to + (c + i) * rows + row, tile[i]);
     }
 }
 
@@ -47,7 +47,7 @@ inline float sum(Vector value) {
   return total;
 }
 
-// Scores become probabilities, row by row.
+// Replaces each row of scores by softmax(scale scores).
 void softmax(int64_t rows, int64_t pixels, float scale, float* scores) {
   for (int64_t row = 0; row < rows; ++row, scores += pixels) {
     Vector highest = load(scores);
@@ -72,9 +72,9 @@ struct Head {
   int64_t pixels, stride, width;
   const float *query, *key, *value;
 
-  Head(const float* thirds, int64_t pixels, int64_t channels, int64_t width)
-      : pixels(pixels), stride(3 * channels), width(width), query(thirds), key(thirds + channels),
-        value(thirds + 2 * channels) {}
+  Head(const float* qkv, int64_t pixels, int64_t channels, int64_t width)
+      : pixels(pixels), stride(3 * channels), width(width), query(qkv), key(qkv + channels),
+        value(qkv + 2 * channels) {}
 
   float scale() const { return 1 / std::sqrt(static_cast<float>(width)); }
 };
@@ -96,69 +96,69 @@ void forward(Head head, float* out, ptrdiff_t out_stride) {
   }
 }
 
-void backward(Head head, const float* seen, ptrdiff_t seen_stride, float* d_query, float* d_key, float* d_value) {
+void backward(Head head, const float* d_out, ptrdiff_t d_out_stride, float* d_query, float* d_key, float* d_value) {
   static thread_local Scratch scratch;
   int64_t pixels = head.pixels, width = head.width, size = pixels * width;
   float* keys = scratch.floats(6 * size + 2 * kQueries * (pixels + width));
-  float* keys_turned = keys + size;
-  float* values_turned = keys_turned + size;
-  float* keys_seen = values_turned + size;
-  float* values_seen = keys_seen + size;
-  float* scores = values_seen + size;
-  float* scores_seen = scores + kQueries * pixels;
-  float* queries = scores_seen + kQueries * pixels;
-  float* outputs_seen = queries + kQueries * width;
+  float* keys_transposed = keys + size;
+  float* values_transposed = keys_transposed + size;
+  float* sum_d_key = values_transposed + size;
+  float* sum_d_value = sum_d_key + size;
+  float* scores = sum_d_value + size;
+  float* d_scores = scores + kQueries * pixels;
+  float* queries = d_scores + kQueries * pixels;
+  float* d_out_rows = queries + kQueries * width;
   copy(pixels, width, head.key, head.stride, keys);
-  copy_transposed(pixels, width, head.key, head.stride, keys_turned);
-  copy_transposed(pixels, width, head.value, head.stride, values_turned);
+  copy_transposed(pixels, width, head.key, head.stride, keys_transposed);
+  copy_transposed(pixels, width, head.value, head.stride, values_transposed);
   for (int64_t first = 0; first < pixels; first += kQueries) {
     int64_t rows = std::min(kQueries, pixels - first);
     copy(rows, width, head.query + first * head.stride, head.stride, queries);
-    copy(rows, width, seen + first * seen_stride, seen_stride, outputs_seen);
-    multiply(rows, pixels, width, queries, width, 1, keys_turned, pixels, scores, pixels, false);
+    copy(rows, width, d_out + first * d_out_stride, d_out_stride, d_out_rows);
+    multiply(rows, pixels, width, queries, width, 1, keys_transposed, pixels, scores, pixels, false);
     softmax(rows, pixels, head.scale(), scores);
-    multiply(rows, pixels, width, outputs_seen, width, 1, values_turned, pixels, scores_seen, pixels, false);
-    multiply(pixels, width, rows, scores, 1, pixels, outputs_seen, width, values_seen, width, first > 0);
+    multiply(rows, pixels, width, d_out_rows, width, 1, values_transposed, pixels, d_scores, pixels, false);
+    multiply(pixels, width, rows, scores, 1, pixels, d_out_rows, width, sum_d_value, width, first > 0);
     for (int64_t row = 0; row < rows; ++row) {
-      float *p = scores + row * pixels, *d = scores_seen + row * pixels;
+      float *p = scores + row * pixels, *d = d_scores + row * pixels;
       Vector total{};
       for (int64_t i = 0; i < pixels; i += kLanes) total += load(p + i) * load(d + i);
       float mean = sum(total);
       for (int64_t i = 0; i < pixels; i += kLanes) store(d + i, head.scale() * load(p + i) * (load(d + i) - mean));
     }
-    float* to = d_query + first * head.stride;
-    multiply(rows, width, pixels, scores_seen, pixels, 1, keys, width, to, head.stride, false);
-    multiply(pixels, width, rows, scores_seen, 1, pixels, queries, width, keys_seen, width, first > 0);
+    float* d_queries = d_query + first * head.stride;
+    multiply(rows, width, pixels, d_scores, pixels, 1, keys, width, d_queries, head.stride, false);
+    multiply(pixels, width, rows, d_scores, 1, pixels, queries, width, sum_d_key, width, first > 0);
   }
   for (int64_t pixel = 0; pixel < pixels; ++pixel)
     for (int64_t c = 0; c < width; c += kLanes) {
-      store(d_key + pixel * head.stride + c, load(keys_seen + pixel * width + c));
-      store(d_value + pixel * head.stride + c, load(values_seen + pixel * width + c));
+      store(d_key + pixel * head.stride + c, load(sum_d_key + pixel * width + c));
+      store(d_value + pixel * head.stride + c, load(sum_d_value + pixel * width + c));
     }
 }
 
 using Images = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
-ffi::Error Attention(ffi::ThreadPool pool, Images thirds, Result out, int64_t heads) {
-  auto shape = thirds.dimensions();
+ffi::Error Attention(ffi::ThreadPool pool, Images qkv, Result out, int64_t heads) {
+  auto shape = qkv.dimensions();
   int64_t pixels = shape[1], channels = shape[2] / 3, width = channels / heads;
   run(pool, shape[0] * heads, [&](int64_t task) {
     int64_t image = task / heads, first = task % heads * width;
-    Head head(thirds.typed_data() + image * pixels * 3 * channels + first, pixels, channels, width);
+    Head head(qkv.typed_data() + image * pixels * 3 * channels + first, pixels, channels, width);
     forward(head, out->typed_data() + image * pixels * channels + first, channels);
   });
   return ffi::Error::Success();
 }
 
-ffi::Error AttentionGradient(ffi::ThreadPool pool, Images thirds, Images seen, Result gradient, int64_t heads) {
-  auto shape = thirds.dimensions();
+ffi::Error AttentionGradient(ffi::ThreadPool pool, Images qkv, Images d_out, Result gradient, int64_t heads) {
+  auto shape = qkv.dimensions();
   int64_t pixels = shape[1], channels = shape[2] / 3, width = channels / heads;
   run(pool, shape[0] * heads, [&](int64_t task) {
     int64_t image = task / heads, first = task % heads * width, at = image * pixels * 3 * channels + first;
-    Head head(thirds.typed_data() + at, pixels, channels, width);
+    Head head(qkv.typed_data() + at, pixels, channels, width);
     float* d = gradient->typed_data() + at;
-    backward(head, seen.typed_data() + image * pixels * channels + first, channels, d, d + channels, d + 2 * channels);
+    backward(head, d_out.typed_data() + image * pixels * channels + first, channels, d, d + channels, d + 2 * channels);
   });
   return ffi::Error::Success();
 }

@@ -1,16 +1,16 @@
-// 3x3 convolutions of NHWC images in float32 on CPUs, with a third of the multiplications, as calls for XLA.
+// 3x3 convolutions of NHWC images in float32 on CPUs with a third of the multiplications, as XLA custom calls.
 //
 // Winograd's minimal filtering (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016): a tile of
-// 4x2 outputs, F(4, 3) down and F(2, 3) across, takes 24 products a pair of channels where the direct form takes 72:
+// 4x2 outputs, F(4, 3) down and F(2, 3) across, takes 24 products per pair of channels; the direct form takes 72:
 //
 //   convolution         y = A^T [(G w H^T) * (B^T x C)] D      x: a patch of 6x4 inputs, y: its tile of 4x2 outputs
 //   kernel's gradient   w = G^T [sum over tiles of (B^T x C) * (A y D^T)] H
 //
-// where * is element by element. Summed over channels (or over tiles) it is 24 matrix products. Everything that a task
-// makes of its tiles stays in the cache of its core: patches are transformed, multiplied and transformed back before
-// the next ones are looked at, and so are kernels, anew in every task, which costs less than reading stored transforms.
+// where * is the elementwise product. Summed over channels (or tiles), this is 24 matrix products. A task transforms,
+// multiplies and transforms back one group of tiles at a time, so that its data stay in the cache of its core. Every
+// task transforms the kernel again, which costs less than reading stored transforms.
 //
-// Sums have an order that depends on shapes alone, so that results do not depend on the number of threads.
+// The order of sums depends only on shapes, so results do not depend on the number of threads.
 
 #include "products.h"
 
@@ -20,12 +20,12 @@ using namespace cm_jax;
 
 // ---- Tiles and transforms ------------------------------------------------------------------------------------------
 
-constexpr int kDown = 4, kAcross = 2;                     // outputs of a tile
-constexpr int kTall = kDown + 2, kWide = kAcross + 2;     // inputs of its patch
+constexpr int kDown = 4, kAcross = 2;                     // outputs per tile
+constexpr int kTall = kDown + 2, kWide = kAcross + 2;     // inputs per tile
 constexpr int kProducts = kTall * kWide;
 
-// F(4, 3) interpolates at 0, 3/4, -3/4, 3/2, -3/2 and infinity. At the usual 1 and 2 its numbers spread further apart,
-// and its error is twice as large.
+// F(4, 3) interpolates at 0, 3/4, -3/4, 3/2, -3/2 and infinity. The usual points 1 and 2 double the error, because the
+// coefficients have a larger range.
 constexpr float kNear = 0.75f, kFar = 1.5f;
 constexpr float kNear2 = kNear * kNear, kFar2 = kFar * kFar;
 constexpr float kAtZero = kNear2 * kFar2;
@@ -38,7 +38,7 @@ struct Images {
   int64_t tiles() const { return batch * down() * across(); }
 };
 
-// Where a patch of tall x wide pixels lies in an image: pointers, to zeros where it is outside.
+// Pointers to the pixels of a tall x wide patch of an image; pixels outside the image point to zeros.
 template <int tall, int wide>
 struct Patch {
   const float* at[tall][wide];
@@ -56,7 +56,7 @@ struct Patch {
   }
 };
 
-// v = B^T x C for one patch, `channels` of them; v's 24 values lie `plane` apart.
+// v = B^T x C for one patch, for each of `channels` channels. `plane`: distance between the 24 values in v.
 void transform_input(const Patch<kTall, kWide>& patch, int64_t first, int64_t channels, float* v, ptrdiff_t plane) {
   for (int64_t c = 0; c < channels; c += kLanes) {
     Vector d[kTall][kWide];
@@ -112,7 +112,7 @@ void transform_gradient(const Patch<kDown, kAcross>& tile, int64_t first, int64_
   }
 }
 
-// y = A^T m D for one tile, stored where it is inside the image.
+// y = A^T m D for one tile. Only pixels inside the image are stored.
 void transform_output(const float* m, ptrdiff_t plane, int64_t channels, float* y, Images shape, int64_t features,
                       int64_t tile) {
   int64_t across = tile % shape.across(), down = tile / shape.across() % shape.down();
@@ -144,7 +144,7 @@ void transform_output(const float* m, ptrdiff_t plane, int64_t channels, float* 
   }
 }
 
-// u = G w H^T of one vector of a kernel's 3x3 values.
+// u = G w H^T for one vector of 3x3 kernels.
 inline void transform_kernel(const Vector w[3][3], float* u, ptrdiff_t plane) {
   Vector d[3][kWide];
 #pragma GCC unroll 3
@@ -169,8 +169,8 @@ inline void transform_kernel(const Vector w[3][3], float* u, ptrdiff_t plane) {
   }
 }
 
-// w = G^T p H of one vector.
-inline void transform_back(const float* p, ptrdiff_t plane, Vector w[3][3]) {
+// w = G^T p H for one vector of 3x3 kernels.
+inline void transform_kernel_gradient(const float* p, ptrdiff_t plane, Vector w[3][3]) {
   Vector d[kTall][3];
 #pragma GCC unroll 6
   for (int i = 0; i < kTall; ++i) {
@@ -191,20 +191,20 @@ inline void transform_back(const float* p, ptrdiff_t plane, Vector w[3][3]) {
 
 // ---- Convolution ---------------------------------------------------------------------------------------------------
 
-constexpr int64_t kTiles = 96;     // tiles that a task looks at together
-constexpr int64_t kDepth = 64;     // channels that are summed over before sums are put down
+constexpr int64_t kTiles = 96;     // tiles per group
+constexpr int64_t kDepth = 64;     // channels summed in registers before a store
 
-// The distance of the 24 matrices of so many values each: strides that are multiples of 4 kB would all fall into the
-// same few lines of the cache.
-constexpr int64_t apart(int64_t values) { return values + kLanes; }
+// Distance between the starts of the 24 matrices of `values` elements each. The padding avoids multiples of 4 kB, which
+// would map to the same few cache lines.
+constexpr int64_t plane_stride(int64_t values) { return values + kLanes; }
 
-// A kernel [3, 3, rows, columns], or the one that takes gradients back: mirrored, its channels exchanged.
+// A kernel [3, 3, in, out]. If `mirrored`, a kernel [3, 3, out, in] used with mirrored taps, for gradients of images.
 struct Kernel {
   const float* values;
   int64_t in, out;
   bool mirrored;
 
-  // u[product, channel of the input, vectors of the output] of some of each.
+  // u[product, input channel, vector of output channels] for a range of input and output channels.
   void transformed(int64_t first_in, int64_t depth, int64_t first_out, int64_t vectors, float* u,
                    ptrdiff_t plane) const {
     if (!mirrored) {
@@ -241,7 +241,8 @@ void convolve(Images shape, const float* x, Kernel kernel, float* y, int64_t fir
   static thread_local Scratch scratch;
   int64_t slots = (tiles + kRows - 1) / kRows * kRows;
   int64_t parts = (kernel.in + kDepth - 1) / kDepth;
-  int64_t v_plane = apart(slots * kDepth), u_plane = apart(kDepth * width), m_plane = apart(slots * width);
+  int64_t v_plane = plane_stride(slots * kDepth), u_plane = plane_stride(kDepth * width);
+  int64_t m_plane = plane_stride(slots * width);
   float* zeros = scratch.floats(kernel.in + kProducts * (parts * v_plane + u_plane + m_plane));
   float* v = zeros + kernel.in;
   float* u = v + kProducts * parts * v_plane;
@@ -249,7 +250,7 @@ void convolve(Images shape, const float* x, Kernel kernel, float* y, int64_t fir
   std::fill(zeros, v, 0.0f);
 
   for (int64_t tile = 0; tile < slots; ++tile) {
-    // Slots without a tile repeat the last one.
+    // Slots without a tile repeat the last tile.
     Patch<kTall, kWide> patch(x, shape, kernel.in, first_tile + std::min(tile, tiles - 1), 1, zeros);
     for (int64_t part = 0; part < parts; ++part) {
       int64_t first = part * kDepth, depth = std::min(kDepth, kernel.in - first);
@@ -278,7 +279,7 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   Kernel chosen{kernel.typed_data(), in[3], mirrored ? taps[2] : taps[3], mirrored};
   int64_t vectors = vectors_at_once(chosen.out), width = vectors * kLanes;
   int64_t groups = (shape.tiles() + kTiles - 1) / kTiles;
-  // Where there are few tiles, tasks share them and divide the channels.
+  // If there are few tiles, several tasks share a group of tiles and divide its output channels.
   int64_t columns = chosen.out / width, parts = std::min<int64_t>(columns, std::max<int64_t>(1, 16 / groups));
   run(pool, groups * parts, [&](int64_t task) {
     int64_t group = task / parts, part = task % parts;
@@ -290,18 +291,18 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   return ffi::Error::Success();
 }
 
-// ---- The kernel's gradient -----------------------------------------------------------------------------------------
+// ---- Gradient of the kernel ----------------------------------------------------------------------------------------
 
 template <int vectors>
 void kernel_gradient(Images shape, const float* x, int64_t in, const float* dy, int64_t out, int64_t first_in,
                      int64_t rows, int64_t first_out, int64_t columns, int64_t first_tile, int64_t last_tile,
                      float* dw) {
   constexpr int64_t width = vectors * kLanes;
-  constexpr int64_t s_plane = apart(kRows * width);
+  constexpr int64_t s_plane = plane_stride(kRows * width);
   static thread_local Scratch scratch;
   bool once = last_tile - first_tile <= kTiles;
   int64_t cells = once ? 1 : rows / kRows * (columns / width);
-  int64_t v_plane = apart(kTiles * rows), z_plane = apart(kTiles * columns);
+  int64_t v_plane = plane_stride(kTiles * rows), z_plane = plane_stride(kTiles * columns);
   float* zeros = scratch.floats(std::max(in, out) + kProducts * (v_plane + z_plane + cells * s_plane));
   float* v = zeros + std::max(in, out);
   float* z = v + kProducts * v_plane;
@@ -314,8 +315,8 @@ void kernel_gradient(Images shape, const float* x, int64_t in, const float* dy, 
     for (int64_t tile = 0; tile < tiles; ++tile) {
       Patch<kTall, kWide> patch(x, shape, in, begin + tile, 1, zeros);
       transform_input(patch, first_in, rows, v + tile * rows, v_plane);
-      Patch<kDown, kAcross> seen(dy, shape, out, begin + tile, 0, zeros);
-      transform_gradient(seen, first_out, columns, z + tile * columns, z_plane);
+      Patch<kDown, kAcross> gradient(dy, shape, out, begin + tile, 0, zeros);
+      transform_gradient(gradient, first_out, columns, z + tile * columns, z_plane);
     }
     float* sum = sums;
     for (int64_t column = 0; column < columns; column += width)
@@ -327,7 +328,7 @@ void kernel_gradient(Images shape, const float* x, int64_t in, const float* dy, 
         for (int64_t i = 0; i < kRows; ++i)
           for (int64_t j = 0; j < vectors; ++j) {
             Vector w[3][3];
-            transform_back(sum + i * width + j * kLanes, s_plane, w);
+            transform_kernel_gradient(sum + i * width + j * kLanes, s_plane, w);
             float* to = dw + (first_in + row + i) * out + first_out + column + j * kLanes;
             for (int tap = 0; tap < 9; ++tap) store(to + tap * in * out, w[tap / 3][tap % 3]);
           }
@@ -375,5 +376,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cm_jax_kernel_gradient, KernelGradient,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
-// What numbers of channels must be multiples of: whole vectors, and whole blocks of rows.
+// Numbers of channels must be multiples of this: whole vectors and whole blocks of rows.
 extern "C" int cm_jax_lanes() { return std::max(kLanes, kRows); }

@@ -1,9 +1,9 @@
-// Group normalization of NHWC images with a gain and a bias for every image and channel, and SiLU behind it:
+// Group normalization of NHWC images, with a gain and a bias per image and channel, optionally followed by SiLU:
 //
 //   n = (x + offset - mean) / sqrt(variance + epsilon), over a group's pixels and channels;  y = act(gain n + bias)
 //
-// Each task takes some whole groups of one image, which stay in its core's cache from the first look to the last.
-// Squares are summed of deviations from the channel's mean: sums of plain squares would cancel in float32.
+// A task computes some groups of one image, which stay in the cache of its core. Variances are computed from squared
+// differences from the mean of the channel, because sums of squares would cancel in float32.
 
 #include <cmath>
 
@@ -15,22 +15,22 @@ using namespace cm_jax;
 
 inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
 
-constexpr int64_t kPixels = 64;  // whose sum is single; sums of these are double, so that large images lose no digits
+constexpr int64_t kPixels = 64;  // pixels summed in float32; these sums are added in float64, for large images
 
 typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 
-inline void add(double* total, Vector some) {
+inline void add(double* total, Vector values) {
   typedef double Unaligned __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
   auto* place = reinterpret_cast<Unaligned*>(total);
-  *place = *place + __builtin_convertvector(some, Doubles);
+  *place = *place + __builtin_convertvector(values, Doubles);
 }
 
-// Some whole groups of one image: `channels` of `stride` in all.
+// Some groups of one image: `channels` of its `stride` channels.
 struct Slice {
   int64_t pixels, stride, channels, group;
   float epsilon;
 
-  // For every channel the numbers in n = (x - center) * scale. Taken apart, x * scale + shift would lose digits.
+  // Computes `scale` and `center` of n = (x - center) * scale for each channel. (x * scale + shift would lose digits.)
   void normalize(const float* x, const float* offset, float* scale, float* center, double* work) const {
     double* squares = work + channels;
     means(x, nullptr, work);
@@ -40,8 +40,8 @@ struct Slice {
       double middle = 0, variance = 0;
       for (int64_t c = first; c < first + group; ++c) middle += (work[c] + offset[c]) / group;
       for (int64_t c = first; c < first + group; ++c) {
-        double apart = work[c] + offset[c] - middle;
-        variance += (squares[c] + apart * apart) / group;
+        double difference = work[c] + offset[c] - middle;
+        variance += (squares[c] + difference * difference) / group;
       }
       for (int64_t c = first; c < first + group; ++c) {
         scale[c] = 1 / std::sqrt(variance + epsilon);
@@ -50,21 +50,21 @@ struct Slice {
     }
   }
 
-  // Every channel's mean over pixels of x, or of its squared deviations from `center`.
-  void means(const float* x, const float* center, double* found) const {
-    std::fill(found, found + channels, 0.0);
+  // Mean over pixels of x per channel, or, with `center`, of (x - center)^2.
+  void means(const float* x, const float* center, double* result) const {
+    std::fill(result, result + channels, 0.0);
     for (int64_t begin = 0; begin < pixels; begin += kPixels) {
       int64_t end = std::min(pixels, begin + kPixels);
       for (int64_t c = 0; c < channels; c += kLanes) {
-        Vector some{}, middle = center ? load(center + c) : Vector{};
+        Vector sum{}, middle = center ? load(center + c) : Vector{};
         for (int64_t pixel = begin; pixel < end; ++pixel) {
           Vector value = load(x + pixel * stride + c) - middle;
-          some += center ? value * value : value;
+          sum += center ? value * value : value;
         }
-        add(found + c, some);
+        add(result + c, sum);
       }
     }
-    for (int64_t c = 0; c < channels; ++c) found[c] /= pixels;
+    for (int64_t c = 0; c < channels; ++c) result[c] /= pixels;
   }
 };
 
@@ -83,7 +83,7 @@ void forward(Slice slice, const float* x, const float* offset, const float* gain
     }
 }
 
-// From dy: dx, and the sums that are offset's, gain's and bias's gradients.
+// Gradients of x, offset, gain and bias from dy.
 template <bool silu>
 void backward(Slice slice, const float* x, const float* offset, const float* gain, const float* bias, const float* dy,
               float* dx, float* d_offset, float* d_gain, float* d_bias) {
@@ -102,19 +102,19 @@ void backward(Slice slice, const float* x, const float* offset, const float* gai
       Vector sum{}, product{};
       for (int64_t pixel = begin; pixel < std::min(pixels, begin + kPixels); ++pixel) {
         Vector normal = (load(x + pixel * stride + c) - load(center + c)) * load(scale + c);
-        Vector seen = load(dy + pixel * stride + c);
+        Vector gradient = load(dy + pixel * stride + c);
         if (silu) {
           Vector value = normal * load(gain + c) + load(bias + c), open = sigmoid(value);
-          seen *= open * (1.0f + value * (1.0f - open));
+          gradient *= open * (1.0f + value * (1.0f - open));
         }
-        store(dx + pixel * stride + c, seen);
-        sum += seen;
-        product += seen * normal;
+        store(dx + pixel * stride + c, gradient);
+        sum += gradient;
+        product += gradient * normal;
       }
       add(sums + c, sum);
       add(products + c, product);
     }
-  // dx = (gain dn - mean(gain dn) - n mean(gain dn n)) / deviation, with means over the group.
+  // dx = (gain dn - mean(gain dn) - n mean(gain dn n)) / std, with means over the group.
   for (int64_t begin = 0; begin < channels; begin += slice.group) {
     double sum = 0, product = 0;
     for (int64_t c = begin; c < begin + slice.group; ++c) {
@@ -143,12 +143,12 @@ void backward(Slice slice, const float* x, const float* offset, const float* gai
   for (int64_t c = 0; c < channels; ++c) d_offset[c] = sums[c];
 }
 
-// Calls `task(slice, where the slice begins in images, where in [batch, channels])` for all slices.
+// Calls `task(slice, first index in images, first index in [batch, channels])` for each slice.
 template <typename Task>
 void by_slices(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, int64_t groups, float epsilon, Task task) {
   auto shape = x.dimensions();
   int64_t pixels = shape[1] * shape[2], channels = shape[3], group = channels / groups;
-  int64_t width = group;  // of a slice: whole groups and whole vectors
+  int64_t width = group;  // channels of a slice: whole groups and whole vectors
   while (width % kLanes || (width * pixels < 32768 && width < channels && channels % (2 * width) == 0)) width += group;
   while (channels % width || width % kLanes) width += group;
   int64_t parts = channels / width;

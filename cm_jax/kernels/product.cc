@@ -1,4 +1,4 @@
-// The gradient of a matrix in a product: x^T dy, summed over all pixels, from both as they lie in memory.
+// Gradient x^T dy of the matrix in a product, summed over all pixels, without copies of x and dy.
 
 #include "products.h"
 
@@ -6,9 +6,9 @@ namespace {
 
 using namespace cm_jax;
 
-constexpr int64_t kPixels = 128;  // that are summed over before sums are put down
+constexpr int64_t kPixels = 128;  // pixels summed in registers before a store
 
-// Some rows and columns of it, from some of the pixels.
+// Some rows and columns of the gradient, summed over some of the pixels.
 template <int vectors>
 void gradient(const float* x, int64_t in, const float* dy, int64_t out, int64_t pixels, int64_t rows, int64_t columns,
               float* dw) {

@@ -1,4 +1,4 @@
-// Products of matrices in blocks that stay in registers, and sums that several tasks make together.
+// Matrix products in blocks of registers, and sums shared by several tasks.
 
 #pragma once
 
@@ -6,10 +6,10 @@
 
 namespace cm_jax {
 
-constexpr int kRows = kRegisters / 4;                  // of a block of a product, whose sums fill most registers
-constexpr int kVectors = 3;                            // of such a block, at most
+constexpr int kRows = kRegisters / 4;                  // rows of a block, whose sums fill most registers
+constexpr int kVectors = 3;                            // maximum number of vectors per row of a block
 
-// A block of c (+)= a b: a is [rows, depth] by its strides, b [depth, vectors of lanes], c [rows, the same].
+// One block of c (+)= a b, with a [kRows, depth], b [depth, vectors * kLanes] and c [kRows, vectors * kLanes].
 template <int vectors>
 inline void block(int64_t depth, const float* a, ptrdiff_t a_row, ptrdiff_t a_step, const float* b, ptrdiff_t b_step,
                   float* c, ptrdiff_t c_row, bool add) {
@@ -35,18 +35,18 @@ inline void block(int64_t depth, const float* a, ptrdiff_t a_row, ptrdiff_t a_st
     for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * kLanes, sums[i][j]);
 }
 
-// How many vectors of channels are computed at once: as many as divide them.
+// Vectors per block: the largest number up to kVectors that divides the vectors in `channels`.
 inline int64_t vectors_at_once(int64_t channels) {
   int64_t vectors = channels / kLanes;
-  for (int64_t some = kVectors; some > 1; --some)
-    if (vectors % some == 0) return some;
+  for (int64_t count = kVectors; count > 1; --count)
+    if (vectors % count == 0) return count;
   return 1;
 }
 
-constexpr int64_t kSide = 192;  // rows and columns of a product whose sums a task holds
-constexpr int64_t kTasks = 8;   // tasks there are at least, where there is enough to sum over
+constexpr int64_t kSide = 192;  // rows and columns of the sums of a task
+constexpr int64_t kTasks = 8;   // minimum number of tasks, if there are enough terms
 
-// What `parts` tasks sum apart, and then together, always in the same order.
+// Sums of `parts` tasks, added in a fixed order.
 class Partial {
  public:
   Partial(float* result, int64_t size, int64_t parts)

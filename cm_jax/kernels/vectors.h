@@ -1,4 +1,4 @@
-// What the kernels for CPUs share: vectors of the processor's width, memory that is kept, threads.
+// Shared by the CPU kernels: vectors of the native width, scratch memory, threads.
 
 #pragma once
 
@@ -48,11 +48,11 @@ inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned
 inline void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
 inline Vector all(float value) { return value - Vector{}; }
 
-// e^x to 2 units in the last place; beyond 87 either way the value there.
+// e^x with an error of up to 2 units in the last place; x is clipped to [-87, 87].
 inline Vector exponential(Vector x) {
   x = x > 87.0f ? all(87.0f) : x;
   x = x < -87.0f ? all(-87.0f) : x;
-  const float shift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   Vector power = (x * 1.44269504f + shift) - shift;
   Vector rest = x - power * 0.693359375f + power * 2.12194440e-4f;
   Vector series = 1.0f / 5040 * rest + 1.0f / 720;
@@ -66,9 +66,9 @@ inline Vector exponential(Vector x) {
   return series * reinterpret_cast<Vector>(exponent);
 }
 
-// Rows become columns.
+// Transposes a square matrix in place.
 inline void transpose(Vector x[kLanes]) {
-#if defined(__clang__)  // which has no shuffle by a vector of places
+#if defined(__clang__)  // no shuffle by a vector of indices
   float rows[kLanes][kLanes];
   for (int i = 0; i < kLanes; ++i) store(rows[i], x[i]);
   for (int i = 0; i < kLanes; ++i)
@@ -94,7 +94,7 @@ inline void transpose(Vector x[kLanes]) {
 
 // ---- Memory and threads --------------------------------------------------------------------------------------------
 
-// Memory of a thread's own, kept from call to call: pages that are given back would have to be cleared anew.
+// Memory of one thread that is kept between calls, because the system clears every page that it hands out.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
@@ -118,8 +118,8 @@ class Scratch {
   int64_t count_ = 0;
 };
 
-// Tasks 0 ... count - 1, on the calling thread and as many of XLA's as come in time. The caller never waits for a
-// task that nobody has begun, so that calls on the pool's own threads cannot block each other.
+// Runs tasks 0 ... count - 1 on the calling thread and on free threads of XLA's pool. The caller waits only for tasks
+// that have started, so that calls from threads of the pool cannot block each other.
 inline void run(ffi::ThreadPool pool, int64_t count, const std::function<void(int64_t)>& task) {
   struct Shared {
     std::atomic<int64_t> next{0}, left;

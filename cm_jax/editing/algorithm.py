@@ -110,4 +110,4 @@ def edit_batches(
     devices = list(devices or jax.local_devices())
     size = multiple_of(devices, min(batch_size, len(keys)))
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
-    return in_batches(_programs, (function,), shared, by_number(rows, len(keys), size), size, devices)
+    return in_batches(_programs, (function,), shared, by_number(rows, len(keys), size), devices)

@@ -75,7 +75,7 @@ def slerp_batches(
     devices = list(devices or jax.local_devices())
     size = multiple_of(devices, min(batch_size, frames))
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
-    return in_batches(_programs, (function, sampler), shared, by_number(rows, frames, size), size, devices)
+    return in_batches(_programs, (function, sampler), shared, by_number(rows, frames, size), devices)
 
 
 def blend(

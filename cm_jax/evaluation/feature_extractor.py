@@ -142,9 +142,14 @@ def _features(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Features in batches; the devices compute the next batch while the host works on one."""
     size = multiple_of(devices, batch_size or PER_DEVICE * len(devices))
-    rgb = (np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images for images in regroup(batches, size))
     static, shared = (extractor.extract, names), (extractor.params,)
-    for found in in_batches(_extract, static, shared, ((images,) for images in rgb), size, devices, ahead=1):
+
+    def padded() -> Iterator[tuple[int, tuple[np.ndarray]]]:
+        for images in regroup(batches, size):
+            rgb = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
+            yield len(rgb), (rgb[np.minimum(np.arange(size), len(rgb) - 1)],)
+
+    for found in in_batches(_extract, static, shared, padded(), devices, ahead=1):
         if not all(np.isfinite(values).all() for values in found.values()):
             raise InputError("The features are not finite: the weights are damaged. Convert them again.")
         yield found

@@ -91,7 +91,7 @@ def bits_per_dimension(
         return image_keys(key, start + numbers), images[numbers], None if chosen is None else chosen[numbers]
 
     batches = by_number(rows, len(images), size)
-    return np.concatenate(list(in_batches(_bits, (config.function, steps), (model.params,), batches, size, devices)))
+    return np.concatenate(list(in_batches(_bits, (config.function, steps), (model.params,), batches, devices)))
 
 
 def evaluate_bits(

@@ -38,32 +38,30 @@ def in_batches(
     programs: Programs,
     static: tuple[Any, ...],
     shared: tuple[Any, ...],
-    batches: Iterable[tuple[Tree, ...]],
-    size: int,
+    batches: Iterable[tuple[int, tuple[Tree, ...]]],
     devices: Sequence[Any],
     *,
     ahead: int = 0,
 ) -> Iterator[Tree]:
-    """The results for each batch of per-image arguments, on the host.
+    """The results for each batch, on the host.
 
-    `size`: images per batch, a multiple of the number of devices; smaller batches are padded with their last image, and
-    the results of the padding are dropped. `ahead`: batches that the devices compute before the host takes a result.
+    `batches`: the number of images in a batch, and the per-image arguments, padded so that all batches have the same
+    size, a multiple of the number of devices. Results of the padding are dropped. `ahead`: batches that the devices
+    compute before the host takes a result.
     """
     if len(devices) > 1:
         shared = jax.device_put(shared, NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec()))
 
-    def start(batch: tuple[Tree, ...]) -> tuple[int, Tree]:
-        count = len(jax.tree.leaves(batch)[0])
-        if count < size:
-            batch = jax.tree.map(lambda a: a[np.minimum(np.arange(size), count - 1)], batch)
+    def start(batch: tuple[int, tuple[Tree, ...]]) -> tuple[int, Tree]:
+        count, arrays = batch
         if len(devices) == 1:
-            return count, programs.one(*static, *shared, *batch)
-        parts = jax.tree.map(lambda a: a.reshape(len(devices), -1, *a.shape[1:]), batch)
-        result = programs.many(*static, *shared, *parts)
-        return count, jax.tree.map(lambda a: a.reshape(size, *a.shape[2:]), result)
+            return count, programs.one(*static, *shared, *arrays)
+        parts = jax.tree.map(lambda a: a.reshape(len(devices), -1, *a.shape[1:]), arrays)
+        return count, programs.many(*static, *shared, *parts)
 
     def fetch(count: int, result: Tree) -> Tree:
-        return jax.tree.map(lambda a: np.asarray(a)[:count], result)
+        axes = min(len(devices), 2)
+        return jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[axes:])[:count], result)
 
     started = map(start, batches)
     waiting = list(itertools.islice(started, ahead))
@@ -74,9 +72,12 @@ def in_batches(
         yield fetch(*rest)
 
 
-def by_number(rows: Callable[[Int[np.ndarray, " b"]], tuple[Tree, ...]], count: int, size: int) -> Iterator[Any]:
-    """rows(numbers) for images 0 ... count - 1, `size` at a time."""
-    return (rows(np.arange(start, min(start + size, count))) for start in range(0, count, size))
+def by_number(
+    rows: Callable[[Int[np.ndarray, " b"]], tuple[Tree, ...]], count: int, size: int
+) -> Iterator[tuple[int, tuple[Tree, ...]]]:
+    """Batches of rows(numbers) for images 0 ... count - 1; the last batch is padded with its last image."""
+    for start in range(0, count, size):
+        yield min(size, count - start), rows(np.minimum(np.arange(start, start + size), count - 1))
 
 
 def multiple_of(devices: Sequence[Any], batch_size: int) -> int:

@@ -99,7 +99,7 @@ def generate(
         return image_keys(key, numbers), None if labels is None else jnp.asarray(labels[numbers].astype(np.int32))
 
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
-    return in_batches(_sample, (function, sampler), shared, by_number(rows, count, size), size, devices)
+    return in_batches(_sample, (function, sampler), shared, by_number(rows, count, size), devices)
 
 
 def replay(

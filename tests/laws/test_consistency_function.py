@@ -1,4 +1,4 @@
-"""Laws of networks with their preconditioning, and of model configs."""
+"""Properties of networks with their preconditioning, and of model configs."""
 
 import dataclasses
 import json

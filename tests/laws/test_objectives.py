@@ -1,4 +1,4 @@
-"""Laws of the objectives: exact solutions have no loss, derivatives are exact, images are independent."""
+"""Properties of the objectives: exact solutions have no loss, derivatives are exact, images are independent."""
 
 import dataclasses
 import functools

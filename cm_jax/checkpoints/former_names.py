@@ -23,6 +23,7 @@ FIELDS = {
     "rematerialise": "rematerialize",
     "most_skipped": "max_consecutive_skips",
     "points": "flow_matching_ratio",
+    "most_corrupt": "max_corrupt",
     "regulariser": "regularizer",
 }
 """Former name of a field, in whatever class -> its name."""

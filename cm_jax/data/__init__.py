@@ -1,7 +1,7 @@
-"""Images to train on: where they come from, and batches of them by number."""
+"""Training images: sources, and batches by number."""
 
 from cm_jax.data.base import Batches, Data, Dataset, Progress, RawBatch, permutation
-from cm_jax.data.decoding import centre_crop, decode, picture
+from cm_jax.data.decoding import center_crop, decode, read_image
 from cm_jax.data.emoji import EmojiData
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.data.image_folder import ImageFolder
@@ -27,8 +27,8 @@ __all__ = [
     "RawBatch",
     "Streamed",
     "TFDSData",
-    "centre_crop",
+    "center_crop",
     "decode",
     "permutation",
-    "picture",
+    "read_image",
 ]

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to a square of pixels, as the original makes it."""
+"""Decoding and center-cropping of image files, as in OpenAI's implementation."""
 
 import contextlib
 import io
@@ -9,43 +9,40 @@ from PIL import (
     Image,
     ImageOps,
     UnidentifiedImageError,
-    WebPImagePlugin,  # noqa: F401  registers its reader, which Pillow by itself does too late
+    WebPImagePlugin,  # noqa: F401  Pillow registers its reader too late
 )
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-"""By content, whatever the file is called. Pillow's other readers stay shut: one of them starts another program."""
-_MOST_PIXELS = 2**26
-"""Larger images are refused before they are unpacked: a small file may claim any size."""
+"""Detected by content. Pillow's other readers are disabled: one of them starts another program."""
+_MAX_PIXELS = 2**26
+"""Larger images are refused before decoding: a small file may claim any size."""
 
 
 def decode(encoded: bytes, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"], bool]:
-    """(the image, centre-cropped to `image_size`; whether it was smaller and had to be enlarged).
-
-    Raises as `picture` does.
-    """
-    whole = picture(encoded)
-    return np.asarray(centre_crop(whole, image_size)), min(whole.size) < image_size
+    """(center crop of `image_size`, whether the image was enlarged). Raises as `read_image`."""
+    whole = read_image(encoded)
+    return np.asarray(center_crop(whole, image_size)), min(whole.size) < image_size
 
 
-def picture(encoded: bytes) -> Image.Image:
-    """The image in red, green and blue of 8 bits.
+def read_image(encoded: bytes) -> Image.Image:
+    """An 8-bit RGB image.
 
-    Turned as its EXIF says, transparent parts on white, 16 bits brought to 8, of an animation the first frame. Raises
-    whatever Pillow raises for a damaged file, which is every kind of exception.
+    EXIF orientation is applied, transparency is blended with white, 16 bits are reduced to 8, and of an animation the
+    first frame is read. Raises any exception, as Pillow does for damaged files.
     """
     with _opened(encoded) as image:
-        if image.width * image.height > _MOST_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}")
+        if image.width * image.height > _MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {_MAX_PIXELS}")
         image.load()
-        with contextlib.suppress(Exception):  # a damaged EXIF does not make a bad image
+        with contextlib.suppress(Exception):  # damaged EXIF data are ignored
             ImageOps.exif_transpose(image, in_place=True)
         return _rgb(image)
 
 
-def centre_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """Halved by BOX while the shorter side is at least twice too long, then scaled by BICUBIC until it fits, and cut.
+def center_crop(image: Image.Image, image_size: int) -> Image.Image:
+    """Downsample by 2 with BOX while the shorter side is at least 2 `image_size`, resize with BICUBIC, and crop.
 
-    This is what the published models were trained on (openai/consistency_models, cm/image_datasets.py), pixel by pixel.
+    Pixel by pixel equal to the training data of the published models (openai/consistency_models, cm/image_datasets.py).
     """
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -59,7 +56,7 @@ def _opened(encoded: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(encoded), formats=_FORMATS)
     except UnidentifiedImageError as error:
-        raise ValueError(f"it is not of the formats {', '.join(_FORMATS)}, or its beginning is damaged") from error
+        raise ValueError(f"expected one of the formats {', '.join(_FORMATS)}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

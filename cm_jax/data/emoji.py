@@ -1,4 +1,4 @@
-"""The emoji that ship with the package."""
+"""The bundled emoji."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from cm_jax.data.base import Data, Dataset, Progress, checked_image_size
+from cm_jax.data.base import Data, Dataset, Progress, check_image_size
 from cm_jax.data.in_memory import InMemory
 from cm_jax.data.npz import resized
 
@@ -16,23 +16,23 @@ Split = Literal["train", "held_out", "all"]
 
 @dataclasses.dataclass(frozen=True)
 class EmojiData(Data):
-    """The emoji of Noto and of Twemoji at 32 pixels, in 9 classes; nothing is downloaded.
+    """Bundled Noto and Twemoji images at 32 pixels, in 9 classes.
 
-    An emoji is held out, by a hash of its code point, from both vendors' images at once.
+    The held-out split is selected by a hash of the code point, so it has the same emoji of both vendors.
     """
 
     split: Split = "train"
-    """train: 3334 images; held_out: the other 431, to judge a model by; all: both."""
+    """train: 3,334 images; held_out: 431 images for evaluation; all: both."""
 
     def open(self, image_size: int = 32, progress: Progress | None = None) -> Dataset:
-        checked_image_size(image_size, most=32)
+        check_image_size(image_size, most=32)
         arrays = bundled()
-        chosen = np.ones(len(arrays["images"]), bool)
+        selected = np.ones(len(arrays["images"]), bool)
         if self.split != "all":
-            chosen = arrays["held_out"] == (self.split == "held_out")
+            selected = arrays["held_out"] == (self.split == "held_out")
         return InMemory(
-            resized(arrays["images"][chosen], image_size, progress),
-            arrays["labels"][chosen].astype(np.int32),
+            resized(arrays["images"][selected], image_size, progress),
+            arrays["labels"][selected].astype(np.int32),
             class_names=tuple(arrays["class_names"].tolist()),
             place=f"bundled emoji, {self.split.replace('_', ' ')}",
         )
@@ -40,8 +40,8 @@ class EmojiData(Data):
 
 @functools.cache
 def bundled() -> dict[str, np.ndarray]:
-    """What tools/build_emoji32.py wrote: images uint8 [3765, 32, 32, 3]; of each its label, whether it is held out, its
-    vendor (0 google, 1 twitter) and its code points (unified); and the class_names.
+    """Arrays of tools/build_emoji32.py: images uint8 [3765, 32, 32, 3]; per image labels, held_out, vendor (0 Google,
+    1 Twitter) and unified (code points); class_names.
     """
     path = importlib.resources.files("cm_jax.assets").joinpath("emoji32.npz")
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:

@@ -1,4 +1,4 @@
-"""Sets of image files, or of records that hold them: decoded at once where they fit in memory, else streamed."""
+"""Data sets of encoded images: decoded in memory if they fit, else streamed."""
 
 import abc
 import concurrent.futures
@@ -9,7 +9,7 @@ import os
 import numpy as np
 from jaxtyping import UInt8
 
-from cm_jax.data.base import Data, Dataset, Progress, checked_image_size
+from cm_jax.data.base import Data, Dataset, Progress, check_image_size
 from cm_jax.data.decoding import decode
 from cm_jax.data.in_memory import InMemory
 from cm_jax.errors import InputError, indented_list
@@ -18,14 +18,14 @@ log = logging.getLogger("cm_jax.data")
 
 THREADS = min(16, os.cpu_count() or 1)
 _CHUNK = 64
-"""Images that a thread decodes before it tells of them."""
+"""Images that a thread decodes between progress reports."""
 
 
 class Encoded(abc.ABC):
-    """Images by number, each in its file format. Picklable, so that worker processes can have it."""
+    """Encoded images by index. Picklable, for worker processes."""
 
     place: str
-    """What the set is called in messages."""
+    """Name of the data set in messages."""
     classes: int | None
     class_names: tuple[str, ...]
 
@@ -34,15 +34,15 @@ class Encoded(abc.ABC):
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """What an image is called in messages."""
+        """Name of an image in messages."""
 
     @abc.abstractmethod
     def read(self, index: int) -> tuple[bytes, int]:
-        """(the file, the class; 0 where there are none). May raise anything for an image that cannot be read."""
+        """(content of the file, class or 0). May raise any exception for an unreadable image."""
 
 
 class UnreadableError(Exception):
-    """An image that cannot be used, and why."""
+    """An image cannot be used."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -50,60 +50,60 @@ class UnreadableError(Exception):
 
 
 def load(encoded: Encoded, index: int, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"], int, bool]:
-    """(pixels, class, whether it was enlarged). Raises UnreadableError."""
+    """(pixels, class, whether the image was enlarged). Raises UnreadableError."""
     try:
         content, label = encoded.read(index)
         pixels, enlarged = decode(content, image_size)
-    except Exception as error:  # every image format has its own kinds for a damaged file
+    except Exception as error:  # image formats raise many types for damaged files
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise UnreadableError(encoded.name(index), reason[:200]) from error
     if encoded.classes is not None and not 0 <= label < encoded.classes:
-        raise UnreadableError(encoded.name(index), f"label {label} is not one of {encoded.classes} classes")
+        raise UnreadableError(encoded.name(index), f"expected a label in [0, {encoded.classes - 1}], got {label}")
     return pixels, label, enlarged
 
 
-def too_many(place: str, complaints: list[str], most: int) -> InputError:
-    """What is raised where more than `most` images cannot be read, or none can."""
+def too_many_unreadable(place: str, complaints: list[str], most: int) -> InputError:
+    """The error for more than `most` unreadable images, or for no readable one."""
     if len(complaints) <= most:
         return InputError(
-            f"{place}: none of its images can be read. Repair the files or name others:\n  {indented_list(complaints)}"
+            f"{place}: no image can be read. Repair the files or give others:\n  {indented_list(complaints)}"
         )
     number = "1 image" if len(complaints) == 1 else f"{len(complaints)} images"
     return InputError(
-        f"{place}: {number} cannot be read, and at most {most} may be left out (most_corrupt); "
-        f"replace or remove them, or raise it:\n  {indented_list(complaints)}"
+        f"{place}: {number} cannot be read, more than max_corrupt = {most}. "
+        f"Repair or remove them, or raise max_corrupt:\n  {indented_list(complaints)}"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedData(Data):
-    """What data sets of encoded images have in common."""
+    """Base of data sets of encoded images."""
 
     in_memory_gib: float = 4.0
-    """Images are decoded once, at the start, if they take no more than this; larger sets are decoded as they come."""
-    most_corrupt: int = 100
-    """Images that cannot be read are named in the log and passed over, up to this many."""
+    """Decode all images at the start if they need at most this many GiB. Larger data sets are streamed."""
+    max_corrupt: int = 100
+    """Maximum number of unreadable images, which are logged and skipped."""
     workers: int = 0
-    """Processes that decode images as they come; 0: threads of this process."""
+    """Processes that decode streamed images. 0: threads."""
 
     def __post_init__(self) -> None:
-        if not (self.in_memory_gib >= 0 and self.most_corrupt >= 0 and 0 <= self.workers <= 1024):
-            raise InputError(f"{self}: in_memory_gib, most_corrupt and workers (up to 1024) cannot be negative.")
+        if not (self.in_memory_gib >= 0 and self.max_corrupt >= 0 and 0 <= self.workers <= 1024):
+            raise InputError(f"Expected in_memory_gib >= 0, max_corrupt >= 0 and workers in [0, 1024], got {self}.")
 
     def open_encoded(self, encoded: Encoded, image_size: int, progress: Progress | None) -> Dataset:
-        """In memory or streamed, as it fits."""
+        """In memory if it fits, else streamed."""
         from cm_jax.data.streaming import Streamed
 
-        needed = len(encoded) * checked_image_size(image_size) ** 2 * 3
+        needed = len(encoded) * check_image_size(image_size) ** 2 * 3
         if needed <= self.in_memory_gib * 2**30:
-            return decoded(encoded, image_size, self.most_corrupt, progress)
-        return Streamed(encoded, image_size, self.most_corrupt, self.workers)
+            return decode_all(encoded, image_size, self.max_corrupt, progress)
+        return Streamed(encoded, image_size, self.max_corrupt, self.workers)
 
 
-def decoded(encoded: Encoded, image_size: int, most_corrupt: int, progress: Progress | None = None) -> InMemory:
+def decode_all(encoded: Encoded, image_size: int, max_corrupt: int, progress: Progress | None = None) -> InMemory:
     """All images, decoded by threads, in their order; those that cannot be read are named and left out.
 
-    Raises InputError where there are more than `most_corrupt` of them, or no others.
+    Raises InputError where there are more than `max_corrupt` of them, or no others.
     """
     count = len(encoded)
     images = np.empty((count, image_size, image_size, 3), np.uint8)
@@ -128,9 +128,9 @@ def decoded(encoded: Encoded, image_size: int, most_corrupt: int, progress: Prog
             complaints += unreadable
             small += enlarged
             for complaint in unreadable:
-                log.warning("Left out, cannot be read: %s", complaint)
-            if len(complaints) > most_corrupt or len(complaints) == count:
-                raise too_many(encoded.place, complaints, most_corrupt)
+                log.warning("Skipped an unreadable image: %s", complaint)
+            if len(complaints) > max_corrupt or len(complaints) == count:
+                raise too_many_unreadable(encoded.place, complaints, max_corrupt)
             if progress is not None:
                 progress(min(done * _CHUNK, count), count)
     finally:
@@ -140,7 +140,7 @@ def decoded(encoded: Encoded, image_size: int, most_corrupt: int, progress: Prog
         log.warning("Images smaller than %d pixels were enlarged. %s.", image_size, where)
     kept = np.flatnonzero(good)
     if len(kept) < count:
-        for place, index in enumerate(kept):  # in place: a second copy of everything might not fit
+        for place, index in enumerate(kept):  # in place, because a second copy might not fit
             images[place], labels[place] = images[index], labels[index]
     return InMemory(
         images[: len(kept)],

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from cm_jax.data.base import Dataset, Progress, checked_image_size
+from cm_jax.data.base import Dataset, Progress, check_image_size
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import user_path
@@ -13,32 +13,31 @@ from cm_jax.io.atomic import user_path
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 
 Relative = tuple[str, ...]
-"""A file below the top folder: the folders on the way, and its name."""
+"""Path of a file relative to the top folder, in parts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder(EncodedData):
-    """All jpg, jpeg, png, gif, webp and bmp files in a folder and its sub-folders.
+    """All jpg, jpeg, png, gif, webp and bmp files in a folder and its subfolders, center-cropped.
 
-    Each is centre-cropped as the published models' data were. Names that begin with a dot are passed over.
+    Hidden files and folders are ignored.
     """
 
     path: str
     """The folder."""
     labels: Literal["auto", "none", "folder", "prefix"] = "auto"
-    """folder: the class of an image is the sub-folder that it lies in, the first below the top. prefix: its file name
-    up to the first "_", as in the original. auto: folder where all images lie in sub-folders, and these are two or
-    more; else none. Classes are numbered in the order of their names."""
+    """Classes, in alphabetical order. folder: the first subfolder of each image. prefix: the file name up to the first
+    "_", as in OpenAI's implementation. auto: folder if all images are in two or more subfolders, else none."""
 
     def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
-        checked_image_size(image_size)
+        check_image_size(image_size)
         files = image_files(user_path(self.path))
         names = _class_of_each(files, self.labels, self.path)
         return self.open_encoded(_Files(self.path, files, names), image_size, progress)
 
 
 class _Files(Encoded):
-    """Image files, and the name of each one's class where there are classes."""
+    """Image files and their class names."""
 
     def __init__(self, place: str, files: list[Relative], names: list[str] | None) -> None:
         self.place = place
@@ -61,20 +60,20 @@ class _Files(Encoded):
 
 
 def image_files(top: Path) -> list[Relative]:
-    """Every image file below `top`, sorted folder by folder. Raises InputError where there is none."""
+    """All image files below `top`, sorted by path. Raises InputError if there are none."""
 
-    def cannot(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise InputError(f"{error.filename} cannot be read: {error.strerror or error}.") from error
 
     if not top.is_dir():
-        there = "is a file" if top.exists() else "does not exist"
-        raise InputError(f"{top} {there}; wanted: a folder of images.")
+        found = "is a file" if top.exists() else "does not exist"
+        raise InputError(f"Expected a folder of images; {top} {found}.")
     files: list[Relative] = []
     others: list[str] = []
     seen: set[str] = set()
-    for folder, subfolders, names in os.walk(top, onerror=cannot, followlinks=True):
+    for folder, subfolders, names in os.walk(top, onerror=fail, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # links may run in circles
+        if real in seen:  # links may form a cycle
             subfolders.clear()
             continue
         seen.add(real)
@@ -86,36 +85,36 @@ def image_files(top: Path) -> list[Relative]:
             else:
                 others.append(name)
     if not files:
-        found = f"{len(others)} other files, such as {_readable(min(others))}" if others else "no files at all"
-        raise InputError(f"{top} has no images in it, but {found}; wanted: {', '.join(_SUFFIXES)}.")
+        found = f"{len(others)} other files, such as {_readable(min(others))}" if others else "no files"
+        raise InputError(f"Expected images ({', '.join(_SUFFIXES)}) in {top}, found {found}.")
     return sorted(files)
 
 
 def _class_of_each(files: list[Relative], labels: str, place: str) -> list[str] | None:
-    """The class of every file by name; None without labels."""
+    """Class name of every file; None without labels."""
     if labels == "none":
         return None
     if labels == "prefix":
         strays = [file for file in files if "_" not in file[-1]]
         names = [file[-1].split("_", 1)[0] for file in files]
-        wanted = 'a name such as "cat_0001.png" (labels: prefix)'
+        expected = 'a name such as "cat_0001.png" (labels: prefix)'
     else:
         strays = [file for file in files if len(file) == 1]
         names = [file[0] for file in files]
-        wanted = "a sub-folder for each class (labels: folder)"
+        expected = "a subfolder per class (labels: folder)"
     if labels == "auto" and (strays or len(set(names)) < 2):
         return None
     if strays:
         shown = indented_list([_readable("/".join(file)) for file in strays])
-        raise InputError(f"{place}: {len(strays)} images have no class; wanted: {wanted}.\n  {shown}")
+        raise InputError(f"{place}: {len(strays)} images have no class; expected {expected}.\n  {shown}")
     if len(set(names)) < 2:
         raise InputError(
-            f"{place}: all images are of one class, {_readable(names[0])}; wanted: {wanted}, two at least. "
+            f"{place}: expected two classes or more, got one, {_readable(names[0])}. "
             "Train without labels (labels: none)."
         )
     return [_readable(name) for name in names]
 
 
 def _readable(name: str) -> str:
-    """A file name in letters that every terminal and JSON file takes."""
+    """A file name as valid UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Arrays in a numpy file."""
+"""Images in .npz files."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cm_jax.data.base import Data, Dataset, Progress, checked_image_size
-from cm_jax.data.decoding import centre_crop
+from cm_jax.data.base import Data, Dataset, Progress, check_image_size
+from cm_jax.data.decoding import center_crop
 from cm_jax.data.in_memory import InMemory
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
@@ -21,24 +21,24 @@ _NAMES = ("class_names", "label_names")
 
 @dataclasses.dataclass(frozen=True)
 class NpzData(Data):
-    """An .npz file: uint8 images [n, height, width, 3] (or 1 for grey), and whole-numbered labels [n] if it has any.
+    """An .npz file with uint8 images [n, height, width, channels], 3 channels or 1, and optional integer labels [n].
 
-    Names of the classes are read from class_names or label_names. Images of another size are centre-cropped.
+    Class names are read from class_names or label_names. Images of another size are center-cropped.
     """
 
     path: str
     """The file."""
     images: str = ""
-    """Name of the images in it. Default: images, or arr_0."""
+    """Name of the array of images. Default: images or arr_0."""
     labels: str = ""
-    """Name of the labels in it, or "none". Default: labels, or arr_1, where it has them."""
+    """Name of the array of labels, or "none". Default: labels or arr_1, if present."""
 
     def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
-        checked_image_size(image_size)
+        check_image_size(image_size)
         return self._opened(lambda images: resized(images, image_size, progress))
 
     def unchanged(self) -> InMemory:
-        """The images in the size that they have, square or not."""
+        """The images without resizing; they need not be square."""
         return self._opened(lambda images: images)
 
     def _opened(self, prepared: Callable[[np.ndarray], np.ndarray]) -> InMemory:
@@ -46,35 +46,35 @@ class NpzData(Data):
         labels, names = arrays.get("labels"), tuple(map(str, arrays.get("names", ())))
         if labels is not None and len(np.unique(labels)) < 2:
             if self.labels:
-                raise InputError(f"{self.path}: all labels are the same; train without them (labels: none).")
+                raise InputError(f"{self.path}: all labels are equal; train without them (labels: none).")
             labels = None
         images = prepared(_checked_images(self.path, arrays["images"]))
         return InMemory(images, labels, class_names=() if labels is None else names, place=self.path)
 
     def _read(self) -> dict[str, np.ndarray]:
-        """images, and labels and names where there are any. Nothing in the file can run code."""
+        """images, labels and names, as far as present. Pickled arrays are refused."""
         try:
-            found = read_npz(user_path(self.path), lambda names: self._wanted(names).values())
+            found = read_npz(user_path(self.path), lambda names: self._names(names).values())
         except ValueError as error:
             raise InputError(f"{self.path} cannot be used as an .npz file of images: {error}.") from error
-        wanted = self._wanted(list(found))
-        arrays = {use: found[name] for use, name in wanted.items()}
+        arrays_by_use = self._names(list(found))
+        arrays = {use: found[name] for use, name in arrays_by_use.items()}
         labels, names = arrays.get("labels"), arrays.get("names")
         if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
             raise InputError(
-                f"{self.path}: {wanted['labels']} is {_shown(labels)}; wanted: whole numbers [n]. "
-                "If they are no labels, go without (labels: none)."
+                f"{self.path}: expected {arrays_by_use['labels']} to be integers [n], got {_text(labels)}. "
+                "If they are not labels, use labels: none."
             )
         if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
-            raise InputError(f"{self.path}: {wanted['names']} is {_shown(names)}; wanted: a list of texts.")
+            raise InputError(f"{self.path}: expected {arrays_by_use['names']} to be strings [n], got {_text(names)}.")
         return arrays
 
-    def _wanted(self, names: list[str]) -> dict[str, str]:
-        """Which of the arrays in the file is what. Raises ValueError where there are no images."""
-        images = _chosen(names, self.images, _IMAGES)
+    def _names(self, names: list[str]) -> dict[str, str]:
+        """Use -> name of the array in the file. Raises ValueError without images."""
+        images = _select(names, self.images, _IMAGES)
         if images is None:
             raise ValueError(f"it has no {' or '.join(_IMAGES)}, but {', '.join(names) or 'nothing'}")
-        labels = None if self.labels == "none" else _chosen(names, self.labels, _LABELS)
+        labels = None if self.labels == "none" else _select(names, self.labels, _LABELS)
         found = {"images": images, "labels": labels, "names": next((name for name in _NAMES if name in names), None)}
         return {use: name for use, name in found.items() if name is not None}
 
@@ -82,20 +82,20 @@ class NpzData(Data):
 def resized(
     images: UInt8[np.ndarray, "n h w c"], image_size: int, progress: Progress | None = None
 ) -> UInt8[np.ndarray, "n r r c"]:
-    """Centre crops of `image_size`; the images themselves where that is what they are."""
+    """Center crops of `image_size`; images of that size are returned unchanged."""
     if images.shape[1:3] == (image_size, image_size):
         return images
     crops = np.empty((len(images), image_size, image_size, images.shape[3]), np.uint8)
     for index, image in enumerate(images):
         picture = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
-        crops[index] = np.asarray(centre_crop(picture, image_size)).reshape(crops.shape[1:])
+        crops[index] = np.asarray(center_crop(picture, image_size)).reshape(crops.shape[1:])
         if progress is not None and (index + 1) % 256 == 0:
             progress(index + 1, len(images))
     return crops
 
 
-def _chosen(names: list[str], asked: str, usual: tuple[str, ...]) -> str | None:
-    """The array that is meant. Raises ValueError where the one asked for is not there."""
+def _select(names: list[str], asked: str, usual: tuple[str, ...]) -> str | None:
+    """The requested array, or the first usual one. Raises ValueError if the requested one is missing."""
     if asked and asked not in names:
         raise ValueError(f"it has no {asked}, but {', '.join(names) or 'nothing'}")
     return asked or next((name for name in usual if name in names), None)
@@ -104,16 +104,15 @@ def _chosen(names: list[str], asked: str, usual: tuple[str, ...]) -> str | None:
 def _checked_images(path: str, images: np.ndarray) -> np.ndarray:
     advice = ""
     if images.dtype.kind == "f":
-        advice = " Write numbers in [-1, 1] as numpy.clip(numpy.round((x + 1) * 127.5), 0, 255).astype(numpy.uint8)."
+        advice = " Convert numbers in [-1, 1] by numpy.clip(numpy.round((x + 1) * 127.5), 0, 255).astype(numpy.uint8)."
     elif images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
         advice = " Channels come last: numpy.transpose(x, (0, 2, 3, 1))."
     elif images.ndim == 3:
-        advice = " Grey images have one channel: x[..., None]."
+        advice = " Gray images have one channel: x[..., None]."
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-        wanted = "uint8 [n, height, width, 3]"
-        raise InputError(f"{path}: the images are {_shown(images)}; wanted: {wanted}.{advice}")
+        raise InputError(f"{path}: expected images uint8 [n, height, width, 3], got {_text(images)}.{advice}")
     return images
 
 
-def _shown(array: np.ndarray) -> str:
+def _text(array: np.ndarray) -> str:
     return f"{array.dtype} {list(array.shape)}"

@@ -1,4 +1,4 @@
-"""Images decoded as they come, by grain: for sets that do not fit in memory."""
+"""Streaming with grain, for data sets that do not fit in memory."""
 
 import contextlib
 import dataclasses
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cm_jax.data.base import Batches, Dataset, RawBatch, batch_indices, described
-from cm_jax.data.encoded import THREADS, Encoded, UnreadableError, load, too_many
+from cm_jax.data.base import Batches, Dataset, RawBatch, batch_indices, describe
+from cm_jax.data.encoded import THREADS, Encoded, UnreadableError, load, too_many_unreadable
 from cm_jax.errors import InputError
 
 log = logging.getLogger("cm_jax.data")
@@ -20,34 +20,34 @@ _FOREVER = 2**62
 
 
 class Streamed(Dataset):
-    """The same batches as `InMemory` of the same images, decoded by threads or by `workers` processes.
+    """The same batches as of `InMemory`, decoded on the fly by threads or by `workers` processes.
 
-    An image that cannot be read is replaced by the next one that can, and named. Raises InputError where grain is not
-    installed; iterating does where more than `most_corrupt` images are unreadable.
+    An unreadable image is logged and replaced by the next readable one. Raises InputError if grain is not installed,
+    and while iterating if more than `max_corrupt` images are unreadable.
     """
 
-    def __init__(self, encoded: Encoded, image_size: int, most_corrupt: int = 100, workers: int = 0) -> None:
+    def __init__(self, encoded: Encoded, image_size: int, max_corrupt: int = 100, workers: int = 0) -> None:
         try:
             import grain  # noqa: F401
         except ImportError as error:
             raise InputError(
-                f"{encoded.place} does not fit in the memory that is allowed, and streaming needs grain: "
+                f"{encoded.place} is larger than in_memory_gib, and streaming needs grain: "
                 "pip install grain, or raise in_memory_gib."
             ) from error
         self.encoded = encoded
-        self.most_corrupt = most_corrupt
+        self.max_corrupt = max_corrupt
         self.workers = workers
         self.size = len(encoded)
         self.image_shape = (image_size, image_size, 3)
         self.classes = encoded.classes
         self.class_names = encoded.class_names
         by = f"{workers} process{'es' if workers != 1 else ''}" if workers else f"{THREADS} threads"
-        self.description = described(encoded.place, self.size, image_size, self.classes, f"streamed by {by}")
+        self.description = describe(encoded.place, self.size, image_size, self.classes, f"streamed by {by}")
 
     def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         import grain
 
-        share = _Share(self.encoded, self.image_shape[0], self.most_corrupt, batch_size, seed, rows)
+        share = _LoadShare(self.encoded, self.image_shape[0], self.max_corrupt, batch_size, seed, rows)
         threads = 1 if self.workers else THREADS
         stream = grain.MapDataset.range(start, _FOREVER).map(share)
         stream = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
@@ -59,76 +59,73 @@ class Streamed(Dataset):
 
     def _checked(self, parts: Any) -> Batches:
         complaints: dict[str, str] = {}
-        told = False
+        warned = False
         with contextlib.closing(parts):
             for part in parts:
                 for name, complaint in part.complaints.items():
                     if name not in complaints:
-                        log.warning("Replaced, cannot be read: %s", complaint)
+                        log.warning("Replaced an unreadable image: %s", complaint)
                 complaints |= part.complaints
-                if len(complaints) > self.most_corrupt or len(complaints) == self.size:
-                    raise too_many(self.encoded.place, list(complaints.values()), self.most_corrupt)
-                if part.enlarged and not told:
-                    told = True
+                if len(complaints) > self.max_corrupt or len(complaints) == self.size:
+                    raise too_many_unreadable(self.encoded.place, list(complaints.values()), self.max_corrupt)
+                if part.enlarged and not warned:
+                    warned = True
                     where = f"{self.encoded.place}: {part.enlarged} in one batch"
                     log.warning("Images smaller than %d pixels are enlarged. %s.", self.image_shape[0], where)
                 yield RawBatch(part.images, None if self.classes is None else part.labels)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A host's share of a batch, and what there is to say about it.
+class _Share:
+    """A host's share of a batch.
 
-    No tuple, because grain would send its arrays through shared memory, which a run that is killed leaves behind.
+    Not a tuple, because grain would send its arrays through shared memory, which a killed run does not free.
     """
 
     images: np.ndarray
     labels: np.ndarray
     complaints: dict[str, str]
-    """A line for each image that cannot be read, by its name."""
+    """Name of an unreadable image -> error message."""
     enlarged: int
 
 
 @dataclasses.dataclass(frozen=True)
-class _Share:
-    """k -> a host's share of batch k. A pure function of the files, whichever process calls it."""
+class _LoadShare:
+    """k -> a host's share of batch k, a pure function of the files."""
 
     encoded: Encoded
     image_size: int
-    most_corrupt: int
+    max_corrupt: int
     batch_size: int
     seed: int
     rows: slice
 
-    def __call__(self, number: int) -> _Part:
-        chosen = batch_indices(len(self.encoded), self.batch_size, self.seed, number)[self.rows]
-        images = np.zeros((len(chosen), self.image_size, self.image_size, 3), np.uint8)
-        labels = np.zeros(len(chosen), np.int32)
+    def __call__(self, number: int) -> _Share:
+        indices = batch_indices(len(self.encoded), self.batch_size, self.seed, number)[self.rows]
+        images = np.zeros((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        labels = np.zeros(len(indices), np.int32)
         complaints: dict[str, str] = {}
-        small = 0
-        for row, index in enumerate(chosen):
+        enlarged_count = 0
+        for row, index in enumerate(indices):
             image = self._next_good(int(index), complaints)
             if image is not None:
                 images[row], labels[row], enlarged = image
-                small += enlarged
-        return _Part(images, labels, complaints, small)
+                enlarged_count += enlarged
+        return _Share(images, labels, complaints, enlarged_count)
 
     def _next_good(self, index: int, complaints: dict[str, str]) -> tuple[np.ndarray, int, bool] | None:
-        """Image `index`, or the next that can be read; None after more bad ones than are allowed.
-
-        Whoever reads the complaints then raises: in the main process, not in this one.
-        """
+        """Image `index` or the next readable one; None after too many unreadable ones: the main process then raises."""
         size = len(self.encoded)
-        for tried in range(min(size, self.most_corrupt + 1)):
+        for skipped in range(min(size, self.max_corrupt + 1)):
             try:
-                return load(self.encoded, (index + tried) % size, self.image_size)
+                return load(self.encoded, (index + skipped) % size, self.image_size)
             except UnreadableError as error:
                 complaints[error.name] = str(error)
         return None
 
 
 def _mark_flags_as_parsed() -> None:
-    """Grain's worker processes read absl's flags, and die where nobody has parsed any."""
+    """Grain's worker processes read absl's flags and fail if they have not been parsed."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -136,7 +133,7 @@ def _mark_flags_as_parsed() -> None:
 
 
 def _end_with_the_parent(worker: int, workers: int) -> None:
-    """Called in a worker process: without this, workers wait for ever for a run that was killed."""
+    """End a worker process with its parent: otherwise workers outlive a killed run."""
     del worker, workers
     parent = multiprocessing.parent_process()
     assert parent is not None

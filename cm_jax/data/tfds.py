@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets, without TensorFlow: prepared beforehand, in the array_record format."""
+"""Prepared TensorFlow Datasets in the array_record format, read without TensorFlow."""
 
 import dataclasses
 import difflib
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cm_jax.data.base import Dataset, Progress, checked_image_size
+from cm_jax.data.base import Dataset, Progress, check_image_size
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
@@ -16,23 +16,20 @@ from cm_jax.io.validation import read_json
 
 @dataclasses.dataclass(frozen=True)
 class TFDSData(EncodedData):
-    """A prepared data set of TensorFlow Datasets: cifar10, imagenet_resized/64x64, or one of your own.
-
-    TensorFlow itself is not needed. docs/data.md tells how to prepare one.
-    """
+    """A prepared data set of TensorFlow Datasets: cifar10, imagenet_resized/64x64, or your own. See docs/data.md."""
 
     name: str = "cifar10"
-    """As the catalogue has it, with its configuration where it has any."""
+    """Name in the catalog, with its configuration if it has any."""
     split: str = "train"
-    """As TensorFlow Datasets writes it: "train", "train[:90%]", "train+test"."""
+    """Split: "train", "train[:90%]", "train+test"."""
     data_dir: str | None = None
-    """Where prepared data sets lie, or the folder of this one (it holds dataset_info.json; the name is then not used).
-    Default: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    """Folder of all prepared data sets, or of this one (with dataset_info.json; `name` is then ignored). Default:
+    $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     labels: str = "auto"
-    """The feature with the classes. auto: the one called label, or the only one there is; none: without labels."""
+    """Feature with the classes. auto: the feature label, or the only one; none: without labels."""
 
     def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
-        checked_image_size(image_size)
+        check_image_size(image_size)
         tfds = _tfds()
         folder = self._folder()
         _check_features(folder)
@@ -48,13 +45,13 @@ class TFDSData(EncodedData):
             source = builder.as_data_source(self.split, decoders={image: tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
             raise InputError(
-                f"{folder} is in the format {builder.info.file_format.value}; wanted: array_record. Convert it, where "
-                f"TensorFlow is: tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record "
-                "--out_dir=ANOTHER_FOLDER"
+                f"{folder}: expected the format array_record, got {builder.info.file_format.value}. Convert it, with "
+                f"TensorFlow installed: tfds convert_format --dataset_version_dir={folder} "
+                "--out_file_format=array_record --out_dir=ANOTHER_FOLDER"
             ) from error
         except (ValueError, KeyError) as error:
             splits = ", ".join(f"{name} ({split.num_examples})" for name, split in builder.info.splits.items())
-            raise InputError(f"{folder} has no split {self.split!r}; it has {splits}, and parts of them.") from error
+            raise InputError(f"{folder} has no split {self.split!r}; it has {splits}, and slices of them.") from error
         except OSError as error:
             raise InputError(f"{folder} cannot be read: {str(error)[:200]}.") from error
         names = tuple(features[label].names or ()) if label else ()
@@ -65,12 +62,12 @@ class TFDSData(EncodedData):
         return self.open_encoded(_Records(place, source, image, label, classes, names), image_size, progress)
 
     def _folder(self) -> Path:
-        """The prepared folder. Raises InputError that tells how to prepare it, or which name is meant."""
+        """The prepared folder. Raises InputError with instructions if there is none."""
         top = user_path(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
         if (top / "dataset_info.json").is_file():
             return top
         if not re.fullmatch(r"\w+(/[\w.+-]+)?", self.name):
-            raise InputError(f"{self.name!r} is no name of a data set: wanted is cifar10, or name/configuration.")
+            raise InputError(f"Expected a data set such as cifar10 or name/configuration, got {self.name!r}.")
         found = [path.parent for path in top.glob(f"{self.name}/*/dataset_info.json")]
         if found:
             return max(found, key=_version)
@@ -78,13 +75,13 @@ class TFDSData(EncodedData):
         if configured:
             raise InputError(
                 f"{self.name} in {top} has the configurations {', '.join(configured)}: "
-                f"name one, as {self.name}/{configured[0]}."
+                f"give one, such as {self.name}/{configured[0]}."
             )
         raise InputError(_how_to_prepare(self.name, top))
 
 
 class _Records(Encoded):
-    """The records of a data set, images still encoded."""
+    """Records with encoded images."""
 
     def __init__(
         self, place: str, source: Any, image: str, label: str | None, classes: int | None, names: tuple[str, ...]
@@ -111,7 +108,7 @@ def _tfds() -> Any:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise InputError("Data sets of TFDS need tensorflow-datasets: pip install tensorflow-datasets.") from error
+        raise InputError("TFDS data sets need tensorflow-datasets: pip install tensorflow-datasets.") from error
     return tensorflow_datasets
 
 
@@ -120,7 +117,7 @@ def _version(folder: Path) -> tuple[int, ...]:
 
 
 def _check_features(folder: Path) -> None:
-    """Raise InputError where features.json names classes of other packages: reading it would import them."""
+    """Raise InputError if features.json names classes of other packages, because reading it would import them."""
 
     def classes(value: Any) -> list[str]:
         if isinstance(value, list):
@@ -134,29 +131,29 @@ def _check_features(folder: Path) -> None:
     foreign = [name for name in foreign if not name.startswith("tensorflow_datasets.")]
     if foreign:
         raise InputError(
-            f"{folder / 'features.json'} asks for {foreign[0]}, which is no part of TensorFlow Datasets, and would be "
-            "run: prepare the data with the features of TFDS alone."
+            f"{folder / 'features.json'} names {foreign[0]}, which is not part of TensorFlow Datasets and would be "
+            "executed: prepare the data with features of TFDS only."
         )
 
 
 def _feature(features: Any, kind: type, usual: str, folder: Path) -> str:
-    """The feature of a kind: the one with the usual name, or the only one."""
+    """The feature of this type with the usual name, or the only one."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     if usual in names or len(names) == 1:
         return usual if usual in names else names[0]
-    found = f"several of that kind: {', '.join(names)}" if names else ", ".join(features)
-    raise InputError(f"{folder} has no feature called {usual}, but {found}.")
+    found = f"several of this type: {', '.join(names)}" if names else ", ".join(features)
+    raise InputError(f"{folder}: expected a feature {usual}, found {found}.")
 
 
 def _named(features: Any, kind: type, name: str, folder: Path) -> str:
     if name not in features or not isinstance(features[name], kind):
         found = [name for name, feature in features.items() if isinstance(feature, kind)]
-        raise InputError(f"{folder} has no classes called {name!r}; it has {', '.join(found) or 'none'}.")
+        raise InputError(f"{folder} has no class feature {name!r}; it has {', '.join(found) or 'none'}.")
     return name
 
 
 def _how_to_prepare(name: str, top: Path) -> str:
-    """What is wrong with a data set that is not there: its name, or that nobody prepared it."""
+    """The error message for a missing data set: unknown, or not prepared."""
     tfds = _tfds()
     try:
         tfds.builder(name, data_dir=str(top))
@@ -165,15 +162,15 @@ def _how_to_prepare(name: str, top: Path) -> str:
         prepared = [path.parent.parent.name for path in top.glob("*/*/dataset_info.json")]
         near = difflib.get_close_matches(name.split("/")[0], [*prepared, *known], n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        return f"{name} is no data set that TFDS knows, and none in {top}.{hint}"
+        return f"{name} is neither a TFDS data set nor a folder in {top}.{hint}"
     except (ImportError, AttributeError):
-        pass  # a known one, whose module needs TensorFlow
+        pass  # its module needs TensorFlow
     except ValueError as error:
         return f"{name}: {str(error)[:500]}"
     return (
-        f"{name} is not prepared in {top}. Prepare it where there is a network, TensorFlow too if it asks for it:\n"
+        f"{name} is not prepared in {top}. Prepare it on a machine with network access (and TensorFlow, if required):\n"
         "  pip install tensorflow-datasets array-record\n"
         f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}')"
         ".download_and_prepare(file_format='array_record')\"\n"
-        f"and copy ~/tensorflow_datasets/{name.split('/')[0]} from there into {top}."
+        f"and copy ~/tensorflow_datasets/{name.split('/')[0]} to {top}."
     )

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from cm_jax.data import centre_crop, picture
+from cm_jax.data import center_crop, read_image
 from cm_jax.errors import InputError
 
 Box = tuple[int, int, int, int]
@@ -36,7 +36,7 @@ def decode(content: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `picture` has a lower limit
-            return picture(content)
+            return read_image(content)
     except Exception as error:  # image formats raise many kinds
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise InputError(f"{name} cannot be read as a picture: {reason[:200]}.") from error
@@ -59,7 +59,7 @@ def center_box(width: int, height: int) -> Box:
 
 def fit(image: Image.Image, size: int) -> Float[np.ndarray, "h w 3"]:
     """The center square, resized to `size` pixels like training images; values in [-1, 1]."""
-    square = centre_crop(image.crop(center_box(*image.size)), size)
+    square = center_crop(image.crop(center_box(*image.size)), size)
     return np.asarray(square, np.float32) / 127.5 - 1
 
 

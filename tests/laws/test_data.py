@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm_jax.data import EmojiData, Encoded, InMemory, Streamed, centre_crop, decode, permutation
+from cm_jax.data import EmojiData, Encoded, InMemory, Streamed, center_crop, decode, permutation
 from cm_jax.data.emoji import bundled
-from cm_jax.data.encoded import decoded
+from cm_jax.data.encoded import decode_all
 from cm_jax.errors import InputError
 from tools import build_emoji32
 
@@ -130,16 +130,16 @@ def test_an_image_that_cannot_be_read_is_replaced_by_the_next_wherever_one_start
 
 
 def test_too_many_unreadable_images_end_the_stream():
-    batches = Streamed(Files(10, damaged=[1, 2, 3, 8]), 6, most_corrupt=3).batches(10)
+    batches = Streamed(Files(10, damaged=[1, 2, 3, 8]), 6, max_corrupt=3).batches(10)
     with pytest.raises(
-        InputError, match=r"(?s)4 images cannot be read, and at most 3 may be left out.*file 1:.*file 8:|file 8:"
+        InputError, match=r"(?s)4 images cannot be read, more than max_corrupt = 3.*file 1:.*file 8:|file 8:"
     ):
         next(batches)
-    few = Streamed(Files(10, damaged=[1, 2, 3]), 6, most_corrupt=3).batches(10)
+    few = Streamed(Files(10, damaged=[1, 2, 3]), 6, max_corrupt=3).batches(10)
     assert sorted(next(few).images[:, 0, 0, 0]) == [0, 4, 4, 4, 4, 5, 6, 7, 8, 9]
     few.close()
-    with pytest.raises(InputError, match="none of its images can be read"):
-        next(Streamed(Files(2, damaged=[0, 1]), 6, most_corrupt=3).batches(2))
+    with pytest.raises(InputError, match="no image can be read"):
+        next(Streamed(Files(2, damaged=[0, 1]), 6, max_corrupt=3).batches(2))
 
 
 def test_an_image_of_no_class_cannot_be_used():
@@ -147,17 +147,17 @@ def test_an_image_of_no_class_cannot_be_used():
         def read(self, index):
             return self.files[index], -1 if index == 2 else index % 3
 
-    data = decoded(Unlabelled(5), 6, most_corrupt=1)
+    data = decode_all(Unlabelled(5), 6, max_corrupt=1)
     assert data.images[:, 0, 0, 0].tolist() == [0, 1, 3, 4]
-    with pytest.raises(InputError, match="file 2: label -1 is not one of 3 classes"):
-        decoded(Unlabelled(5), 6, most_corrupt=0)
+    with pytest.raises(InputError, match=r"file 2: expected a label in \[0, 2\], got -1"):
+        decode_all(Unlabelled(5), 6, max_corrupt=0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch size must be"),
-        ({"batch_size": 6, "hosts": 4}, "6 cannot be shared among 4 hosts: 8 can"),
+        ({"batch_size": 6, "hosts": 4}, "Batch size 6 is not divisible by 4 hosts; use 8"),
         ({"batch_size": 6, "seed": -1}, "seed must be"),
         ({"batch_size": 6, "start": -1}, "first batch must be"),
         ({"batch_size": 6, "host": 2, "hosts": 2}, "this host must be"),
@@ -172,9 +172,14 @@ def test_batches_that_cannot_be(arguments, message):
     ("images", "labels", "options", "message"),
     [
         (np.zeros((0, 4, 4, 3), np.uint8), None, {}, "no images"),
-        (np.zeros((3, 4, 4, 3), np.uint8), np.zeros(2, int), {}, "2 labels for 3 images"),
+        (np.zeros((3, 4, 4, 3), np.uint8), np.zeros(2, int), {}, "got 2 labels for 3 images"),
         (np.zeros((2, 4, 4, 3), np.uint8), np.array([0, -1]), {}, "from -1 to 0"),
-        (np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 2]), {"class_names": ("a", "b")}, "numbered 0 to 1"),
+        (
+            np.zeros((2, 4, 4, 3), np.uint8),
+            np.array([0, 2]),
+            {"class_names": ("a", "b")},
+            r"expected labels in \[0, 1\]",
+        ),
         (np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 10**9]), {}, "highest label must be"),
     ],
 )
@@ -282,7 +287,7 @@ def test_centre_crop_is_halvings_a_bicubic_and_a_cut(seed):
     size = int(rng.integers(6, 20))
     height, width = rng.integers(size // 2, 7 * size, 2)
     pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-    ours = np.asarray(centre_crop(Image.fromarray(pixels), size))
+    ours = np.asarray(center_crop(Image.fromarray(pixels), size))
 
     expected = pixels
     while min(expected.shape[:2]) >= 2 * size:
@@ -298,9 +303,9 @@ def test_centre_crop_is_halvings_a_bicubic_and_a_cut(seed):
 
 def test_centre_crop_leaves_a_square_of_its_size_alone():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(centre_crop(Image.fromarray(pixels), 9), pixels)
+    np.testing.assert_array_equal(center_crop(Image.fromarray(pixels), 9), pixels)
     wide = np.concatenate([np.zeros((9, 3, 3), np.uint8), pixels, np.zeros((9, 4, 3), np.uint8)], axis=1)
-    np.testing.assert_array_equal(centre_crop(Image.fromarray(wide), 9), pixels)  # floor of 3.5 columns cut at the left
+    np.testing.assert_array_equal(center_crop(Image.fromarray(wide), 9), pixels)  # floor of 3.5 columns cut at the left
 
 
 def test_decoding_turns_an_image_as_its_exif_says():
@@ -373,5 +378,5 @@ def test_a_small_file_that_claims_many_pixels_is_refused():
 
 
 def test_only_image_formats_are_read_whatever_a_file_is_called():
-    with pytest.raises(ValueError, match="not of the formats BMP, GIF, JPEG, PNG, WEBP"):
+    with pytest.raises(ValueError, match="expected one of the formats BMP, GIF, JPEG, PNG, WEBP"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", 8)

@@ -135,7 +135,7 @@ def test_worker_processes_name_unreadable_files_and_end_without_a_complaint(fold
     assert process.returncode == 0
     assert output.splitlines()[0] == str([[0, 10, 20, 30, 40, 60, 60, 70, 80, 90]] * 2)
     assert len(complaints.splitlines()) == 1
-    assert "Replaced, cannot be read: a/5.png: it is not of the formats" in complaints
+    assert "Replaced an unreadable image: a/5.png: expected one of the formats" in complaints
 
 
 def test_worker_processes_end_when_the_run_is_killed(folder):
@@ -187,20 +187,20 @@ def damaged(folder):
 
 
 def test_unreadable_files_are_named_and_left_out(damaged, caplog):
-    data = ImageFolder(str(damaged), most_corrupt=3).open(8)
+    data = ImageFolder(str(damaged), max_corrupt=3).open(8)
     assert levels(data) == [50, 70, 80, 90, 0, 30, 40]
     assert data.labels.tolist() == [0] * 4 + [1] * 3
-    named = [re.search(r"read: (\S+):", record.getMessage())[1] for record in caplog.records]
+    named = [re.search(r"image: (\S+):", record.getMessage())[1] for record in caplog.records]
     assert named == ["a/6.png", "b/1.png", "b/2.png"]
 
 
 def test_more_unreadable_files_than_allowed_are_an_error(damaged):
     with pytest.raises(
-        InputError, match=r"(?s)3 images cannot be read, and at most 2 may be left out.*\n  a/6.png:.*\n  b/1.png:"
+        InputError, match=r"(?s)3 images cannot be read, more than max_corrupt = 2.*\n  a/6.png:.*\n  b/1.png:"
     ):
-        ImageFolder(str(damaged), most_corrupt=2).open(8)
-    batches = ImageFolder(str(damaged), most_corrupt=2, in_memory_gib=0).open(8).batches(10)
-    with pytest.raises(InputError, match="3 images cannot be read, and at most 2 may be left out"):
+        ImageFolder(str(damaged), max_corrupt=2).open(8)
+    batches = ImageFolder(str(damaged), max_corrupt=2, in_memory_gib=0).open(8).batches(10)
+    with pytest.raises(InputError, match="3 images cannot be read, more than max_corrupt = 2"):
         next(batches)
 
 
@@ -248,17 +248,17 @@ def strays(path):
 @pytest.mark.parametrize(
     ("make", "settings", "message"),
     [
-        (lambda path: None, {}, "does not exist; wanted: a folder"),
-        (an_empty_folder, {}, "no files at all"),
-        (a_file, {}, "is a file; wanted: a folder"),
+        (lambda path: None, {}, "Expected a folder of images; .* does not exist"),
+        (an_empty_folder, {}, "found no files"),
+        (a_file, {}, "Expected a folder of images; .* is a file"),
         (no_images, {}, "2 other files, such as a.csv"),
-        (all_corrupt, {}, r"(?s)none of its images can be read.*a.png.*b.png"),
-        (all_corrupt, {"most_corrupt": 1}, "2 images cannot be read, and at most 1 may be left out"),
-        (one_class, {"labels": "folder"}, "all images are of one class, a;.*labels: none"),
-        (one_class, {"labels": "prefix"}, "all images are of one class, x;"),
-        (strays, {"labels": "folder"}, r"(?s)1 images have no class.*sub-folder for each.*\n  2.png"),
+        (all_corrupt, {}, r"(?s)no image can be read.*a.png.*b.png"),
+        (all_corrupt, {"max_corrupt": 1}, "2 images cannot be read, more than max_corrupt = 1"),
+        (one_class, {"labels": "folder"}, "expected two classes or more, got one, a.*labels: none"),
+        (one_class, {"labels": "prefix"}, "expected two classes or more, got one, x"),
+        (strays, {"labels": "folder"}, r"(?s)1 images have no class.*subfolder per class.*\n  2.png"),
         (strays, {"labels": "prefix"}, r"(?s)1 images have no class.*cat_0001.png.*\n  2.png"),
-        (one_class, {"workers": -1}, "cannot be negative"),
+        (one_class, {"workers": -1}, "Expected in_memory_gib >= 0"),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path, make, settings, message):
@@ -298,7 +298,7 @@ def test_arrays_by_their_usual_names(tmp_path):
     assert NpzData(saved(tmp_path, images=IMAGES, labels=np.zeros(4, int))).open(8).classes is None
 
 
-def test_arrays_of_another_size_are_centre_cropped(tmp_path):
+def test_arrays_of_another_size_are_center_cropped(tmp_path):
     data = NpzData(saved(tmp_path, images=IMAGES)).open(4)
     halves = IMAGES.reshape(4, 4, 2, 4, 2, 3).mean(axis=(2, 4))
     assert np.abs(data.images - halves).max() <= 1
@@ -313,19 +313,23 @@ def test_arrays_of_another_size_are_centre_cropped(tmp_path):
         ({"pictures": IMAGES}, {}, "no images or arr_0, but pictures"),
         ({"images": IMAGES}, {"images": "x"}, "it has no x, but images"),
         ({"images": IMAGES}, {"labels": "x"}, "it has no x, but images"),
-        ({"images": IMAGES / 127.5 - 1}, {}, r"float64 \[4, 8, 8, 3\]; wanted: uint8.*numpy.round"),
+        ({"images": IMAGES / 127.5 - 1}, {}, r"expected images uint8.*got float64 \[4, 8, 8, 3\].*numpy.round"),
         ({"images": IMAGES.transpose(0, 3, 1, 2)}, {}, r"\[4, 3, 8, 8\].*numpy.transpose"),
         ({"images": IMAGES[..., 0]}, {}, r"\[4, 8, 8\].*x\[..., None\]"),
         ({"images": IMAGES.astype(np.int32)}, {}, "int32"),
-        ({"images": IMAGES[:0]}, {}, r"uint8 \[0, 8, 8, 3\]; wanted"),
+        ({"images": IMAGES[:0]}, {}, r"expected images uint8 .*got uint8 \[0, 8, 8, 3\]"),
         ({"images": np.array([object()])}, {}, "allow_pickle"),
         ({"images": IMAGES, "labels": LABELS[:3]}, {}, "3 labels for 4 images"),
         ({"images": IMAGES, "labels": LABELS - 1}, {}, "labels from -1 to 1"),
-        ({"images": IMAGES, "labels": LABELS / 2}, {}, r"labels is float64 \[4\]; wanted: whole numbers"),
-        ({"images": IMAGES, "labels": np.eye(4, dtype=int)}, {}, r"labels is int64 \[4, 4\]"),
+        ({"images": IMAGES, "labels": LABELS / 2}, {}, r"expected labels to be integers.*got float64 \[4\]"),
+        ({"images": IMAGES, "labels": np.eye(4, dtype=int)}, {}, r"expected labels to be .*got int64 \[4, 4\]"),
         ({"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "b"])}, {}, "labels from 0 to 2"),
-        ({"images": IMAGES, "labels": LABELS, "class_names": np.arange(3)}, {}, "class_names is int64"),
-        ({"images": IMAGES, "labels": np.ones(4, int)}, {"labels": "labels"}, "all labels are the same"),
+        (
+            {"images": IMAGES, "labels": LABELS, "class_names": np.arange(3)},
+            {},
+            "expected class_names to be strings .*got int64",
+        ),
+        ({"images": IMAGES, "labels": np.ones(4, int)}, {"labels": "labels"}, "all labels are equal"),
     ],
 )
 def test_arrays_that_cannot_be_used(tmp_path, arrays, settings, message):
@@ -419,7 +423,7 @@ def test_a_prepared_data_set_streamed(prepared, workers):
     [
         ({"name": "tiny", "split": "validation"}, r"no split 'validation'; it has train \(20\), test \(5\)"),
         ({"name": "tiny", "split": "train[:"}, "no split"),
-        ({"name": "tiny", "labels": "kind"}, "no classes called 'kind'; it has label"),
+        ({"name": "tiny", "labels": "kind"}, "no class feature 'kind'; it has label"),
         ({"name": "tinny"}, "Did you mean .*tiny"),
         ({"name": "cifa10"}, "Did you mean .*cifar10"),
         (
@@ -428,7 +432,7 @@ def test_a_prepared_data_set_streamed(prepared, workers):
         ),
         ({"name": "imagenet_resized/64x64"}, r"(?s)not prepared.*builder\('imagenet_resized/64x64'\)"),
         ({"name": "imagenet_resized/65x65"}, "65x65"),
-        ({"name": "../tiny"}, "is no name of a data set"),
+        ({"name": "../tiny"}, "Expected a data set such as"),
     ],
 )
 def test_data_sets_that_are_not_there(prepared, settings, message):
@@ -441,7 +445,7 @@ def test_several_kinds_of_labels_and_configurations(tmp_path):
     assert TFDSData("tiny", data_dir=str(tmp_path), labels="coarse").open(8).classes == 2
     (tmp_path / "sized").mkdir()
     (tmp_path / "tiny").rename(tmp_path / "sized" / "8x8")
-    with pytest.raises(InputError, match="configurations 8x8: name one, as sized/8x8"):
+    with pytest.raises(InputError, match="configurations 8x8: give one, such as sized/8x8"):
         TFDSData("sized", data_dir=str(tmp_path)).open(8)
 
 
@@ -462,7 +466,9 @@ def copied(tmp_path, prepared):
 def test_another_format_is_refused_with_the_command_that_converts_it(copied):
     info = json.loads((copied / "dataset_info.json").read_text())
     (copied / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
-    with pytest.raises(InputError, match=r"in the format tfrecord.*tfds convert_format --dataset_version_dir="):
+    with pytest.raises(
+        InputError, match=r"expected the format array_record, got tfrecord.*tfds convert_format --dataset_version_dir="
+    ):
         TFDSData(data_dir=str(copied)).open(8)
 
 
@@ -472,7 +478,7 @@ def test_features_of_other_packages_are_not_imported(copied, tmp_path, monkeypat
     features = (copied / "features.json").read_text()
     features = features.replace("tensorflow_datasets.core.features.class_label_feature.ClassLabel", "evil.Label")
     (copied / "features.json").write_text(features)
-    with pytest.raises(InputError, match=r"asks for evil.Label"):
+    with pytest.raises(InputError, match=r"names evil.Label"):
         TFDSData(data_dir=str(copied)).open(8)
 
 
@@ -483,7 +489,7 @@ def test_damaged_data_sets(copied):
         TFDSData(data_dir=str(copied)).open(8)
     (copied / "features.json").write_text(features)
     (copied / "tiny-train.array_record-00000-of-00001").unlink()
-    with pytest.raises(InputError, match="none of its images can be read"):
+    with pytest.raises(InputError, match="no image can be read"):
         TFDSData(data_dir=str(copied)).open(8)
 
 

@@ -184,7 +184,7 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
         (("colorize", tmp_path / "nothing.png", *out), "There is no picture"),
         (("colorize", tmp_path, *out), "There is no picture"),
         (("colorize", "/dev/zero", *out), "There is no picture"),
-        (("colorize", tmp_path / "no.png", *out), "not of the formats"),
+        (("colorize", tmp_path / "no.png", *out), "expected one of the formats"),
         (("colorize", tmp_path / "half.png", *out), "cannot be read as a picture"),
         (("colorize", a, "--labels", "1", *out), "unconditional"),
         (("colorize", a, "--variants", 0, *out), "variants must be"),

@@ -163,13 +163,16 @@ def test_convert_command_reports_unpublished_weights_and_invalid_options(full, t
     path, out = tmp_path / "vgg16.ckpt", tmp_path / "lpips.safetensors"
     path.write_bytes(pickle.dumps(nested(arrays), 3))
     said = succeeded(capsys, main_convert, path, out, "--to", "lpips")
-    assert "NOT those published" in said
+    assert "NOT the published ones" in said
     assert "export CM_JAX_LPIPS=" in said
     assert dict(leaves(LPIPS(weights=str(out)).load_weights())).keys() == dict(leaves(full)).keys()
     for arguments, message in (
-        ((path, tmp_path / "folder", "--to", "lpips"), "name it folder.safetensors"),
-        ((path, out, "--to", "lpips", "--check", "--levels", "4"), "no use for --levels and --check"),
-        ((path, tmp_path / "out", "--lpips-heads", path), "belongs to --to lpips"),
+        ((path, tmp_path / "folder", "--to", "lpips"), "use folder.safetensors"),
+        (
+            (path, out, "--to", "lpips", "--check", "--num-levels", "4"),
+            "--to lpips does not support --num-levels and --check",
+        ),
+        ((path, tmp_path / "out", "--lpips-heads", path), "--lpips-heads applies to --to lpips only"),
         ((tmp_path / "no.ckpt", out, "--to", "lpips"), "There is no file"),
         ((path, out, "--to", "lpips", "--lpips-heads", path), "not a complete file of torch.save"),
     ):

@@ -83,10 +83,10 @@ def test_pytorch_fid_names_give_the_same_weights(params, tmp_path):
 def test_convert_command_and_its_errors(published, params, tmp_path, capsys):
     out = tmp_path / "inception.safetensors"
     said = succeeded(capsys, main_convert, published[2], out, "--to", "inception")
-    assert "with classes; its numbers are NOT those published" in said
+    assert "with classes; its weights are NOT the published ones" in said
     again = inception.load(str(out))
     assert {n: a.tobytes() for n, a in leaves(again)} == {n: a.tobytes() for n, a in leaves(params)}
-    assert "no use for --lpips-heads" in failed(
+    assert "--to inception does not support --lpips-heads" in failed(
         capsys, main_convert, out, out, "--to", "inception", "--lpips-heads", out
     )
     cut = tmp_path / "cut.pt"

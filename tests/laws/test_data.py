@@ -1,4 +1,4 @@
-"""Data: every image once an epoch, batches by number alone, shares of hosts, and the original's center crop."""
+"""Data: every image once an epoch, batches by number, shares of hosts, and OpenAI's center crop."""
 
 import hashlib
 import io
@@ -83,7 +83,7 @@ def test_the_order_of_an_epoch_is_near_uniform():
 
 
 def test_the_order_never_changes():
-    """A run that was saved goes on under another version of this program, and of numpy."""
+    """Saved runs resume with other versions of cm_jax and NumPy."""
     assert permutation(10, 0, 0).tolist() == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
     assert permutation(10, 7, 123).tolist() == [5, 0, 4, 2, 7, 3, 8, 1, 6, 9]
 

@@ -1,4 +1,4 @@
-"""Optimizers beside PyTorch's, and averages beside their closed forms."""
+"""Optimizers compared with PyTorch, and EMAs with their closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def test_an_exponential_average_is_its_sum():
 
 
 def test_half_a_life_is_forgotten_after_its_images():
-    assert decay_for_half_life(50e6, 4096) == 0.9999432189950708  # as the original spells it
+    assert decay_for_half_life(50e6, 4096) == 0.9999432189950708  # as in OpenAI's implementation
     assert decay_for_half_life(1000, 10) ** 100 == pytest.approx(0.5)
 
 

@@ -1,4 +1,4 @@
-"""One step, run in every way: what it must leave alone, what must not matter, and what goes between devices."""
+"""The training step: invariance to devices and microbatches, skipped steps, EMAs, and traffic between devices."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ def raw_batches(network, steps, size, seed=0):
 
 
 def run(step, network, across, batches, dispatches=1):
-    """(state, metrics) on the host, after all batches in so many calls."""
+    """(state, metrics) on the host after all batches, in `dispatches` calls."""
     params = network.initialize(jax.random.key(1))
     teacher = network.initialize(jax.random.key(2))
     state = across.place_state(step.initial_state(params, teacher))
@@ -92,18 +92,18 @@ WAYS = [Pmap(2), Pmap(8), Sharded(2), Sharded(8)]
 
 
 @pytest.mark.parametrize("across", WAYS, ids=str)
-def test_devices_do_not_matter(across):
+def test_devices_do_not_change_the_result(across):
     batches = raw_batches(TOY, 50, 16)
     one, alone = on_one_device(TOY, 16)
     many, together = run(distilling(TOY), TOY, across, batches, dispatches=50)
     np.testing.assert_allclose(together["loss"], alone["loss"], rtol=1e-5)
     np.testing.assert_allclose(together["loss_sigma"][:, 2], alone["loss_sigma"][:, 2], rtol=1e-5)
-    assert farthest(one.params, TOY.initialize(jax.random.key(1))) > 0.01  # it went somewhere
+    assert farthest(one.params, TOY.initialize(jax.random.key(1))) > 0.01  # the parameters changed
     assert farthest(many, one) < 1e-5
 
 
 @pytest.mark.parametrize("across", [Pmap(8)], ids=str)
-def test_devices_do_not_matter_to_a_unet(across):
+def test_devices_do_not_change_the_result_of_a_unet(across):
     _, alone = on_one_device(UNET, 8)
     _, together = run(distilling(UNET), UNET, across, raw_batches(UNET, 50, 8), dispatches=50)
     np.testing.assert_allclose(together["loss"], alone["loss"], atol=1e-5 * alone["loss"].max())
@@ -118,7 +118,7 @@ def test_steps_of_one_call_are_the_steps_of_many():
 
 
 @pytest.mark.parametrize("across", [OneDevice(), Sharded(2)], ids=str)
-def test_parts_of_a_batch_are_averaged(across):
+def test_microbatches_are_averaged(across):
     """Accumulating over 4 parts is the step of the whole batch: same images, same keys, mean gradient."""
     batches = raw_batches(TOY, 3, 16)
     whole, metrics = run(distilling(TOY), TOY, OneDevice(), batches)
@@ -138,7 +138,7 @@ class Poisoned(Denoising):
 
 
 @pytest.mark.parametrize("across", [OneDevice(), Pmap(2), Sharded(2)], ids=str)
-def test_a_step_that_is_not_finite_is_left_out_and_counted(across):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(across):
     step = distilling(TOY, objective=Poisoned(), optimizer=Adam())
     good = raw_batches(TOY, 2, 4)._replace(labels=np.zeros((2, 4), np.int32))
     bad = good._replace(labels=np.asarray([[0, 0, 0, 0], [0, 0, 0, 2]], np.int32))

@@ -263,7 +263,7 @@ SMALL_WORDS = [
         (["--metrics", "pr"], "first metric chooses the best checkpoint: expected one of fid, sfid, kid, is, got pr"),
         (["--metrics", "fid", "fidd"], "fidd"),
         (["--metrics", "fid", "fid"], "each once"),
-        (["--metrics", "fid", "pr", "prdc"], "ask for one of them"),
+        (["--metrics", "fid", "pr", "prdc"], "choose one of them"),
         (["--count", "1"], "count must be a whole number from 2"),
         (["--steps", "0"], "steps must be a whole number from 1"),
         (["--steps", "2", "2"], "Expected different numbers of steps, got 2, 2"),

@@ -1,4 +1,4 @@
-"""A run's folder: what is saved comes back bit for bit, and nothing that ends a process loses a checkpoint."""
+"""Run folders: states are restored bitwise identical, and no checkpoint is lost when a process ends."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Whole runs of training, in this process: what they leave, that they go on where they were, and what they refuse."""
+"""Whole training runs in this process: their files, resuming, and errors."""
 
 import csv
 import dataclasses
@@ -107,7 +107,7 @@ def test_the_averaged_weights_are_a_model(teacher):
     assert model.sample(0, 2, labels=[0, 8], steps=2).shape == (2, 8, 8, 3)
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(teacher, tmp_path):
+def test_a_stopped_run_resumes_bitwise_identical(teacher, tmp_path):
     """SIGTERM after the seventh batch, between two checkpoints and two lines of the log."""
     said = []
     settings = dataclasses.replace(SMALL, sample_every=12, log_every=1)
@@ -150,7 +150,7 @@ def test_several_steps_in_a_call_are_the_same_run(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", ["sharded"])
-def test_eight_devices_go_on_where_one_was(parallel, teacher, tmp_path):
+def test_eight_devices_resume_a_run_of_one(parallel, teacher, tmp_path):
     """A checkpoint belongs to no number of devices."""
     run, said = tmp_path / "run", []
     half = dataclasses.replace(SMALL, images=8 * 8)
@@ -161,7 +161,7 @@ def test_eight_devices_go_on_where_one_was(parallel, teacher, tmp_path):
     assert any("8 x cpu" in line for line in said)
 
 
-def test_a_finished_run_says_so_and_goes_on_when_images_are_raised(teacher, tmp_path):
+def test_a_finished_run_continues_when_images_are_raised(teacher, tmp_path):
     run, said = tmp_path / "run", []
     short = dataclasses.replace(SMALL, images=8 * 4)
     train(short, run, said.append)
@@ -193,7 +193,7 @@ STUDENT = dataclasses.replace(
 )
 
 
-def test_a_student_begins_with_its_teacher_and_draws_in_one_step(teacher, tmp_path):
+def test_a_student_is_initialized_from_its_teacher_and_samples_in_one_step(teacher, tmp_path):
     folder, _ = teacher
     run = tmp_path / "student"
     train(dataclasses.replace(STUDENT, teacher=str(folder), images=8 * 2), run, lambda line: None)

@@ -23,9 +23,9 @@ class ToyNetwork:
     def image_shape(self):
         return (self.image_size, self.image_size, 3)
 
-    def check_input(self, shape, labelled):
+    def check_input(self, shape, labeled):
         assert shape[1:] == self.image_shape
-        assert labelled == (self.classes is not None)
+        assert labeled == (self.classes is not None)
 
     def shapes(self):
         pixels = int(np.prod(self.image_shape))

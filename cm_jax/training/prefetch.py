@@ -21,7 +21,7 @@ def is_resident(dataset: Dataset) -> bool:
 
 
 def dispatches(
-    dataset: Dataset, *, batch_size: int, seed: int, start: int, stop: int, steps: int, labelled: bool, resident: bool
+    dataset: Dataset, *, batch_size: int, seed: int, start: int, stop: int, steps: int, labeled: bool, resident: bool
 ) -> Iterator[StepBatch]:
     """This process's share of batches start ... stop - 1 as NumPy arrays [steps, b, ...]; the last may be shorter."""
     host, hosts = jax.process_index(), jax.process_count()
@@ -31,7 +31,7 @@ def dispatches(
         batches = (StepBatch(indices=dataset.indices(batch_size, seed, number)[share]) for number in range(start, stop))
     else:
         read = dataset.batches(batch_size, seed, start, host, hosts)
-        batches = (StepBatch(batch.images, batch.labels if labelled else None) for batch in read)
+        batches = (StepBatch(batch.images, batch.labels if labeled else None) for batch in read)
     for number in range(start, stop, steps):
         group = [next(batches) for _ in range(min(steps, stop - number))]
         yield jax.tree.map(lambda *arrays: np.stack(arrays), *group)

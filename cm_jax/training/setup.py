@@ -49,7 +49,7 @@ class TrainingSetup:
         return prefetch.is_resident(self.dataset)
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         return self.config.network.classes is not None
 
     def initial_state(self) -> TrainState:
@@ -75,7 +75,7 @@ class TrainingSetup:
         images = labels = None
         if self.resident:
             images = self.dataset.images  # type: ignore[attr-defined]  # it is in memory
-            labels = self.dataset.labels if self.labelled else None  # type: ignore[attr-defined]
+            labels = self.dataset.labels if self.labeled else None  # type: ignore[attr-defined]
         return self.parallelism.place_constants(Constants(teacher, self.perceptual, images, labels))
 
     def dispatches(self, start: int, stop: int) -> Iterator[StepBatch]:
@@ -86,7 +86,7 @@ class TrainingSetup:
             start=start,
             stop=stop,
             steps=self.config.steps_per_dispatch,
-            labelled=self.labelled,
+            labeled=self.labeled,
             resident=self.resident,
         )
 

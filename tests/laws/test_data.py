@@ -143,14 +143,14 @@ def test_too_many_unreadable_images_end_the_stream():
 
 
 def test_an_image_of_no_class_cannot_be_used():
-    class Unlabelled(Files):
+    class Unlabeled(Files):
         def read(self, index):
             return self.files[index], -1 if index == 2 else index % 3
 
-    data = decode_all(Unlabelled(5), 6, max_corrupt=1)
+    data = decode_all(Unlabeled(5), 6, max_corrupt=1)
     assert data.images[:, 0, 0, 0].tolist() == [0, 1, 3, 4]
     with pytest.raises(InputError, match=r"file 2: expected a label in \[0, 2\], got -1"):
-        decode_all(Unlabelled(5), 6, max_corrupt=0)
+        decode_all(Unlabeled(5), 6, max_corrupt=0)
 
 
 @pytest.mark.parametrize(

@@ -157,10 +157,10 @@ COMMANDS: tuple[Command, ...] = (
         "convert",
         (
             "native new.pt",
-            "openai.pt new --image-size 8 --head-dim 16 --preconditioning consistency --levels 18",
+            "openai.pt new --image-size 8 --head-dim 16 --preconditioning consistency --num-levels 18",
             "native new --to diffusers",
-            "jcm new --image-size 8 --preconditioning consistency --levels 18",
-            "diffusers new --levels 9",
+            "jcm new --image-size 8 --preconditioning consistency --num-levels 18",
+            "diffusers new --num-levels 9",
             "run/best new --check",
         ),
         _of(Convert),

@@ -23,6 +23,8 @@ test: lint types
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/python -m tools.check_words
 
 types: .venv/.ready-dev
 	$(BIN)/pyright

@@ -31,7 +31,14 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-LONG = ("test_killed_and_together", "test_browser", "test_training", "test_gaussian_training", "test_hostile")
+LONG = (
+    "test_killed_and_together",
+    "test_former_format",
+    "test_browser",
+    "test_training",
+    "test_gaussian_training",
+    "test_hostile",
+)
 
 
 def pytest_collection_modifyitems(items):

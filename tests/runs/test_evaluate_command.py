@@ -141,7 +141,7 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     np.savez(other, arr_0=np.full((30, 16, 16, 3), np.nan, np.float32))
     assert "NaN or infinite" in message(other, samples)
     np.savez(other, arr_0=np.zeros((30, 16, 16, 3), np.float32))
-    assert "the images are float32" in message(other, samples)
+    assert "expected images uint8 [n, height, width, 3], got float32" in message(other, samples)
     np.savez(other, mu=np.zeros(24), sigma=np.eye(24))
     assert "it has no images or arr_0, but mu, sigma" in message(other, samples)
     assert "kid needs images of the reference" in message(samples, other, "--metrics", "fid,kid")

@@ -14,8 +14,8 @@ from cm_jax.evaluation.evaluate import NEEDS, EvalConfig, evaluate
 from cm_jax.evaluation.feature_extractor import load_inception
 from cm_jax.evaluation.image_sets import ImageSet, holds_images, of_dataset, of_model, open_images
 from cm_jax.evaluation.likelihood import evaluate_bits
+from cm_jax.evaluation.metrics import Report, to_json
 from cm_jax.evaluation.references import default_cache, open_reference, write_statistics
-from cm_jax.evaluation.report import Report, to_json
 from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.loading import load
 from cm_jax.model import Model

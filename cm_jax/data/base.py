@@ -6,17 +6,20 @@ data is the number of batches seen.
 """
 
 import abc
+import contextlib
 import functools
-from collections.abc import Callable, Generator
+import itertools
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Integer, UInt8
 
 from cm_jax.errors import InputError, check_int
 
 MAX_SEED = 2**32 - 1
 MAX_BATCH_NUMBER = 2**40
+MAX_CLASSES = 100_000
 
 Progress = Callable[[int, int], None]
 """Called with (images, total) while a data set is opened."""
@@ -94,9 +97,58 @@ class Dataset(abc.ABC):
         share = batch_size // hosts
         return self._batches(batch_size, seed, start, slice(host * share, (host + 1) * share))
 
+    def first(self, count: int, batch_size: int) -> Iterator[RawBatch]:
+        """The first `count` images of the sequence with seed 0, in batches; the last batch may be smaller."""
+        with contextlib.closing(self.batches(batch_size)) as stream:
+            for start in range(0, count, batch_size):
+                images, labels = next(stream)
+                rows = slice(count - start)
+                yield RawBatch(images[rows], None if labels is None else labels[rows])
+
     @abc.abstractmethod
     def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         """Rows of the batches start, start + 1, ..."""
+
+
+class InMemory(Dataset):
+    """uint8 images [n, h, w, c] and int32 labels [n]. Raises InputError for inconsistent arrays."""
+
+    def __init__(
+        self,
+        images: UInt8[np.ndarray, "n h w c"],
+        labels: Integer[np.ndarray, " m"] | None = None,
+        *,
+        class_names: tuple[str, ...] = (),
+        classes: int | None = None,
+        place: str = "an array",
+    ) -> None:
+        if not images.size:
+            raise InputError(f"{place} has no images: its shape is {list(images.shape)}.")
+        if labels is not None:
+            if len(labels) != len(images):
+                raise InputError(
+                    f"{place}: expected one label per image, got {len(labels)} labels for {len(images)} images."
+                )
+            lowest, highest = int(labels.min()), int(labels.max())
+            classes = classes or len(class_names) or check_int("The highest label", highest, 0, MAX_CLASSES - 1) + 1
+            if lowest < 0 or highest >= classes:
+                raise InputError(
+                    f"{place}: expected labels in [0, {classes - 1}], got labels from {lowest} to {highest}. Correct "
+                    "them or load the images without labels."
+                )
+        self.images = images
+        self.labels = None if labels is None else labels.astype(np.int32)
+        self.size = len(images)
+        self.image_shape = images.shape[1:]
+        self.classes = None if labels is None else classes
+        self.class_names = () if labels is None else tuple(class_names)
+        how = f"in memory ({images.nbytes / 1e6:,.0f} MB)"
+        self.description = describe(place, self.size, self.image_shape[0], self.classes, how)
+
+    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
+        for number in itertools.count(start):
+            indices = batch_indices(self.size, batch_size, seed, number)[rows]
+            yield RawBatch(self.images[indices], None if self.labels is None else self.labels[indices])
 
 
 class Data(abc.ABC):

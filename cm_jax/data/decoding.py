@@ -30,7 +30,11 @@ def read_image(encoded: bytes) -> Image.Image:
     EXIF orientation is applied, transparency is blended with white, 16 bits are reduced to 8, and of an animation the
     first frame is read. Raises any exception, as Pillow does for damaged files.
     """
-    with _opened(encoded) as image:
+    try:
+        opened = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"expected one of the formats {', '.join(_FORMATS)}") from error
+    with opened as image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {_MAX_PIXELS}")
         image.load()
@@ -50,13 +54,6 @@ def center_crop(image: Image.Image, image_size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
     return image.crop((left, top, left + image_size, top + image_size))
-
-
-def _opened(encoded: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(encoded), formats=_FORMATS)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"expected one of the formats {', '.join(_FORMATS)}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -7,8 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from cm_jax.data.base import Data, Dataset, Progress, check_image_size
-from cm_jax.data.in_memory import InMemory
+from cm_jax.data.base import Data, Dataset, InMemory, Progress, check_image_size
 from cm_jax.data.npz import resized
 
 Split = Literal["train", "held_out", "all"]

@@ -9,9 +9,8 @@ import os
 import numpy as np
 from jaxtyping import UInt8
 
-from cm_jax.data.base import Data, Dataset, Progress, check_image_size
+from cm_jax.data.base import Data, Dataset, InMemory, Progress, check_image_size
 from cm_jax.data.decoding import decode
-from cm_jax.data.in_memory import InMemory
 from cm_jax.errors import InputError, indented_list
 
 log = logging.getLogger("cm_jax.data")

@@ -7,9 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cm_jax.data.base import Data, Dataset, Progress, check_image_size
+from cm_jax.data.base import Data, Dataset, InMemory, Progress, check_image_size
 from cm_jax.data.decoding import center_crop
-from cm_jax.data.in_memory import InMemory
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
 from cm_jax.io.npz import read_npz

@@ -52,7 +52,10 @@ class Streamed(Dataset):
         stream = grain.MapDataset.range(start, _FOREVER).map(share)
         stream = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if self.workers:
-            _mark_flags_as_parsed()
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # grain's processes read absl's flags
+                flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=2)
             stream = stream.mp_prefetch(options, worker_init_fn=_end_with_the_parent)
         return self._checked(iter(stream))
@@ -122,14 +125,6 @@ class _LoadShare:
             except UnreadableError as error:
                 complaints[error.name] = str(error)
         return None
-
-
-def _mark_flags_as_parsed() -> None:
-    """Grain's worker processes read absl's flags and fail if they have not been parsed."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _end_with_the_parent(worker: int, workers: int) -> None:

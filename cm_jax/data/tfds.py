@@ -80,28 +80,26 @@ class TFDSData(EncodedData):
         raise InputError(_how_to_prepare(self.name, top))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Records(Encoded):
     """Records with encoded images."""
 
-    def __init__(
-        self, place: str, source: Any, image: str, label: str | None, classes: int | None, names: tuple[str, ...]
-    ) -> None:
-        self.place = place
-        self.classes = classes
-        self.class_names = names
-        self._source = source
-        self._image = image
-        self._label = label
+    place: str
+    source: Any
+    image: str
+    label: str | None
+    classes: int | None
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def name(self, index: int) -> str:
         return f"record {index}"
 
     def read(self, index: int) -> tuple[bytes, int]:
-        record = self._source[index]
-        return record[self._image], int(record[self._label]) if self._label else 0
+        record = self.source[index]
+        return record[self.image], int(record[self.label]) if self.label else 0
 
 
 def _tfds() -> Any:

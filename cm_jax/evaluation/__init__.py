@@ -5,11 +5,20 @@ from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatist
 from cm_jax.evaluation.image_sets import ImageSet, of_dataset, of_model, open_images
 from cm_jax.evaluation.level_search import search_levels, tune
 from cm_jax.evaluation.likelihood import bits_per_dimension, evaluate_bits, log_density
-from cm_jax.evaluation.metrics import Estimate, frechet_distance, inception_score, kernel_distance, squared_mmd
-from cm_jax.evaluation.moments import Gaussian, Moments
-from cm_jax.evaluation.precision_recall import Overlap, overlap
+from cm_jax.evaluation.metrics import (
+    Estimate,
+    Gaussian,
+    Moments,
+    Overlap,
+    Report,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    overlap,
+    squared_mmd,
+    to_json,
+)
 from cm_jax.evaluation.references import read_statistics, write_statistics
-from cm_jax.evaluation.report import Report, to_json
 
 __all__ = [
     "Estimate",

@@ -8,10 +8,8 @@ from typing import Any
 from cm_jax.errors import InputError, check_int, nearest
 from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatistics, summarize
 from cm_jax.evaluation.image_sets import ImageSet, Watch, unwatched
-from cm_jax.evaluation.metrics import Estimate, frechet_distance, inception_score, kernel_distance
-from cm_jax.evaluation.precision_recall import overlap
+from cm_jax.evaluation.metrics import Report, frechet_distance, inception_score, kernel_distance, overlap
 from cm_jax.evaluation.references import cached_statistics
-from cm_jax.evaluation.report import Report
 from cm_jax.feature_networks.inception_v3 import CHANNELS
 
 NEEDS = {
@@ -119,30 +117,26 @@ def compare(samples: FeatureStatistics, reference: FeatureStatistics, eval_confi
     Both statistics must have the fields in `EvalConfig.needs`.
     """
     values: dict[str, float] = {}
+    real, generated = reference.features, samples.features
     for metric in eval_config.metrics:
-        values |= _metric(metric, samples, reference, eval_config)
+        if metric in ("fid", "sfid"):
+            use = NEEDS[metric][0]
+            values[metric] = frechet_distance(getattr(reference, use), getattr(samples, use))
+        elif metric == "is":
+            assert samples.logits is not None
+            score = inception_score(samples.logits, splits=eval_config.splits)
+            values |= {"inception_score": score.mean, "inception_score_deviation": score.std}
+        else:
+            assert real is not None
+            assert generated is not None
+            if metric == "kid":
+                subsets, size = eval_config.kid_subsets, eval_config.kid_subset_size
+                kid = kernel_distance(real, generated, subsets=subsets, size=size, seed=eval_config.seed)
+                values |= {"kid": kid.mean, "kid_deviation": kid.std}
+            else:
+                found = overlap(real, generated, _NEIGHBORS[metric])._asdict()
+                values |= {name: found[name] for name in (("precision", "recall") if metric == "pr" else found)}
     return values
-
-
-def _metric(
-    metric: str, samples: FeatureStatistics, reference: FeatureStatistics, eval_config: EvalConfig
-) -> dict[str, float]:
-    if metric in ("fid", "sfid"):
-        use = NEEDS[metric][0]
-        return {metric: frechet_distance(getattr(reference, use), getattr(samples, use))}
-    if metric == "is":
-        assert samples.logits is not None
-        return _with_std("inception_score", inception_score(samples.logits, splits=eval_config.splits))
-    assert samples.features is not None
-    assert reference.features is not None
-    if metric == "kid":
-        size, subsets = eval_config.kid_subset_size, eval_config.kid_subsets
-        estimate = kernel_distance(
-            reference.features, samples.features, subsets=subsets, size=size, seed=eval_config.seed
-        )
-        return _with_std("kid", estimate)
-    found = overlap(reference.features, samples.features, _NEIGHBORS[metric])._asdict()
-    return {name: found[name] for name in (("precision", "recall") if metric == "pr" else found)}
 
 
 def _line(values: dict[str, float], protocol: dict[str, Any]) -> str:
@@ -178,10 +172,6 @@ def _sampling(how: dict[str, Any]) -> str:
     levels = ", ".join(f"{sigma:.4g}" for sigma in how["sigmas"][:4]) + (", ..." if how["steps"] > 4 else "")
     steps = f"{how['steps']} step{'s' if how['steps'] > 1 else ''}"
     return f" ({how['sampler']}, {steps}, sigma {levels}, seed {how['seed']})"
-
-
-def _with_std(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.mean, f"{name}_deviation": estimate.std}
 
 
 def check(

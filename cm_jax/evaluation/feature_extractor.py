@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, UInt8
 
 from cm_jax.conversion import metric_networks
 from cm_jax.errors import InputError
-from cm_jax.evaluation.moments import Gaussian, Moments
+from cm_jax.evaluation.metrics import Gaussian, Moments
 from cm_jax.feature_networks import inception
 from cm_jax.feature_networks.inception_v3 import Features
 from cm_jax.samplers.batches import compile_programs, in_batches, multiple_of

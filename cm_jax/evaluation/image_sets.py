@@ -56,12 +56,7 @@ def of_dataset(dataset: Dataset, name: str, count: int | None = None) -> ImageSe
     wanted = count or dataset.size
 
     def batches() -> Iterator[np.ndarray]:
-        stream = dataset.batches(_BATCH)
-        try:
-            for start in range(0, wanted, _BATCH):
-                yield next(stream).images[: wanted - start]
-        finally:
-            stream.close()
+        return (batch.images for batch in dataset.first(wanted, _BATCH))
 
     return ImageSet(name, wanted, dataset.image_shape, batches)
 

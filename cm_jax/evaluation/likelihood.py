@@ -14,7 +14,7 @@ from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.ode import dx_dlog_sigma, heun_step
 from cm_jax.errors import InputError, check_int
 from cm_jax.evaluation.image_sets import Watch, unwatched
-from cm_jax.evaluation.report import Report
+from cm_jax.evaluation.metrics import Report
 from cm_jax.model import Model
 from cm_jax.samplers.batches import by_number, compile_programs, in_batches, multiple_of
 from cm_jax.samplers.generation import default_batch_size, image_keys
@@ -117,16 +117,9 @@ def evaluate_bits(
     size = batch_size or default_batch_size(dataset.image_shape[0]) * len(jax.local_devices())
 
     def batches() -> Iterator[np.ndarray]:
-        stream = dataset.batches(size)
-        try:
-            for start in range(0, count, size):
-                images, labels = next(stream)
-                own = labels[: count - start] if conditional and labels is not None else None
-                yield bits_per_dimension(
-                    model, images[: count - start], own, seed=seed, start=start, steps=steps, batch_size=size
-                )
-        finally:
-            stream.close()
+        for start, (images, labels) in zip(range(0, count, size), dataset.first(count, size), strict=True):
+            own = labels if conditional else None
+            yield bits_per_dimension(model, images, own, seed=seed, start=start, steps=steps, batch_size=size)
 
     bits = np.concatenate(list(watch(batches(), count))).astype(np.float64)
     mean, error = float(bits.mean()), float(bits.std(ddof=1) / count**0.5)

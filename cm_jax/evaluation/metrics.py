@@ -1,12 +1,71 @@
-"""Distances between sets of features, and the Inception score. All of it in double precision, on the host."""
+"""Metrics of sets of features, in double precision on the host, and reports of their values."""
 
-from typing import NamedTuple
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64
 
 from cm_jax.errors import InputError, check_int
-from cm_jax.evaluation.moments import Gaussian
+
+_BLOCK = 2**24
+"""Number of distances in memory at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Metric values with the protocol that makes them comparable."""
+
+    values: Mapping[str, float]
+    protocol: Mapping[str, Any]
+    line: str
+    """Values and protocol in one line of text."""
+
+
+def to_json(reports: Sequence[Report]) -> str:
+    """All values and protocols as one JSON object."""
+    values = {name: value for report in reports for name, value in report.values.items()}
+    protocol = {name: value for report in reports for name, value in report.protocol.items()}
+    return json.dumps({"values": values, "protocol": protocol}, indent=2, ensure_ascii=False) + "\n"
+
+
+class Gaussian(NamedTuple):
+    """Mean and covariance of the features of a set."""
+
+    mean: Float64[np.ndarray, " d"]
+    covariance: Float64[np.ndarray, "d d"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean, and the sum of (x - mean)(x - mean)^T, which merge without cancellation (Chan et al. 1979)."""
+
+    count: int
+    mean: Float64[np.ndarray, " d"]
+    scatter: Float64[np.ndarray, "d d"]
+
+    @classmethod
+    def of(cls, features: Float[np.ndarray, "n d"]) -> "Moments":
+        centered = features.astype(np.float64)
+        mean = centered.mean(0)
+        centered -= mean
+        return cls(len(centered), mean, centered.T @ centered)
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Moments of the union: S = S_a + S_b + (n_a n_b / n) (m_a - m_b)(m_a - m_b)^T."""
+        count = self.count + other.count
+        difference = other.mean - self.mean
+        mean = self.mean + difference * (other.count / count)
+        scatter = self.scatter + other.scatter + np.outer(difference, difference * (self.count * other.count / count))
+        return Moments(count, mean, scatter)
+
+    def gaussian(self) -> Gaussian:
+        """Mean and unbiased covariance S / (n - 1). Raises InputError for a single image."""
+        if self.count < 2:
+            raise InputError(f"A covariance needs at least 2 images, got {self.count}.")
+        return Gaussian(self.mean, self.scatter / (self.count - 1))
 
 
 class Estimate(NamedTuple):
@@ -79,3 +138,65 @@ def inception_score(logits: Float[np.ndarray, "n c"], *, splits: int = 10) -> Es
         overall = np.maximum(probabilities.mean(0), np.finfo(np.float64).tiny)
         found.append(np.exp((probabilities * (logs - np.log(overall))).sum(1).mean()))
     return Estimate(float(np.mean(found)), float(np.std(found)))
+
+
+class Overlap(NamedTuple):
+    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    All lie in [0, 1] except density, which may exceed 1.
+    """
+
+    precision: float
+    """Fraction of samples inside a ball of a real image."""
+    recall: float
+    """Fraction of real images inside a ball of a sample."""
+    density: float
+    """Mean number of real balls that contain a sample, divided by k."""
+    coverage: float
+    """Fraction of real balls that contain a sample."""
+
+
+def overlap(real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], neighbors: int) -> Overlap:
+    """Overlap of two sets of features, from balls that reach from each image to the k-th nearest of its own set.
+
+    k: `neighbors`. Raises InputError for sets of fewer than k + 1 images.
+    """
+    for name, features in (("reference", real), ("samples", samples)):
+        if len(features) <= neighbors:
+            raise InputError(
+                f"Precision and recall with {neighbors} neighbors need at least {neighbors + 1} images; "
+                f"the {name} have {len(features)}."
+            )
+    real, samples = real.astype(np.float64), samples.astype(np.float64)
+    real_radii, sample_radii = _radii(real, neighbors), _radii(samples, neighbors)
+    precise = balls = 0
+    recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
+    for rows in _blocks(len(samples), len(real)):
+        distances = _squared_distances(samples[rows], real)
+        inside: Bool[np.ndarray, "b n"] = distances <= real_radii
+        precise += int(inside.any(1).sum())
+        balls += int(inside.sum())
+        covered |= inside.any(0)
+        recalled |= (distances <= sample_radii[rows, None]).any(0)
+    count = len(samples)
+    return Overlap(precise / count, float(recalled.mean()), balls / (neighbors * count), float(covered.mean()))
+
+
+def _radii(features: Float64[np.ndarray, "n d"], neighbors: int) -> Float64[np.ndarray, " n"]:
+    """Squared distance of each image to its k-th nearest other image."""
+    radii = np.empty(len(features))
+    for rows in _blocks(len(features), len(features)):
+        distances = _squared_distances(features[rows], features)
+        distances[np.arange(len(distances)), np.arange(len(features))[rows]] = np.inf
+        radii[rows] = np.partition(distances, neighbors - 1)[:, neighbors - 1]
+    return radii
+
+
+def _squared_distances(x: Float64[np.ndarray, "b d"], y: Float64[np.ndarray, "n d"]) -> Float64[np.ndarray, "b n"]:
+    """|x|^2 + |y|^2 - 2 x . y."""
+    return np.maximum((x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * (x @ y.T), 0)
+
+
+def _blocks(rows: int, columns: int) -> list[slice]:
+    step = max(1, _BLOCK // columns)
+    return [slice(start, start + step) for start in range(0, rows, step)]

@@ -12,7 +12,7 @@ import numpy as np
 from cm_jax.errors import InputError
 from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatistics, summarize
 from cm_jax.evaluation.image_sets import ImageSet, Watch, of_dataset, open_images, unwatched
-from cm_jax.evaluation.moments import Gaussian
+from cm_jax.evaluation.metrics import Gaussian
 from cm_jax.feature_networks.inception_v3 import CHANNELS
 from cm_jax.io.atomic import atomic_write, user_path, write_errors
 from cm_jax.io.npz import read_npz

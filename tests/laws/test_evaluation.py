@@ -147,7 +147,7 @@ def test_kid_of_subsets_depends_only_on_the_seed():
 
 @pytest.mark.parametrize("block", [2**24, 64])
 def test_overlap_equals_a_direct_implementation(monkeypatch, block):
-    monkeypatch.setattr("cm_jax.evaluation.precision_recall._BLOCK", block)
+    monkeypatch.setattr("cm_jax.evaluation.metrics._BLOCK", block)
     real, generated = random_features(1, 70, 3), random_features(2, 50, 3)
     wide = [each.astype(np.float64) for each in (real, generated)]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ import tyro
 from cm_jax import conversion
 from cm_jax.checkpoints.resolve import resolve
 from cm_jax.checkpoints.single_file import to_float16
-from cm_jax.cli.parsing import numbers
+from cm_jax.cli.parsing import numbers, parse
 from cm_jax.cli.running import say
 from cm_jax.conversion import PreconditioningName
 from cm_jax.errors import InputError, indented_list
@@ -63,10 +64,11 @@ class Convert:
     """Compare the PyTorch and JAX networks on the same inputs first; write only if they agree."""
 
 
-def convert(arguments: Convert) -> None:
+def main(prog: str, words: Sequence[str]) -> None:
     """Read, check and write a checkpoint."""
     from cm_jax.conversion.parity import compare
 
+    arguments = parse(Convert, prog, words)
     if arguments.to in ("lpips", "inception"):
         _convert_weights(arguments)
         return

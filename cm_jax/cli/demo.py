@@ -4,6 +4,7 @@ import dataclasses
 import os
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,14 @@ import tyro
 
 from cm_jax.checkpoints.published import BUNDLED
 from cm_jax.checkpoints.resolve import resolve
+from cm_jax.cli.options import Compilation
+from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError, check_int
 
 
-@dataclasses.dataclass(frozen=True)
-class Demo:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo(Compilation):
     """Sample and edit in the browser.
 
     The page is served locally and loads nothing from the internet. Ctrl-C stops the server.
@@ -28,12 +31,11 @@ class Demo:
     """Port of the server."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 admits other machines: anyone who can reach the port can use the page."""
-    compilation_cache: str = ""
-    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
 
 
-def demo(arguments: Demo) -> None:
+def main(prog: str, words: Sequence[str]) -> None:
     """Serve the page until interrupted."""
+    arguments = parse(Demo, prog, words)
     check_int("--port", arguments.port, 1, 2**16 - 1)
     names = arguments.checkpoints or tuple(BUNDLED)
     checkpoints = {name: resolve(name) for name in names}

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from cm_jax.checkpoints.published import DEFAULT
 from cm_jax.checkpoints.resolve import resolve
+from cm_jax.cli.options import LARGEST_GRID, Levels, Network
 from cm_jax.cli.parsing import choose, numbers, parse
 from cm_jax.cli.running import compilation_time, say, use_compilation_cache
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
@@ -22,31 +23,25 @@ from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.io.images import grid, quantize, save_grid
 from cm_jax.loading import load
 from cm_jax.model import Model
-from cm_jax.types import Precision
-
-_LARGEST_GRID = 4096
+from cm_jax.samplers.levels import NoiseLevelArgs
 
 Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Edit:
+class _Edit(Network):
     checkpoint: str = DEFAULT
     """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint), or the
     name of a bundled model."""
     labels: str = ""
     """Classes by index or name, separated by commas: one for all images or one per image. Required for a
     class-conditional model. Default: none."""
-    seed: int = 0
-    """Random seed. The edits do not depend on the batch size or the devices."""
-    precision: Precision = "float32"
-    """Precision of matrix products and convolutions in the network."""
-    batch_size: int | None = None
-    """Images per batch over all devices. Default: 64 per device, fewer above 64 pixels."""
     output: Path = Path("edited.png")
     """Grid of results. Each row shows an input at the model's size, its known part if that differs, and its edits."""
-    compilation_cache: str = ""
-    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
+
+    @property
+    def class_labels(self) -> list[str] | None:
+        return [part.strip() for part in self.labels.split(",")] if self.labels else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,25 +53,20 @@ class _Pictures(_Edit):
     folder: Path | None = None
     """Folder for the single edits, each pasted into its image at full size. Default: not written."""
 
+    def hole(self, picture: Image.Image) -> np.ndarray | None:
+        """The pixels to edit; None for all."""
+        del picture
+        return None
+
+    def images(self, pictures: Sequence[Image.Image], size: int) -> list[np.ndarray]:
+        """The pictures at the model's size."""
+        return [photos.fit(picture, size) for picture in pictures]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Steps(_Pictures):
+class _Steps(Levels, _Pictures):
     steps: int | None = None
     """Number of editing steps. Default: 17."""
-    timesteps: str = ""
-    """Timesteps in diffusers' convention, decreasing to 0: "22,0". Default: set by --steps."""
-    indices: str = ""
-    """Timesteps in OpenAI's convention, increasing from 0 to N - 1: "0,22,39". Default: set by --steps."""
-    sigmas: str = ""
-    """Noise levels, decreasing: "80,20,5,1". Default: set by --steps."""
-
-    def levels(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "timesteps": numbers("timesteps", self.timesteps, int),
-            "indices": numbers("indices", self.indices, int),
-            "sigmas": numbers("sigmas", self.sigmas, float),
-        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +78,28 @@ class Inpaint(_Steps):
     box: str = ""
     """Region to inpaint in place of a mask: left,top,right,bottom in pixels of the image. Default: --mask."""
 
+    def __post_init__(self) -> None:
+        if (self.mask is None) == (not self.box):
+            raise InputError("Specify the region with either --mask FILE or --box left,top,right,bottom.")
+
+    def hole(self, picture: Image.Image) -> np.ndarray:
+        if self.mask is not None:
+            return photos.hole_from_mask(photos.read(self.mask), *picture.size)
+        box = numbers("box", self.box, int)
+        if box is None or len(box) != 4:
+            raise InputError(f"--box must be left,top,right,bottom, got {self.box!r}.")
+        return photos.hole_from_box(box, *picture.size)
+
+    def operator(self, size: int, holes: Sequence[Any]) -> Operator:
+        return Mask(~np.stack([photos.fit_hole(hole, size) for hole in holes])[..., None])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Colorize(_Steps):
     """Colorize gray images. Color images keep their luma."""
+
+    def operator(self, *_: Any) -> Operator:
+        return Luma()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,18 @@ class SuperResolve(_Steps):
 
     patch: int = 4
     """Scale factor: side of a patch in pixels."""
+
+    def operator(self, size: int, *_: Any) -> Operator:
+        operator = PatchMean(self.patch)
+        operator.check((1, size, size, 3))
+        return operator
+
+    def images(self, pictures: Sequence[Image.Image], size: int) -> list[np.ndarray]:
+        def fit(picture: Image.Image) -> np.ndarray:
+            tiny = min(picture.size) <= size // self.patch
+            return photos.fit_patches(picture, size, self.patch) if tiny else photos.fit(picture, size)
+
+        return [fit(picture) for picture in pictures]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,8 +130,12 @@ class Stroke(_Pictures):
     """Noise levels, decreasing. A higher first level changes more. Default: the paper's 5.38 and 2.24 at 256 pixels,
     scaled with the size."""
 
-    def levels(self) -> dict[str, Any]:
+    @property
+    def levels(self) -> NoiseLevelArgs:
         return {"sigmas": numbers("sigmas", self.sigmas, float)}
+
+    def operator(self, *_: Any) -> Operator:
+        return Strokes()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +149,19 @@ class Denoise(_Pictures):
     variants: int = 1
     """Number of edits per image; identical unless noise is added."""
 
-    def levels(self) -> dict[str, Any]:
+    @property
+    def levels(self) -> NoiseLevelArgs:
         return {"sigmas": (self.sigma,)}
+
+    def operator(self, *_: Any) -> Operator:
+        return Noisy()
+
+    def images(self, pictures: Sequence[Image.Image], size: int) -> list[np.ndarray]:
+        images = super().images(pictures, size)
+        if not self.add:
+            return images
+        rng = np.random.default_rng(check_int("A seed", self.seed, 0, 2**32 - 1))
+        return [image + self.sigma * rng.standard_normal(image.shape, np.float32) for image in images]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,90 +178,48 @@ class Interpolate(_Edit):
     """Noise levels, decreasing. Default: those of `stroke` between images, sigma_max between seeds."""
 
 
-def edit(prog: str, words: Sequence[str]) -> None:
+_KINDS = {
+    "inpaint": Inpaint,
+    "colorize": Colorize,
+    "superres": SuperResolve,
+    "stroke": Stroke,
+    "denoise": Denoise,
+    "interpolate": Interpolate,
+}
+
+
+def main(prog: str, words: Sequence[str]) -> None:
     """`prog KIND IMAGE... [options]`."""
     name, kind, rest = choose(_KINDS, "kind of edit", f"{prog} KIND IMAGE [options]", words)
-    _EDITS[kind](parse(kind, f"{prog} {name}", rest))
+    arguments = parse(kind, f"{prog} {name}", rest)
+    if isinstance(arguments, Interpolate):
+        _interpolate(arguments)
+    else:
+        _edit(arguments)
 
 
-def _inpaint(arguments: Inpaint) -> None:
-    if (arguments.mask is None) == (not arguments.box):
-        raise InputError("Specify the region with either --mask FILE or --box left,top,right,bottom.")
-
-    def hole(picture: Image.Image) -> np.ndarray:
-        if arguments.mask is not None:
-            return photos.hole_from_mask(photos.read(arguments.mask), *picture.size)
-        box = numbers("box", arguments.box, int)
-        if box is None or len(box) != 4:
-            raise InputError(f"--box must be left,top,right,bottom, got {arguments.box!r}.")
-        return photos.hole_from_box(box, *picture.size)
-
-    pictures = _read(arguments)
-    holes = [hole(picture) for picture in pictures]
-    model = _model(arguments)
-    size = model.config.network.image_shape[0]
-    known = ~np.stack([photos.fit_hole(each, size) for each in holes])[..., None]
-    _edit(arguments, model, pictures, [photos.fit(picture, size) for picture in pictures], Mask(known), holes)
-
-
-def _colorize(arguments: Colorize) -> None:
-    pictures, model = _read(arguments), _model(arguments)
-    size = model.config.network.image_shape[0]
-    _edit(arguments, model, pictures, [photos.fit(picture, size) for picture in pictures], Luma())
-
-
-def _super_resolve(arguments: SuperResolve) -> None:
-    pictures, model = _read(arguments), _model(arguments)
-    size, operator = model.config.network.image_shape[0], PatchMean(arguments.patch)
-    operator.check((len(pictures), *model.config.network.image_shape))
-    small = size // arguments.patch
-
-    def fit(picture: Image.Image) -> np.ndarray:
-        tiny = min(picture.size) <= small
-        return photos.fit_patches(picture, size, arguments.patch) if tiny else photos.fit(picture, size)
-
-    _edit(arguments, model, pictures, [fit(picture) for picture in pictures], operator)
-
-
-def _stroke(arguments: Stroke) -> None:
-    pictures, model = _read(arguments), _model(arguments)
-    size = model.config.network.image_shape[0]
-    _edit(arguments, model, pictures, [photos.fit(picture, size) for picture in pictures], Strokes())
-
-
-def _denoise(arguments: Denoise) -> None:
-    pictures, model = _read(arguments), _model(arguments)
-    size = model.config.network.image_shape[0]
-    images = [photos.fit(picture, size) for picture in pictures]
-    if arguments.add:
-        check_int("A seed", arguments.seed, 0, 2**32 - 1)
-        dice = np.random.default_rng(arguments.seed)
-        images = [image + arguments.sigma * dice.standard_normal(image.shape, np.float32) for image in images]
-    _edit(arguments, model, pictures, images, Noisy())
-
-
-def _edit(
-    arguments: _Steps | Stroke | Denoise,
-    model: Model,
-    pictures: Sequence[Image.Image],
-    images: Sequence[np.ndarray],
-    operator: Operator,
-    holes: Sequence[np.ndarray] = (),
-) -> None:
-    """Edit the images at the model's size; write the grid and the folder."""
-    given = np.stack(images)
-    columns = check_int("variants", arguments.variants, 1, _LARGEST_GRID // len(given))
-    _print_notes(arguments.pictures, pictures, given.shape[1])
+def _edit(arguments: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
+    """Edit the pictures at the model's size; write the grid and the folder."""
+    _check_output(arguments.output, arguments.folder)
+    if not 1 <= len(arguments.pictures) <= LARGEST_GRID:
+        raise InputError(f"Expected 1 to {LARGEST_GRID} images, got {len(arguments.pictures)}.")
+    pictures = [photos.read(path) for path in arguments.pictures]
+    holes = [arguments.hole(picture) for picture in pictures]
+    model, size = _model(arguments)
+    operator = arguments.operator(size, holes)
+    given = np.stack(arguments.images(pictures, size))
+    columns = check_int("variants", arguments.variants, 1, LARGEST_GRID // len(given))
+    _print_notes(arguments.pictures, pictures, size)
     began = time.perf_counter()
     with compilation_time() as compiled:
         edits = model.edit(
             arguments.seed,
             given,
             operator,
-            labels=_labels(arguments.labels),
+            labels=arguments.class_labels,
             variants=columns,
             batch_size=arguments.batch_size,
-            **arguments.levels(),
+            **arguments.levels,
         )
     edits = quantize(edits).reshape(len(given), columns, *given.shape[1:])
     before, known = (quantize(np.asarray(shown))[:, None] for shown in (given, operator.preview(jnp.asarray(given))))
@@ -240,8 +233,7 @@ def _edit(
         with atomic_write(arguments.folder) as beside:
             beside.mkdir()
             for row, column in itertools.product(range(len(given)), range(columns)):
-                hole = holes[row] if holes else None
-                whole = photos.paste_back(pictures[row], edits[row, column], hole)
+                whole = photos.paste_back(pictures[row], edits[row, column], holes[row])
                 whole.save(beside / f"{row:03d}_{arguments.pictures[row].stem}_{column:02d}.png")
         say(f"Wrote the single edits at full size to {arguments.folder}.")
 
@@ -251,31 +243,19 @@ def _interpolate(arguments: Interpolate) -> None:
     seeds, sigmas = numbers("seeds", arguments.seeds, int), numbers("sigmas", arguments.sigmas, float)
     if len(seeds or arguments.pictures) != 2 or (seeds and arguments.pictures):
         raise InputError("Expected two images, or --seeds with two numbers.")
-    frames = check_int("frames", arguments.frames, 2, _LARGEST_GRID)
+    frames = check_int("frames", arguments.frames, 2, LARGEST_GRID)
     pictures = [photos.read(path) for path in arguments.pictures]
-    model = _model(arguments)
-    labels, batch_size = _labels(arguments.labels), arguments.batch_size
+    model, size = _model(arguments)
+    options: Any = {"labels": arguments.class_labels, "sigmas": sigmas, "batch_size": arguments.batch_size}
     if seeds:
-        images = model.interpolate_noise(
-            seeds[0], seeds[1], frames, labels=labels, sigmas=sigmas, batch_size=batch_size
-        )
+        images = model.interpolate_noise(seeds[0], seeds[1], frames, **options)
     else:
-        size = model.config.network.image_shape[0]
         _print_notes(arguments.pictures, pictures, size)
-        ends = [photos.fit(picture, size) for picture in pictures]
-        images = model.interpolate_images(
-            arguments.seed, ends[0], ends[1], frames, labels=labels, sigmas=sigmas, batch_size=batch_size
-        )
-        images = np.stack([ends[0], *images, ends[1]])
+        first, second = (photos.fit(picture, size) for picture in pictures)
+        images = model.interpolate_images(arguments.seed, first, second, frames, **options)
+        images = np.stack([first, *images, second])
     save_grid(arguments.output, grid(quantize(images), len(images)))
     say(f"Wrote {arguments.output}, from left to right{'' if seeds else ', with the input images at both ends'}.")
-
-
-def _read(arguments: _Pictures) -> list[Image.Image]:
-    _check_output(arguments.output, arguments.folder)
-    if not 1 <= len(arguments.pictures) <= _LARGEST_GRID:
-        raise InputError(f"Expected 1 to {_LARGEST_GRID} images, got {len(arguments.pictures)}.")
-    return [photos.read(path) for path in arguments.pictures]
 
 
 def _check_output(output: Path, folder: Path | None) -> None:
@@ -286,11 +266,11 @@ def _check_output(output: Path, folder: Path | None) -> None:
         check_writable(folder, folder=True)
 
 
-def _model(arguments: _Edit) -> Model:
+def _model(arguments: _Edit) -> tuple[Model, int]:
+    """The model, and the side of its images."""
     use_compilation_cache(arguments.compilation_cache)
     model = load(resolve(arguments.checkpoint), precision=arguments.precision)
-    photos.check_square(model.config.network.image_shape)
-    return model
+    return model, photos.check_square(model.config.network.image_shape)
 
 
 def _print_notes(paths: Sequence[Path], pictures: Sequence[Image.Image], size: int) -> None:
@@ -298,25 +278,3 @@ def _print_notes(paths: Sequence[Path], pictures: Sequence[Image.Image], size: i
         line = photos.describe_fit(picture, path.name, size)
         if line:
             say(line)
-
-
-def _labels(text: str) -> list[str] | None:
-    return [part.strip() for part in text.split(",")] if text else None
-
-
-_KINDS: dict[str, type[_Edit]] = {
-    "inpaint": Inpaint,
-    "colorize": Colorize,
-    "superres": SuperResolve,
-    "stroke": Stroke,
-    "denoise": Denoise,
-    "interpolate": Interpolate,
-}
-_EDITS: dict[type[_Edit], Callable[[Any], None]] = {
-    Inpaint: _inpaint,
-    Colorize: _colorize,
-    SuperResolve: _super_resolve,
-    Stroke: _stroke,
-    Denoise: _denoise,
-    Interpolate: _interpolate,
-}

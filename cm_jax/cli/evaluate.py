@@ -1,13 +1,15 @@
 """`evaluate`: metrics of samples or of a checkpoint against a reference."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from cm_jax.checkpoints.resolve import resolve
-from cm_jax.cli.parsing import numbers
+from cm_jax.cli.options import Network, Sampling, Statistics
+from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import devices, progress, say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.evaluation.evaluate import NEEDS, EvalConfig, evaluate
@@ -15,18 +17,17 @@ from cm_jax.evaluation.feature_extractor import load_inception
 from cm_jax.evaluation.image_sets import ImageSet, holds_images, of_dataset, of_model, open_images
 from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.metrics import Report, to_json
-from cm_jax.evaluation.references import default_cache, open_reference, write_statistics
+from cm_jax.evaluation.references import open_reference, write_statistics
 from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.loading import load
 from cm_jax.model import Model
-from cm_jax.types import Precision
 
 _COUNT = 50_000
 """Default number of images sampled from a checkpoint, as is customary for FID."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Sampling, Statistics, Network):
     """Evaluate samples or a checkpoint against a reference: FID, sFID, KID, IS, precision and recall, bits/dim.
 
     Images sampled from a checkpoint are not written to disk. The last line printed names the evaluation settings.
@@ -42,22 +43,6 @@ class Evaluate:
     5 neighbors), bpd (bits per dimension of the reference under a denoiser)."""
     count: int | None = None
     """Number of samples; for bpd, of reference images. Default: all images of a file; 50,000 from a checkpoint."""
-    inception: str = ""
-    """Weights of Inception-V3, written by `convert --to inception`. Default: the file named by CM_JAX_INCEPTION."""
-    steps: int | None = None
-    """Number of sampling steps of a checkpoint. Default: 1; 18 for a denoiser."""
-    timesteps: str = ""
-    """Timesteps in diffusers' convention: "22,0"."""
-    indices: str = ""
-    """Timesteps in OpenAI's convention: "0,22,39"."""
-    sigmas: str = ""
-    """Noise levels, decreasing: "80,1.38"."""
-    sampler: Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist"] | None = None
-    """Sampling algorithm. Default: consistency; heun for a denoiser."""
-    seed: int = 0
-    """Random seed of the sampled images."""
-    precision: Precision = "float32"
-    """Precision of matrix products and convolutions in the checkpoint's network."""
     batch_size: int | None = None
     """Images per batch over all devices. Default: 32 per device."""
     likelihood_steps: int = 64
@@ -66,14 +51,11 @@ class Evaluate:
     """JSON file for all results and the evaluation settings. Default: not written."""
     save_reference: Path | None = None
     """.npz file for mu and sigma of the reference, as OpenAI's evaluator reads them. Default: not written."""
-    reference_cache: str = ""
-    """Folder for cached statistics of references, or "off". Default: in the user's cache folder."""
-    compilation_cache: str = ""
-    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
 
 
-def evaluate_command(arguments: Evaluate) -> None:
+def main(prog: str, words: Sequence[str]) -> None:
     """Read the images, compute the metrics, and print each report in one line."""
+    arguments = parse(Evaluate, prog, words)
     use_compilation_cache(arguments.compilation_cache)
     for path in (arguments.output, arguments.save_reference):
         if path is not None:
@@ -100,7 +82,6 @@ def _compared(arguments: Evaluate, model: Model | None, eval_config: EvalConfig)
     extractor = load_inception(arguments.inception)
     samples = _samples(arguments, model)
     reference = open_reference(arguments.reference, eval_config.reference_needs, samples.shape)
-    name = "off" if arguments.reference_cache == "off" else arguments.reference_cache or str(default_cache())
     against = reference.name if isinstance(reference, ImageSet) else arguments.reference
     say(f"Evaluating {samples.count:,} images of {samples.name} against {against}: {extractor.name}, {devices()}.")
     report, known = evaluate(
@@ -109,7 +90,7 @@ def _compared(arguments: Evaluate, model: Model | None, eval_config: EvalConfig)
         reference,
         eval_config,
         reference_name=against,
-        cache=None if name == "off" else Path(name),
+        cache=arguments.cache,
         batch_size=arguments.batch_size,
         watch=progress,
     )
@@ -132,14 +113,8 @@ def _are_images(arguments: Evaluate) -> bool:
 def _samples(arguments: Evaluate, model: Model | None) -> ImageSet:
     if model is None:
         return of_dataset(open_images(arguments.samples), arguments.samples, arguments.count)
-    plan = model.plan(
-        steps=arguments.steps,
-        timesteps=numbers("timesteps", arguments.timesteps, int),
-        indices=numbers("indices", arguments.indices, int),
-        sigmas=numbers("sigmas", arguments.sigmas, float),
-        sampler=arguments.sampler,
-    )
     count = _COUNT if arguments.count is None else arguments.count
+    plan = arguments.plan(model)
     return of_model(model, plan, count, seed=arguments.seed, batch_size=arguments.batch_size, name=arguments.samples)
 
 

@@ -27,7 +27,7 @@ those of the former one. Choosing the current component keeps its values. Add --
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
-def parse(kind: type[T], prog: str, words: Sequence[str] | None) -> T:
+def parse(kind: type[T], prog: str, words: Sequence[str]) -> T:
     """An instance of a dataclass from the command line.
 
     Raises InputError; prints a message and exits with status 2 for values that cannot be read; prints help and exits.
@@ -149,7 +149,7 @@ def _unchecked(kind: type, base: Any = None, **values: Any) -> Any:
     return made
 
 
-def _read(default: T, prog: str, words: Sequence[str] | None, description: str, parts: Sequence[Any] = ()) -> T:
+def _read(default: T, prog: str, words: Sequence[str], description: str, parts: Sequence[Any] = ()) -> T:
     """The default with the values of the words, unchecked."""
     found, unknown = tyro.cli(
         type(default),
@@ -193,12 +193,13 @@ def _refusal(word: str, options: Sequence[_Option]) -> InputError:
 
 @_REGISTRY.struct_rule
 def _struct(info: Any) -> StructConstructorSpec | None:
-    """Dataclasses: a choice for each component, then the fields of the current one."""
+    """Dataclasses: a choice for each component, then the fields of the current one. Inherited fields come last."""
     kind: type = info.type
     if not dataclasses.is_dataclass(kind):
         return None
     fields, texts, annotated = [], _descriptions(kind), typing.get_type_hints(kind, include_extras=True)
-    for option in _options(info.default, nested=False):
+    order = list(dict.fromkeys(name for base in kind.__mro__ for name in inspect.get_annotations(base)))
+    for option in sorted(_options(info.default, nested=False), key=lambda option: order.index(option.path[0])):
         (name,), hint, text = option.path, annotated[option.path[0]], texts.get(option.path[0])
         if option.choices:
             choice = Annotated[Literal[tuple(option.choices)], tyro.conf.arg(name=name)]  # type: ignore[valid-type]
@@ -262,7 +263,8 @@ def _list_choices(choices: Mapping[str, Any], what: str, usage: str, examples: S
 
     table = Table.grid(padding=(0, 2))
     for name, choice in choices.items():
-        table.add_row(Text(name), Text(" ".join((choice.__doc__ or "").strip().partition("\n\n")[0].split())))
+        help_text = choice if isinstance(choice, str) else inspect.getdoc(choice) or ""
+        table.add_row(Text(name), Text(" ".join(help_text.partition("\n\n")[0].split())))
     console = Console(highlight=False)
     with console.capture() as text:  # printed at once: rich has its own way to end at a closed pipe
         console.print(Text(f"usage: {usage}\n"))

@@ -2,15 +2,17 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
 
 from cm_jax.checkpoints.published import DEFAULT
 from cm_jax.checkpoints.resolve import resolve
-from cm_jax.cli.parsing import numbers
+from cm_jax.cli.options import LARGEST_GRID, Network, Sampling
+from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import compilation_time, devices, progress, say, use_compilation_cache
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import check_writable
@@ -18,13 +20,10 @@ from cm_jax.io.images import Quantization, grid, quantize, save_folder, save_gri
 from cm_jax.loading import load
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import SAMPLERS
-from cm_jax.types import Precision
-
-_LARGEST_GRID = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample(Sampling, Network):
     """Sample images from a consistency model or a denoiser.
 
     A consistency model samples in one step unless --steps, --timesteps, --indices or --sigmas is given.
@@ -38,47 +37,23 @@ class Sample:
     labels: str = ""
     """Classes by index or name, separated by commas ("145,king penguin"), or "all". Each gets the same number of
     images. Default: random classes."""
-    steps: int | None = None
-    """Number of sampling steps. Uses the checkpoint's tuned noise levels if it has some. Default: 1; 18 for a
-    denoiser."""
-    timesteps: str = ""
-    """Timesteps in diffusers' convention, decreasing to 0: "22,0"."""
-    indices: str = ""
-    """Timesteps in OpenAI's convention, increasing from 0 to N - 1: "0,22,39"."""
-    sigmas: str = ""
-    """Noise levels, decreasing: "80,1.38"."""
-    sampler: Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist"] | None = None
-    """Sampling algorithm. Default: consistency; heun for a denoiser."""
-    seed: int = 0
-    """Random seed. The images do not depend on the batch size or the devices."""
-    precision: Precision = "float32"
-    """Precision of matrix products and convolutions in the network."""
-    batch_size: int | None = None
-    """Images per batch over all devices. Default: 64 per device, fewer above 64 pixels."""
     output: Path = Path("samples.png")
     """NAME.png: a grid of all images. NAME.npz: arr_0 (images) and arr_1 (labels), as evaluators read them. Any other
     name: a folder of PNG files."""
     quantization: Quantization = "round"
     """Conversion to 8 bits: rounding, or truncation as in OpenAI's implementation."""
-    compilation_cache: str = ""
-    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
 
 
-def sample(arguments: Sample) -> None:
+def main(prog: str, words: Sequence[str]) -> None:
     """Load the model, sample, and write the images."""
+    arguments = parse(Sample, prog, words)
     use_compilation_cache(arguments.compilation_cache)
     path = resolve(arguments.checkpoint)
     _check_output(arguments.output, arguments.count)
     began = time.perf_counter()
     model = load(path, precision=arguments.precision)
     network = model.config.network
-    plan = model.plan(
-        steps=arguments.steps,
-        timesteps=numbers("timesteps", arguments.timesteps, int),
-        indices=numbers("indices", arguments.indices, int),
-        sigmas=numbers("sigmas", arguments.sigmas, float),
-        sampler=arguments.sampler,
-    )
+    plan = arguments.plan(model)
     labels, count, columns = _labels_and_count(model, arguments)
     _check_output(arguments.output, count)
     kind = "consistency model" if model.config.distilled else "EDM denoiser"
@@ -111,9 +86,9 @@ def _check_output(output: Path, count: int | None) -> None:
     suffix = output.suffix.lower()
     if suffix in (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy"):
         raise InputError(f"{output}: {suffix} files are not supported; use a .png file, an .npz file or a folder.")
-    if suffix == ".png" and (count or 0) > _LARGEST_GRID:
+    if suffix == ".png" and (count or 0) > LARGEST_GRID:
         raise InputError(
-            f"A grid of {count} images is too large, at most {_LARGEST_GRID}: use an .npz file or a folder as --output."
+            f"A grid of {count} images is too large, at most {LARGEST_GRID}: use an .npz file or a folder as --output."
         )
     check_writable(output, folder=suffix not in (".png", ".npz"))
 

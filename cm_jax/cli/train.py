@@ -6,25 +6,24 @@ from pathlib import Path
 
 import jax
 
+from cm_jax.cli.options import Compilation
 from cm_jax.cli.parsing import parse_preset
 from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.presets import PRESETS
-from cm_jax.training.loop import train as run_training
+from cm_jax.training.loop import train
 from cm_jax.training.run.dry_run import report
 from cm_jax.training.setup import prepare
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Compilation):
     """Options of the process, which do not change the results of the run."""
 
     run: str = ""
     """Folder of the run. Training resumes from its latest checkpoint if there is one. Default: runs/PRESET."""
     dry_run: bool = False
     """Print shapes, parameters, memory and FLOPs per step, and exit."""
-    compilation_cache: str = ""
-    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
     coordinator: str = ""
     """HOST:PORT of process 0, for multi-process training. Default: a single process."""
     processes: int | None = None
@@ -43,9 +42,9 @@ class Options:
             raise InputError(f"--process must lie in [0, {self.processes - 1}], got {self.process}.")
 
 
-def train(prog: str, arguments: Sequence[str]) -> None:
+def main(prog: str, words: Sequence[str]) -> None:
     """Read the command line, connect to the other processes if there are any, and train or print the dry run."""
-    preset, settings, options = parse_preset(PRESETS, Options(), prog, arguments)
+    preset, settings, options = parse_preset(PRESETS, Options(), prog, words)
     use_compilation_cache(options.compilation_cache)
     if options.coordinator:
         try:
@@ -57,4 +56,4 @@ def train(prog: str, arguments: Sequence[str]) -> None:
         for line in report(prepare(settings)):
             speak(line)
         return
-    run_training(settings, Path(options.run or f"runs/{preset}"), speak)
+    train(settings, Path(options.run or f"runs/{preset}"), speak)

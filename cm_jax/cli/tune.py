@@ -1,24 +1,25 @@
 """`tune`: search the noise levels of multistep sampling, and store them in the checkpoint."""
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.resolve import resolve
+from cm_jax.cli.options import Statistics
+from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import progress, say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.evaluation.feature_extractor import load_inception
 from cm_jax.evaluation.image_sets import of_dataset, open_images
 from cm_jax.evaluation.level_search import tune
-from cm_jax.evaluation.references import default_cache
 from cm_jax.loading import load
 
 
-@dataclasses.dataclass(frozen=True)
-class Tune:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tune(Statistics):
     """Search the noise levels at which multistep sampling has the lowest FID, and store them in the checkpoint.
 
     `sample --steps N` then uses them.
@@ -32,20 +33,11 @@ class Tune:
     """Number of sampling steps. With three or more, the levels are searched one after the other, from the highest."""
     count: int = 10_000
     """Images sampled for each candidate."""
-    seed: int = 0
-    """Random seed of the images, the same for all candidates."""
-    inception: str = ""
-    """Weights of Inception-V3. Default: the file named by CM_JAX_INCEPTION."""
-    batch_size: int | None = None
-    """Images per batch over all devices. Default: chosen by the image size."""
-    reference_cache: str = ""
-    """Folder for cached statistics of references, or "off". Default: in the user's cache folder."""
-    compilation_cache: str = ""
-    """Folder for JAX's compilation cache, or "off". Default: in the user's cache folder."""
 
 
-def tune_command(arguments: Tune) -> None:
+def main(prog: str, words: Sequence[str]) -> None:
     """Search, print every candidate, and write the result into config.json."""
+    arguments = parse(Tune, prog, words)
     use_compilation_cache(arguments.compilation_cache)
     path = resolve(arguments.checkpoint)
     if not native.is_checkpoint(path):
@@ -55,7 +47,6 @@ def tune_command(arguments: Tune) -> None:
         )
     model = load(path)
     reference = of_dataset(open_images(arguments.reference, model.config.network.image_shape), arguments.reference)
-    cache = Path(arguments.reference_cache) if arguments.reference_cache else default_cache()
     found = tune(
         load_inception(arguments.inception),
         model,
@@ -64,7 +55,7 @@ def tune_command(arguments: Tune) -> None:
         count=arguments.count,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
-        cache=None if arguments.reference_cache == "off" else cache,
+        cache=arguments.cache,
         watch=progress,
         on_probe=lambda timesteps, score: say(f"{','.join(map(str, timesteps))}: FID {score:.4g}"),
     )

@@ -325,19 +325,19 @@ def test_the_command_trains_in_a_folder_or_tells_what_it_would_do(monkeypatch, c
     trained, joined = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
     monkeypatch.setattr(command, "PRESETS", PRESETS)
-    monkeypatch.setattr(command, "run_training", lambda settings, folder, say: trained.append((settings, folder)))
+    monkeypatch.setattr(command, "train", lambda settings, folder, say: trained.append((settings, folder)))
     monkeypatch.setattr(command, "prepare", lambda settings: settings)
     monkeypatch.setattr(command, "report", lambda settings: [f"seed {settings.seed}"])
     cache = ["--compilation-cache", "off"]
-    command.train("train.py", ["plain", *cache])
-    command.train("train.py", ["plain", "--run", "elsewhere", "--seed", "3", *cache])
+    command.main("train.py", ["plain", *cache])
+    command.main("train.py", ["plain", "--run", "elsewhere", "--seed", "3", *cache])
     assert trained == [(TrainConfig(), Path("runs/plain")), (TrainConfig(seed=3), Path("elsewhere"))]
-    command.train("train.py", ["plain", "--dry-run", "--seed", "4", *cache])
+    command.main("train.py", ["plain", "--dry-run", "--seed", "4", *cache])
     assert capsys.readouterr().out == "seed 4\n"
     assert len(trained) == 2
     assert not joined
     several = ["--coordinator", "a.b:123", "--processes", "4", "--process", "3"]
-    command.train("train.py", ["plain", *several, *cache])
+    command.main("train.py", ["plain", *several, *cache])
     assert joined == [("a.b:123", 4, 3)]
 
 

@@ -230,7 +230,7 @@ def without_work(cache: Path) -> Iterator[None]:
     places = {
         "cm_jax.model": ("generate", "edit_batches", "slerp_batches"),
         "cm_jax.conversion.parity": ("compare",),
-        "cm_jax.cli.train": ("report", "run_training"),
+        "cm_jax.cli.train": ("report", "train"),
         "cm_jax.cli.evaluate": ("evaluate", "evaluate_bits"),
         "cm_jax.cli.tune": ("tune",),
         "cm_jax.cli.demo": ("_serve",),

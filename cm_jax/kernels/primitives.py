@@ -105,13 +105,3 @@ def _map_batch(primitive_: Primitive, args: Any, axes: Any, **settings: Any) -> 
     found = primitive_.bind(*[arg.reshape(-1, *arg.shape[2:]) for arg in whole], **settings)
     apart = [each.reshape(size, -1, *each.shape[1:]) for each in (found if primitive_.multiple_results else [found])]
     return (apart, [0] * len(apart)) if primitive_.multiple_results else (apart[0], 0)
-
-
-def one_by_one(primitive_: Primitive, args: Any, axes: Any, **settings: Any) -> Any:
-    """vmap rule: a loop over the mapped axis."""
-    mapped = {i: jnp.moveaxis(args[i], axis, 0) for i, axis in enumerate(axes) if axis is not None}
-
-    def one(some: dict[int, Array]) -> Any:
-        return primitive_.bind(*[some.get(i, arg) for i, arg in enumerate(args)], **settings)
-
-    return jax.lax.map(one, mapped), 0

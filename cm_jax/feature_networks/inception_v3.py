@@ -5,6 +5,7 @@ ReLU.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -60,8 +61,7 @@ def features(params: Params, images: Float[Array, "b 299 299 3"]) -> Features:
 
 
 class _Layer(nn.Module):
-    """relu((W * x - mean) / sqrt(variance + 0.001) + shift); "SAME" with stride 1 pads both sides alike, as in
-    PyTorch."""
+    """relu((W * x - mean) / sqrt(variance + 0.001) + shift)."""
 
     channels: int
     size: tuple[int, int] = (1, 1)
@@ -80,8 +80,7 @@ class _Layer(nn.Module):
 
 
 def _convolved(x: Maps, kernel: Float[Array, "kh kw c c2"], stride: int, padding: str) -> Outputs:
-    """Convolution in the form that is fastest on CPUs: half the time of a plain XLA convolution
-    (benchmarks/NOTES.md)."""
+    """Convolution in half the time of XLA's on CPUs (benchmarks/NOTES.md)."""
     highest = jax.lax.Precision.HIGHEST
     if stride == 2:  # 3x3 without padding
         x = jnp.concatenate([column for row in _windows(x, 1, 2) for column in _windows(row, 2, 2)], -1)
@@ -110,20 +109,16 @@ def _mean_pool(x: Maps) -> Maps:
     return x
 
 
-def _max_pool(x: Maps) -> Maps:
+def _max_pool(x: Maps, stride: int = 1) -> Outputs:
+    """Maximum over 3 x 3 pixels; with stride 1 also at the border."""
     for axis in (1, 2):
-        x = functools.reduce(jnp.maximum, _windows(_pad(x, axis, -jnp.inf), axis))
+        padded = _pad(x, axis, -jnp.inf) if stride == 1 else x
+        x = functools.reduce(jnp.maximum, _windows(padded, axis, stride))
     return x
 
 
 def _pad(x: Maps, axis: int, value: float) -> Outputs:
     return jnp.pad(x, [(int(i == axis),) * 2 for i in range(4)], constant_values=value)
-
-
-def _strided_max_pool(x: Maps) -> Outputs:
-    for axis in (1, 2):
-        x = functools.reduce(jnp.maximum, _windows(x, axis, 2))
-    return x
 
 
 def _tower(x: Maps, name: str, *layers: tuple) -> Outputs:
@@ -133,88 +128,67 @@ def _tower(x: Maps, name: str, *layers: tuple) -> Outputs:
     return x
 
 
-class _InceptionA(nn.Module):
+class _Block(nn.Module):
+    """Parallel branches, whose channels are concatenated."""
+
+    branches: Callable[[Maps], list[Outputs]]
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Outputs:
+        return jnp.concatenate(self.branches(x), -1)
+
+
+def _inception_a(x: Maps, pooled: int) -> list[Outputs]:
     """At 35 pixels: branches of 1x1, 5x5, two 3x3, and mean pooling."""
-
-    pooled: int
-
-    @nn.compact
-    def __call__(self, x: Maps) -> Outputs:
-        branches = (
-            _tower(x, "conv", (64,)),
-            _tower(x, "tower_conv", (48,), (64, (5, 5))),
-            _tower(x, "tower_1_conv", (64,), (96, (3, 3)), (96, (3, 3))),
-            _tower(_mean_pool(x), "tower_2_conv", (self.pooled,)),
-        )
-        return jnp.concatenate(branches, -1)
+    return [
+        _tower(x, "conv", (64,)),
+        _tower(x, "tower_conv", (48,), (64, (5, 5))),
+        _tower(x, "tower_1_conv", (64,), (96, (3, 3)), (96, (3, 3))),
+        _tower(_mean_pool(x), "tower_2_conv", (pooled,)),
+    ]
 
 
-class _ReductionA(nn.Module):
+def _reduction_a(x: Maps) -> list[Outputs]:
     """From 35 to 17 pixels."""
-
-    @nn.compact
-    def __call__(self, x: Maps) -> Outputs:
-        branches = (
-            _tower(x, "conv", (384, (3, 3), 2, "VALID")),
-            _tower(x, "tower_conv", (64,), (96, (3, 3)), (96, (3, 3), 2, "VALID")),
-            _strided_max_pool(x),
-        )
-        return jnp.concatenate(branches, -1)
+    return [
+        _tower(x, "conv", (384, (3, 3), 2, "VALID")),
+        _tower(x, "tower_conv", (64,), (96, (3, 3)), (96, (3, 3), 2, "VALID")),
+        _max_pool(x, 2),
+    ]
 
 
-class _InceptionB(nn.Module):
-    """At 17 pixels: branches of 1x1, 7x7 as 1x7 and 7x1, two of those, and mean pooling. Also returns the first
-    branch."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Maps) -> tuple[Outputs, Float[Array, "b h w 192"]]:
-        across, down = (1, 7), (7, 1)
-        width = self.width
-        first = _tower(x, "conv", (192,))
-        branches = (
-            first,
-            _tower(x, "tower_conv", (width,), (width, across), (192, down)),
-            _tower(x, "tower_1_conv", (width,), (width, down), (width, across), (width, down), (192, across)),
-            _tower(_mean_pool(x), "tower_2_conv", (192,)),
-        )
-        return jnp.concatenate(branches, -1), first
+def _inception_b(x: Maps, width: int) -> list[Outputs]:
+    """At 17 pixels: branches of 1x1, 7x7 as 1x7 and 7x1, two of those, and mean pooling."""
+    across, down = (1, 7), (7, 1)
+    return [
+        _tower(x, "conv", (192,)),
+        _tower(x, "tower_conv", (width,), (width, across), (192, down)),
+        _tower(x, "tower_1_conv", (width,), (width, down), (width, across), (width, down), (192, across)),
+        _tower(_mean_pool(x), "tower_2_conv", (192,)),
+    ]
 
 
-class _ReductionB(nn.Module):
+def _reduction_b(x: Maps) -> list[Outputs]:
     """From 17 to 8 pixels."""
-
-    @nn.compact
-    def __call__(self, x: Maps) -> Outputs:
-        branches = (
-            _tower(x, "tower_conv", (192,), (320, (3, 3), 2, "VALID")),
-            _tower(x, "tower_1_conv", (192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, "VALID")),
-            _strided_max_pool(x),
-        )
-        return jnp.concatenate(branches, -1)
+    return [
+        _tower(x, "tower_conv", (192,), (320, (3, 3), 2, "VALID")),
+        _tower(x, "tower_1_conv", (192,), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, "VALID")),
+        _max_pool(x, 2),
+    ]
 
 
-class _InceptionC(nn.Module):
+def _inception_c(x: Maps, pool: Callable[[Maps], Maps]) -> list[Outputs]:
     """At 8 pixels: branches that end in parallel 1x3 and 3x1 convolutions, and a pooled one."""
-
-    maximum: bool
-    """Max pooling in the last branch: an error in the graph that all implementations of FID keep."""
-
-    @nn.compact
-    def __call__(self, x: Maps) -> Outputs:
-        once = _tower(x, "tower_conv", (384,))
-        twice = _tower(x, "tower_1_conv", (448,), (384, (3, 3)))
-        pooled = _max_pool(x) if self.maximum else _mean_pool(x)
-        branches = (
-            _tower(x, "conv", (320,)),
-            _tower(once, "tower_mixed_conv", (384, (1, 3))),
-            _tower(once, "tower_mixed_conv_1", (384, (3, 1))),
-            _tower(twice, "tower_1_mixed_conv", (384, (1, 3))),
-            _tower(twice, "tower_1_mixed_conv_1", (384, (3, 1))),
-            _tower(pooled, "tower_2_conv", (192,)),
-        )
-        return jnp.concatenate(branches, -1)
+    once = _tower(x, "tower_conv", (384,))
+    twice = _tower(x, "tower_1_conv", (448,), (384, (3, 3)))
+    return [
+        _tower(x, "conv", (320,)),
+        _tower(once, "tower_mixed_conv", (384, (1, 3))),
+        _tower(once, "tower_mixed_conv_1", (384, (3, 1))),
+        _tower(twice, "tower_1_mixed_conv", (384, (1, 3))),
+        _tower(twice, "tower_1_mixed_conv_1", (384, (3, 1))),
+        _tower(pool(x), "tower_2_conv", (192,)),
+    ]
 
 
 class _Inception(nn.Module):
@@ -224,18 +198,21 @@ class _Inception(nn.Module):
     def __call__(self, x: Maps) -> tuple[Float[Array, "b 2048"], Float[Array, "b 64"], Float[Array, "b 17 17 7"]]:
         x = _Layer(32, (3, 3), 2, "VALID", name="conv")(x)
         x = _Layer(32, (3, 3), padding="VALID", name="conv_1")(x)
-        x = _strided_max_pool(_Layer(64, (3, 3), name="conv_2")(x))
+        x = _max_pool(_Layer(64, (3, 3), name="conv_2")(x), 2)
         first = x.mean((1, 2))
         x = _Layer(80, name="conv_3")(x)
-        x = _strided_max_pool(_Layer(192, (3, 3), padding="VALID", name="conv_4")(x))
-        for name, pooled in (("mixed", 32), ("mixed_1", 64), ("mixed_2", 64)):
-            x = _InceptionA(pooled, name=name)(x)
-        x = _ReductionA(name="mixed_3")(x)
-        x, _ = _InceptionB(128, name="mixed_4")(x)
-        x, _ = _InceptionB(160, name="mixed_5")(x)
-        x, spatial = _InceptionB(160, name="mixed_6")(x)
-        x, _ = _InceptionB(192, name="mixed_7")(x)
-        x = _ReductionB(name="mixed_8")(x)
-        x = _InceptionC(maximum=False, name="mixed_9")(x)
-        x = _InceptionC(maximum=True, name="mixed_10")(x)
-        return x.mean((1, 2)), first, spatial[..., :SPATIAL_CHANNELS]
+        x = _max_pool(_Layer(192, (3, 3), padding="VALID", name="conv_4")(x), 2)
+        blocks = [
+            *(functools.partial(_inception_a, pooled=pooled) for pooled in (32, 64, 64)),
+            _reduction_a,
+            *(functools.partial(_inception_b, width=width) for width in (128, 160, 160, 192)),
+            _reduction_b,
+            functools.partial(_inception_c, pool=_mean_pool),
+            functools.partial(_inception_c, pool=_max_pool),  # an error in the graph that all implementations keep
+        ]
+        spatial = x
+        for number, branches in enumerate(blocks):
+            x = _Block(branches, name=f"mixed_{number}" if number else "mixed")(x)
+            if number == 6:
+                spatial = x[..., :SPATIAL_CHANNELS]  # of its first branch, conv
+        return x.mean((1, 2)), first, spatial

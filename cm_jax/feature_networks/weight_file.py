@@ -31,8 +31,7 @@ class WeightFile:
     """Commands that create the file, one per line."""
 
     def find(self, given: str) -> Path:
-        """The file `given`, or the one in the environment variable. Raises InputError, with the recipe, if there is
-        none."""
+        """The file `given`, or that of the environment variable. Raises InputError, with the recipe, without one."""
         name = given or os.environ.get(self.variable, "")
         if not name:
             problem = f"no file was given, and {self.variable} is not set"

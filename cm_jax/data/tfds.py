@@ -37,10 +37,13 @@ class TFDSData(EncodedData):
         features = builder.info.features
         image = _feature(features, tfds.features.Image, "image", folder)
         label = None
-        if self.labels == "auto" and any(isinstance(kind, tfds.features.ClassLabel) for kind in features.values()):
+        usable = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+        if self.labels == "auto" and usable:
             label = _feature(features, tfds.features.ClassLabel, "label", folder)
         elif self.labels not in ("auto", "none"):
-            label = _named(features, tfds.features.ClassLabel, self.labels, folder)
+            label = self.labels
+            if label not in usable:
+                raise InputError(f"{folder} has no class feature {label!r}; it has {', '.join(usable) or 'none'}.")
         try:
             source = builder.as_data_source(self.split, decoders={image: tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
@@ -70,7 +73,7 @@ class TFDSData(EncodedData):
             raise InputError(f"Expected a data set such as cifar10 or name/configuration, got {self.name!r}.")
         found = [path.parent for path in top.glob(f"{self.name}/*/dataset_info.json")]
         if found:
-            return max(found, key=_version)
+            return max(found, key=lambda folder: [int(part) for part in folder.name.split(".") if part.isdigit()])
         configured = sorted({path.parts[-3] for path in top.glob(f"{self.name}/*/*/dataset_info.json")})
         if configured:
             raise InputError(
@@ -110,10 +113,6 @@ def _tfds() -> Any:
     return tensorflow_datasets
 
 
-def _version(folder: Path) -> tuple[int, ...]:
-    return tuple(int(part) for part in folder.name.split(".") if part.isdigit())
-
-
 def _check_features(folder: Path) -> None:
     """Raise InputError if features.json names classes of other packages, because reading it would import them."""
 
@@ -141,13 +140,6 @@ def _feature(features: Any, kind: type, usual: str, folder: Path) -> str:
         return usual if usual in names else names[0]
     found = f"several of this type: {', '.join(names)}" if names else ", ".join(features)
     raise InputError(f"{folder}: expected a feature {usual}, found {found}.")
-
-
-def _named(features: Any, kind: type, name: str, folder: Path) -> str:
-    if name not in features or not isinstance(features[name], kind):
-        found = [name for name, feature in features.items() if isinstance(feature, kind)]
-        raise InputError(f"{folder} has no class feature {name!r}; it has {', '.join(found) or 'none'}.")
-    return name
 
 
 def _how_to_prepare(name: str, top: Path) -> str:

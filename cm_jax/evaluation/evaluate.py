@@ -142,7 +142,11 @@ def compare(samples: FeatureStatistics, reference: FeatureStatistics, eval_confi
 def _line(values: dict[str, float], protocol: dict[str, Any]) -> str:
     """Values and protocol in one line."""
     counted = f"{protocol['reference_count']:,} of " if protocol["reference_count"] else ""
-    samples = f"{protocol['count']:,} of {protocol['samples']}{_sampling(protocol['sampling'])}"
+    samples = f"{protocol['count']:,} of {protocol['samples']}"
+    if how := protocol["sampling"]:
+        levels = ", ".join(f"{sigma:.4g}" for sigma in how["sigmas"][:4]) + (", ..." if how["steps"] > 4 else "")
+        steps = f"{how['steps']} step{'s' if how['steps'] > 1 else ''}"
+        samples += f" ({how['sampler']}, {steps}, sigma {levels}, seed {how['seed']})"
     parts = [
         f"N = {samples} against {counted}{protocol['reference']}",
         f"{protocol['size'][0]} x {protocol['size'][1]} pixels in 8 bits, {protocol['resize']}",
@@ -163,15 +167,6 @@ def format_values(values: Mapping[str, float]) -> str:
             spread = values.get(f"{name}_deviation")
             shown.append(f"{_TITLES.get(name, name)} {value:.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
     return ", ".join(shown)
-
-
-def _sampling(how: dict[str, Any]) -> str:
-    """How a model sampled the images; empty for files."""
-    if not how:
-        return ""
-    levels = ", ".join(f"{sigma:.4g}" for sigma in how["sigmas"][:4]) + (", ..." if how["steps"] > 4 else "")
-    steps = f"{how['steps']} step{'s' if how['steps'] > 1 else ''}"
-    return f" ({how['sampler']}, {steps}, sigma {levels}, seed {how['seed']})"
 
 
 def check(

@@ -1,5 +1,6 @@
 """Statistics of reference sets: files of OpenAI's evaluator, and a cache keyed by content."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -32,8 +33,7 @@ def default_cache() -> Path:
 
 
 def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int]) -> ImageSet | FeatureStatistics:
-    """A reference for images of this shape: statistics from an .npz file if it has all that `needs` lists, else
-    images."""
+    """Statistics from an .npz file if it has all of `needs`, else images of this shape."""
     path = user_path(name)
     if path.suffix.lower() == ".npz" and path.is_file():
         known = read_statistics(path)
@@ -115,32 +115,21 @@ def cached_statistics(
     content = "\n".join((_VERSION, images.digest(), extractor.digest, extractor.resize))
     stem = hashlib.sha256(content.encode()).hexdigest()[:32]
     paths = {need: cache / f"{stem}-{need}.npz" for need in needs}
-    found: dict[str, Any] = {need: value for need, path in paths.items() if (value := _cached(path)) is not None}
+    found: dict[str, Any] = {}
+    for need, path in paths.items():
+        with contextlib.suppress(ValueError, KeyError):  # missing or damaged
+            file = read_npz(path, lambda names: names)
+            found[need] = file["features"] if "features" in file else Gaussian(file["mean"], file["covariance"])
     missing = paths.keys() - found.keys()
     if missing:
         new = summarize(extractor, watch(images.batches(), images.count), missing, batch_size=batch_size)
         for need in missing:
-            found[need] = getattr(new, need)
-            _store(paths[need], found[need])
+            found[need] = value = getattr(new, need)
+            try:
+                _save(paths[need], {"features": value} if isinstance(value, np.ndarray) else value._asdict())
+            except InputError as error:
+                log.warning("Cannot cache the statistics of the reference: %s", error)
     return FeatureStatistics(images.count, **found)
-
-
-def _cached(path: Path) -> Gaussian | np.ndarray | None:
-    """A cache entry; None if it is missing or damaged."""
-    try:
-        file = read_npz(path, lambda names: names)
-        return file["features"] if "features" in file else Gaussian(file["mean"], file["covariance"])
-    except (ValueError, KeyError):
-        return None
-
-
-def _store(path: Path, value: Gaussian | np.ndarray) -> None:
-    """Write a cache entry; if that fails, log a warning."""
-    arrays = {"features": value} if isinstance(value, np.ndarray) else value._asdict()
-    try:
-        _save(path, arrays)
-    except InputError as error:
-        log.warning("Cannot cache the statistics of the reference: %s", error)
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:

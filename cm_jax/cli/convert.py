@@ -84,20 +84,18 @@ def main(prog: str, words: Sequence[str]) -> None:
             f"{arguments.destination} looks like a file, and --to {kind} writes a folder: give the name of a folder."
         )
     check_writable(arguments.destination, folder=not file)
-    hints = conversion.CheckpointHints(
-        arguments.head_dim,
-        arguments.heads,
-        arguments.preconditioning,
-        arguments.num_levels,
-        arguments.image_size,
-        numbers("attention-factors", arguments.attention_factors, int),
-        arguments.resampling,
-    )
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(conversion.CheckpointHints)}
+    given["attention_factors"] = numbers("attention-factors", arguments.attention_factors, int)
     began = time.perf_counter()
-    source = conversion.read(resolve(arguments.source), hints)
-    network = source.config.network
+    source = conversion.read(resolve(arguments.source), conversion.CheckpointHints(**given))
+    config, network = source.config, source.config.network
     parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
-    say(f"Read {arguments.source}: {_architecture(source)}; {parameters:,} parameters.")
+    model = "consistency model" if config.distilled else "EDM denoiser"
+    classes = f"{network.classes} classes" if network.classes else "unconditional"
+    say(
+        f"Read {arguments.source}: {model}, {network.image_shape[0]} pixels, {classes}, {config.num_levels} levels; "
+        f"{parameters:,} parameters."
+    )
     if source.overridden:
         say(f"Overridden by options:\n  {indented_list(source.overridden)}")
     if arguments.check:
@@ -106,9 +104,9 @@ def main(prog: str, words: Sequence[str]) -> None:
         if not parity.passed:
             raise InputError(f"The two networks disagree; {arguments.destination} was not written.")
     params = to_float16(source.params, arguments.source) if arguments.fp16 else source.params
-    conversion.write(arguments.destination, kind, source.config, params)
+    conversion.write(arguments.destination, kind, config, params)
     say(f"Wrote {arguments.destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
-    if kind == "diffusers" and not source.config.distilled:
+    if kind == "diffusers" and not config.distilled:
         say("It contains the network without a pipeline, because ConsistencyModelPipeline does not support denoisers.")
     if kind == "native":
         say(
@@ -147,10 +145,3 @@ def _convert_weights(arguments: Convert) -> None:
     say(f"Read {arguments.source}: {what}; its weights are {known}.")
     file.save(arguments.destination, params)
     say(f"Wrote {arguments.destination}. To use it: export {file.variable}={shlex.quote(str(arguments.destination))}")
-
-
-def _architecture(source: conversion.Source) -> str:
-    config, network = source.config, source.config.network
-    kind = "consistency model" if config.distilled else "EDM denoiser"
-    classes = f"{network.classes} classes" if network.classes else "unconditional"
-    return f"{kind}, {network.image_shape[0]} pixels, {classes}, {config.num_levels} levels"

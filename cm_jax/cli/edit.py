@@ -55,7 +55,6 @@ class _Pictures(_Edit):
 
     def hole(self, picture: Image.Image) -> np.ndarray | None:
         """The pixels to edit; None for all."""
-        del picture
         return None
 
     def images(self, pictures: Sequence[Image.Image], size: int) -> list[np.ndarray]:
@@ -274,7 +273,12 @@ def _model(arguments: _Edit) -> tuple[Model, int]:
 
 
 def _print_notes(paths: Sequence[Path], pictures: Sequence[Image.Image], size: int) -> None:
+    """Print how each picture is cropped and resized to the model's size."""
     for path, picture in zip(paths, pictures, strict=True):
-        line = photos.describe_fit(picture, path.name, size)
-        if line:
-            say(line)
+        side, notes = min(picture.size), []
+        if side != max(picture.size):
+            notes.append(f"center {side} x {side} of {picture.width} x {picture.height} pixels")
+        if side != size:
+            notes.append(f"{'reduced' if side > size else 'enlarged'} from {side} to {size} pixels")
+        if notes:
+            say(f"{path.name}: {', '.join(notes)}.")

@@ -1,6 +1,7 @@
 """The demo page in Gradio: its layout, its callbacks, and the server."""
 
 import contextlib
+import dataclasses
 import functools
 import html
 import itertools
@@ -132,14 +133,14 @@ def _with_messages(function: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
+@dataclasses.dataclass(frozen=True)
 class _Callbacks:
     """Callbacks of the page; `name` is the name of the chosen model."""
 
-    def __init__(self, checkpoints: Mapping[str, Path]) -> None:
-        self._checkpoints = checkpoints
+    checkpoints: Mapping[str, Path]
 
     def _model(self, name: str) -> Model:
-        return rendering.load_cached(self._checkpoints[name])
+        return rendering.load_cached(self.checkpoints[name])
 
     @_with_messages
     def show_model(self, name: str) -> tuple[str, gr.Dropdown, gr.Dropdown]:

@@ -134,12 +134,8 @@ def painted_pixels(layers: Layers) -> Bool[np.ndarray, "h w"]:
     return np.any(holes, axis=0)
 
 
-def _mask(layers: Layers, side: int) -> Operator:
-    return Mask(~photos.fit_hole(painted_pixels(layers), side)[None, ..., None])
-
-
 KINDS: dict[str, Callable[[Layers, int], Operator]] = {
-    "Inpaint": _mask,
+    "Inpaint": lambda layers, side: Mask(~photos.fit_hole(painted_pixels(layers), side)[None, ..., None]),
     "Colorize": lambda layers, side: Luma(),
     "Super-resolution": lambda layers, side: PatchMean(4),
 }

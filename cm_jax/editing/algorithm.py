@@ -22,7 +22,6 @@ _VARIANT = 2
 
 EDIT_STEPS = 17
 """Default number of steps, as in OpenAI's CIFAR-10 notebook."""
-_TOLERANCE = 1e-3
 
 
 def check_images(
@@ -39,7 +38,7 @@ def check_images(
         )
     if not np.isfinite(array).all():
         raise InputError("Expected finite images, got infinite or NaN values.")
-    if not isinstance(operator, Noisy) and np.abs(array).max() > 1 + _TOLERANCE:
+    if not isinstance(operator, Noisy) and np.abs(array).max() > 1.001:
         raise InputError(f"Expected images in [-1, 1], got values up to {np.abs(array).max():.4g}.")
     operator.check(array.shape)
     return array.astype(np.float32)

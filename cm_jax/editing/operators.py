@@ -20,16 +20,14 @@ from cm_jax.types import Images
 
 _LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in the brightness, as in OpenAI's implementation."""
-_STROKE_SIGMAS, _STROKE_IMAGE_SIZE = (5.38, 2.24), 256
-"""Noise levels of the paper for strokes, and the size of its images (CM, appendix D)."""
 
 
 def stroke_sigmas(image_size: int) -> tuple[float, ...]:
-    """The paper's noise levels for strokes, 5.38 and 2.24 at 256 pixels, scaled in proportion to the image size.
+    """The paper's noise levels for strokes, 5.38 and 2.24 at 256 pixels (CM, appendix D), scaled with the image size.
 
     Noise hides details whose mean over an area it exceeds, and that area has fewer pixels in a smaller image.
     """
-    return tuple(sigma * image_size / _STROKE_IMAGE_SIZE for sigma in _STROKE_SIGMAS)
+    return tuple(sigma * image_size / 256 for sigma in (5.38, 2.24))
 
 
 class Operator(abc.ABC):
@@ -53,7 +51,6 @@ class Operator(abc.ABC):
 
     def default_sigmas(self, image_size: int) -> tuple[float, ...] | None:
         """Default noise levels; None for steps from sigma_max. Raises InputError where the user must give them."""
-        del image_size
         return None
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -134,10 +131,6 @@ class Mask(Operator):
             raise InputError(f"Expected a mask {[*shape[:3], 1]} for these images, got {list(self.known.shape)}.")
 
 
-def _flatten(mask: Mask) -> tuple[tuple[Array | np.ndarray], None]:
-    return (mask.known,), None
-
-
 def _unflatten(_: None, leaves: Iterable[Any]) -> Mask:
     """Without __init__ and its checks, because JAX also builds pytrees whose leaves are not arrays."""
     mask = object.__new__(Mask)
@@ -145,7 +138,7 @@ def _unflatten(_: None, leaves: Iterable[Any]) -> Mask:
     return mask
 
 
-jax.tree_util.register_pytree_node(Mask, _flatten, _unflatten)
+jax.tree_util.register_pytree_node(Mask, lambda mask: ((mask.known,), None), _unflatten)
 
 
 class _Unconstrained(Operator):
@@ -176,7 +169,6 @@ class Noisy(_Unconstrained):
     """Denoising: starts at the image itself, which already has noise of the first level."""
 
     def start(self, images: Images, noise: Images) -> Images:
-        del noise
         return images
 
     def default_sigmas(self, image_size: int) -> tuple[float, ...]:

@@ -68,14 +68,6 @@ def fit_patches(image: Image.Image, size: int, patch: int) -> Float[np.ndarray, 
     return fit(image, size // patch).repeat(patch, 0).repeat(patch, 1)
 
 
-def describe_fit(image: Image.Image, name: str, size: int) -> str:
-    """A line about the cropping and resizing of `fit`; empty where it changes nothing."""
-    side = min(image.size)
-    cropped = f"center {side} x {side} of {image.width} x {image.height} pixels" if side != max(image.size) else ""
-    resized = f"{'reduced' if side > size else 'enlarged'} from {side} to {size} pixels" if side != size else ""
-    return f"{name}: {', '.join(filter(None, (cropped, resized)))}." if cropped or resized else ""
-
-
 def hole_from_box(box: Box, width: int, height: int) -> Bool[np.ndarray, "h w"]:
     """The pixels of a picture that a box covers. Raises InputError unless it lies inside and is not empty."""
     left, top, right, bottom = box

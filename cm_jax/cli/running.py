@@ -39,7 +39,9 @@ def run(command: Callable[[], None]) -> NoReturn:
         finally:
             sys.stdout.flush()
     except InputError as error:
-        print(f"error: {_visible(_shortened(str(error)))}", file=sys.stderr)
+        lines = str(error).split("\n")  # a line may quote a whole file
+        short = [line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..." for line in lines]
+        print("error: " + _visible("\n".join(short)), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. Output files are complete or absent.", file=sys.stderr)
@@ -62,12 +64,6 @@ def _is_closed(stream: TextIO) -> bool:
 
 def say(line: str) -> None:
     print(_visible(line), flush=True)
-
-
-def _shortened(text: str) -> str:
-    """The text with long lines cut: they may quote a whole file."""
-    lines = text.split("\n")
-    return "\n".join(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..." for line in lines)
 
 
 def _visible(text: str) -> str:

@@ -73,12 +73,13 @@ def main(prog: str, words: Sequence[str]) -> None:
 
     suffix = arguments.output.suffix.lower()
     if suffix == ".png":
-        names = _row_names(model, labels, columns) if arguments.labels else ()
+        class_names = model.config.class_names
+        rows = labels[::columns].tolist() if arguments.labels and labels is not None else []
+        names = [class_names[label].split(",")[0] if class_names else f"class {label}" for label in rows]
         save_grid(arguments.output, grid(images, columns, names))
     else:
         (save_npz if suffix == ".npz" else save_folder)(arguments.output, images, labels)
-    compilation = compiled()
-    say(f"Sampled {count} images in {elapsed:.1f} s (compilation: {compilation:.1f} s). Wrote {arguments.output}.")
+    say(f"Sampled {count} images in {elapsed:.1f} s (compilation: {compiled():.1f} s). Wrote {arguments.output}.")
 
 
 def _check_output(output: Path, count: int | None) -> None:
@@ -111,13 +112,6 @@ def _labels_and_count(model: Model, arguments: Sample) -> tuple[np.ndarray | Non
         )
     each = count // len(numbers)
     return np.repeat(numbers, each), count, each if len(numbers) > 1 else max(1, round(each**0.5))
-
-
-def _row_names(model: Model, labels: np.ndarray | None, columns: int) -> list[str]:
-    """The class of each row of a grid, by name or number."""
-    names = model.config.class_names
-    first = [] if labels is None else labels[::columns].tolist()
-    return [names[label].split(",")[0] if names else f"class {label}" for label in first]
 
 
 def _described(plan: SamplingPlan) -> str:

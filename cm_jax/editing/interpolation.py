@@ -63,7 +63,6 @@ def slerp_batches(
     *,
     frames: int,
     batch_size: int,
-    devices: Sequence[Any] | None = None,
 ) -> Iterator[Float[np.ndarray, "n h w c"]]:
     """`frames` images from the first image of one key to the first image of another, both included, in batches."""
     weights = np.linspace(0, 1, frames, dtype=np.float32)
@@ -72,7 +71,7 @@ def slerp_batches(
         one, two = (image_keys(key, np.zeros_like(numbers)) for key in (first, second))
         return one, two, weights[numbers], None if labels is None else labels[numbers]
 
-    devices = list(devices or jax.local_devices())
+    devices = jax.local_devices()
     size = multiple_of(devices, min(batch_size, frames))
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
     return in_batches(_programs, (function, sampler), shared, by_number(rows, frames, size), devices)

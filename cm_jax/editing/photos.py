@@ -107,10 +107,8 @@ def paste_back(
 ) -> Image.Image:
     """The picture at its own size with the edited square in its center, or only the edited pixels of a hole."""
     box = center_box(*image.size)
-    square = Image.fromarray(edited)
     side = box[2] - box[0]
-    if square.width != side:
-        square = square.resize((side, side), Image.Resampling.BICUBIC)
+    square = Image.fromarray(edited).resize((side, side), Image.Resampling.BICUBIC)
     whole = image.copy()
     mask = None if hole is None else Image.fromarray(hole.astype(np.uint8) * 255).crop(box)
     whole.paste(square, box[:2], mask)

@@ -37,8 +37,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     """Serve the page until interrupted."""
     arguments = parse(Demo, prog, words)
     check_int("--port", arguments.port, 1, 2**16 - 1)
-    names = arguments.checkpoints or tuple(BUNDLED)
-    checkpoints = {name: resolve(name) for name in names}
+    checkpoints = {name: resolve(name) for name in arguments.checkpoints or BUNDLED}
     with tempfile.TemporaryDirectory(prefix="cm_jax-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and images are removed with it
         _serve(checkpoints, arguments)

@@ -64,7 +64,11 @@ def main(prog: str, words: Sequence[str]) -> None:
     unknown = [metric for metric in metrics if metric not in (*NEEDS, "bpd")]
     if unknown:
         raise InputError(f"There is no metric {unknown[0]!r}: choose from {', '.join(NEEDS)}, bpd.")
-    model = None if _are_images(arguments) else load(resolve(arguments.samples), precision=arguments.precision)
+    images = holds_images(arguments.samples)
+    given = [field.name for field in dataclasses.fields(Sampling) if getattr(arguments, field.name)]
+    if images and given:
+        raise InputError(f"--{given[0]} applies to checkpoints, and {arguments.samples} holds images: omit it.")
+    model = None if images else load(resolve(arguments.samples), precision=arguments.precision)
     others = tuple(metric for metric in metrics if metric != "bpd")
     if arguments.save_reference is not None and not {"fid", "sfid"} & set(others):
         raise InputError("--save-reference needs fid or sfid: add one of them to --metrics.")
@@ -97,17 +101,6 @@ def _compared(arguments: Evaluate, model: Model | None, eval_config: EvalConfig)
     if arguments.save_reference is not None:
         write_statistics(arguments.save_reference, known)
     return report
-
-
-def _are_images(arguments: Evaluate) -> bool:
-    """Whether `samples` holds images. Raises InputError for options that apply to checkpoints only."""
-    if not holds_images(arguments.samples):
-        return False
-    named = ("steps", "timesteps", "indices", "sigmas", "sampler")
-    given = [name for name in named if getattr(arguments, name)]
-    if given:
-        raise InputError(f"--{given[0]} applies to checkpoints, and {arguments.samples} holds images: omit it.")
-    return True
 
 
 def _samples(arguments: Evaluate, model: Model | None) -> ImageSet:

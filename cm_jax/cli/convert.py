@@ -128,20 +128,16 @@ def _convert_weights(arguments: Convert) -> None:
     if arguments.destination.suffix.lower() != ".safetensors":
         raise InputError(f"--to {arguments.to} writes a single file: use {arguments.destination.stem}.safetensors.")
     check_writable(arguments.destination, folder=False)
+    source = user_path(arguments.source)
     if arguments.to == "lpips":
-        params = metric_networks.read_lpips(
-            user_path(arguments.source), arguments.lpips_heads and user_path(arguments.lpips_heads)
-        )
+        params = metric_networks.read_lpips(source, arguments.lpips_heads and user_path(arguments.lpips_heads))
         what, file, published = "VGG16 and the heads of LPIPS", lpips.FILE, metric_networks.LPIPS_DIGEST
     else:
-        params = metric_networks.read_inception(user_path(arguments.source))
+        params = metric_networks.read_inception(source)
         classifier = "with" if "logits" in params else "without"
         what, file, published = f"Inception-V3 {classifier} classes", inception.FILE, metric_networks.INCEPTION_DIGEST
-    known = (
-        "the published ones"
-        if metric_networks.digest(params) == published
-        else "NOT the published ones (retrained or damaged)"
-    )
+    same = metric_networks.digest(params) == published
+    known = "the published ones" if same else "NOT the published ones (retrained or damaged)"
     say(f"Read {arguments.source}: {what}; its weights are {known}.")
     file.save(arguments.destination, params)
     say(f"Wrote {arguments.destination}. To use it: export {file.variable}={shlex.quote(str(arguments.destination))}")

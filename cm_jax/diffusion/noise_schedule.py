@@ -26,8 +26,11 @@ class KarrasSchedule:
     """
 
     sigma_min: float = 0.002
+    """Lowest noise level."""
     sigma_max: float = 80.0
+    """Highest noise level."""
     rho: float = 7.0
+    """Exponent; larger values place more levels near sigma_min."""
 
     def __post_init__(self) -> None:
         if not (0 < self.sigma_min < self.sigma_max <= 1e6 and 0.1 <= self.rho <= 100):

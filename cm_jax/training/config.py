@@ -68,10 +68,15 @@ class TrainConfig:
     """Settings of a training run, stored as config.json in its folder."""
 
     data: AnyData = EmojiData()
+    """Training images."""
     network: SongUNet | ADMUNet = SongUNet()
+    """Network architecture."""
     preconditioning: AnyPreconditioning = EDMPreconditioning()
+    """c_in, c_skip, c_out and c_noise."""
     objective: AnyObjective = Denoising()
+    """Training method."""
     optimizer: AnyOptimizer = Adam()
+    """Optimizer with its learning rate."""
     target_ema: AnyTargetEMA | None = None
     """EMA decay mu(k) of the target network. None: the target is the student."""
     schedule: KarrasSchedule = KarrasSchedule()

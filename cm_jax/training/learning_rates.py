@@ -16,6 +16,7 @@ class LearningRate(abc.ABC):
     """Linear warm-up from zero to `peak`, then the schedule of the subclass."""
 
     peak: float = 1e-4
+    """Largest learning rate."""
     warm_up: int = 0
     """Warm-up steps; the first has rate peak / warm_up."""
 

@@ -20,11 +20,13 @@ class Optimizer(abc.ABC):
     """An optax gradient transformation with a learning-rate schedule and optional clipping."""
 
     learning_rate: AnyLearningRate = ConstantRate()
+    """Learning rate as a function of the step."""
     beta1: float = 0.9
     """Decay of the first-moment estimate."""
     beta2: float = 0.999
     """Decay of the second-moment estimate."""
     epsilon: float = 1e-8
+    """Term added to the denominator."""
     clip_norm: float | None = None
     """Maximum global gradient norm; larger gradients are scaled down. None: no clipping."""
 
@@ -56,6 +58,7 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
     weight_decay: float = 0.01
+    """Decoupled weight decay, multiplied by the learning rate."""
 
     def core(self) -> tuple[optax.GradientTransformation, ...]:
         return (

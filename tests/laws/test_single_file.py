@@ -60,7 +60,7 @@ def test_permissions_are_those_of_any_new_file(file, tmp_path):
 
 def test_float16_files_are_loaded_in_float32(tmp_path, capsys):
     succeeded(capsys, main_convert, EMOJI, tmp_path / "folder")
-    said = succeeded(capsys, main_convert, tmp_path / "folder", tmp_path / "half.safetensors", "--half")
+    said = succeeded(capsys, main_convert, tmp_path / "folder", tmp_path / "half.safetensors", "--fp16")
     assert "cm-jax sample" in said
     half, whole = load(tmp_path / "half.safetensors"), load(EMOJI)
     assert half.config == whole.config, "levels and class names are kept"
@@ -73,7 +73,7 @@ def test_values_outside_float16_are_refused(file, tmp_path, capsys):
     params = random_params(NETWORK)
     params["stem"]["bias"] = np.full_like(params["stem"]["bias"], 1e5)
     conversion.write(file, "native", CONFIG, params)
-    message = failed(capsys, main_convert, file, tmp_path / "half.safetensors", "--half")
+    message = failed(capsys, main_convert, file, tmp_path / "half.safetensors", "--fp16")
     assert "Expected values in [-65504, 65504] for float16, got larger ones in stem/bias" in message
     assert not (tmp_path / "half.safetensors").exists()
 

@@ -12,6 +12,7 @@ from cm_jax.errors import InputError
 from cm_jax.objectives import ConsistencyTraining
 from cm_jax.presets import PRESETS
 from cm_jax.training.config import TrainConfig
+from cm_jax.training.setup import make_step
 
 
 def paths(encoded, name, above=""):
@@ -42,10 +43,10 @@ def test_num_levels_of_a_run_with_a_curriculum_is_refused():
 
 
 def test_the_target_follows_the_curriculum_of_the_objective():
-    config = TrainConfig(objective=ConsistencyTraining(Progressive(2, 9, steps=10)), target=AdaptiveTargetEMA(0.5))
-    config.step(None)
+    config = TrainConfig(objective=ConsistencyTraining(Progressive(2, 9, steps=10)), target_ema=AdaptiveTargetEMA(0.5))
+    make_step(config, None)
     with pytest.raises(InputError, match="follows a Progressive curriculum"):
-        dataclasses.replace(config, objective=ConsistencyTraining(Constant(10))).step(None)
+        make_step(dataclasses.replace(config, objective=ConsistencyTraining(Constant(10))), None)
 
 
 GRID = {"kind": "KarrasGrid", "levels": 201, "sigma_min": 0.01, "sigma_max": 80.0, "rho": 7.0}

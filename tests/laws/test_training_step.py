@@ -305,7 +305,7 @@ def test_sharding_sends_each_gradient_once_a_part_and_nothing_that_grows_with_th
 
 def test_sharding_splits_what_is_large():
     across = Sharded(8)
-    state = across.place_state(distilling(TOY).initial(TOY.initialize(jax.random.key(1))))
+    state = across.place_state(distilling(TOY).initial_state(TOY.initialize(jax.random.key(1))))
     for tree in (state.params, state.target, state.ema["power_0.1"], state.optimizer[0].mean):
         own = tree["mlp"]
         assert own["in"].addressable_shards[0].data.shape == (48, 16)

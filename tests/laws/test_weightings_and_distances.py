@@ -99,7 +99,7 @@ def test_perceptual_distance_is_differentiable_where_all_features_are_zero():
 def test_impossible_distances_are_refused():
     with pytest.raises(InputError, match="scale of at least 0"):
         PseudoHuber(-1.0)
-    with pytest.raises(InputError, match="at least 1 pixel"):
+    with pytest.raises(InputError, match="at least 1"):
         Resized(Squared(), 0)
 
 

@@ -13,10 +13,10 @@ from cm_jax.conversion import CheckpointHints, read
 from cm_jax.conversion.openai import OPENAI
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Halving, Progressive
-from cm_jax.diffusion.distances import Absolute, Distance, Squared
+from cm_jax.diffusion.distances import Absolute, Squared
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
-from cm_jax.diffusion.weightings import SNR, Karras, SNRPlusOne, TruncatedSNR, Uniform, Weighting
+from cm_jax.diffusion.weightings import SNR, Karras, SNRPlusOne, TruncatedSNR, Uniform
 from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, Denoising, ProgressiveDistillation
 from cm_jax.objectives.distances import Resized
 from cm_jax.types import leaves, per_image
@@ -44,14 +44,15 @@ SCHEDULE = KarrasSchedule()
 
 
 @dataclasses.dataclass(frozen=True)
-class Switch(Weighting, Distance):
+class Switch(Uniform, Squared):
     """Selects one of several functions by a traced index, so that each kind of loss compiles once."""
 
     number: jax.Array
     choices: tuple
 
     def __call__(self, x, y, *rest):
-        return jax.lax.switch(self.number, self.choices, x, y, *rest)
+        branches = [lambda x, y, choice=choice: choice(x, y, *rest) for choice in self.choices]
+        return jax.lax.switch(self.number, branches, x, y)
 
 
 @functools.cache

@@ -85,7 +85,7 @@ def damage_config(path, edit):
     ("edit", "message"),
     [
         (lambda fields: fields["network"].update(base_channels=64), "contradicts"),
-        (lambda fields: fields["network"].update(classes=None), "contradicts"),
+        (lambda fields: fields["network"].update(classes=None), "10 class names for None classes"),
         (lambda fields: fields["network"].update(head_dim=24), "cannot be built"),
         (lambda fields: fields["network"].update(wings=2), "no field 'wings'"),
         (lambda fields: fields["network"].update(kind="Dragon"), "whose kind is ADMUNet"),
@@ -98,11 +98,11 @@ def damage_config(path, edit):
         (lambda fields: fields["network"].update(attention="foo"), "attention must be one of auto, plain, cudnn"),
         (lambda fields: fields["network"].update(head_dim=0), "must be positive"),
         (lambda fields: fields["network"].update(blocks_per_level=10**7), r"blocks_per_level must lie in \[1, 64\]"),
-        (lambda fields: fields["grid"].update(rho=1e-300), "rho from 0.1"),
-        (lambda fields: fields.update(tuned_timesteps=[[99, 0]]), "must fall from below 18"),
+        (lambda fields: fields["schedule"].update(rho=1e-300), "rho from 0.1"),
+        (lambda fields: fields.update(tuned_timesteps=[[99, 0]]), "descend from below num_levels=18"),
         (lambda fields: fields.update(format="1"), "damaged, or of another program"),
         (lambda fields: fields.update(format=99), "upgrade cm_jax"),
-        (lambda fields: fields["grid"].update(levels=0), "levels >= 2"),
+        (lambda fields: fields.update(num_levels=0), "num_levels must be a whole number from 2"),
         (lambda fields: fields.update(class_names=["a"]), "1 class names for 10 classes"),
     ],
 )

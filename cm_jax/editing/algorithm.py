@@ -49,13 +49,13 @@ def edited_denoiser(denoiser: Denoiser, operator: Operator, images: Images) -> D
     return lambda x, sigma: operator.replace(images, jnp.clip(denoiser(x, sigma), -1, 1))
 
 
-def edit(denoiser: Denoiser, operator: Operator, images: Images, levels: Levels, draw: NoiseSource) -> Images:
+def edit(denoiser: Denoiser, operator: Operator, images: Images, levels: Levels, noise: NoiseSource) -> Images:
     """x = P y + s_0 z; then x_0 = f(x, s_i) with P y restored, and x = x_0 + sqrt(s_{i+1}^2 - sigma_min^2) z.
 
     As in OpenAI's implementation the result is not clipped, so that P x = P y holds for it.
     """
-    start = operator.start(images, levels[0] * draw(0))
-    return multistep_sample(edited_denoiser(denoiser, operator, images), start, levels, draw)
+    start = operator.start(images, levels[0] * noise(0))
+    return multistep_sample(edited_denoiser(denoiser, operator, images), start, levels, noise)
 
 
 def edit_images(
@@ -68,8 +68,8 @@ def edit_images(
     images: Images,
 ) -> Images:
     """Edits from keys and images, to be compiled as one program for each kind of operator."""
-    draw = noise_from(keys, function.network.image_shape)
-    return edit(function.denoiser(params, labels), operator, images, levels, draw)
+    noise = noise_from(keys, function.network.image_shape)
+    return edit(function.denoiser(params, labels), operator, images, levels, noise)
 
 
 _programs = compile_programs(edit_images, static=1, shared=2, per_image=4)

@@ -13,7 +13,7 @@ _LARGE_PAGE = 2**21
 def keep_memory() -> bool:
     """Let glibc keep freed memory, in large pages. Call it before the first computation; returns False if unsupported.
 
-    XLA allocates a step's memory anew in every step. By default glibc returns it to the system in between, and the
+    XLA allocates memory again in every step. By default glibc returns it to the system in between, and the
     system clears it page by page, which took up to 40 % of a training step. The kept memory counts as the process's
     until it ends, so only the commands call this. Linux with glibc only.
     """

@@ -78,10 +78,10 @@ def test_images_differ_from_each_other_and_between_seeds(reference):
 
 
 def test_labels_come_from_the_same_key(reference):
-    drawn = STUDENT.sample_labels(7, 10)
-    np.testing.assert_array_equal(drawn, STUDENT.sample_labels(jax.random.key(7), 12)[:10])
+    labels = STUDENT.sample_labels(7, 10)
+    np.testing.assert_array_equal(labels, STUDENT.sample_labels(jax.random.key(7), 12)[:10])
     np.testing.assert_allclose(STUDENT.sample(7, 10, sigmas=LEVELS[:-1]), reference, atol=BOUND)
-    np.testing.assert_allclose(STUDENT.sample(7, 10, labels=drawn, sigmas=LEVELS[:-1]), reference, atol=BOUND)
+    np.testing.assert_allclose(STUDENT.sample(7, 10, labels=labels, sigmas=LEVELS[:-1]), reference, atol=BOUND)
     assert set(STUDENT.sample_labels(0, 400)) == set(range(10))
 
 

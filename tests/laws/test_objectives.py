@@ -151,8 +151,8 @@ def test_images_are_independent(name):
 
 
 def test_level_noise_and_dropout_of_every_image_have_keys_of_their_own():
-    drawn = split_keys(KEYS)
-    numbers = jnp.concatenate([jax.random.key_data(keys) for keys in (*drawn, KEYS)])
+    split = split_keys(KEYS)
+    numbers = jnp.concatenate([jax.random.key_data(keys) for keys in (*split, KEYS)])
     assert len(np.unique(numbers, axis=0)) == 4 * SHAPE[0]
 
 

@@ -69,11 +69,11 @@ def test_convert_and_sample_from_the_shell(tmp_path):
     converted = run("-m", "convert", str(EMOJI), str(tmp_path / "emoji"), "--check")
     assert converted.returncode == 0, converted.stderr
     assert "within the bound" in converted.stdout
-    drawn = run(
+    sampled = run(
         "sample.py", str(tmp_path / "emoji"), "--labels", "all", "--count", "18", "--output", str(tmp_path / "a.png")
     )
-    assert drawn.returncode == 0, drawn.stderr
-    assert "Sampled 18 images" in drawn.stdout
+    assert sampled.returncode == 0, sampled.stderr
+    assert "Sampled 18 images" in sampled.stdout
     assert Image.open(tmp_path / "a.png").size[1] == 9 * 66 + 2
 
 
@@ -137,8 +137,8 @@ def test_the_ways_to_name_levels_draw_the_same(tmp_path, capsys, how):
     said = succeeded(capsys, main_sample, "emoji16_cd", "--count", 2, *how, "--output", tmp_path / "s.npz")
     assert "consistency sampler in 2 steps (sigma 80, 3.257)" in said
     expected = cm_jax.load("emoji16_cd").sample(0, 2, timesteps=(8, 0))
-    drawn = np.load(tmp_path / "s.npz")["arr_0"]
-    assert np.abs(drawn - np.clip((expected + 1) * 127.5, 0, 255)).max() < 0.51
+    pixels = np.load(tmp_path / "s.npz")["arr_0"]
+    assert np.abs(pixels - np.clip((expected + 1) * 127.5, 0, 255)).max() < 0.51
 
 
 def test_sampling_straight_from_a_diffusers_folder(folder, tmp_path, capsys):

@@ -51,11 +51,11 @@ def test_samples_straight_from_a_checkpoint_are_those_that_are_written(tmp_path,
     assert {"fid", "kid", "precision", "recall", "density", "coverage"} <= set(found["values"])
 
     images = image_sets.quantize(cm_jax.load("emoji16_cd").sample(3, 12))
-    np.savez(tmp_path / "drawn.npz", arr_0=images)
+    np.savez(tmp_path / "samples.npz", arr_0=images)
     (tmp_path / "folder").mkdir()
     for number, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / "folder" / f"{number}.png")
-    for name in ("drawn.npz", "folder"):
+    for name in ("samples.npz", "folder"):
         succeeded(capsys, main, "evaluate", tmp_path / name, reference, "--metrics", "fid", *TOLD, "--output", output)
         assert json.loads(output.read_text())["values"]["fid"] == pytest.approx(found["values"]["fid"], rel=1e-9)
 

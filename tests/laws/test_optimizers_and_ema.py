@@ -116,7 +116,7 @@ def averaged(average, values):
     return float(tree["w"])
 
 
-def test_an_exponential_average_is_its_sum():
+def test_constant_ema_equals_its_weighted_sum():
     values, beta = np.arange(20.0), 0.8
     weights = (1 - beta) * beta ** np.arange(20)[::-1]
     assert averaged(ConstantEMA(beta), values) == pytest.approx(weights @ values - 100 * beta**20, rel=1e-5)
@@ -128,7 +128,7 @@ def test_half_a_life_is_forgotten_after_its_images():
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25, 12**-0.5])
-def test_a_power_average_has_the_width_that_it_says(width):
+def test_power_ema_has_its_relative_width(width):
     """Its weights over the steps grow as i^gamma; their standard deviation over their number is the width."""
     steps = 4_000
     average = PowerEMA(width)
@@ -138,14 +138,14 @@ def test_a_power_average_has_the_width_that_it_says(width):
     assert mean == pytest.approx((average.gamma + 1) / (average.gamma + 2), rel=0.01)
 
 
-def test_a_power_average_forgets_what_it_began_with():
+def test_power_ema_forgets_its_initial_value():
     assert averaged(PowerEMA(0.1), [7.0]) == 7
     assert PowerEMA(12**-0.5).gamma == pytest.approx(0, abs=1e-6)  # an even average
     assert PowerEMA(0.05).gamma == pytest.approx(16.97, abs=0.01)  # as EDM2 states it
     assert PowerEMA(0.1).gamma == pytest.approx(6.94, abs=0.01)
 
 
-def test_a_rate_of_one_changes_no_bit():
+def test_a_decay_of_one_changes_no_bit():
     old, new = {"w": jnp.asarray([0.1, 1e-30])}, {"w": jnp.asarray([3.3, 1e30])}
     np.testing.assert_array_equal(ema_update(old, new, 1.0)["w"], old["w"])
 

@@ -133,7 +133,7 @@ def test_a_folder_of_images_and_truncation(tmp_path, capsys):
 @pytest.mark.parametrize(
     "how", [("--steps", "2"), ("--timesteps", "8,0"), ("--indices", "0,8,17"), ("--sigmas", "80,3.256821519765537")]
 )
-def test_the_ways_to_name_levels_draw_the_same(tmp_path, capsys, how):
+def test_all_noise_level_options_give_the_same_images(tmp_path, capsys, how):
     said = succeeded(capsys, main_sample, "emoji16_cd", "--count", 2, *how, "--output", tmp_path / "s.npz")
     assert "consistency sampler in 2 steps (sigma 80, 3.257)" in said
     expected = cm_jax.load("emoji16_cd").sample(0, 2, timesteps=(8, 0))
@@ -200,7 +200,7 @@ def test_bin_files_and_old_configs(folder, tmp_path):
     assert all(np.array_equal(tensors[name].numpy(), tensor.read()) for name, tensor in source.tensors.items())
 
 
-def test_what_shapes_cannot_tell_is_asked_for_at_once(tmp_path, capsys):
+def test_hints_that_shapes_do_not_determine_are_requested_together(tmp_path, capsys):
     message = failed(capsys, main_convert, GOLDEN, tmp_path / "m")
     for flag in ("--image-size", "--head-dim", "--preconditioning", "--num-levels"):
         assert flag in message
@@ -214,7 +214,7 @@ def test_a_published_name_on_another_network_tells_nothing(tmp_path, capsys):
     assert "--head-dim" in message
 
 
-def test_what_is_said_against_a_checkpoint_is_said_again(tmp_path, capsys):
+def test_hints_that_override_a_checkpoint_are_reported(tmp_path, capsys):
     ours = tmp_path / "ours"
     succeeded(capsys, main_convert, EMOJI, ours)
     said = succeeded(

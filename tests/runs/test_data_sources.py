@@ -493,7 +493,7 @@ def test_damaged_data_sets(copied):
         TFDSData(data_dir=str(copied)).open(8)
 
 
-def test_what_is_not_installed_is_asked_for(folder, monkeypatch):
+def test_missing_packages_are_reported(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(InputError, match=r"streaming needs grain: pip install grain"):

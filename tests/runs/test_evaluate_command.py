@@ -154,7 +154,7 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     assert "square samples of one size" in message(tmp_path / "mixed", samples)
 
 
-def test_truncated_weights_and_a_network_that_draws_nothing_finite(samples, tmp_path, capsys, monkeypatch):
+def test_truncated_weights_and_samples_that_are_not_finite(samples, tmp_path, capsys, monkeypatch):
     from cm_jax.cli import evaluate
     from cm_jax.evaluation import load_inception
     from cm_jax.feature_networks import inception

@@ -93,7 +93,7 @@ def test_training_does_not_know_that_it_is_evaluated(unbroken, tmp_path):
     assert not (tmp_path / "run" / "evaluations.csv").exists()
 
 
-def test_what_an_evaluated_run_leaves(unbroken):
+def test_files_of_an_evaluated_run(unbroken):
     folder, said = unbroken
     rows = table(folder)
     assert [row["batches"] for row in rows] == [3, 6, 9, 12]
@@ -171,7 +171,7 @@ def test_a_run_that_is_stopped_and_killed_around_evaluations_becomes_the_unbroke
     assert "is finished" in goes_on[-1]
 
 
-def test_evaluations_can_begin_later_and_not_change(unbroken, tmp_path):
+def test_evaluation_can_start_later_but_not_change(unbroken, tmp_path):
     run, short = tmp_path / "run", dataclasses.replace(EVALUATED, images=8 * 3)
     train(dataclasses.replace(short, evaluation=None), run, quiet)
     assert resolve(run).name == "00000003"
@@ -225,7 +225,7 @@ def test_the_best_is_the_least_or_the_most_and_is_kept(metric, scores, best, tmp
         assert (again._last, again._best) == (50, evaluations._best)
 
 
-def test_the_average_that_is_evaluated_is_the_one_that_one_draws_from(tmp_path):
+def test_the_evaluated_ema_is_the_one_saved_for_sampling(tmp_path):
     short = dataclasses.replace(EVALUATED, images=8 * 3)
     assert short.sampled_ema == "exponential_0.9"
     for name, branch in (("power_0.1", "ema/power_0.1"), ("parameters", "params")):
@@ -271,7 +271,7 @@ SMALL_WORDS = [
         (["--reference", "emojis"], "There are no images emojis"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(words, message, tmp_path, capsys):
+def test_invalid_evaluations_are_refused_before_anything_is_written(words, message, tmp_path, capsys):
     named = [f"--evaluation.{word[2:]}" if word.startswith("--") else word for word in words]
     run = tmp_path / "run"
     said = failed(
@@ -281,7 +281,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_written(words, m
     assert not run.exists()
 
 
-def test_without_weights_one_is_told_how_to_get_them(tmp_path, capsys, monkeypatch):
+def test_missing_inception_weights_are_reported_with_instructions(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation_hook, "load_inception", load_inception)
     monkeypatch.delenv("CM_JAX_INCEPTION", raising=False)
     run = tmp_path / "run"

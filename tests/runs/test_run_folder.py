@@ -125,7 +125,7 @@ def test_a_sharded_state_comes_back_in_another_sharding(tmp_path, there, here):
     assert [a.sharding for a in jax.tree.leaves(restored)] == [a.sharding for a in jax.tree.leaves(template)]
 
 
-def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
+def test_saved_state_is_that_of_the_call(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda a: a + 1, tree), donate_argnums=0)
     tree = {"a": jnp.arange(200_000.0), "b": np.zeros(5, np.float32)}
     template = jax.tree.map(np.zeros_like, tree)
@@ -152,7 +152,7 @@ def test_a_restored_state_may_be_donated(tmp_path):
     np.testing.assert_array_equal(restored["a"], 16 * np.arange(1e5, dtype=np.float32))
 
 
-def test_a_checkpoint_of_a_run_is_a_model_to_draw_from(tmp_path):
+def test_a_checkpoint_of_a_run_loads_as_a_model(tmp_path):
     save(tmp_path, 5, 20)
     with RunFolder(tmp_path) as folder:
         folder.mark_best(5, 1.5)
@@ -240,7 +240,7 @@ def test_killed_between_the_two_renames_of_a_replacement(tmp_path):
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["00000001", "00000002"]
 
 
-def test_the_checkpoint_after_a_damaged_one_is_not_taken_for_old(tmp_path):
+def test_a_checkpoint_after_a_damaged_one_is_kept(tmp_path):
     save(tmp_path, 1, 4)
     damage(tmp_path, 4)
     with RunFolder(tmp_path, Retention(keep_last=1)) as folder:
@@ -250,7 +250,7 @@ def test_the_checkpoint_after_a_damaged_one_is_not_taken_for_old(tmp_path):
         assert folder.resume(state())[0] == 3
 
 
-def test_what_is_kept(tmp_path):
+def test_retention_keeps_the_configured_checkpoints(tmp_path):
     hours = {batches: 3600.0 * batches / 100 for batches in range(100, 1300, 100)}
 
     def kept(retention, best=None):
@@ -266,7 +266,7 @@ def test_what_is_kept(tmp_path):
             Retention(**bad)
 
 
-def test_old_checkpoints_go_and_the_best_one_stays(tmp_path):
+def test_old_checkpoints_are_removed_except_the_best(tmp_path):
     with RunFolder(tmp_path, Retention(keep_last=2, keep_every=30)) as folder:
         for number in (10, 20, 30, 40, 50, 60, 70):
             folder.save(number, CONFIG, PARAMS, {"a": np.float32(number)})

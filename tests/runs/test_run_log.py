@@ -74,7 +74,7 @@ def test_an_interrupted_run_leaves_the_files_of_an_unbroken_one(tmp_path):
     assert len(events(ours)) == 8 * 3 + 4 + 4
 
 
-def test_rows_are_what_was_measured(tmp_path):
+def test_rows_hold_the_measured_values(tmp_path):
     write(tmp_path, 0, 5)
     columns, rows = read_metrics(tmp_path / "metrics.csv")
     assert columns == ["batches", "loss", "learning_rate", "seen", "late"]
@@ -86,7 +86,7 @@ def test_rows_are_what_was_measured(tmp_path):
     assert read_metrics(tmp_path / "metrics.csv")[1][-1] == ["6", "", "", "", "nan"]
 
 
-def test_a_run_started_anew_has_no_old_rows(tmp_path):
+def test_a_new_run_has_no_old_rows(tmp_path):
     write(tmp_path, 0, 3)
     with MetricsLog(tmp_path, 0, tensorboard=False) as log:
         log.metrics(1, {"other": 1})
@@ -123,7 +123,7 @@ def test_before_the_first_row_there_is_nothing_to_plot(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("loss",), ("loss", "loss_sigma_0", "loss_sigma_1", "gradient_norm"), ("other",)])
-def test_a_plot_of_what_there_is(tmp_path, names):
+def test_plot_of_the_available_columns(tmp_path, names):
     with MetricsLog(tmp_path, tensorboard=False) as log:
         for batches in range(1, 30):
             log.metrics(batches, dict.fromkeys(names, math.nan if batches == 7 else 1 / batches))

@@ -321,7 +321,7 @@ def test_help_lists_the_presets_and_then_every_field(capsys):
     assert "Every second image" not in other
 
 
-def test_the_command_trains_in_a_folder_or_tells_what_it_would_do(monkeypatch, capsys):
+def test_train_command_and_dry_run(monkeypatch, capsys):
     trained, joined = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
     monkeypatch.setattr(command, "PRESETS", PRESETS)

@@ -97,7 +97,7 @@ def test_a_run_leaves_all_that_it_promises(teacher):
     assert said[-1] == f"Finished: 12 batches. Sample from it: cm-jax sample {folder}"
 
 
-def test_the_averaged_weights_are_a_model(teacher):
+def test_ema_weights_load_as_a_model(teacher):
     folder, _ = teacher
     model = cm_jax.load(folder)
     assert not model.config.distilled
@@ -171,7 +171,7 @@ def test_a_finished_run_continues_when_images_are_raised(teacher, tmp_path):
     np.testing.assert_array_equal(arrays(run, 12)["params/stem/kernel"], arrays(teacher[0], 12)["params/stem/kernel"])
 
 
-def test_another_configuration_is_told_apart_and_nothing_is_lost(teacher):
+def test_another_configuration_is_refused_and_nothing_is_lost(teacher):
     folder, _ = teacher
     before = (folder / "config.json").read_text()
     other = dataclasses.replace(SMALL, optimizer=Adam(ConstantRate(2e-3)), seed=1, log_every=3)
@@ -262,7 +262,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_go_together_is_refused_before_anything_is_written(name, teacher, tmp_path):
+def test_incompatible_settings_are_refused_before_anything_is_written(name, teacher, tmp_path):
     changes, message = REFUSED[name]
     settings = dataclasses.replace(STUDENT, **({"teacher": str(teacher[0])} | changes))
     with pytest.raises(InputError, match=message):
@@ -334,7 +334,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_what_they_say(name):
+def test_presets_match_their_names(name):
     settings = PRESETS[name]()
     assert PRESETS[name].__doc__
     assert PRESETS[name].__name__ == name.replace("-", "_")

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 
 from cm_jax.checkpoints.published import DEFAULT
-from cm_jax.data.emoji import bundled
+from cm_jax.data.npz import bundled_emoji
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import atomic_write
@@ -124,7 +124,7 @@ def denoised(model: Model) -> Image.Image:
 
 def emoji(codes: Iterable[str], model: Model) -> tuple[Images, list[int]]:
     """The Noto emoji of these code points at the model's size, and their classes."""
-    arrays, size = bundled(), model.config.network.image_size
+    arrays, size = bundled_emoji(), model.config.network.image_size
     found = [np.flatnonzero((arrays["unified"] == code) & (arrays["vendor"] == 0))[0] for code in codes]
     shown = [photos.fit(Image.fromarray(arrays["images"][index]), size) for index in found]
     return np.stack(shown), [int(arrays["labels"][index]) for index in found]
@@ -158,7 +158,7 @@ def sheet(images: Images, columns: int, row_names: Sequence[str] = (), headings:
 def check(model: Model, teacher: Model | None) -> None:
     """Raise InputError unless the model is a consistency model of the emoji and the teacher a denoiser of its size."""
     config, size = model.config, model.config.network.image_size
-    names = tuple(bundled()["class_names"].tolist())
+    names = tuple(bundled_emoji()["class_names"].tolist())
     if not config.distilled or config.class_names != names or _SIDE % size:
         raise InputError("Expected a consistency model of the bundled emoji with 16, 32 or 48 pixels.")
     if teacher is not None and (teacher.config.distilled or teacher.config.network.image_size != size):

@@ -2,11 +2,9 @@
 
 from cm_jax.data.base import Batches, Data, Dataset, InMemory, Progress, RawBatch, permutation
 from cm_jax.data.decoding import center_crop, decode, read_image
-from cm_jax.data.emoji import EmojiData
-from cm_jax.data.encoded import Encoded, EncodedData
+from cm_jax.data.encoded import Encoded, EncodedData, Streamed
 from cm_jax.data.image_folder import ImageFolder
-from cm_jax.data.npz import NpzData
-from cm_jax.data.streaming import Streamed
+from cm_jax.data.npz import EmojiData, NpzData
 from cm_jax.data.tfds import TFDSData
 
 AnyData = EmojiData | ImageFolder | NpzData | TFDSData

@@ -60,24 +60,24 @@ def batch_indices(size: int, batch_size: int, seed: int, number: int) -> Int32[n
 
 
 class Dataset(abc.ABC):
-    """An open data set."""
+    """An open data set of `size` images.
 
-    size: int
-    """Number of images."""
-    image_shape: tuple[int, int, int]
-    """Height, width, channels."""
-    classes: int | None
-    """Number of classes; None without labels."""
-    class_names: tuple[str, ...]
-    """Names of the classes; empty without classes or names."""
-    description: str
-    """One line for the log."""
+    image_shape: height, width, channels. classes: number of classes; None without labels. class_names: empty without
+    classes or names. description: one line for the log.
+    """
+
+    def __init__(
+        self, place: str, size: int, shape: tuple[int, ...], classes: int | None, names: tuple[str, ...], how: str
+    ) -> None:
+        self.size = size
+        self.image_shape: tuple[int, int, int] = shape  # type: ignore[assignment]
+        self.classes, self.class_names = classes, names
+        labels = f"{classes} classes" if classes else "no labels"
+        images = f"{size:,} image{'s' if size != 1 else ''} of {shape[0]} pixels"
+        self.description = f"{place}: {images}, {labels}, {how}"
 
     def indices(self, batch_size: int, seed: int, number: int) -> Int32[np.ndarray, " b"]:
         """Indices of the images in batch `number`, to gather from images that are resident on the devices."""
-        check_int("The batch size", batch_size, 1, 2**31 - 1)
-        check_int("The seed", seed, 0, MAX_SEED)
-        check_int("The number of a batch", number, 0, MAX_BATCH_NUMBER)
         return batch_indices(self.size, batch_size, seed, number)
 
     def batches(self, batch_size: int, seed: int = 0, start: int = 0, host: int = 0, hosts: int = 1) -> Batches:
@@ -136,14 +136,12 @@ class InMemory(Dataset):
                     f"{place}: expected labels in [0, {classes - 1}], got labels from {lowest} to {highest}. Correct "
                     "them or load the images without labels."
                 )
+        else:
+            classes, class_names = None, ()
         self.images = images
         self.labels = None if labels is None else labels.astype(np.int32)
-        self.size = len(images)
-        self.image_shape = images.shape[1:]
-        self.classes = None if labels is None else classes
-        self.class_names = () if labels is None else tuple(class_names)
         how = f"in memory ({images.nbytes / 1e6:,.0f} MB)"
-        self.description = describe(place, self.size, self.image_shape[0], self.classes, how)
+        super().__init__(place, len(images), images.shape[1:], classes, tuple(class_names), how)
 
     def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         for number in itertools.count(start):
@@ -162,9 +160,3 @@ class Data(abc.ABC):
 def check_image_size(image_size: int, most: int = 4096) -> int:
     """`image_size`, the height and width. Raises InputError if it is invalid."""
     return check_int("The image size (pixels of a side)", image_size, 1, most)
-
-
-def describe(place: str, size: int, image_size: int, classes: int | None, how: str) -> str:
-    """One line for the log."""
-    labels = f"{classes} classes" if classes else "no labels"
-    return f"{place}: {size:,} image{'s' if size != 1 else ''} of {image_size} pixels, {labels}, {how}"

@@ -1,15 +1,28 @@
-"""Data sets of encoded images: decoded in memory if they fit, else streamed."""
+"""Data sets of encoded images: decoded in memory if they fit, else streamed with grain."""
 
 import abc
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import logging
+import multiprocessing.connection
 import os
+import threading
 
 import numpy as np
 from jaxtyping import UInt8
 
-from cm_jax.data.base import Data, Dataset, InMemory, Progress, check_image_size
+from cm_jax.data.base import (
+    Batches,
+    Data,
+    Dataset,
+    InMemory,
+    Progress,
+    RawBatch,
+    batch_indices,
+    check_image_size,
+)
 from cm_jax.data.decoding import decode
 from cm_jax.errors import InputError, indented_list
 
@@ -18,13 +31,14 @@ log = logging.getLogger("cm_jax.data")
 THREADS = min(16, os.cpu_count() or 1)
 _CHUNK = 64
 """Images that a thread decodes between progress reports."""
+_FOREVER = 2**62
 
 
+@dataclasses.dataclass(eq=False)
 class Encoded(abc.ABC):
-    """Encoded images by index. Picklable, for worker processes."""
+    """Encoded images by index. Picklable, for worker processes. `place` names the data set in messages."""
 
     place: str
-    """Name of the data set in messages."""
     classes: int | None
     class_names: tuple[str, ...]
 
@@ -38,40 +52,6 @@ class Encoded(abc.ABC):
     @abc.abstractmethod
     def read(self, index: int) -> tuple[bytes, int]:
         """(content of the file, class or 0). May raise any exception for an unreadable image."""
-
-
-class UnreadableError(Exception):
-    """An image cannot be used."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name}: {reason}")
-        self.name = name
-
-
-def load(encoded: Encoded, index: int, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"], int, bool]:
-    """(pixels, class, whether the image was enlarged). Raises UnreadableError."""
-    try:
-        content, label = encoded.read(index)
-        pixels, enlarged = decode(content, image_size)
-    except Exception as error:  # image formats raise many types for damaged files
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        raise UnreadableError(encoded.name(index), reason[:200]) from error
-    if encoded.classes is not None and not 0 <= label < encoded.classes:
-        raise UnreadableError(encoded.name(index), f"expected a label in [0, {encoded.classes - 1}], got {label}")
-    return pixels, label, enlarged
-
-
-def too_many_unreadable(place: str, complaints: list[str], most: int) -> InputError:
-    """The error for more than `most` unreadable images, or for no readable one."""
-    if len(complaints) <= most:
-        return InputError(
-            f"{place}: no image can be read. Repair the files or give others:\n  {indented_list(complaints)}"
-        )
-    number = "1 image" if len(complaints) == 1 else f"{len(complaints)} images"
-    return InputError(
-        f"{place}: {number} cannot be read, more than max_corrupt = {most}. "
-        f"Repair or remove them, or raise max_corrupt:\n  {indented_list(complaints)}"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,14 +69,47 @@ class EncodedData(Data):
         if not (self.in_memory_gib >= 0 and self.max_corrupt >= 0 and 0 <= self.workers <= 1024):
             raise InputError(f"Expected in_memory_gib >= 0, max_corrupt >= 0 and workers in [0, 1024], got {self}.")
 
-    def open_encoded(self, encoded: Encoded, image_size: int, progress: Progress | None) -> Dataset:
+    def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
         """In memory if it fits, else streamed."""
-        from cm_jax.data.streaming import Streamed
-
-        needed = len(encoded) * check_image_size(image_size) ** 2 * 3
-        if needed <= self.in_memory_gib * 2**30:
+        needed = check_image_size(image_size) ** 2 * 3
+        encoded = self.encoded()
+        if len(encoded) * needed <= self.in_memory_gib * 2**30:
             return decode_all(encoded, image_size, self.max_corrupt, progress)
         return Streamed(encoded, image_size, self.max_corrupt, self.workers)
+
+    @abc.abstractmethod
+    def encoded(self) -> Encoded:
+        """The images. Raises InputError if they cannot be used."""
+
+
+class UnreadableError(Exception):
+    """An image cannot be used. args: its name and the reason."""
+
+
+def _load(encoded: Encoded, index: int, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"], int, bool]:
+    """(pixels, class, whether the image was enlarged). Raises UnreadableError."""
+    try:
+        content, label = encoded.read(index)
+        pixels, enlarged = decode(content, image_size)
+        if encoded.classes is not None and not 0 <= label < encoded.classes:
+            raise ValueError(f"expected a label in [0, {encoded.classes - 1}], got {label}")
+        return pixels, label, enlarged
+    except Exception as error:  # image formats raise many types for damaged files
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise UnreadableError(encoded.name(index), reason[:200]) from error
+
+
+def _check_unreadable(encoded: Encoded, reasons: dict[str, str], most: int) -> None:
+    """Raise InputError for more than `most` unreadable images (name -> reason), or for no readable one."""
+    if len(reasons) > most:
+        unreadable = f"{len(reasons)} image{'s' if len(reasons) != 1 else ''} cannot be read, more than max_corrupt"
+        problem = f"{unreadable} = {most}. Repair or remove them, or raise max_corrupt"
+    elif len(reasons) == len(encoded):
+        problem = "no image can be read. Repair the files or give others"
+    else:
+        return
+    complaints = [f"{name}: {reason}" for name, reason in reasons.items()]
+    raise InputError(f"{encoded.place}: {problem}:\n  {indented_list(complaints)}")
 
 
 def decode_all(encoded: Encoded, image_size: int, max_corrupt: int, progress: Progress | None = None) -> InMemory:
@@ -107,44 +120,138 @@ def decode_all(encoded: Encoded, image_size: int, max_corrupt: int, progress: Pr
     count = len(encoded)
     images = np.empty((count, image_size, image_size, 3), np.uint8)
     labels = np.empty(count, np.int32)
-    good = np.zeros(count, bool)
-    complaints: list[str] = []
-    small = 0
+    good, small = np.zeros((2, count), bool)
+    unreadable: dict[str, str] = {}
 
-    def fill(first: int) -> tuple[list[str], int]:
-        unreadable, enlarged = [], 0
+    def fill(first: int) -> dict[str, str]:
+        reasons = {}
         for index in range(first, min(first + _CHUNK, count)):
             try:
-                images[index], labels[index], smaller = load(encoded, index, image_size)
-                good[index], enlarged = True, enlarged + smaller
+                images[index], labels[index], small[index] = _load(encoded, index, image_size)
+                good[index] = True
             except UnreadableError as error:
-                unreadable.append(str(error))
-        return unreadable, enlarged
+                name, reason = error.args
+                reasons[name] = reason
+        return reasons
 
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
     try:
-        for done, (unreadable, enlarged) in enumerate(pool.map(fill, range(0, count, _CHUNK)), 1):
-            complaints += unreadable
-            small += enlarged
-            for complaint in unreadable:
-                log.warning("Skipped an unreadable image: %s", complaint)
-            if len(complaints) > max_corrupt or len(complaints) == count:
-                raise too_many_unreadable(encoded.place, complaints, max_corrupt)
+        for done, reasons in enumerate(pool.map(fill, range(0, count, _CHUNK)), 1):
+            for name, reason in reasons.items():
+                log.warning("Skipped an unreadable image: %s: %s", name, reason)
+            unreadable |= reasons
+            _check_unreadable(encoded, unreadable, max_corrupt)
             if progress is not None:
                 progress(min(done * _CHUNK, count), count)
     finally:
         pool.shutdown(cancel_futures=True)
-    if small:
-        where = f"{encoded.place}: {small} of {count}"
+    if small.any():
+        where = f"{encoded.place}: {small.sum()} of {count}"
         log.warning("Images smaller than %d pixels were enlarged. %s.", image_size, where)
     kept = np.flatnonzero(good)
     if len(kept) < count:
         for place, index in enumerate(kept):  # in place, because a second copy might not fit
             images[place], labels[place] = images[index], labels[index]
-    return InMemory(
-        images[: len(kept)],
-        None if encoded.classes is None else labels[: len(kept)],
-        class_names=encoded.class_names,
-        classes=encoded.classes,
-        place=encoded.place,
-    )
+    names, classes = encoded.class_names, encoded.classes
+    kept_labels = None if classes is None else labels[: len(kept)]
+    return InMemory(images[: len(kept)], kept_labels, class_names=names, classes=classes, place=encoded.place)
+
+
+class Streamed(Dataset):
+    """The same batches as of `InMemory`, decoded on the fly by threads or by `workers` processes.
+
+    An unreadable image is logged and replaced by the next readable one. Raises InputError if grain is not installed,
+    and while iterating if more than `max_corrupt` images are unreadable.
+    """
+
+    def __init__(self, encoded: Encoded, image_size: int, max_corrupt: int = 100, workers: int = 0) -> None:
+        try:
+            import grain  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                f"{encoded.place} is larger than in_memory_gib, and streaming needs grain: "
+                "pip install grain, or raise in_memory_gib."
+            ) from error
+        self.encoded, self.max_corrupt, self.workers = encoded, max_corrupt, workers
+        by = f"{workers} process{'es' if workers != 1 else ''}" if workers else f"{THREADS} threads"
+        shape, classes, names = (image_size, image_size, 3), encoded.classes, encoded.class_names
+        super().__init__(encoded.place, len(encoded), shape, classes, names, f"streamed by {by}")
+
+    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
+        import grain
+
+        size = self.image_shape[0]
+        share = functools.partial(_load_share, self.encoded, size, self.max_corrupt, batch_size, seed, rows)
+        threads = 1 if self.workers else THREADS
+        stream = grain.MapDataset.range(start, _FOREVER).map(share)
+        stream = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        if self.workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # grain's processes read absl's flags
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=2)
+            stream = stream.mp_prefetch(options, worker_init_fn=_end_with_the_parent)
+        unreadable: dict[str, str] = {}
+        warned = False
+        with contextlib.closing(iter(stream)) as parts:
+            for part in parts:
+                for name, reason in part.unreadable.items():
+                    if name not in unreadable:
+                        log.warning("Replaced an unreadable image: %s: %s", name, reason)
+                unreadable |= part.unreadable
+                _check_unreadable(self.encoded, unreadable, self.max_corrupt)
+                if part.enlarged and not warned:
+                    warned = True
+                    where = f"{self.encoded.place}: {part.enlarged} in one batch"
+                    log.warning("Images smaller than %d pixels are enlarged. %s.", size, where)
+                yield part.batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """A host's share of a batch.
+
+    Not a tuple, because grain would send its arrays through shared memory, which a killed run does not free.
+    """
+
+    batch: RawBatch
+    unreadable: dict[str, str]
+    """Name of an unreadable image -> reason."""
+    enlarged: int
+
+
+def _load_share(
+    encoded: Encoded, image_size: int, max_corrupt: int, batch_size: int, seed: int, rows: slice, number: int
+) -> _Share:
+    """Rows of batch `number`, a pure function of the files.
+
+    An unreadable image is replaced by the next readable one; after too many of them by zeros: the main process raises.
+    """
+    indices = batch_indices(len(encoded), batch_size, seed, number)[rows].tolist()
+    images = np.zeros((len(indices), image_size, image_size, 3), np.uint8)
+    labels = np.zeros(len(indices), np.int32)
+    small = np.zeros(len(indices), bool)
+    unreadable: dict[str, str] = {}
+    for row, index in enumerate(indices):
+        for candidate in range(index, index + min(len(encoded), max_corrupt + 1)):
+            try:
+                images[row], labels[row], small[row] = _load(encoded, candidate % len(encoded), image_size)
+                break
+            except UnreadableError as error:
+                name, reason = error.args
+                unreadable[name] = reason
+    return _Share(RawBatch(images, None if encoded.classes is None else labels), unreadable, int(small.sum()))
+
+
+def _end_with_the_parent(worker: int, workers: int) -> None:
+    """End a worker process with its parent: otherwise workers outlive a killed run."""
+    del worker, workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -5,15 +5,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from cm_jax.data.base import Dataset, Progress, check_image_size
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import user_path
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
-
-Relative = tuple[str, ...]
-"""Path of a file relative to the top folder, in parts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,38 +25,35 @@ class ImageFolder(EncodedData):
     """Classes, in alphabetical order. folder: the first subfolder of each image. prefix: the file name up to the first
     "_", as in OpenAI's implementation. auto: folder if all images are in two or more subfolders, else none."""
 
-    def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
-        check_image_size(image_size)
-        files = image_files(user_path(self.path))
+    def encoded(self) -> Encoded:
+        top = user_path(self.path)
+        files = image_files(top)
         names = _class_of_each(files, self.labels, self.path)
-        return self.open_encoded(_Files(self.path, files, names), image_size, progress)
+        numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+        labels = [numbers[name] for name in names]
+        return _Files(self.path, len(numbers) or None, tuple(numbers), top.absolute(), files, labels)
 
 
+@dataclasses.dataclass(eq=False)
 class _Files(Encoded):
-    """Image files and their class names."""
+    """Image files below `top` and their classes."""
 
-    def __init__(self, place: str, files: list[Relative], names: list[str] | None) -> None:
-        self.place = place
-        self.class_names = tuple(sorted(set(names or ())))
-        self.classes = len(self.class_names) or None
-        self._files = files
-        numbers = {name: number for number, name in enumerate(self.class_names)}
-        self._labels = [numbers[name] for name in names or ()]
-        self._top = str(Path(place).expanduser().absolute())
+    top: Path
+    files: list[tuple[str, ...]]
+    labels: list[int]
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def name(self, index: int) -> str:
-        return _readable("/".join(self._files[index]))
+        return _readable("/".join(self.files[index]))
 
     def read(self, index: int) -> tuple[bytes, int]:
-        content = Path(self._top, *self._files[index]).read_bytes()
-        return content, self._labels[index] if self._labels else 0
+        return self.top.joinpath(*self.files[index]).read_bytes(), self.labels[index] if self.labels else 0
 
 
-def image_files(top: Path) -> list[Relative]:
-    """All image files below `top`, sorted by path. Raises InputError if there are none."""
+def image_files(top: Path) -> list[tuple[str, ...]]:
+    """All image files below `top`, as parts of their relative paths, sorted. Raises InputError if there are none."""
 
     def fail(error: OSError) -> None:
         raise InputError(f"{error.filename} cannot be read: {error.strerror or error}.") from error
@@ -68,7 +61,7 @@ def image_files(top: Path) -> list[Relative]:
     if not top.is_dir():
         found = "is a file" if top.exists() else "does not exist"
         raise InputError(f"Expected a folder of images; {top} {found}.")
-    files: list[Relative] = []
+    files: list[tuple[str, ...]] = []
     others: list[str] = []
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(top, onerror=fail, followlinks=True):
@@ -78,22 +71,19 @@ def image_files(top: Path) -> list[Relative]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        way = Path(folder).relative_to(top).parts
-        for name in names:
-            if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
-                files.append((*way, name))
-            else:
-                others.append(name)
+        images = [name for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
+        files += [(*Path(folder).relative_to(top).parts, name) for name in images]
+        others += set(names).difference(images)
     if not files:
         found = f"{len(others)} other files, such as {_readable(min(others))}" if others else "no files"
         raise InputError(f"Expected images ({', '.join(_SUFFIXES)}) in {top}, found {found}.")
     return sorted(files)
 
 
-def _class_of_each(files: list[Relative], labels: str, place: str) -> list[str] | None:
-    """Class name of every file; None without labels."""
+def _class_of_each(files: list[tuple[str, ...]], labels: str, place: str) -> list[str]:
+    """Class name of every file; empty without labels."""
     if labels == "none":
-        return None
+        return []
     if labels == "prefix":
         strays = [file for file in files if "_" not in file[-1]]
         names = [file[-1].split("_", 1)[0] for file in files]
@@ -102,16 +92,15 @@ def _class_of_each(files: list[Relative], labels: str, place: str) -> list[str] 
         strays = [file for file in files if len(file) == 1]
         names = [file[0] for file in files]
         expected = "a subfolder per class (labels: folder)"
-    if labels == "auto" and (strays or len(set(names)) < 2):
-        return None
+    one_class = len(set(names)) < 2
+    if labels == "auto" and (strays or one_class):
+        return []
     if strays:
         shown = indented_list([_readable("/".join(file)) for file in strays])
         raise InputError(f"{place}: {len(strays)} images have no class; expected {expected}.\n  {shown}")
-    if len(set(names)) < 2:
-        raise InputError(
-            f"{place}: expected two classes or more, got one, {_readable(names[0])}. "
-            "Train without labels (labels: none)."
-        )
+    if one_class:
+        found = f"expected two classes or more, got one, {_readable(names[0])}"
+        raise InputError(f"{place}: {found}. Train without labels (labels: none).")
     return [_readable(name) for name in names]
 
 

@@ -1,7 +1,9 @@
-"""Images in .npz files."""
+"""Images in .npz files: the bundled emoji, and files given by the user."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import importlib.resources
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -13,9 +15,44 @@ from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
 from cm_jax.io.npz import read_npz
 
-_IMAGES = ("images", "arr_0")
-_LABELS = ("labels", "arr_1")
-_NAMES = ("class_names", "label_names")
+_USUAL_NAMES = {
+    "images": ("images", "arr_0"),
+    "labels": ("labels", "arr_1"),
+    "class_names": ("class_names", "label_names"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EmojiData(Data):
+    """Bundled Noto and Twemoji images at 32 pixels, in 9 classes.
+
+    The held-out split is selected by a hash of the code point, so it has the same emoji of both vendors.
+    """
+
+    split: Literal["train", "held_out", "all"] = "train"
+    """train: 3,334 images; held_out: 431 images for evaluation; all: both."""
+
+    def open(self, image_size: int = 32, progress: Progress | None = None) -> Dataset:
+        check_image_size(image_size, most=32)
+        arrays = bundled_emoji()
+        held_out = arrays["held_out"]
+        selected = {"train": ~held_out, "held_out": held_out, "all": slice(None)}[self.split]
+        return InMemory(
+            resized(arrays["images"][selected], image_size, progress),
+            arrays["labels"][selected].astype(np.int32),
+            class_names=tuple(arrays["class_names"].tolist()),
+            place=f"bundled emoji, {self.split.replace('_', ' ')}",
+        )
+
+
+@functools.cache
+def bundled_emoji() -> dict[str, np.ndarray]:
+    """Arrays of tools/build_emoji32.py: images uint8 [3765, 32, 32, 3]; per image labels, held_out, vendor (0 Google,
+    1 Twitter) and unified (code points); class_names.
+    """
+    path = importlib.resources.files("cm_jax.assets").joinpath("emoji32.npz")
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,48 +71,50 @@ class NpzData(Data):
 
     def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
         check_image_size(image_size)
-        return self._opened(lambda images: resized(images, image_size, progress))
+        images, labels, names = self._read()
+        return InMemory(resized(images, image_size, progress), labels, class_names=names, place=self.path)
 
     def unchanged(self) -> InMemory:
         """The images without resizing; they need not be square."""
-        return self._opened(lambda images: images)
+        images, labels, names = self._read()
+        return InMemory(images, labels, class_names=names, place=self.path)
 
-    def _opened(self, prepared: Callable[[np.ndarray], np.ndarray]) -> InMemory:
-        arrays = self._read()
-        labels, names = arrays.get("labels"), tuple(map(str, arrays.get("names", ())))
-        if labels is not None and len(np.unique(labels)) < 2:
-            if self.labels:
-                raise InputError(f"{self.path}: all labels are equal; train without them (labels: none).")
-            labels = None
-        images = prepared(_checked_images(self.path, arrays["images"]))
-        return InMemory(images, labels, class_names=() if labels is None else names, place=self.path)
-
-    def _read(self) -> dict[str, np.ndarray]:
-        """images, labels and names, as far as present. Pickled arrays are refused."""
+    def _read(self) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
+        """(images, labels if there are several, class names or none). Pickled arrays are refused."""
         try:
             found = read_npz(user_path(self.path), lambda names: self._names(names).values())
         except ValueError as error:
             raise InputError(f"{self.path} cannot be used as an .npz file of images: {error}.") from error
-        arrays_by_use = self._names(list(found))
-        arrays = {use: found[name] for use, name in arrays_by_use.items()}
-        labels, names = arrays.get("labels"), arrays.get("names")
+        used = self._names(list(found))
+        labels, names = (found[used[use]] if use in used else None for use in ("labels", "class_names"))
         if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
             raise InputError(
-                f"{self.path}: expected {arrays_by_use['labels']} to be integers [n], got {_text(labels)}. "
+                f"{self.path}: expected {used['labels']} to be integers [n], got {_text(labels)}. "
                 "If they are not labels, use labels: none."
             )
         if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
-            raise InputError(f"{self.path}: expected {arrays_by_use['names']} to be strings [n], got {_text(names)}.")
-        return arrays
+            raise InputError(f"{self.path}: expected {used['class_names']} to be strings [n], got {_text(names)}.")
+        if labels is not None and len(np.unique(labels)) < 2:
+            if self.labels:
+                raise InputError(f"{self.path}: all labels are equal; train without them (labels: none).")
+            labels = None
+        images = _checked_images(self.path, found[used["images"]])
+        return images, labels, () if names is None else tuple(names.tolist())
 
-    def _names(self, names: list[str]) -> dict[str, str]:
-        """Use -> name of the array in the file. Raises ValueError without images."""
-        images = _select(names, self.images, _IMAGES)
-        if images is None:
-            raise ValueError(f"it has no {' or '.join(_IMAGES)}, but {', '.join(names) or 'nothing'}")
-        labels = None if self.labels == "none" else _select(names, self.labels, _LABELS)
-        found = {"images": images, "labels": labels, "names": next((name for name in _NAMES if name in names), None)}
-        return {use: name for use, name in found.items() if name is not None}
+    def _names(self, available: list[str]) -> dict[str, str]:
+        """Use -> name of the array in the file. Raises ValueError if images or a requested array are missing."""
+        requested = {"images": self.images, "labels": self.labels, "class_names": ""}
+        if self.labels == "none":
+            del requested["labels"]
+        used = {}
+        for use, name in requested.items():
+            choices = (name,) if name else _USUAL_NAMES[use]
+            present = [choice for choice in choices if choice in available]
+            if present:
+                used[use] = present[0]
+            elif name or use == "images":
+                raise ValueError(f"it has no {' or '.join(choices)}, but {', '.join(available) or 'nothing'}")
+        return used
 
 
 def resized(
@@ -91,13 +130,6 @@ def resized(
         if progress is not None and (index + 1) % 256 == 0:
             progress(index + 1, len(images))
     return crops
-
-
-def _select(names: list[str], asked: str, usual: tuple[str, ...]) -> str | None:
-    """The requested array, or the first usual one. Raises ValueError if the requested one is missing."""
-    if asked and asked not in names:
-        raise ValueError(f"it has no {asked}, but {', '.join(names) or 'nothing'}")
-    return asked or next((name for name in usual if name in names), None)
 
 
 def _checked_images(path: str, images: np.ndarray) -> np.ndarray:

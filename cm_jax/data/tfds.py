@@ -4,10 +4,10 @@ import dataclasses
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cm_jax.data.base import Dataset, Progress, check_image_size
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
@@ -28,13 +28,12 @@ class TFDSData(EncodedData):
     labels: str = "auto"
     """Feature with the classes. auto: the feature label, or the only one; none: without labels."""
 
-    def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
-        check_image_size(image_size)
+    def encoded(self) -> Encoded:
         tfds = _tfds()
         folder = self._folder()
         _check_features(folder)
         builder = tfds.builder_from_directory(folder)
-        features = builder.info.features
+        info, features = builder.info, builder.info.features
         image = _feature(features, tfds.features.Image, "image", folder)
         label = None
         usable = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
@@ -48,21 +47,19 @@ class TFDSData(EncodedData):
             source = builder.as_data_source(self.split, decoders={image: tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
             raise InputError(
-                f"{folder}: expected the format array_record, got {builder.info.file_format.value}. Convert it, with "
+                f"{folder}: expected the format array_record, got {info.file_format.value}. Convert it, with "
                 f"TensorFlow installed: tfds convert_format --dataset_version_dir={folder} "
                 "--out_file_format=array_record --out_dir=ANOTHER_FOLDER"
             ) from error
         except (ValueError, KeyError) as error:
-            splits = ", ".join(f"{name} ({split.num_examples})" for name, split in builder.info.splits.items())
+            splits = ", ".join(f"{name} ({split.num_examples})" for name, split in info.splits.items())
             raise InputError(f"{folder} has no split {self.split!r}; it has {splits}, and slices of them.") from error
         except OSError as error:
             raise InputError(f"{folder} cannot be read: {str(error)[:200]}.") from error
-        names = tuple(features[label].names or ()) if label else ()
-        classes = features[label].num_classes if label else None
-        if classes is not None and classes < 2:
-            label, classes, names = None, None, ()
-        place = f"{builder.info.full_name}, {self.split}"
-        return self.open_encoded(_Records(place, source, image, label, classes, names), image_size, progress)
+        classes, names = None, ()
+        if label and (features[label].num_classes or 0) >= 2:
+            classes, names = features[label].num_classes, tuple(features[label].names or ())
+        return _Records(f"{info.full_name}, {self.split}", classes, names, source, image, label)
 
     def _folder(self) -> Path:
         """The prepared folder. Raises InputError with instructions if there is none."""
@@ -83,16 +80,13 @@ class TFDSData(EncodedData):
         raise InputError(_how_to_prepare(self.name, top))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class _Records(Encoded):
-    """Records with encoded images."""
+    """Records with encoded images, and labels if there are classes."""
 
-    place: str
     source: Any
     image: str
     label: str | None
-    classes: int | None
-    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -102,7 +96,7 @@ class _Records(Encoded):
 
     def read(self, index: int) -> tuple[bytes, int]:
         record = self.source[index]
-        return record[self.image], int(record[self.label]) if self.label else 0
+        return record[self.image], int(record[self.label]) if self.classes else 0
 
 
 def _tfds() -> Any:
@@ -116,21 +110,19 @@ def _tfds() -> Any:
 def _check_features(folder: Path) -> None:
     """Raise InputError if features.json names classes of other packages, because reading it would import them."""
 
-    def classes(value: Any) -> list[str]:
-        if isinstance(value, list):
-            return [name for part in value for name in classes(part)]
-        if not isinstance(value, dict):
-            return []
-        own = [str(value[key]) for key in ("pythonClassName", "python_class_name", "type") if key in value]
-        return own + [name for part in value.values() for name in classes(part)]
+    def classes(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from (str(value[key]) for key in ("pythonClassName", "python_class_name", "type") if key in value)
+            value = list(value.values())
+        for part in value if isinstance(value, list) else ():
+            yield from classes(part)
 
-    foreign = [name for name in classes(read_json(folder / "features.json")) if "." in name]
-    foreign = [name for name in foreign if not name.startswith("tensorflow_datasets.")]
-    if foreign:
-        raise InputError(
-            f"{folder / 'features.json'} names {foreign[0]}, which is not part of TensorFlow Datasets and would be "
-            "executed: prepare the data with features of TFDS only."
-        )
+    for name in classes(read_json(folder / "features.json")):
+        if "." in name and not name.startswith("tensorflow_datasets."):
+            raise InputError(
+                f"{folder / 'features.json'} names {name}, which is not part of TensorFlow Datasets and would be "
+                "executed: prepare the data with features of TFDS only."
+            )
 
 
 def _feature(features: Any, kind: type, usual: str, folder: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from cm_jax.data.emoji import bundled
+from cm_jax.data.npz import bundled_emoji
 from cm_jax.editing import Luma, Mask, Operator, PatchMean, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.images import grid, quantize
@@ -87,7 +87,7 @@ def read_picture(content: bytes, name: str) -> Picture:
 
 def example(name: str) -> tuple[Picture, str]:
     """A bundled emoji and the name of its class."""
-    arrays = bundled()
+    arrays = bundled_emoji()
     number = np.flatnonzero(arrays["unified"] == EXAMPLES[name])[0]
     image = Image.fromarray(arrays["images"][number])
     return Picture(name, image.size, image), str(arrays["class_names"][arrays["labels"][number]])

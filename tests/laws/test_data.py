@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from cm_jax.data import EmojiData, Encoded, InMemory, Streamed, center_crop, decode, permutation
-from cm_jax.data.emoji import bundled
 from cm_jax.data.encoded import decode_all
+from cm_jax.data.npz import bundled_emoji
 from cm_jax.errors import InputError
 from tools import build_emoji32
 
@@ -199,7 +199,7 @@ def test_what_a_data_set_says_of_itself():
 
 
 def test_the_bundled_emoji_are_those_that_were_built():
-    arrays = bundled()
+    arrays = bundled_emoji()
     assert hashlib.sha256(arrays["images"].tobytes()).hexdigest() == (
         "d1ae8c1b3ec4bfa3523d6ad420b1ea9be3504fdcca8ff39e21615a53638d2388"
     )
@@ -227,7 +227,7 @@ def test_how_the_bundled_emoji_were_built(tmp_path):
 
 
 def test_no_emoji_is_in_both_splits():
-    arrays = bundled()
+    arrays = bundled_emoji()
     held_out = set(arrays["unified"][arrays["held_out"]])
     trained = set(arrays["unified"][~arrays["held_out"]])
     assert not held_out & trained

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from cm_jax.data.emoji import bundled
+from cm_jax.data.npz import bundled_emoji
 from tests.support import ROOT
 from tools import gallery
 
@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "gallery.md").read_text("utf-8")
 
 def indices(codes):
     """Indices of emoji in the bundled data set."""
-    arrays = bundled()
+    arrays = bundled_emoji()
     return [np.flatnonzero((arrays["unified"] == code) & (arrays["vendor"] == 0)).item() for code in codes]
 
 
@@ -26,12 +26,12 @@ def test_the_page_shows_every_gallery_image_and_all_are_small():
 
 def test_edited_emoji_are_held_out_of_training():
     codes = [*gallery.PICTURES.values(), *(code for pair in gallery.BETWEEN for code in pair)]
-    assert bundled()["held_out"][indices(codes)].all()
+    assert bundled_emoji()["held_out"][indices(codes)].all()
 
 
 def test_interpolated_pairs_have_the_same_class():
     for pair in gallery.BETWEEN:
-        first, second = bundled()["labels"][indices(pair)]
+        first, second = bundled_emoji()["labels"][indices(pair)]
         assert first == second
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_demo
-from cm_jax.data.emoji import bundled
+from cm_jax.data.npz import bundled_emoji
 from cm_jax.demo import rendering
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.editing import photos
@@ -115,7 +115,7 @@ def test_large_pictures_are_reduced_without_an_effect_on_fitting():
 
 
 def test_examples_are_held_out():
-    arrays = bundled()
+    arrays = bundled_emoji()
     for name in rendering.EXAMPLES:
         picture, class_name = rendering.example(name)
         same = (arrays["images"] == np.asarray(picture.square)).all((1, 2, 3))

@@ -1,4 +1,4 @@
-"""Native checkpoints: parameters in Orbax, the config as JSON. No other module imports Orbax.
+"""Native checkpoints: a folder with parameters in Orbax and the config as JSON, or a single safetensors file.
 
 CHECKPOINT/config.json     the model config, with the version of the format
 CHECKPOINT/params/         the parameter tree, in the precision in which it was saved
@@ -7,6 +7,10 @@ CHECKPOINT/checksums.json  CRC-32 of every parameter, because the Orbax store ha
 A training run keeps several of them, each with a training state in addition to params/:
 RUN/checkpoints/00001000/  the checkpoint after 1000 batches
 RUN/best.json              the number of the best evaluated checkpoint
+
+A single file is for copying and for other programs. Its tensors are named by their paths in the parameter tree
+("down_0_0/residual/conv_1/kernel"); its metadata contain the config and a CRC-32 of config and tensors, because
+safetensors has no checksum. No other module imports Orbax.
 """
 
 import asyncio
@@ -26,10 +30,13 @@ import numpy as np
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.errors import InputError, check_int, indented_list, shape_complaints
 from cm_jax.io.atomic import atomic_write, write_errors
+from cm_jax.io.safetensors import check_finite, check_tensors, read_metadata, read_safetensors, write_safetensors
 from cm_jax.io.validation import read_json
-from cm_jax.types import Params, leaves
+from cm_jax.types import Params, leaves, nested
 
 _CHECKSUMS = "checksums.json"
+_CONFIG, _CHECKSUM = "cm_jax", "crc32"
+"""Names of the metadata entries of a single file."""
 
 
 def save(directory: Path, config: ModelConfig, params: Params) -> None:
@@ -40,7 +47,7 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
     with atomic_write(directory) as beside:
         beside.mkdir()
         (beside / "config.json").write_text(config.to_json(), "utf-8")
-        checksums = {name: _checksum(leaf) for name, leaf in leaves(params)}
+        checksums = {name: _crc32(leaf) for name, leaf in leaves(params)}
         (beside / _CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n", "utf-8")
         # By default Orbax holds two more copies of the parameters while it writes.
         args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
@@ -102,28 +109,70 @@ def restore(
                     f"{file} contradicts the parameters in {params_folder}:\n  {indented_list(complaints)}"
                 )
             params = checkpointer.restore(params_folder, restore_args=jax.tree.map(lambda _: how, saved.tree))
-        if dtype is None and sharding is None:
-            _check(directory / _CHECKSUMS, params)
+        checksums = directory / _CHECKSUMS
+        if dtype is None and sharding is None and checksums.exists():  # old checkpoints have none
+            saved = read_json(checksums)
+            wrong = next((name for name, leaf in leaves(params) if saved.get(name) != _crc32(leaf)), None)
+            if wrong is not None:
+                raise ValueError(f"the checksum of {wrong} is not that of the saved array")
         return config, params
     except InputError:
         raise
     except Exception as error:  # Orbax and its store raise many kinds
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0][:200]
         raise InputError(
             f"The parameters in {params_folder} are damaged or incomplete ({reason}). Copy them again."
         ) from error
 
 
-def _checksum(leaf: Any) -> int:
-    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+def is_single_file(path: Path) -> bool:
+    """Whether a safetensors file has the metadata of this format. Raises InputError for a damaged one."""
+    return _CONFIG in read_metadata(path)
 
 
-def _check(file: Path, params: Params) -> None:
-    """Raise ValueError where a parameter does not have its checksum. Old checkpoints have none."""
-    saved = read_json(file) if file.exists() else None
-    wrong = [name for name, leaf in leaves(params) if saved is not None and saved.get(name) != _checksum(leaf)]
-    if wrong:
-        raise ValueError(f"the checksum of {wrong[0]} is not that of the saved array")
+def save_file(path: Path, config: ModelConfig, params: Params) -> None:
+    """Write a single file in the precision of the parameters. Raises InputError where `path` cannot be written."""
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in leaves(params)}
+    text = config.to_json()
+    with atomic_write(path) as beside, write_errors(path):
+        write_safetensors(beside, tensors, {_CONFIG: text, _CHECKSUM: _file_checksum(text, tensors)})
+
+
+def restore_file(path: Path) -> tuple[ModelConfig, Params]:
+    """Config and NumPy parameters of a single file. Raises InputError for a damaged or contradictory file."""
+    metadata = read_metadata(path)
+    config = ModelConfig.from_json(metadata[_CONFIG], str(path))
+    tensors = read_safetensors(path)
+    expected = {name: leaf.shape for name, leaf in leaves(config.network.shapes())}
+    check_tensors(expected, tensors, str(path))
+    params = {name: tensors[name].read() for name in expected}
+    check_finite([name for name, array in params.items() if not np.isfinite(array).all()], str(path))
+    if metadata.get(_CHECKSUM) != _file_checksum(metadata[_CONFIG], params):
+        raise InputError(f"{path} is damaged: its checksum does not match. Copy it again.")
+    return config, nested(params)
+
+
+def _file_checksum(text: str, tensors: dict[str, np.ndarray]) -> str:
+    """Checksum of the config and of all tensors in the order of their names."""
+    total = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        total = _crc32(tensors[name], total)
+    return f"{total:08x}"
+
+
+def _crc32(array: Any, start: int = 0) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, start)
+
+
+def to_float16(params: Params, source: str) -> Params:
+    """The parameters rounded to float16. Raises InputError for values outside its range."""
+    rounded = {}
+    for name, leaf in leaves(params):
+        with np.errstate(over="ignore"):
+            rounded[name] = np.asarray(leaf).astype(np.float16)
+        if np.isinf(rounded[name]).any():
+            raise InputError(f"Expected values in [-65504, 65504] for float16, got larger ones in {name} of {source}.")
+    return nested(rounded)
 
 
 class _Loop(asyncio.SelectorEventLoop):

@@ -10,7 +10,7 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
-_ASSETS = importlib.resources.files("cm_jax.assets")
+_ASSETS = Path(str(importlib.resources.files("cm_jax.assets")))
 _URL = "https://openaipublic.blob.core.windows.net/consistency"
 _EMOJI_CLASSES = (
     "Smileys & Emotion/People & Body/Animals & Nature/Food & Drink/Travel & Places/Activities/Objects/Symbols/Flags"
@@ -53,12 +53,7 @@ def published() -> dict[str, Published]:
     """OpenAI's twelve PyTorch checkpoints and the bundled one from the same code, by name."""
     imagenet = {"image_size": 64, "parameters": 295_899_267, "class_names": imagenet_classes()}
     lsun: dict[str, Any] = {"image_size": 256, "parameters": 526_304_771}
-    emoji: dict[str, Any] = {
-        "image_size": 16,
-        "parameters": 1_923_907,
-        "head_dim": 32,
-        "class_names": tuple(_EMOJI_CLASSES.split("/")),
-    }
+    emoji = tuple(_EMOJI_CLASSES.split("/"))
     known = [
         Published("edm_imagenet64_ema", **imagenet),
         Published("cd_imagenet64_l2", timesteps=(22, 0), **imagenet),
@@ -72,7 +67,7 @@ def published() -> dict[str, Published]:
         Published("cd_cat256_l2", **lsun),
         Published("cd_cat256_lpips", **lsun),
         Published("ct_cat256", 151, timesteps=(62, 0), **lsun),
-        Published("emoji16_cd", 18, timesteps=(8, 0), **emoji),
+        Published("emoji16_cd", 18, (8, 0), image_size=16, parameters=1_923_907, head_dim=32, class_names=emoji),
     ]
     return {entry.name: entry for entry in known}
 
@@ -119,12 +114,7 @@ def recognize_cifar10(path: Path) -> Published | None:
     return next((entry for name, entry in published_cifar10().items() if name in parts or name == path.stem), None)
 
 
-BUNDLED = {"emoji32": "emoji32.safetensors", "emoji16_cd": "emoji16_cd.pt"}
+BUNDLED = {"emoji32": _ASSETS / "emoji32.safetensors", "emoji16_cd": _ASSETS / "emoji16_cd.pt"}
 """Files of the bundled checkpoints: emoji32 was trained with this package, emoji16_cd with OpenAI's code."""
 DEFAULT = "emoji32"
 """The checkpoint that `load` reads by default."""
-
-
-def bundled_path(name: str) -> Path:
-    """Path of a bundled checkpoint."""
-    return Path(str(_ASSETS.joinpath(BUNDLED[name])))

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 from cm_jax.checkpoints import native
-from cm_jax.checkpoints.published import BUNDLED, bundled_path, published, published_cifar10
+from cm_jax.checkpoints.published import BUNDLED, published, published_cifar10
 from cm_jax.errors import InputError
 
 
@@ -18,7 +18,10 @@ def resolve(path_or_name: str | Path) -> Path:
     try:
         path = path.expanduser()
         if (path / "checkpoints").is_dir() and not native.is_checkpoint(path):
-            return _latest(path)
+            found = native.run_checkpoints(path)
+            if not found:
+                raise InputError(f"The run in {path} has no checkpoint yet: continue its training first.")
+            return found[max(found)]
         if path.name == "best" and (path.parent / "checkpoints").is_dir() and not path.exists():
             return _best(path.parent)
         if path.is_file() or path.is_dir():
@@ -26,7 +29,7 @@ def resolve(path_or_name: str | Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise InputError(f"{name[:80]} cannot be a path: {error}.") from error
     if name in BUNDLED:
-        return bundled_path(name)
+        return BUNDLED[name]
     remote = {name: entry for name, entry in published().items() if name not in BUNDLED} | published_cifar10()
     entry = remote.get(name.removesuffix(".pt"))
     if entry:
@@ -37,13 +40,6 @@ def resolve(path_or_name: str | Path) -> Path:
         f"There is no checkpoint {name}. Expected a .pt file, a diffusers folder, a jcm checkpoint, a native "
         f"checkpoint or the name of a bundled one ({', '.join(BUNDLED)}).{hint}"
     )
-
-
-def _latest(run: Path) -> Path:
-    found = native.run_checkpoints(run)
-    if not found:
-        raise InputError(f"The run in {run} has no checkpoint yet: continue its training first.")
-    return found[max(found)]
 
 
 def _best(run: Path) -> Path:

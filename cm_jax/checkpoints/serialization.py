@@ -10,8 +10,7 @@ import json
 import typing
 from typing import Any, TypeVar
 
-from cm_jax.checkpoints.former_layout import restated
-from cm_jax.checkpoints.former_names import renamed
+from cm_jax.checkpoints.former_format import renamed, restated
 from cm_jax.errors import InputError, nearest
 from cm_jax.io.validation import check_value
 

@@ -11,8 +11,8 @@ import jax
 import tyro
 
 from cm_jax import conversion
+from cm_jax.checkpoints.native import to_float16
 from cm_jax.checkpoints.resolve import resolve
-from cm_jax.checkpoints.single_file import to_float16
 from cm_jax.cli.parsing import numbers, parse
 from cm_jax.cli.running import say
 from cm_jax.conversion import PreconditioningName

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cm_jax.checkpoints import native, serialization, single_file
+from cm_jax.checkpoints import native, serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import Published, recognize, recognize_cifar10
 from cm_jax.conversion import jcm
@@ -66,8 +66,8 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
             "--attention-factors and --resampling are for checkpoints of openai/consistency_models_cifar10 only; "
             f"leave out --attention-factors and --resampling for {path}."
         )
-    if safetensors and single_file.is_single_file(path):
-        return _read_native(path, single_file.read(path), hints)
+    if safetensors and native.is_single_file(path):
+        return _read_native(path, native.restore_file(path), hints)
     if path.is_file():
         return _read_pytorch(path, path, DiffusersMetadata(), hints)
     if native.is_checkpoint(path):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from cm_jax.checkpoints import native, single_file
+from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion.diffusers import DIFFUSERS, model_index, scheduler_config, unet_config
 from cm_jax.conversion.openai import OPENAI
@@ -28,7 +28,7 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
     format cannot represent the model, or `path` cannot be written.
     """
     if kind == "native":
-        (single_file.write if path.suffix.lower() == ".safetensors" else native.save)(path, config, params)
+        (native.save_file if path.suffix.lower() == ".safetensors" else native.save)(path, config, params)
         return
     network = config.adm
     _check_representable(kind, config)

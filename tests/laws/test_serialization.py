@@ -14,8 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cm_jax
-from cm_jax.checkpoints.former_layout import restated
-from cm_jax.checkpoints.former_names import renamed
+from cm_jax.checkpoints.former_format import renamed, restated
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.serialization import (
     decode,

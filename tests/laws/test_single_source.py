@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cm_jax.checkpoints.former_layout import restated
+from cm_jax.checkpoints.former_format import restated
 from cm_jax.checkpoints.serialization import encode
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, Progressive
 from cm_jax.diffusion.noise_schedule import KarrasSchedule

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cm_jax.checkpoints import serialization
-from cm_jax.checkpoints.former_names import renamed
+from cm_jax.checkpoints.former_format import renamed
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import Dataset
 from cm_jax.errors import InputError, indented_list

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cm_jax.checkpoints.former_names import renamed_leaf
+from cm_jax.checkpoints.former_format import renamed_leaf
 from cm_jax.errors import InputError, indented_list
 from cm_jax.training.run.processes import DamagedError
 

@@ -13,16 +13,12 @@ from cm_jax.io.atomic import atomic_write
 from cm_jax.training.config import PARAMETERS, TrainConfig
 from cm_jax.training.prefetch import prefetch
 from cm_jax.training.run.evaluation_hook import EvaluationHook
-from cm_jax.training.run.folder import RunFolder
-from cm_jax.training.run.metrics_log import MetricsLog
-from cm_jax.training.run.metrics_window import MetricsWindow
-from cm_jax.training.run.plots import plot
-from cm_jax.training.run.processes import in_any
+from cm_jax.training.run.folder import Retention, RunFolder
+from cm_jax.training.run.metrics_log import MetricsLog, MetricsWindow
+from cm_jax.training.run.plots import plot, sample_grid
+from cm_jax.training.run.processes import StopSignal, in_any
 from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start
-from cm_jax.training.run.retention import Retention
-from cm_jax.training.run.sample_grids import sample_grid
-from cm_jax.training.run.signals import StopSignal
 from cm_jax.training.run.state_io import to_host
 from cm_jax.training.setup import TrainingSetup, prepare, unfinished_schedules
 from cm_jax.training.state import TrainState

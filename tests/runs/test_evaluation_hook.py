@@ -23,10 +23,9 @@ from cm_jax.training.parallelism import OneDevice
 from cm_jax.training.run import evaluation_hook
 from cm_jax.training.run.dry_run import report
 from cm_jax.training.run.evaluation_hook import EvaluationHook, Evaluator
-from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.folder import Retention, RunFolder
 from cm_jax.training.run.metrics_log import MetricsLog
 from cm_jax.training.run.plots import plot
-from cm_jax.training.run.retention import Retention
 from cm_jax.training.setup import TrainingSetup, prepare
 from tests.laws.test_evaluation import toy_features
 from tests.runs.test_commands import failed

@@ -24,8 +24,7 @@ from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
 from cm_jax.training.run import state_io
-from cm_jax.training.run.folder import RunFolder
-from cm_jax.training.run.retention import Retention
+from cm_jax.training.run.folder import Retention, RunFolder
 from tests.support import ROOT
 
 NETWORK = ADMUNet(
@@ -346,8 +345,7 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.networks import ADMUNet
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
-from cm_jax.training.run.folder import RunFolder
-from cm_jax.training.run.retention import Retention
+from cm_jax.training.run.folder import Retention, RunFolder
 
 SIZE = 300_000
 CONFIG = ModelConfig(ADMUNet(), ConsistencyPreconditioning(), num_levels=18)
@@ -445,7 +443,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from cm_jax.errors import InputError
 from cm_jax.training.run import state_io
 from cm_jax.training.run.metrics_log import MetricsLog
-from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.folder import Retention, RunFolder
 from tests.runs.test_run_folder import CONFIG, PARAMS
 mesh = Mesh(np.array(jax.devices()), ("data",))
 numbers = np.arange(32, dtype=np.float32).reshape(8, 4)

@@ -25,9 +25,8 @@ from cm_jax.feature_networks import lpips
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.presets import PRESETS
 from cm_jax.training import loop
-from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.folder import Retention, RunFolder
 from cm_jax.training.run.metrics_log import MetricsLog
-from cm_jax.training.run.retention import Retention
 from cm_jax.types import nested
 
 NETWORK = ADMUNet(

@@ -32,18 +32,18 @@ def report(setup: TrainingSetup) -> Iterator[str]:
     yield "memory      " + ", ".join(f"{name} {_readable(size)}" for name, size in sizes.items() if size)
 
     batches: StepBatch = setup.parallelism.place_batches(next(setup.dispatches(0, config.batches)))
-    program: Any = setup.compiled(constants)
-    compiled = program.lower(state, constants, batches, jax.random.key(0)).compile()
-    memory = compiled.memory_analysis()
-    if memory is not None:
+
+    def lowered() -> Any:
+        program: Any = setup.compiled(constants)
+        return program.lower(state, constants, batches, jax.random.key(0))
+
+    compiled = lowered().compile()
+    if (memory := compiled.memory_analysis()) is not None:
         yield f"            the compiled step needs {_readable(memory.temp_size_in_bytes)} more per device"
     with kernels.off():  # XLA does not count the FLOPs of custom calls
-        lowered: Any = setup.compiled(constants)
-        costs = lowered.lower(state, constants, batches, jax.random.key(0)).cost_analysis()
+        costs = lowered().cost_analysis()
     costs = costs or compiled.cost_analysis() or {}  # on GPUs only the compiled program has them
-    costs = costs[0] if isinstance(costs, list) else costs
-    if costs.get("flops", 0) > 0:
-        total = costs["flops"] * len(devices)
+    if (total := costs.get("flops", 0) * len(devices)) > 0:
         yield (
             f"operations  {total / config.steps_per_dispatch:.3g} FLOP per step, {total / images:.3g} per image "
             "(estimated by XLA)"

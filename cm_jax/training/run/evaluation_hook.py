@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 from cm_jax.checkpoints import serialization
@@ -43,20 +42,20 @@ class Evaluator:
     @property
     def best_column(self) -> str:
         """Column of the value that chooses the best checkpoint."""
-        return _column(BEST_METRICS[self.settings.metrics[0]], self.steps[0])
-
-    @property
-    def higher_is_better(self) -> bool:
-        return self.settings.metrics[0] == "is"
+        return f"{BEST_METRICS[self.settings.metrics[0]]}_{_steps(self.steps[0], '_')}"
 
     @property
     def description(self) -> str:
-        settings = self.settings
-        steps = " and ".join(map(_in_steps, self.steps))
+        metrics, steps = ", ".join(self.settings.metrics), " and in ".join(map(_steps, self.steps))
         return (
-            f"{', '.join(settings.metrics)} of {settings.count:,} images {steps}, against {self.reference_name}, every "
-            f"{settings.every:,} images; the best is kept by {self.best_column}"
+            f"{metrics} of {self.settings.count:,} images in {steps}, against {self.reference_name}, every "
+            f"{self.settings.every:,} images; the best is kept by {self.best_column}"
         )
+
+    def score(self, value: float) -> float:
+        """A value of the first metric such that lower is better; infinite if it is not finite."""
+        score = -value if self.settings.metrics[0] == "is" else value
+        return score if math.isfinite(score) else math.inf
 
     def reference_statistics(self) -> FeatureStatistics:
         if isinstance(self.reference, FeatureStatistics):
@@ -64,21 +63,18 @@ class Evaluator:
         needs = EvalConfig(self.settings.metrics).reference_needs
         return cached_statistics(self.extractor, self.reference, needs, cache=default_cache())
 
-    def samples(self, params: Params, steps: int) -> ImageSet:
-        """The samples that `cm_jax.load` gives for a checkpoint with these parameters."""
-        network = self.config.network.at_precision("float32")
-        model = Model(dataclasses.replace(self.config, network=network), network.prepare(params))
-        return of_model(model, model.plan(steps=steps), self.settings.count, seed=self.settings.seed, name="the run")
-
     def evaluate(self, params: Params, reference: FeatureStatistics) -> tuple[dict[str, float], str]:
         """{"fid_1_step": 12.3, ...} and the same in words. Raises InputError for a network that diverged."""
+        settings, eval_config = self.settings, EvalConfig(self.settings.metrics)
+        network = self.config.network.at_precision("float32")  # as of `cm_jax.load`
+        model = Model(dataclasses.replace(self.config, network=network), network.prepare(params))
         values: dict[str, float] = {}
         words = []
         for steps in self.steps:
-            samples, eval_config = self.samples(params, steps), EvalConfig(self.settings.metrics)
+            samples = of_model(model, model.plan(steps=steps), settings.count, seed=settings.seed, name="the run")
             report, _ = evaluate(self.extractor, samples, reference, eval_config, reference_name=self.reference_name)
-            values |= {_column(name, steps): value for name, value in report.values.items()}
-            words.append(f"{format_values(report.values)} {_in_steps(steps)}")
+            values |= {f"{name}_{_steps(steps, '_')}": value for name, value in report.values.items()}
+            words.append(f"{format_values(report.values)} in {_steps(steps)}")
         return values, "; ".join(words)
 
 
@@ -109,8 +105,7 @@ class EvaluationHook:
     def __init__(self, config: TrainConfig, evaluator: Evaluator | None, folder: RunFolder, done: int) -> None:
         self._config, self._evaluator, self._folder = config, evaluator, folder
         self._reference: FeatureStatistics | None = None
-        self._last = 0
-        self._best = math.inf
+        self._last, self._best = 0, math.inf
         if evaluator is not None:
             with raised_in_all():
                 self._read(evaluator, done)
@@ -139,7 +134,7 @@ class EvaluationHook:
         assert reference is not None, "call start() first"
         with raised_in_all():
             values, words = evaluator.evaluate(params, reference)
-        score = self._score(float(f"{values[evaluator.best_column]:.9g}"))  # rounded as in the row
+        score = evaluator.score(float(f"{values[evaluator.best_column]:.9g}"))  # rounded as in the row
         best = bool(from_first(int(score < self._best)))
         if best:
             self._best = score
@@ -151,28 +146,17 @@ class EvaluationHook:
     def _read(self, evaluator: Evaluator, done: int) -> None:
         """Read the last evaluation and the best score from the folder."""
         best, table = self._folder.path / "best.json", self._folder.path / EVALUATIONS
-        if best.exists():
-            self._check_settings(best, evaluator.settings)
-        columns, rows = read_metrics(table) if table.exists() else ([], [])
-        for row in rows:
-            values = dict(zip(columns, row, strict=True))
-            if int(row[0]) <= done:
-                self._last = int(row[0])
-                self._best = min(self._best, self._score(float(values.get(evaluator.best_column) or "nan")))
-
-    def _check_settings(self, best: Path, settings: PeriodicEvaluation) -> None:
-        found = serialization.differences(renamed(read_json(best).get("evaluation")), _compared(settings))
-        if found:
+        before = renamed(read_json(best).get("evaluation")) if best.exists() else _compared(evaluator.settings)
+        if found := serialization.differences(before, _compared(evaluator.settings)):
             raise InputError(
                 f"The evaluations in {self._folder.path} were made with other settings:\n  {indented_list(found)}\n"
                 f"Give the same ones, or move {EVALUATIONS} and {best.name} away."
             )
-
-    def _score(self, value: float) -> float:
-        """Lower is better."""
-        assert self._evaluator is not None
-        score = -value if self._evaluator.higher_is_better else value
-        return score if math.isfinite(score) else math.inf
+        columns, rows = read_metrics(table) if table.exists() else ([], [])
+        for row in rows:
+            if int(row[0]) <= done:
+                value = dict(zip(columns, row, strict=True)).get(evaluator.best_column)
+                self._last, self._best = int(row[0]), min(self._best, evaluator.score(float(value or "nan")))
 
 
 def _compared(settings: PeriodicEvaluation) -> dict[str, Any]:
@@ -181,9 +165,5 @@ def _compared(settings: PeriodicEvaluation) -> dict[str, Any]:
     return {name: value for name, value in encoded.items() if name not in PeriodicEvaluation.MAY_CHANGE}
 
 
-def _in_steps(steps: int) -> str:
-    return f"in {steps} step{'s' if steps > 1 else ''}"
-
-
-def _column(name: str, steps: int) -> str:
-    return f"{name}_{steps}_step{'s' if steps > 1 else ''}"
+def _steps(number: int, space: str = " ") -> str:
+    return f"{number}{space}step{'s' if number > 1 else ''}"

@@ -10,27 +10,28 @@ A checkpoint is written to a temporary folder, synced to disk, and renamed. So e
 even if the process is killed, the disk is full or the power fails.
 """
 
+import contextlib
+import dataclasses
+import fcntl
 import json
 import logging
 import os
 import shutil
-import threading
+import socket
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import UNFINISHED, atomic_write, fsync_path, fsync_tree, remove, user_path, write_errors
 from cm_jax.training.run import state_io
-from cm_jax.training.run.lock import lock
 from cm_jax.training.run.processes import DamagedError, from_first, raised_in_all
-from cm_jax.training.run.retention import Retention
-from cm_jax.training.run.state_io import Leaf
 from cm_jax.types import Params
 
 _STATE = Path("state") / "state.npz"
@@ -39,7 +40,41 @@ _REPLACED = UNFINISHED + "replaced-"
 _log = logging.getLogger(__name__)
 
 
-class RunFolder:
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Checkpoints to keep when a new one is saved, besides the new one and the best one."""
+
+    keep_last: int = 3
+    """Number of latest checkpoints."""
+    keep_every: int = 0
+    """All checkpoints at multiples of this number of batches. 0: none."""
+    keep_hours: float = 0.0
+    """One checkpoint per this number of hours. 0: none."""
+
+    def __post_init__(self) -> None:
+        check_int("keep_last", self.keep_last, 1, 10**6)
+        check_int("keep_every", self.keep_every, 0, 10**12)
+        if not 0 <= self.keep_hours < 10**6:
+            raise InputError(f"Expected keep_hours in [0, 1e6), got {self.keep_hours}.")
+
+    def to_remove(self, saved: dict[int, float], newest: int, best: int | None) -> list[int]:
+        """Checkpoints to remove after saving `newest`, of those in `saved` {batches: time of writing in seconds}.
+
+        Those after `newest` stay: the run was resumed from an earlier checkpoint and will replace them.
+        """
+        older = sorted(batches for batches in saved if batches <= newest)
+        kept = {newest, best, *older[-self.keep_last :]}
+        last = float("-inf")
+        for batches in older:
+            if self.keep_every and batches % self.keep_every == 0:
+                kept.add(batches)
+            if self.keep_hours and saved[batches] - last >= self.keep_hours * 3600:
+                kept.add(batches)
+                last = saved[batches]
+        return [batches for batches in older if batches not in kept]
+
+
+class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     """The folder of one run, opened for training.
 
     With several processes (jax.distributed), all open it and call its methods together. Process 0 alone writes, so the
@@ -51,25 +86,23 @@ class RunFolder:
     def __init__(self, path: str | Path, retention: Retention | None = None) -> None:
         self.path = user_path(path).absolute()
         self.retention = retention or Retention()
-        self._thread: threading.Thread | None = None
-        self._failure: InputError | None = None
         self._saved: set[int] = set()
-        self._lock: int | None = None
+        self._written: Future[None] | None = None
+        self._resources = contextlib.ExitStack()
         with raised_in_all():
             if jax.process_index() == 0:
-                self._open()
+                self._resources.callback(os.close, _lock(self.path))
+                self._clean_up()
+        self._writer = self._resources.enter_context(ThreadPoolExecutor(1, "checkpoints"))
 
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
             self.close()
             return
-        self._join()  # not `wait`: the other processes may not have this error
-        if self._failure is not None:
-            _log.warning("%s", self._failure)
-        self._unlock()
+        with self._resources:
+            # Not `wait`: the other processes may not have this error.
+            if self._written is not None and (failure := self._written.exception()) is not None:
+                _log.warning("%s", failure)
 
     def save(self, batches: int, config: ModelConfig, params: Params, state: Any) -> None:
         """Save a checkpoint after `batches`: `params` to sample from, and `state`, any tree of arrays.
@@ -84,29 +117,23 @@ class RunFolder:
         self._saved.add(batches)
         if jax.process_index() == 0:
             leaves = state_io.named_arrays(state, host_state)
-            self._thread = threading.Thread(
-                target=self._save, args=(batches, config, host_params, leaves), name=f"checkpoint {batches}"
-            )
-            self._thread.start()
+            self._written = self._writer.submit(self._write, batches, config, host_params, leaves)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. Raises InputError if that failed."""
         try:
             with raised_in_all():
-                self._join()
-                failure, self._failure = self._failure, None
-                if failure is not None:
-                    raise failure
+                written, self._written = self._written, None
+                if written is not None:
+                    written.result()
         except InputError:
             self._saved.clear()
             raise
 
     def close(self) -> None:
         """Wait, and unlock the folder."""
-        try:
+        with self._resources:
             self.wait()
-        finally:
-            self._unlock()
 
     def mark_best(self, batches: int, score: float, details: Mapping[str, Any] = {}) -> None:
         """Mark a checkpoint as the best so far in best.json. It is kept until another one is marked."""
@@ -165,13 +192,8 @@ class RunFolder:
             raise InputError(f"All checkpoints in {self.path} are damaged: {damaged[0]} Start in a new folder.")
         return None
 
-    def _open(self) -> None:
-        """Create and lock the folder, and clean up after a killed process."""
-        try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"Cannot train in {self.path}: {error.strerror or error}. Give another folder.") from error
-        self._lock = lock(self.path)
+    def _clean_up(self) -> None:
+        """After a killed process: put a checkpoint that was being replaced back, and remove temporary files."""
         for left in (self.path / "checkpoints").glob(f"{_REPLACED}*"):
             original = left.with_name(left.name.removeprefix(_REPLACED))
             if not original.exists():
@@ -179,50 +201,58 @@ class RunFolder:
         for left in (*self.path.glob(f"{UNFINISHED}*"), *self.path.glob(f"*/{UNFINISHED}*")):
             shutil.rmtree(left, ignore_errors=True)
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
     def _checkpoint(self, batches: int) -> Path:
         return self.path / "checkpoints" / f"{batches:08d}"
 
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _save(self, batches: int, config: ModelConfig, params: Params, leaves: dict[str, Leaf]) -> None:
+    def _write(self, batches: int, config: ModelConfig, params: Params, leaves: dict[str, state_io.Leaf]) -> None:
         """In the thread: write, rename, and remove old checkpoints."""
-        try:
-            with write_errors(self._checkpoint(batches)):
-                self._write(batches, config, params, leaves)
-            self._remove_old(batches)
-        except InputError as error:
-            last = max((step for step in self.steps() if step < batches), default=None)
-            kept = "There is no earlier one." if last is None else f"The one after {last} batches is kept."
-            self._failure = InputError(f"The checkpoint after {batches} batches could not be saved: {error} {kept}")
-
-    def _write(self, batches: int, config: ModelConfig, params: Params, leaves: dict[str, Leaf]) -> None:
         place = self._checkpoint(batches)
         fresh, replaced = place.with_name(f"{UNFINISHED}{place.name}"), place.with_name(f"{_REPLACED}{place.name}")
         try:
-            native.save(fresh, config, params)
-            (fresh / _STATE.parent).mkdir()
-            state_io.write(fresh / _STATE, leaves)
-            fsync_tree(fresh)
-            if place.exists():  # damaged, or the run was resumed from an earlier one
-                os.replace(place, replaced)
-            os.replace(fresh, place)
-            fsync_path(place.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
+            with write_errors(place):
+                native.save(fresh, config, params)
+                (fresh / _STATE.parent).mkdir()
+                state_io.write(fresh / _STATE, leaves)
+                fsync_tree(fresh)
+                if place.exists():  # damaged, or the run was resumed from an earlier one
+                    os.replace(place, replaced)
+                os.replace(fresh, place)
+                fsync_path(place.parent)
+                shutil.rmtree(replaced, ignore_errors=True)
+        except InputError as error:
             shutil.rmtree(fresh, ignore_errors=True)
-
-    def _remove_old(self, newest: int) -> None:
+            last = max((step for step in self.steps() if step < batches), default=None)
+            kept = "There is no earlier one." if last is None else f"The one after {last} batches is kept."
+            raise InputError(f"The checkpoint after {batches} batches could not be saved: {error} {kept}") from error
         try:
             times = {step: (self._checkpoint(step) / "config.json").stat().st_mtime for step in self.steps()}
-            for step in self.retention.to_remove(times, newest, self.best()):
+            for step in self.retention.to_remove(times, batches, self.best()):
                 remove(self._checkpoint(step))
         except (InputError, OSError) as error:
             _log.warning("Old checkpoints in %s were not removed: %s", self.path, error)
+
+
+def _lock(run: Path) -> int:
+    """Create a run's folder, and lock it until the returned file descriptor is closed or the process ends.
+
+    Raises InputError if another process holds the lock.
+    """
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"Cannot train in {run}: {error.strerror or error}. Give another folder.") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(handle, 500).decode(errors="replace").strip() or "unknown"
+        os.close(handle)
+        raise InputError(
+            f"Another process ({holder}) trains in {run}: wait for it, stop it, or give another folder."
+        ) from error
+    except OSError as error:  # some network file systems have no locks
+        _log.warning("%s cannot be locked (%s): make sure that only one process trains in it.", run, error.strerror)
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    os.ftruncate(handle, 0)
+    os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}, since {since}".encode())
+    return handle

@@ -1,16 +1,18 @@
 """Measurements of a run: metrics.csv, evaluations.csv, samples/ and TensorBoard events.
 
-On resuming, all of them are truncated to the checkpoint, so that an interrupted run leaves the same files as an
-uninterrupted one.
+On resuming, tables and samples are truncated to the checkpoint, and TensorBoard discards later events. So an
+interrupted run shows the same as an uninterrupted one.
 """
 
+import contextlib
 import csv
+import importlib.util
 import io
 import itertools
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -20,15 +22,20 @@ from PIL import Image
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import atomic_write
 from cm_jax.io.images import save_grid
-from cm_jax.training.run.tensorboard import event_writer
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.run.progress import Progress
+from cm_jax.training.step import Curves, columns
 
 METRICS = "metrics.csv"
 EVALUATIONS = "evaluations.csv"
 BATCHES = "batches"
 """First column of both files: number of batches seen."""
+_COUNTERS = ("skipped", "consecutive_skips")
+
+_log = logging.getLogger(__name__)
 
 
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """Log of the run in folder `run`, resumed after `batches`.
 
     With several processes, only process 0 writes. Raises InputError if a file cannot be written or is not a log.
@@ -40,30 +47,23 @@ class MetricsLog:
         self._events: Any = None
         if not self._writes:
             return
-        self._metrics, self._evaluations = (_Table(run / name, batches) for name in (METRICS, EVALUATIONS))
+        self._tables = {name: _Table(run / name, batches) for name in (METRICS, EVALUATIONS)}
         for image in (run / "samples").glob("*.png"):
             if image.stem.isdecimal() and int(image.stem) > batches:
                 image.unlink()
         if tensorboard:
-            self._events = event_writer(run / "tensorboard", batches)
+            self._events = _event_writer(run / "tensorboard", batches)
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def metrics(self, batches: int, values: Mapping[str, Any]) -> None:
         """Add a row to metrics.csv. New columns are appended."""
-        if self._writes:
-            self._metrics.add(batches, values)
-            self._add_scalars(batches, values)
+        self._add(METRICS, "", batches, values)
 
     def evaluation(self, batches: int, values: Mapping[str, Any]) -> None:
         """Add a row to evaluations.csv."""
-        if self._writes:
-            self._evaluations.add(batches, values)
-            self._add_scalars(batches, {f"evaluation/{name}": value for name, value in values.items()})
+        self._add(EVALUATIONS, "evaluation/", batches, values)
 
     def samples(self, batches: int, image: Image.Image) -> None:
         """Save a grid of samples as RUN/samples/00001000.png."""
@@ -77,14 +77,26 @@ class MetricsLog:
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
-            self._events = None
 
-    def _add_scalars(self, batches: int, values: Mapping[str, Any]) -> None:
+    def _add(self, table: str, tag_prefix: str, batches: int, values: Mapping[str, Any]) -> None:
+        if self._writes:
+            self._tables[table].add(batches, values)
         if self._events is not None:
             for name, value in values.items():
                 if math.isfinite(value):  # tensorboardX warns about others
-                    self._events.add_scalar(name, float(value), batches)
+                    self._events.add_scalar(f"{tag_prefix}{name}", float(value), batches)
             self._events.flush()
+
+
+def _event_writer(folder: Path, batches: int) -> Any:
+    """A SummaryWriter that discards events later than `batches`; None, with a warning, without tensorboardX."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        _log.warning("TensorBoard events are not written (pip install tensorboardX); metrics.csv has all numbers.")
+        return None
+    from tensorboardX import SummaryWriter
+
+    starts = len(list(folder.glob("events.out.tfevents.*")))  # two within a second would write the same file
+    return SummaryWriter(str(folder), purge_step=batches + 1, filename_suffix=f".{starts}")
 
 
 class _Table:
@@ -94,47 +106,44 @@ class _Table:
         self._file = file
         self._columns: list[str] = []
         if file.exists():
-            columns, rows = read_metrics(file)
+            names, rows = read_metrics(file)
             kept = [row for row in rows if int(row[0]) <= batches]
-            self._rewrite(columns if kept else [], kept)
+            self._rewrite(names if kept else [], kept)
 
     def add(self, batches: int, values: Mapping[str, Any]) -> None:
         texts = {BATCHES: str(batches)} | {name: _text(value) for name, value in values.items()}
         added = [name for name in texts if name not in self._columns]
-        if added and self._columns:
-            columns, rows = read_metrics(self._file)
-            self._rewrite(columns + added, [row + [""] * len(added) for row in rows])
-        lines = [] if self._columns else [added]
-        self._columns = self._columns or added
-        lines.append([texts.get(name, "") for name in self._columns])
+        if added:
+            names, rows = read_metrics(self._file) if self._columns else ([], [])
+            self._rewrite(names + added, [row + [""] * len(added) for row in rows])
         try:
             with self._file.open("ab") as file:
-                file.write(_encode(lines))
+                file.write(_encode([[texts.get(name, "") for name in self._columns]]))
         except OSError as error:
             raise InputError(f"Cannot write {self._file}: {error.strerror}. Is the disk full?") from error
 
-    def _rewrite(self, columns: list[str], rows: list[list[str]]) -> None:
+    def _rewrite(self, names: list[str], rows: list[list[str]]) -> None:
         with atomic_write(self._file) as fresh:
-            fresh.write_bytes(_encode([columns, *rows]) if columns else b"")
-        self._columns = columns
+            fresh.write_bytes(_encode([names, *rows]) if names else b"")
+        self._columns = names
 
 
 def read_metrics(file: Path) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of metrics.csv or evaluations.csv without an incomplete last line.
+    """(column names, rows) of metrics.csv or evaluations.csv without an incomplete last line.
 
     Raises InputError for another file.
     """
     try:
         text = file.read_bytes().decode()
         lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
-        columns, rows = (lines[0], lines[1:]) if lines else ([], [])
-        if (columns and columns[0] != BATCHES) or any(len(row) != len(columns) or not int(row[0]) >= 0 for row in rows):
+        names, rows = (lines[0], lines[1:]) if lines else ([], [])
+        if (names and names[0] != BATCHES) or any(len(row) != len(names) or not int(row[0]) >= 0 for row in rows):
             raise ValueError("rows do not match the header")
         for value in itertools.chain.from_iterable(rows):
             float(value or "nan")
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{file} is not the {file.name} of a run ({error}): move it away or repair it.") from error
-    return columns, rows
+    return names, rows
 
 
 def _text(value: Any) -> str:
@@ -146,3 +155,57 @@ def _encode(lines: list[list[str]]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue().encode()
+
+
+class MetricsWindow:
+    """Averages step metrics over `log_every` batches. Those of a dispatch are fetched while the next one runs."""
+
+    def __init__(self, config: TrainConfig, log: MetricsLog, progress: Progress, done: int) -> None:
+        self._config, self._log, self._progress, self._done = config, log, progress, done
+        self._pending: Curves | None = None
+        self._values: dict[str, list[float]] = {}
+        self._learning_rate = config.optimizer.learning_rate.schedule()
+
+    def add(self, metrics: Curves | None) -> None:
+        """Add metrics of the dispatch that has just been started, and fetch those of the one before."""
+        previous, self._pending = self._pending, metrics
+        if previous is None:
+            return
+        host = columns(jax.device_get(previous))
+        for index in range(len(host["loss"])):
+            self._done += 1
+            for name, values in host.items():
+                self._values.setdefault(name, []).append(float(values[index]))
+            if self._done % self._config.log_every == 0:
+                self._write()
+        self._progress.update(self._done, float(host["loss"][-1]))
+        skips = int(host["consecutive_skips"].max())
+        if skips >= self._config.max_consecutive_skips:
+            always = int(host["skipped"][-1]) == self._done
+            since = "from the first step" if always else f"up to batch {self._done}"
+            raise InputError(
+                f"The loss or its gradients were not finite in {skips} consecutive steps, {since}. The latest "
+                "checkpoint and the logs are kept. Try a lower --optimizer.learning-rate.peak, a warm-up, "
+                "--optimizer.clip-norm 1 or float32."
+            )
+
+    def flush(self, write: bool) -> None:
+        """Fetch pending metrics; with `write`, also log a row of fewer than `log_every` batches."""
+        self.add(None)
+        if write and self._values:
+            self._write()
+
+    def _write(self) -> None:
+        row = {name: _mean(values) for name, values in self._values.items() if name not in _COUNTERS}
+        skipped = int(self._values["skipped"][-1])
+        learning_rate = float(np.asarray(self._learning_rate(self._done - skipped - 1)))
+        row |= {"skipped": skipped, "learning_rate": learning_rate}
+        if self._progress.images_per_second:
+            row["images_per_second"] = self._progress.images_per_second
+        self._log.metrics(self._done, {"images": self._done * self._config.batch_size} | row)
+        self._values = {}
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

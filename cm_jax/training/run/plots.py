@@ -1,43 +1,50 @@
-"""RUN/loss.png and RUN/evaluations.png, plots of RUN/metrics.csv and RUN/evaluations.csv."""
+"""Images of a run: RUN/loss.png and RUN/evaluations.png, plots of the tables, and grids of samples."""
 
 import functools
 import importlib.util
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.io.atomic import atomic_write
+from cm_jax.io.images import grid, quantize
+from cm_jax.model import Model
 from cm_jax.training.run.metrics_log import BATCHES, EVALUATIONS, METRICS, read_metrics
+from cm_jax.types import Params
 
-_LABELS = {
-    "loss": "loss",
-    "learning_rate": "learning rate",
-    "gradient_norm": "gradient norm",
-    "images_per_second": "images/s",
-    "fid": "FID",
-    "sfid": "sFID",
-    "kid": "KID",
-    "inception_score": "Inception score",
-}
-"""Titles of panels. Default: the name of the column."""
-_BELOW = ("learning_rate", "gradient_norm", "images_per_second")
-_LOGARITHMIC = ("loss", "gradient_norm", "fid", "sfid", "kid")
 _COLORS = {"loss": "C0", "learning_rate": "C2", "gradient_norm": "C1", "images_per_second": "C4"}
+"""Columns of metrics.csv with a panel. The first is above the others."""
 _LEVEL = re.compile(r"loss_sigma_[0-9]{1,4}")
 """Columns of the loss by noise level, lowest first."""
-_EVALUATED = re.compile(r"(.+)_([0-9]{1,7})_steps?")
+_EVALUATED = re.compile(r"(.+)(?<!_deviation)_([0-9]{1,7}_steps?)")
 """Columns of evaluations.csv: metric and sampling steps."""
+_TITLES = {"images_per_second": "images/s", "fid": "FID", "sfid": "sFID", "kid": "KID", "inception_score": "IS"}
+"""Titles of panels. Default: the name in words."""
+_LOGARITHMIC = ("loss", "loss_by_noise_level", "gradient_norm", "fid", "sfid", "kid")
 _SMOOTHING_WINDOWS = 50
 """Length of a curve in smoothing windows."""
 _WIDTH, _HEIGHT, _DPI = 10.0, 3.0, 150
+_GRID_ROWS, _GRID_COLUMNS, _GRID_SEED = 9, 10, 0
+_DENOISER_STEPS = 18
 
 _log = logging.getLogger(__name__)
+
+_Line = tuple[np.ndarray, dict[str, Any]]
+"""Values and style."""
+
+
+class _Panel(NamedTuple):
+    name: str
+    lines: list[_Line]
+    legend: dict[str, Any] | None = None
+    """Arguments of the legend. None: no legend."""
 
 
 def plot(run: Path) -> None:
@@ -45,95 +52,34 @@ def plot(run: Path) -> None:
 
     Only process 0 plots. Without matplotlib, a warning is logged.
     """
-    if jax.process_index() != 0:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        _warn_once(run)
+    if jax.process_index() != 0 or not _has_matplotlib(run):
         return
     if (run / METRICS).exists():  # it is missing before the first `log_every` batches
-        _plot_metrics(run, _curves(run / METRICS))
+        curves = _curves(run / METRICS)
+        panels = [_metric(name, curves[name]) for name in _COLORS if name in curves]
+        above = panels[:1] if "loss" in curves else []
+        _save(run / "loss.png", curves, [above + _loss_by_level(curves), panels[len(above) :]])
     if (run / EVALUATIONS).exists():
-        _plot_evaluations(run, _curves(run / EVALUATIONS))
+        curves = _curves(run / EVALUATIONS)
+        panels = _evaluations(curves)
+        rows = [panels[start : start + 3] for start in range(0, len(panels), 3)]
+        _save(run / "evaluations.png", curves, rows, columns=min(3, len(panels)))
 
 
 @functools.cache
-def _warn_once(run: Path) -> None:
-    del run  # once per run, by the cache
-    _log.warning("loss.png is not plotted (pip install matplotlib); metrics.csv has all numbers.")
+def _has_matplotlib(run: Path) -> bool:
+    """The warning is logged once per run, by the cache."""
+    del run
+    if found := importlib.util.find_spec("matplotlib") is None:
+        _log.warning("loss.png is not plotted (pip install matplotlib); metrics.csv has all numbers.")
+    return not found
 
 
 def _curves(file: Path) -> dict[str, np.ndarray]:
     """Columns that have a finite number."""
-    columns, rows = read_metrics(file)
-    table = np.array([[float(value or "nan") for value in row] for row in rows]).reshape(len(rows), len(columns))
-    return {name: table[:, place] for place, name in enumerate(columns) if np.isfinite(table[:, place]).any()}
-
-
-def _plot_metrics(run: Path, curves: dict[str, np.ndarray]) -> None:
-    levels = sorted(filter(_LEVEL.fullmatch, curves), key=_level)
-    above = [name for name in ("loss", *levels[:1]) if name in curves]
-    below = [name for name in _BELOW if name in curves]
-
-    rows_of_panels = [panels for panels in (above, below) if panels]
-    if not rows_of_panels:
-        return
-    batches = curves[BATCHES]
-    figure, subfigures = _figure(run, batches, len(rows_of_panels))
-    for subfigure, panels in zip(subfigures, rows_of_panels, strict=True):
-        for place, name in enumerate(panels):
-            axes = subfigure.add_subplot(1, len(panels), place + 1)
-            shown = [curves[name]]
-            if name in levels:
-                shown = [smoothed(curves[level]) for level in levels]
-                _by_level(axes, batches, shown)
-            elif name == "learning_rate":
-                axes.plot(batches, curves[name], color=_COLORS[name], linewidth=1.8)
-            else:
-                _raw_and_smoothed(axes, batches, curves[name], _COLORS[name])
-            _finish(
-                axes,
-                shown,
-                _LABELS.get(name, "loss by noise level"),
-                logarithmic=name in _LOGARITHMIC or name in levels,
-            )
-    with atomic_write(run / "loss.png") as file:
-        figure.savefig(file, format="png")
-
-
-def _plot_evaluations(run: Path, curves: dict[str, np.ndarray]) -> None:
-    """One panel per metric, three in a row, with one curve per number of steps."""
-    found = [match for match in map(_EVALUATED.fullmatch, curves) if match and not match[1].endswith("_deviation")]
-    metrics = list(dict.fromkeys(match[1] for match in found))
-    if not metrics:
-        return
-    batches = curves[BATCHES]
-    figure, subfigures = _figure(run, batches, -(-len(metrics) // 3))
-    for place, metric in enumerate(metrics):
-        axes = subfigures[place // 3].add_subplot(1, min(3, len(metrics)), place % 3 + 1)
-        shown = [match for match in found if match[1] == metric]
-        for match in shown:
-            label = f"{match[2]} step{'s' if match[2] != '1' else ''}"
-            axes.plot(batches, curves[match[0]], marker="o", markersize=3, linewidth=1.6, label=label)
-        axes.legend(fontsize=8, framealpha=0.7)
-        values = [curves[match[0]] for match in shown]
-        _finish(axes, values, _LABELS.get(metric, metric), logarithmic=metric in _LOGARITHMIC)
-    with atomic_write(run / "evaluations.png") as file:
-        figure.savefig(file, format="png")
-
-
-def _figure(run: Path, batches: np.ndarray, rows: int) -> tuple[Any, Sequence[Any]]:
-    """A figure and its subfigures, one for each row of panels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, 0.4 + _HEIGHT * rows), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(f"{run.resolve().name}: {int(batches[-1]):,} batches", fontsize=12)
-    return figure, list(figure.subfigures(rows, 1, squeeze=False)[:, 0])
-
-
-def _level(name: str) -> int:
-    return int(name.removeprefix("loss_sigma_"))
+    names, rows = read_metrics(file)
+    table = np.array([[float(value or "nan") for value in row] for row in rows]).reshape(len(rows), len(names))
+    return {name: values for name, values in zip(names, table.T, strict=True) if np.isfinite(values).any()}
 
 
 def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -146,37 +92,89 @@ def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _raw_and_smoothed(axes: Any, batches: np.ndarray, values: np.ndarray, color: str) -> None:
-    axes.plot(batches, values, color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(batches, smoothed(values), color=color, linewidth=1.8)
+def _metric(name: str, values: np.ndarray) -> _Panel:
+    thick = {"color": _COLORS[name], "linewidth": 1.8}
+    thin = thick | {"alpha": 0.3, "linewidth": 0.8}
+    lines = [(values, thick)] if name == "learning_rate" else [(values, thin), (smoothed(values), thick)]
+    return _Panel(name, lines)
 
 
-def _by_level(axes: Any, batches: np.ndarray, curves: list[np.ndarray]) -> None:
+def _loss_by_level(curves: dict[str, np.ndarray]) -> list[_Panel]:
     import matplotlib
 
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
-    names = [str(place + 1) for place in range(len(curves))]
-    if len(curves) > 1:
-        names[0], names[-1] = names[0] + " (lowest)", names[-1] + " (highest)"
-    for values, color, name in reversed(list(zip(curves, colors, names, strict=True))):
-        axes.plot(batches, values, color=color, linewidth=1.6, label=name)
-    axes.legend(fontsize=8, ncols=2, loc="upper right", framealpha=0.7)
+    levels = sorted(filter(_LEVEL.fullmatch, curves), key=lambda name: int(name.rpartition("_")[2]))
+    if not levels:
+        return []
+    ends = {0: " (lowest)", len(levels) - 1: " (highest)"} if len(levels) > 1 else {}
+    lines: list[_Line] = []
+    for place, color in enumerate(matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(levels)))):
+        style = {"color": color, "linewidth": 1.6, "label": f"{place + 1}{ends.get(place, '')}"}
+        lines.append((smoothed(curves[levels[place]]), style))
+    return [_Panel("loss_by_noise_level", lines[::-1], {"ncols": 2, "loc": "upper right"})]
 
 
-def _finish(axes: Any, curves: list[np.ndarray], label: str, *, logarithmic: bool) -> None:
+def _evaluations(curves: dict[str, np.ndarray]) -> list[_Panel]:
+    """One panel per metric, with one line per number of steps."""
+    lines: dict[str, list[_Line]] = {}
+    for match in filter(None, map(_EVALUATED.fullmatch, curves)):
+        style = {"marker": "o", "markersize": 3, "linewidth": 1.6, "label": match[2].replace("_", " ")}
+        lines.setdefault(match[1], []).append((curves[match[0]], style))
+    return [_Panel(name, lines[name], legend={}) for name in lines]
+
+
+def _save(file: Path, curves: dict[str, np.ndarray], rows: list[list[_Panel]], columns: int = 1) -> None:
+    """Save rows of panels, each over the whole width or with `columns` columns."""
+    from matplotlib.figure import Figure
+
+    rows = [panels for panels in rows if panels]
+    if not rows:
+        return
+    batches = curves[BATCHES]
+    figure = Figure(figsize=(_WIDTH, 0.4 + _HEIGHT * len(rows)), dpi=_DPI, layout="constrained")
+    figure.suptitle(f"{file.parent.resolve().name}: {int(batches[-1]):,} batches", fontsize=12)
+    for panels, subfigure in zip(rows, figure.subfigures(len(rows), 1, squeeze=False)[:, 0], strict=True):
+        for place, panel in enumerate(panels, start=1):
+            _draw(subfigure.add_subplot(1, max(columns, len(panels)), place), batches, panel)
+    with atomic_write(file) as fresh:
+        figure.savefig(fresh, format="png")
+
+
+def _draw(axes: Any, batches: np.ndarray, panel: _Panel) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    finite = np.concatenate([values[np.isfinite(values)] for values in curves])
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    if logarithmic and len(finite) and finite.min() > 0:
+    for values, style in panel.lines:
+        axes.plot(batches, values, **style)
+    if panel.legend is not None:
+        axes.legend(fontsize=8, framealpha=0.7, **panel.legend)
+    shown = np.concatenate([values for values, _ in panel.lines])
+    if panel.name in _LOGARITHMIC and np.min(shown, where=np.isfinite(shown), initial=np.inf) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("batches")
-    axes.set_title(label, fontsize=10)
+    axes.set_title(_TITLES.get(panel.name, panel.name.replace("_", " ")), fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
+
+
+def sample_grid(config: ModelConfig, params: Params) -> Image.Image:
+    """Ten samples per row: of a consistency model five in one step and five in two, of a denoiser in 18 Heun steps.
+
+    Each row is a class, if there are classes: all of them, or nine evenly spaced ones. The noise is always the same.
+    """
+    model = Model(config, params)
+    classes = config.network.classes
+    rows = np.linspace(0, classes - 1, min(_GRID_ROWS, classes)).astype(int) if classes else np.arange(_GRID_ROWS)
+    names = [config.class_names[row] if config.class_names else f"class {row}" for row in rows] if classes else ()
+
+    half, blocks = _GRID_COLUMNS // 2, []
+    for columns, steps in [(half, 1), (half, 2)] if config.distilled else [(_GRID_COLUMNS, _DENOISER_STEPS)]:
+        labels = np.repeat(rows, columns) if classes else None
+        images = quantize(model.sample(_GRID_SEED, len(rows) * columns, labels=labels, steps=steps))
+        blocks.append(images.reshape(len(rows), columns, *images.shape[1:]))
+    images = np.concatenate(blocks, axis=1)
+    return grid(images.reshape(-1, *images.shape[2:]), _GRID_COLUMNS, names)

@@ -5,16 +5,17 @@ import datetime
 import math
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import jax
+import rich.progress
+from rich.console import Console
 
 _SMOOTHING = 0.9
 """Decay per update of the images and seconds whose ratio is images/s."""
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """Batches done, images/s, loss and time left.
 
         with Progress(done, total, batch_size) as progress:
@@ -25,14 +26,12 @@ class Progress:
     """
 
     def __init__(self, done: int, total: int, batch_size: int, every: float = 10.0) -> None:
-        from rich.console import Console
-
         self.images_per_second: float | None = None
         """Smoothed, without compilation, which ends before the first update. None until the second update."""
         self._done, self._total, self._batch_size, self._every = done, total, batch_size, every
         self._images = self._seconds = 0.0
         self._time: float | None = None
-        self._printed: float | None = None
+        self._printed = -math.inf
         self._last_line = ""
         self._console = Console(stderr=True)
         self._quiet = jax.process_index() != 0
@@ -41,20 +40,18 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal and not self._quiet:
-            from rich import progress
-
-            text = progress.TextColumn("{task.fields[rest]}")
-            columns = (progress.BarColumn(), progress.MofNCompleteColumn(), text)
-            self._bar = progress.Progress(*columns, console=self._console)
+            text = rich.progress.TextColumn("{task.fields[rest]}")
+            columns = (rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), text)
+            self._bar = rich.progress.Progress(*columns, console=self._console)
             self._task = self._bar.add_task("batches", total=self._total, completed=self._done, rest="compiling")
             self._bar.start()
             self._console.show_cursor(True)  # a killed run would leave the terminal without it
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._last_line and not self._quiet:
+        elif self._last_line:
             print(self._last_line, flush=True)
         self._bar, self._last_line = None, ""
 
@@ -84,6 +81,6 @@ class Progress:
             self._bar.update(self._task, completed=done, rest=", ".join(parts))
             return
         self._last_line = ", ".join([f"batch {done:,} of {self._total:,}", *parts])
-        if self._printed is None or now - self._printed >= self._every:
+        if now - self._printed >= self._every:
             print(self._last_line, flush=True)
             self._printed, self._last_line = now, ""

@@ -1,5 +1,6 @@
 """RUN/run.json: command, versions, commit, devices and environment of every start of a run."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -43,11 +44,15 @@ def record_start(run: Path, batches: int, command: Sequence[str] | None = None) 
 
 def _start(batches: int, command: Sequence[str]) -> dict[str, Any]:
     kinds = [device.device_kind for device in jax.devices()]
+    versions = {"python": platform.python_version(), "cm_jax": cm_jax.__version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "batches": batches,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join(command),
-        "versions": {"python": platform.python_version(), "cm_jax": cm_jax.__version__, **_versions()},
+        "versions": versions,
         "commit": _commit(),
         "platform": f"{platform.system()} {platform.machine()}",
         "devices": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
@@ -56,28 +61,14 @@ def _start(batches: int, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _commit() -> str | None:
     """Commit of the checkout, with a note if files differ from it; None for an installed package."""
     root = Path(cm_jax.__file__).parent.parent
     if not (root / ".git").exists():
         return None
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-
+    options = ("--always", "--exclude=*", "--abbrev=40", "--dirty=, with uncommitted changes")
+    command = ["git", "-C", str(root), "describe", *options]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + (", with uncommitted changes" if changed else "")
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

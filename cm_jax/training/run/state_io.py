@@ -7,13 +7,12 @@ detected; writing needs no second copy of the tree in memory; and it is a single
 import contextlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -34,7 +33,7 @@ class Leaf(NamedTuple):
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """{"optimizer/0/mu/kernel": leaf} for every leaf of a tree; None is not a leaf."""
+    """{"optimizer/0/mu/kernel": leaf} for every leaf of a tree of arrays; None is not a leaf."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
     assert len(named) == len(paths), "two leaves have the same name"
@@ -70,7 +69,7 @@ def _copy(leaf: Any) -> np.ndarray:
 def named_arrays(tree: Any, host_tree: Any) -> dict[str, Leaf]:
     """Leaves by name, from a tree and the result of `to_host`."""
     values = named_leaves(host_tree)
-    return {name: Leaf(*_kind(leaf), values[name]) for name, leaf in named_leaves(tree).items()}
+    return {name: Leaf(str(leaf.dtype), leaf.shape, values[name]) for name, leaf in named_leaves(tree).items()}
 
 
 def write(file: Path, leaves: dict[str, Leaf]) -> None:
@@ -89,39 +88,37 @@ def read(file: Path, template: Any) -> Any:
     Former names of leaves are accepted. Raises DamagedError for an incomplete file, and InputError with all differences
     if the leaves are not those of the template.
     """
-    expected = named_leaves(template)
+    leaves = named_leaves(template)
     with _damage(file), zipfile.ZipFile(file) as archive:
         description = json.loads(archive.read(_LEAVES))
-        stored = {name if name in expected else renamed_leaf(name): name for name in description}
-        found = {name: (description[old]["dtype"], tuple(description[old]["shape"])) for name, old in stored.items()}
-    complaints = _differences({name: _kind(leaf) for name, leaf in expected.items()}, found)
+        stored = {name if name in leaves else renamed_leaf(name): name for name in description}
+        found = {name: _text(description[old]["dtype"], description[old]["shape"]) for name, old in stored.items()}
+    expected = {name: _text(leaf.dtype, leaf.shape) for name, leaf in leaves.items()}
+    complaints = [
+        *(f"missing: {name} {leaf}" for name, leaf in expected.items() if name not in found),
+        *(
+            f"{name}: {found[name]} in the file, {leaf} in this run"
+            for name, leaf in expected.items()
+            if found.get(name, leaf) != leaf
+        ),
+        *(f"unknown: {name} {leaf}" for name, leaf in found.items() if name not in expected),
+    ]
     if complaints:
         raise InputError(
             f"{file} is of a run with other settings:\n  {indented_list(complaints)}\n"
             "Resume with the settings that it was saved with, or start in a new folder."
         )
-    leaves = []
-    for name, leaf in expected.items():
-        with _damage(file), zipfile.ZipFile(file) as archive:
-            values = _read_values(archive, stored[name], found[name][0])
-            if values.shape != _values_shape(leaf):
+    restored = []
+    for name, leaf in leaves.items():
+        stored_leaf = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        with _damage(file), zipfile.ZipFile(file) as archive, archive.open(f"{stored[name]}.npy") as entry:
+            values = np.lib.format.read_array(entry, allow_pickle=False)  # checks the checksum at the end
+            if values.dtype != stored_leaf.dtype:
+                values = values.view(stored_leaf.dtype)  # .npy files store bfloat16 as two opaque bytes
+            if values.shape != stored_leaf.shape:
                 raise ValueError(f"{name} has another shape than in {_LEAVES}")
-        leaves.append(_place(values, leaf))
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
-
-
-def _read_values(archive: zipfile.ZipFile, name: str, dtype: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as entry:
-        values = np.lib.format.read_array(entry, allow_pickle=False)  # checks the checksum at the end
-    if dtype.startswith("key<"):
-        dtype = "uint32"
-    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))  # .npy files store bfloat16 as two opaque bytes
-    return values if values.dtype == kind else values.view(kind)
-
-
-def _values_shape(leaf: Any) -> tuple[int, ...]:
-    """Shape of the stored array; a PRNG key has a trailing axis."""
-    return jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else np.shape(leaf)
+        restored.append(_place(values, leaf))
+    return jax.tree.unflatten(jax.tree.structure(template), restored)
 
 
 def _place(values: np.ndarray, like: Any) -> Any:
@@ -130,37 +127,19 @@ def _place(values: np.ndarray, like: Any) -> Any:
         return values
     sharding = like.sharding if getattr(like, "committed", True) else None
     if _is_key(like):
-        kinds: list[Any] = []
-        jax.eval_shape(lambda keys: kinds.append(jax.random.key_impl(keys)), like)  # key_impl needs an array
-        keys = jax.random.wrap_key_data(jnp.asarray(values), impl=kinds[0])
-        return keys if sharding is None else jax.device_put(keys, sharding)
+        impl = jax.random.key_impl(jnp.empty((), like.dtype))  # a shape has none
+        return jax.device_put(jax.random.wrap_key_data(jnp.asarray(values), impl=impl), sharding)
     if sharding is None:
         return jnp.asarray(values)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _kind(leaf: Any) -> tuple[str, tuple[int, ...]]:
-    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return str(leaf.dtype), tuple(leaf.shape)
-
-
-def _differences(expected: dict[str, tuple[str, tuple]], found: dict[str, tuple[str, tuple]]) -> list[str]:
-    def text(leaf: tuple[str, tuple]) -> str:
-        return f"{leaf[0]} {list(leaf[1])}"
-
-    return [
-        *(f"missing: {name} {text(leaf)}" for name, leaf in expected.items() if name not in found),
-        *(
-            f"{name}: {text(found[name])} in the file, {text(leaf)} in this run"
-            for name, leaf in expected.items()
-            if name in found and found[name] != leaf
-        ),
-        *(f"unknown: {name} {text(leaf)}" for name, leaf in found.items() if name not in expected),
-    ]
+def _text(dtype: Any, shape: Sequence[int]) -> str:
+    return f"{dtype} {list(shape)}"
 
 
 @contextlib.contextmanager

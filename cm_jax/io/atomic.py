@@ -1,4 +1,4 @@
-"""Atomic writes: to a temporary path in the folder of the destination, which is then renamed."""
+"""Reading and writing files: atomic writes, errors as InputError, paths given by the user."""
 
 import contextlib
 import errno
@@ -37,21 +37,33 @@ def atomic_write(destination: Path) -> Iterator[Path]:
     """
     check_writable(destination)
     destination = destination.resolve()
-    workspace = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=destination.parent))
-        yield workspace / "new"
-        if destination.is_dir() and (workspace / "new").is_dir():
-            destination.rmdir()
-        os.replace(workspace / "new", destination)
-    except InputError:
-        raise
+        with tempfile.TemporaryDirectory(
+            prefix=UNFINISHED, dir=destination.parent, ignore_cleanup_errors=True
+        ) as workspace:
+            fresh = Path(workspace) / "new"
+            yield fresh
+            if destination.is_dir() and fresh.is_dir():
+                destination.rmdir()
+            os.replace(fresh, destination)
     except OSError as error:
         raise InputError(f"Cannot write {destination}: {error.strerror or error}.") from error
-    finally:
-        if workspace is not None:
-            shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def read_errors(path: Path, kind: str) -> Iterator[None]:
+    """Turn all exceptions of a library that reads a file, most likely because it is damaged, into InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # each library has its own kinds
+        size = path.stat().st_size
+        raise InputError(
+            f"{path} ({f'{size:,} bytes' if size else 'empty'}) is damaged: not a complete {kind} "
+            f"({type(error).__name__}: {str(error)[:300]}). Download it again."
+        ) from error
 
 
 @contextlib.contextmanager

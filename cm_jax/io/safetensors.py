@@ -1,19 +1,20 @@
 """Safetensors files: tensors read lazily, metadata, writing."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from cm_jax.errors import InputError, indented_list, shape_complaints
+from cm_jax.io.atomic import read_errors
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "U8": "uint8"}
+"""Names in NumPy; other dtypes, which no network has, are shown as int64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,27 +28,19 @@ class LazyTensor:
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Tensors of a safetensors file by name. Raises InputError for a damaged file."""
-    dtypes = {
-        "I32": np.int32,
-        "U8": np.uint8,
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-    }
-    with _opened(path) as archive:
-        parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  not a dict
-        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
 
     def read(name: str) -> np.ndarray:
         """Reopen the file for each tensor, because an open one keeps all tensors read from it in memory."""
         with safetensors.safe_open(path, framework="np") as archive:
             return archive.get_tensor(name)
 
-    return {
-        name: LazyTensor(shape, np.dtype(dtypes.get(dtype, np.int64)), functools.partial(read, name))
-        for name, (shape, dtype) in found.items()
-    }
+    with read_errors(path, "safetensors file"), safetensors.safe_open(path, framework="np") as archive:
+        parts = {name: archive.get_slice(name) for name in archive.keys()}  # noqa: SIM118  not a dict
+        dtypes = {name: np.dtype(_DTYPES.get(part.get_dtype(), "int64")) for name, part in parts.items()}
+        return {
+            name: LazyTensor(tuple(part.get_shape()), dtypes[name], functools.partial(read, name))
+            for name, part in parts.items()
+        }
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -60,21 +53,8 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Metadata of a safetensors file. Raises InputError for a damaged file."""
-    with _opened(path) as archive:
+    with read_errors(path, "safetensors file"), safetensors.safe_open(path, framework="np") as archive:
         return archive.metadata() or {}
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file, with its errors as InputError."""
-    try:
-        with safetensors.safe_open(path, framework="np") as archive:
-            yield archive
-    except Exception as error:  # safetensors raises several kinds
-        raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {str(error)[:300]}. "
-            "Download it again."
-        ) from error
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], source: str) -> None:

@@ -1,7 +1,6 @@
 """Validation of values from JSON files against type hints."""
 
 import json
-import math
 import types
 import typing
 from pathlib import Path
@@ -47,25 +46,18 @@ def check_value(value: Any, hint: Any, place: str) -> Any:
             pairs = enumerate(zip(value, parts, strict=True))
             return tuple(check_value(item, part, f"{place}[{index}]") for index, (item, part) in pairs)
         expected = "a list" if choices[1:] == (...,) else f"a list of {len(choices)}"
-    elif hint is bool:
-        if isinstance(value, bool):
+    elif hint in (bool, str):
+        if isinstance(value, hint):
             return value
-        expected = "true or false"
-    elif hint is str:
-        if isinstance(value, str):
-            return value
-        expected = "a text"
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST_WHOLE:
-            return value
-        large = isinstance(value, int) and abs(value) >= _LARGEST_WHOLE
-        expected = "a whole number" + (" of less than 2^53" if large else "")
+        expected = "true or false" if hint is bool else "a text"
     else:
-        assert hint is float, f"no check for {hint}"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and abs(value) < _LARGEST and math.isfinite(value):
+        assert hint in (int, float), f"no check for {hint}"
+        kind, limit = (int, _LARGEST_WHOLE) if hint is int else (int | float, _LARGEST)
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if number and abs(value) < limit:  # false for NaN
             return value
-        expected = "a finite number"
+        large = " of less than 2^53" if number else ""
+        expected = f"a whole number{large}" if hint is int else "a finite number"
     shown = json.dumps(value, default=repr)
     close = nearest(value, choices) if origin is Literal else ""
     raise InputError(f"{place} must be {expected}, got {shown if len(shown) < 60 else shown[:56] + ' ...'}.{close}")

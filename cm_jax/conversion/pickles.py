@@ -6,12 +6,14 @@ raises InputError and nothing else. (torch.load with weights_only is as strict, 
 
 import io
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from cm_jax.errors import InputError
+from cm_jax.io.atomic import read_errors
 from cm_jax.io.safetensors import LazyTensor
 from cm_jax.types import leaves
 
@@ -22,25 +24,45 @@ _OPCODES = (
     *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2),
     *(pickle.TUPLE3, pickle.SETITEM, pickle.SETITEMS, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT),
     *(pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.SHORT_BINSTRING, pickle.BINSTRING),
+    *(pickle.SHORT_BINBYTES, pickle.BINBYTES),
 )
-"""Opcodes that torch.save writes for dictionaries of tensors and numbers, in protocols 2 to 5, from Python 2 on."""
-_BYTES = (pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINBYTES8)
-"""Further opcodes of pickled NumPy arrays."""
+"""Opcodes of pickled dictionaries of tensors, arrays and numbers, in protocols 2 to 5, from Python 2 on."""
+
+
+class Inert:
+    """An object of a pickle without its class: the arguments of its constructor, and its pickled state."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """Refuses every global, and every opcode that a state dict does not contain.
+    """Refuses every opcode and global except those listed: `allowed` has a harmless substitute for each global.
 
     It extends the unpickler written in Python, because the one in C trusts the sizes in a damaged file.
     """
 
     dispatch: ClassVar[dict[int, Any]] = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}
+    dispatch[pickle.NEWOBJ[0]] = dispatch[pickle.REDUCE[0]]  # the substitute is called, and __new__ of no class
 
-    def __init__(self, path: Path, file: io.BufferedIOBase) -> None:
+    def __init__(
+        self, path: Path, file: io.BufferedIOBase, allowed: Mapping[tuple[str, str], Any] | None = None
+    ) -> None:
         super().__init__(file, encoding="utf-8")
-        self._path = path
+        self._path, self._allowed = path, allowed or {}
+
+    def load_build(self) -> None:
+        """Keep the state of an inert object; drop the attributes of a state dict."""
+        state = self.stack.pop()  # type: ignore[attr-defined]
+        if isinstance(self.stack[-1], Inert):  # type: ignore[attr-defined]
+            self.stack[-1].state = state  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._allowed:
+            return self._allowed[module, name]
         raise InputError(
             f"Expected a state dict of tensors, got a file that runs {module}.{name} when it is read: {self._path}. It "
             "was refused and nothing was run; if you trust it, load it with its own program and save the tensors alone."
@@ -52,52 +74,17 @@ def read_arrays(path: Path) -> dict[str, LazyTensor]:
 
     Raises InputError for a damaged file, and for a file with anything but floating-point arrays.
     """
-    try:
-        tree = _ArrayUnpickler(path, io.BytesIO(path.read_bytes())).load()
-        flat = {name: leaf.tensor() for name, leaf in leaves(tree)}
-    except InputError:
-        raise
-    except Exception as error:  # a pickle can fail in any way
-        raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a complete pickle of NumPy arrays: {repr(error)[:300]}. "
-            "Download it again."
-        ) from error
-    return flat
+    reconstruct = [(module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")]
+    allowed = {("numpy", "ndarray"): None, **dict.fromkeys([("numpy", "dtype"), *reconstruct], Inert)}
+    with read_errors(path, "pickle of NumPy arrays"):
+        tree = RestrictedUnpickler(path, io.BytesIO(path.read_bytes()), allowed).load()
+        return {name: _array(leaf) for name, leaf in leaves(tree)}
 
 
-class _ArrayState:
-    """A NumPy array or dtype during unpickling: the arguments of its constructor, and its pickled state."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = None
-
-    def tensor(self) -> LazyTensor:
-        _, shape, dtype, column_major, content = self.state
-        name, order = dtype.arguments[0], dtype.state[1]
-        if name not in ("f2", "f4", "f8") or order != "<" or dtype.state[2:5] != (None, None, None):
-            raise ValueError(f"an array of {order}{name}")
-        array = np.frombuffer(content, f"<{name}").reshape(shape, order="F" if column_major else "C")
-        return LazyTensor(array.shape, array.dtype, lambda: array)
-
-
-class _ArrayUnpickler(RestrictedUnpickler):
-    """Builds NumPy arrays from their pickled bytes."""
-
-    dispatch: ClassVar[dict[int, Any]] = RestrictedUnpickler.dispatch | {
-        opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _BYTES
-    }
-
-    def load_build(self) -> None:
-        state = self.stack.pop()  # type: ignore[attr-defined]
-        self.stack[-1].state = state  # type: ignore[attr-defined]
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-    def find_class(self, module: str, name: str) -> Any:
-        multiarray = ("numpy.core.multiarray", "numpy._core.multiarray")
-        if (name == "_reconstruct" and module in multiarray) or (module, name) == ("numpy", "dtype"):
-            return _ArrayState
-        if (module, name) == ("numpy", "ndarray"):
-            return None
-        return super().find_class(module, name)
+def _array(pickled: Inert) -> LazyTensor:
+    _, shape, dtype, column_major, content = pickled.state
+    name, order = dtype.arguments[0], dtype.state[1]
+    if name not in ("f2", "f4", "f8") or order != "<" or dtype.state[2:5] != (None, None, None):
+        raise ValueError(f"an array of {order}{name}")
+    array = np.frombuffer(content, f"<{name}").reshape(shape, order="F" if column_major else "C")
+    return LazyTensor(array.shape, array.dtype, lambda: array)

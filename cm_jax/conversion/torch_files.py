@@ -7,31 +7,22 @@ was five pickles followed by the storages. A TorchScript file is an archive that
 import collections
 import io
 import math
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from cm_jax.conversion.pickles import RestrictedUnpickler
+from cm_jax.conversion.pickles import Inert, RestrictedUnpickler
 from cm_jax.errors import InputError
+from cm_jax.io.atomic import read_errors
 from cm_jax.io.safetensors import LazyTensor
 
-STORAGES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
+_FLOATS = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16"}
+_INTEGERS = {"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"}
+STORAGES = {f"{name}Storage": np.dtype(dtype) for name, dtype in (_FLOATS | _INTEGERS).items()}
 _LARGEST_DESCRIPTION = 64 * 2**20
 """Bytes of the pickle that describes the tensors; 0.2 MB for a thousand tensors."""
 _LARGEST_RATIO = 20
@@ -46,38 +37,17 @@ def is_torch(path: Path) -> bool:
         return file.read(len(_LEGACY)).startswith((b"PK", _LEGACY))
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive of tensors with a program."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
-
-
 def read_torch(path: Path) -> dict[str, LazyTensor]:
     """Tensors of a torch.save state dict, or of the modules in a TorchScript file, by name.
 
     Raises InputError for a damaged file, and for a file with anything but tensors.
     """
-    try:
+    with read_errors(path, "file of torch.save"):
         with path.open("rb") as file:
             legacy = file.read(len(_LEGACY)) == _LEGACY
         content = _read_legacy(path) if legacy else _read_zip(path)
-        if isinstance(content, _Module):
-            content = dict(content.tensors())
-    except InputError:
-        raise
-    except (zipfile.BadZipFile, EOFError) as error:
-        size = path.stat().st_size
-        hint = "It is empty." if size == 0 else "Download it again, or save it again with torch.save."
-        raise InputError(
-            f"{path} ({size:,} bytes) is not a complete file of torch.save: {str(error)[:300]}. {hint}"
-        ) from error
-    except Exception as error:  # a pickle can fail in any way
-        raise InputError(
-            f"{path} is damaged: its description of tensors cannot be read ({str(error)[:300]})."
-        ) from error
+        if isinstance(content, Inert):
+            content = dict(_module_tensors(content))
     if not (isinstance(content, dict) and content and all(isinstance(each, LazyTensor) for each in content.values())):
         kind = type(content).__name__
         found = f"a {kind} with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else f"a {kind}"
@@ -94,31 +64,23 @@ class _Storage(NamedTuple):
 
 
 class _TensorUnpickler(RestrictedUnpickler):
-    """Builds LazyTensors; `read` returns the bytes of a storage on demand."""
-
-    dispatch: ClassVar[dict[int, Any]] = dict(RestrictedUnpickler.dispatch)
+    """Builds LazyTensors, and TorchScript modules without their code; `read` returns the bytes of a storage."""
 
     def __init__(self, path: Path, file: io.BufferedIOBase, read: Callable[[_Storage], bytes]) -> None:
-        super().__init__(path, file)
+        allowed = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+            ("torch.jit._pickle", "build_intlist"): list,
+            **{("torch", name): dtype for name, dtype in STORAGES.items()},
+            **{("torch.storage", name): dtype for name, dtype in STORAGES.items()},
+        }
+        super().__init__(path, file, allowed)
         self._read = read
         self.storages: dict[str, _Storage] = {}
 
-    def load_build(self) -> None:
-        """Drop the attributes of a state dict."""
-        self.stack.pop()  # type: ignore[attr-defined]
-
-    dispatch[pickle.BUILD[0]] = load_build
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return STORAGES[name]
-        return super().find_class(module, name)
+        return Inert if module.startswith("__torch__.") else super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, count, *views = pid
@@ -136,10 +98,8 @@ class _TensorUnpickler(RestrictedUnpickler):
             raise ValueError(f"a tensor of shape {list(shape)} reaches outside its storage")
 
         def read() -> np.ndarray:
-            try:
+            with read_errors(self._path, "file of torch.save"):
                 content = self._read(storage)
-            except Exception as error:  # zip and zlib raise several kinds
-                raise InputError(f"{self._path} is damaged: {str(error)[:300]}. Download it again.") from error
             numbers = np.frombuffer(content, storage.dtype)
             steps = [stride * storage.dtype.itemsize for stride in strides]
             return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)
@@ -147,45 +107,12 @@ class _TensorUnpickler(RestrictedUnpickler):
         return LazyTensor(shape, storage.dtype, read)
 
 
-class _Module:
-    """Attributes of a TorchScript module, without its code."""
-
-    def __init__(self) -> None:
-        self.attributes: dict[str, Any] = {}
-
-    def tensors(self, path: str = "") -> Iterator[tuple[str, LazyTensor]]:
-        for name, value in self.attributes.items():
-            if isinstance(value, _Module):
-                yield from value.tensors(f"{path}{name}.")
-            elif isinstance(value, LazyTensor):
-                yield f"{path}{name}", value
-
-
-class _ModuleUnpickler(_TensorUnpickler):
-    """Builds the modules of a TorchScript file and ignores their classes."""
-
-    dispatch: ClassVar[dict[int, Any]] = dict(_TensorUnpickler.dispatch)
-
-    def load_newobj(self) -> None:
-        kind, arguments = self.stack[-2:]  # type: ignore[attr-defined]
-        if kind is not _Module or arguments != ():
-            raise ValueError("an object that is not a module")
-        self.stack[-2:] = [_Module()]  # type: ignore[attr-defined]
-
-    dispatch[pickle.NEWOBJ[0]] = load_newobj
-
-    def load_build(self) -> None:
-        attributes = self.stack.pop()  # type: ignore[attr-defined]
-        self.stack[-1].attributes = dict(attributes)  # type: ignore[attr-defined]
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__."):
-            return _Module
-        if (module, name) == ("torch.jit._pickle", "build_intlist"):
-            return list
-        return super().find_class(module, name)
+def _module_tensors(module: Inert, path: str = "") -> Iterator[tuple[str, LazyTensor]]:
+    for name, value in dict(module.state).items():
+        if isinstance(value, Inert):
+            yield from _module_tensors(value, f"{path}{name}.")
+        elif isinstance(value, LazyTensor):
+            yield f"{path}{name}", value
 
 
 def _read_zip(path: Path) -> Any:
@@ -212,8 +139,7 @@ def _read_zip(path: Path) -> Any:
         with zipfile.ZipFile(path) as again:
             return again.read(f"{folder}data/{storage.key}")
 
-    kind = _ModuleUnpickler if is_torchscript(path) else _TensorUnpickler
-    unpickler = kind(path, io.BytesIO(instructions), read)
+    unpickler = _TensorUnpickler(path, io.BytesIO(instructions), read)
     content = unpickler.load()
     for key, dtype, count in unpickler.storages.values():
         if entries[f"{folder}data/{key}"].file_size != count * dtype.itemsize:

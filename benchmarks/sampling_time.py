@@ -100,9 +100,9 @@ def pytorch(
 
 def on_cpu(network: ADMUNet, params: Params) -> dict[str, Implementation]:
     """Float32: cm_jax with and without the CPU kernels; diffusers in NCHW, channels last, and compiled."""
-    from cm_jax.conversion.diffusers import DIFFUSERS
     from cm_jax.conversion.parity import reference_network
     from cm_jax.conversion.rules import to_source
+    from cm_jax.conversion.unet_format import DIFFUSERS
 
     nchw = reference_network(network, to_source(DIFFUSERS.rules(network), params))
     channels_last = copy.deepcopy(nchw).to(memory_format=torch.channels_last)

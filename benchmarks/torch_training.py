@@ -29,9 +29,9 @@ class DiffusersADM(nn.Module):
     """The UNet2DModel of diffusers with the parameters of `network` and the call signature of TorchUNet."""
 
     def __init__(self, network: ADMUNet, params: Params) -> None:
-        from cm_jax.conversion.diffusers import DIFFUSERS
         from cm_jax.conversion.parity import reference_network
         from cm_jax.conversion.rules import to_source
+        from cm_jax.conversion.unet_format import DIFFUSERS
 
         super().__init__()
         self.unet = reference_network(network, to_source(DIFFUSERS.rules(network), params))

@@ -1,66 +1,18 @@
-"""Folders of diffusers' ConsistencyModelPipeline: tensor names of UNet2DModel, and the JSON files.
+"""JSON files of diffusers' ConsistencyModelPipeline folders.
 
 Missing keys and old spellings are read; files are written as diffusers 0.42 writes them.
 """
 
-import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.conversion.rules import Layout, Shapes
-from cm_jax.conversion.unet_format import UNetFormat
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS, KarrasSchedule
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.validation import check_value, read_json
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.layers import NORM_EPSILON, NORM_GROUPS
-from cm_jax.networks.plan import Unit
-
-
-class _Diffusers(UNetFormat):
-    def unit(self, stage: str, block: int, position: int, unit: Unit, blocks_per_level: int) -> str:
-        if stage == "middle":
-            return "mid_block.attentions.0" if unit.kind == "attention" else f"mid_block.resnets.{position // 2}"
-        level, index = divmod(block, blocks_per_level + 1)
-        prefix = f"down_blocks.{level}" if stage == "encoder" else f"up_blocks.{level}"
-        if unit.resample:
-            return f"{prefix}.{unit.resample}samplers.0"
-        return f"{prefix}.{'attentions' if unit.kind == 'attention' else 'resnets'}.{index}"
-
-    def depth(self, shapes: Shapes) -> tuple[int, int]:
-        found = [re.match(r"(down|up)_blocks\.(\d{1,6})\.resnets\.(\d{1,6})\.", name) for name in shapes]
-        levels = {int(part[2]) + 1 for part in found if part}
-        blocks = {int(part[3]) + (1 if part[1] == "down" else 0) for part in found if part}
-        return max(levels, default=0), max(blocks, default=0)
-
-
-DIFFUSERS = _Diffusers(
-    title="diffusers",
-    input_layers={
-        "stem": ("conv_in", Layout.CONVOLUTION),
-        "embedding/dense_1": ("time_embedding.linear_1", Layout.DENSE),
-        "embedding/dense_2": ("time_embedding.linear_2", Layout.DENSE),
-        "embedding/table": ("class_embedding", Layout.SAME),
-    },
-    output_layers={"head/norm": ("conv_norm_out", Layout.SAME), "head/output": ("conv_out", Layout.CONVOLUTION)},
-    residual={
-        "norm_1": ("norm1", Layout.SAME),
-        "conv_1": ("conv1", Layout.CONVOLUTION),
-        "embedding": ("time_emb_proj", Layout.DENSE),
-        "norm_2": ("norm2", Layout.SAME),
-        "conv_2": ("conv2", Layout.CONVOLUTION),
-        "skip": ("conv_shortcut", Layout.POINTWISE),
-    },
-    attention={
-        "norm": ("group_norm", Layout.SAME),
-        "qkv": (("to_q", "to_k", "to_v"), Layout.DENSE),
-        "projection": ("to_out.0", Layout.DENSE),
-    },
-    convolution={"down": "conv", "up": "conv"},
-)
 
 _VERSION = "0.42.1"
 _FIXED = {
@@ -146,30 +98,20 @@ def model_index() -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class DiffusersMetadata:
-    """Settings from the JSON files of a diffusers folder; None where the files do not contain them."""
+def read_settings(unet: Path, scheduler: Path) -> dict[str, Any]:
+    """Settings from both JSON files, by their names in CheckpointHints, with schedule and sigma_data.
 
-    head_dim: int | None = None
-    heads: int | None = None
-    image_size: int | None = None
-    schedule: KarrasSchedule | None = None
-    num_levels: int | None = None
-    sigma_data: float = 0.5
-
-
-def read_metadata(unet: Path, scheduler: Path) -> DiffusersMetadata:
-    """Read both JSON files. Either may be missing; missing keys take the defaults of diffusers.
-
-    Raises InputError for values of the wrong type, and for networks or schedulers that consistency models do not use.
+    Either file may be missing; missing keys take the defaults of diffusers. Raises InputError for values of the wrong
+    type, and for networks or schedulers that consistency models do not use.
     """
-    fields: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if unet.exists():
         config = read_json(unet)
         _require(unet, config, {"_class_name": "UNet2DModel"})
         head_dim = check_value(config.get("attention_head_dim", 8), int | None, f"{unet}: attention_head_dim")
-        fields |= {"head_dim": head_dim, "heads": 1 if head_dim is None else None}
-        fields["image_size"] = check_value(config.get("sample_size"), int | None, f"{unet}: sample_size")
+        settings |= {"heads": 1} if head_dim is None else {"head_dim": head_dim}
+        image_size = check_value(config.get("sample_size"), int | None, f"{unet}: sample_size")
+        settings |= {} if image_size is None else {"image_size": image_size}
     if scheduler.exists():
         config = read_json(scheduler)
         fixed = {"_class_name": "CMStochasticIterativeScheduler", "clip_denoised": True, "s_noise": 1.0}
@@ -178,19 +120,15 @@ def read_metadata(unet: Path, scheduler: Path) -> DiffusersMetadata:
         def value(name: str, default: float) -> Any:
             return check_value(config.get(name, default), type(default), f"{scheduler}: {name}")
 
-        known = {
-            "sigma_min": value("sigma_min", 0.002),
-            "sigma_max": value("sigma_max", 80.0),
-            "rho": value("rho", 7.0),
-        }
+        known = value("sigma_min", 0.002), value("sigma_max", 80.0), value("rho", 7.0)
         try:
-            fields["schedule"] = KarrasSchedule(**known)
+            settings["schedule"] = KarrasSchedule(*known)
         except InputError as error:
             raise InputError(f"{scheduler}: {error}") from error
         levels = value("num_train_timesteps", NUM_LEVELS)
-        fields["num_levels"] = check_int(f"{scheduler}: num_train_timesteps", levels, 2, 2**20)
-        fields["sigma_data"] = value("sigma_data", 0.5)
-    return DiffusersMetadata(**fields)
+        settings["num_levels"] = check_int(f"{scheduler}: num_train_timesteps", levels, 2, 2**20)
+        settings |= {"sigma_data": value("sigma_data", 0.5), "preconditioning": "consistency"}
+    return settings
 
 
 def _require(path: Path, config: dict[str, Any], fixed: dict[str, Any]) -> None:
@@ -202,12 +140,15 @@ def _require(path: Path, config: dict[str, Any], fixed: dict[str, Any]) -> None:
             )
 
 
-def check_agreement(path: Path, config: dict[str, Any], network: ADMUNet) -> None:
-    """Raise InputError where a unet/config.json contradicts the network that its tensors form.
+def check_agreement(path: Path, network: ADMUNet) -> None:
+    """Raise InputError where a unet/config.json, if there is one, contradicts the network that its tensors form.
 
     Missing keys are ignored, because old configs lack many. So is attn_norm_num_groups: the norm of the middle
     attention is used wherever its tensors exist (diffusers issue 4414).
     """
+    if not path.exists():
+        return
+    config = read_json(path)
     ignored = {"_class_name", "_diffusers_version", "attn_norm_num_groups", "dropout", "num_train_timesteps"}
     ignored |= {"sample_size", "attention_head_dim"}
     try:

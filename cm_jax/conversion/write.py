@@ -6,10 +6,10 @@ from typing import Literal
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.conversion.diffusers import DIFFUSERS, model_index, scheduler_config, unet_config
-from cm_jax.conversion.openai import OPENAI
+from cm_jax.conversion.diffusers import model_index, scheduler_config, unet_config
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import write_torch
+from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI
 from cm_jax.diffusion.noise_schedule import ADM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError

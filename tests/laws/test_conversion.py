@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import BUNDLED, imagenet_classes, published, recognize
 from cm_jax.conversion import CheckpointHints, read, write
-from cm_jax.conversion.diffusers import DIFFUSERS, scheduler_config, unet_config
-from cm_jax.conversion.openai import OPENAI
+from cm_jax.conversion.diffusers import scheduler_config, unet_config
 from cm_jax.conversion.rules import from_source, source_shapes, to_source
+from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet

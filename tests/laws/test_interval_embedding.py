@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.conversion.diffusers import DIFFUSERS
-from cm_jax.conversion.openai import OPENAI
+from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.preconditioning import MeanFlowPreconditioning
 from cm_jax.errors import InputError

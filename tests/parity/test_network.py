@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from cm_jax.conversion.diffusers import DIFFUSERS
-from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.parity import reference_network
 from cm_jax.conversion.rules import to_source
+from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cm_jax.conversion import CheckpointHints, read
-from cm_jax.conversion.openai import OPENAI
+from cm_jax.conversion.unet_format import OPENAI
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Halving, Progressive
 from cm_jax.diffusion.distances import Absolute, Squared

@@ -17,9 +17,9 @@ from cm_jax import conversion
 from cm_jax.checkpoints import native, serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion import jcm
-from cm_jax.conversion.openai import OPENAI
 from cm_jax.conversion.rules import source_shapes, to_source
 from cm_jax.conversion.torch_files import write_torch
+from cm_jax.conversion.unet_format import OPENAI
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.feature_networks import lpips
 from cm_jax.networks import ADMUNet, SongUNet

@@ -12,10 +12,10 @@ from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import atomic_write
 from cm_jax.training.config import PARAMETERS, TrainConfig
 from cm_jax.training.prefetch import prefetch
-from cm_jax.training.run.evaluation_hook import EvaluationHook
+from cm_jax.training.run.evaluation_hook import EvaluationHook, sample_grid
 from cm_jax.training.run.folder import Retention, RunFolder
 from cm_jax.training.run.metrics_log import MetricsLog, MetricsWindow
-from cm_jax.training.run.plots import plot, sample_grid
+from cm_jax.training.run.plots import plot
 from cm_jax.training.run.processes import StopSignal, in_any
 from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start

@@ -17,7 +17,6 @@ def report(setup: TrainingSetup) -> Iterator[str]:
     config, network = setup.config, setup.config.network
     devices = setup.parallelism.devices
     state, constants = setup.abstract_state(), setup.constants()
-    images = config.batch_size * config.steps_per_dispatch
     yield f"data        {setup.dataset.description}" + (", copied to the devices" if setup.resident else "")
     yield f"objective   {type(config.objective).__name__}"
     yield f"network     {type(network).__name__}, {network.parameter_count():,} parameters, {network.precision}"
@@ -43,11 +42,9 @@ def report(setup: TrainingSetup) -> Iterator[str]:
     with kernels.off():  # XLA does not count the FLOPs of custom calls
         costs = lowered().cost_analysis()
     costs = costs or compiled.cost_analysis() or {}  # on GPUs only the compiled program has them
-    if (total := costs.get("flops", 0) * len(devices)) > 0:
-        yield (
-            f"operations  {total / config.steps_per_dispatch:.3g} FLOP per step, {total / images:.3g} per image "
-            "(estimated by XLA)"
-        )
+    if (flops := costs.get("flops", 0) * len(devices) / config.steps_per_dispatch) > 0:
+        per_image = flops / config.batch_size
+        yield f"operations  {flops:.3g} FLOP per step, {per_image:.3g} per image (estimated by XLA)"
 
 
 def _bytes(tree: Any) -> int:

@@ -64,10 +64,9 @@ class Retention:
         """
         older = sorted(batches for batches in saved if batches <= newest)
         kept = {newest, best, *older[-self.keep_last :]}
+        kept.update(batches for batches in older if self.keep_every and batches % self.keep_every == 0)
         last = float("-inf")
         for batches in older:
-            if self.keep_every and batches % self.keep_every == 0:
-                kept.add(batches)
             if self.keep_hours and saved[batches] - last >= self.keep_hours * 3600:
                 kept.add(batches)
                 last = saved[batches]
@@ -98,11 +97,9 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             self.close()
-            return
-        with self._resources:
-            # Not `wait`: the other processes may not have this error.
-            if self._written is not None and (failure := self._written.exception()) is not None:
-                _log.warning("%s", failure)
+        elif self._written is not None and (failure := self._written.exception()) is not None:
+            _log.warning("%s", failure)  # not raised: the other processes may not have this error
+        self._resources.close()
 
     def save(self, batches: int, config: ModelConfig, params: Params, state: Any) -> None:
         """Save a checkpoint after `batches`: `params` to sample from, and `state`, any tree of arrays.

@@ -51,8 +51,14 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         for image in (run / "samples").glob("*.png"):
             if image.stem.isdecimal() and int(image.stem) > batches:
                 image.unlink()
-        if tensorboard:
-            self._events = _event_writer(run / "tensorboard", batches)
+        if tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            _log.warning("TensorBoard events are not written (pip install tensorboardX); metrics.csv has all numbers.")
+        elif tensorboard:
+            from tensorboardX import SummaryWriter
+
+            folder = run / "tensorboard"
+            starts = len(list(folder.glob("events.out.tfevents.*")))  # two within a second would write the same file
+            self._events = SummaryWriter(str(folder), purge_step=batches + 1, filename_suffix=f".{starts}")
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -86,17 +92,6 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
                 if math.isfinite(value):  # tensorboardX warns about others
                     self._events.add_scalar(f"{tag_prefix}{name}", float(value), batches)
             self._events.flush()
-
-
-def _event_writer(folder: Path, batches: int) -> Any:
-    """A SummaryWriter that discards events later than `batches`; None, with a warning, without tensorboardX."""
-    if importlib.util.find_spec("tensorboardX") is None:
-        _log.warning("TensorBoard events are not written (pip install tensorboardX); metrics.csv has all numbers.")
-        return None
-    from tensorboardX import SummaryWriter
-
-    starts = len(list(folder.glob("events.out.tfevents.*")))  # two within a second would write the same file
-    return SummaryWriter(str(folder), purge_step=batches + 1, filename_suffix=f".{starts}")
 
 
 class _Table:

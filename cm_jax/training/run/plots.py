@@ -1,4 +1,4 @@
-"""Images of a run: RUN/loss.png and RUN/evaluations.png, plots of the tables, and grids of samples."""
+"""RUN/loss.png and RUN/evaluations.png, plots of RUN/metrics.csv and RUN/evaluations.csv."""
 
 import functools
 import importlib.util
@@ -10,14 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
-from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.io.atomic import atomic_write
-from cm_jax.io.images import grid, quantize
-from cm_jax.model import Model
 from cm_jax.training.run.metrics_log import BATCHES, EVALUATIONS, METRICS, read_metrics
-from cm_jax.types import Params
 
 _COLORS = {"loss": "C0", "learning_rate": "C2", "gradient_norm": "C1", "images_per_second": "C4"}
 """Columns of metrics.csv with a panel. The first is above the others."""
@@ -31,8 +26,6 @@ _LOGARITHMIC = ("loss", "loss_by_noise_level", "gradient_norm", "fid", "sfid", "
 _SMOOTHING_WINDOWS = 50
 """Length of a curve in smoothing windows."""
 _WIDTH, _HEIGHT, _DPI = 10.0, 3.0, 150
-_GRID_ROWS, _GRID_COLUMNS, _GRID_SEED = 9, 10, 0
-_DENOISER_STEPS = 18
 
 _log = logging.getLogger(__name__)
 
@@ -70,9 +63,9 @@ def plot(run: Path) -> None:
 def _has_matplotlib(run: Path) -> bool:
     """The warning is logged once per run, by the cache."""
     del run
-    if found := importlib.util.find_spec("matplotlib") is None:
+    if missing := importlib.util.find_spec("matplotlib") is None:
         _log.warning("loss.png is not plotted (pip install matplotlib); metrics.csv has all numbers.")
-    return not found
+    return not missing
 
 
 def _curves(file: Path) -> dict[str, np.ndarray]:
@@ -159,22 +152,3 @@ def _draw(axes: Any, batches: np.ndarray, panel: _Panel) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
-
-
-def sample_grid(config: ModelConfig, params: Params) -> Image.Image:
-    """Ten samples per row: of a consistency model five in one step and five in two, of a denoiser in 18 Heun steps.
-
-    Each row is a class, if there are classes: all of them, or nine evenly spaced ones. The noise is always the same.
-    """
-    model = Model(config, params)
-    classes = config.network.classes
-    rows = np.linspace(0, classes - 1, min(_GRID_ROWS, classes)).astype(int) if classes else np.arange(_GRID_ROWS)
-    names = [config.class_names[row] if config.class_names else f"class {row}" for row in rows] if classes else ()
-
-    half, blocks = _GRID_COLUMNS // 2, []
-    for columns, steps in [(half, 1), (half, 2)] if config.distilled else [(_GRID_COLUMNS, _DENOISER_STEPS)]:
-        labels = np.repeat(rows, columns) if classes else None
-        images = quantize(model.sample(_GRID_SEED, len(rows) * columns, labels=labels, steps=steps))
-        blocks.append(images.reshape(len(rows), columns, *images.shape[1:]))
-    images = np.concatenate(blocks, axis=1)
-    return grid(images.reshape(-1, *images.shape[2:]), _GRID_COLUMNS, names)

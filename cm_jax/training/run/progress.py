@@ -5,11 +5,11 @@ import datetime
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import rich.progress
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 _SMOOTHING = 0.9
 """Decay per update of the images and seconds whose ratio is images/s."""
@@ -31,35 +31,29 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         self._done, self._total, self._batch_size, self._every = done, total, batch_size, every
         self._images = self._seconds = 0.0
         self._time: float | None = None
-        self._printed = -math.inf
-        self._last_line = ""
-        self._console = Console(stderr=True)
+        self._printed, self._last_line = -math.inf, ""
+        console = Console(stderr=True)
         self._quiet = jax.process_index() != 0
-        self._bar: Any = None
-        self._task: Any = None
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rest]}"))
+        self._bar = rich.progress.Progress(*columns, console=console, disable=self._quiet or not console.is_terminal)
+        self._task = self._bar.add_task("batches", total=total, completed=done, rest="compiling")
 
     def __enter__(self) -> "Progress":
-        if self._console.is_terminal and not self._quiet:
-            text = rich.progress.TextColumn("{task.fields[rest]}")
-            columns = (rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), text)
-            self._bar = rich.progress.Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("batches", total=self._total, completed=self._done, rest="compiling")
+        if not self._bar.disable:
             self._bar.start()
-            self._console.show_cursor(True)  # a killed run would leave the terminal without it
+            self._bar.console.show_cursor(True)  # a killed run would leave the terminal without it
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.stop()
         elif self._last_line:
             print(self._last_line, flush=True)
-        self._bar, self._last_line = None, ""
 
     @contextlib.contextmanager
     def paused(self, activity: str) -> Iterator[None]:
         """Around other work than training: the bar names it, and its time does not count in images/s."""
-        if self._bar is not None:
-            self._bar.update(self._task, rest=activity)
+        self._bar.update(self._task, rest=activity)
         yield
         self._time = None
 
@@ -77,8 +71,8 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         if self.images_per_second:
             left = math.ceil((self._total - done) * self._batch_size / self.images_per_second)
             parts += [f"{self.images_per_second:,.0f} images/s", f"{datetime.timedelta(seconds=left)} left"]
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, rest=", ".join(parts))
+        self._bar.update(self._task, completed=done, rest=", ".join(parts))
+        if not self._bar.disable:
             return
         self._last_line = ", ".join([f"batch {done:,} of {self._total:,}", *parts])
         if now - self._printed >= self._every:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -37,21 +36,15 @@ def record_start(run: Path, batches: int, command: Sequence[str] | None = None) 
     starts = read_json(file).get("starts") if file.exists() else []
     if not isinstance(starts, list):
         raise InputError(f"{file} has no list of starts: move it away, and a new one is written.")
-    content = json.dumps({"starts": [*starts, _start(batches, command or sys.argv)]}, indent=2) + "\n"
-    with atomic_write(file) as fresh:
-        fresh.write_text(content, "utf-8")
-
-
-def _start(batches: int, command: Sequence[str]) -> dict[str, Any]:
     kinds = [device.device_kind for device in jax.devices()]
     versions = {"python": platform.python_version(), "cm_jax": cm_jax.__version__}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {
+    start = {
         "batches": batches,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(command),
+        "command": shlex.join(command or sys.argv),
         "versions": versions,
         "commit": _commit(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -59,6 +52,8 @@ def _start(batches: int, command: Sequence[str]) -> dict[str, Any]:
         "processes": jax.process_count(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }
+    with atomic_write(file) as fresh:
+        fresh.write_text(json.dumps({"starts": [*starts, start]}, indent=2) + "\n", "utf-8")
 
 
 def _commit() -> str | None:

@@ -1,0 +1,188 @@
+"""Run folders of several processes: locked, killed while they write, and written together."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from cm_jax.checkpoints import native
+from cm_jax.errors import InputError
+from cm_jax.training.run.folder import RunFolder
+from tests.runs.test_run_folder import PARAMS
+from tests.support import ROOT
+
+LOOP = """
+import os, random, signal, sys, time
+import numpy as np, jax
+import orbax.checkpoint
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.networks import ADMUNet
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
+from cm_jax.training.run.folder import Retention, RunFolder
+
+SIZE = 300_000
+CONFIG = ModelConfig(ADMUNet(), ConsistencyPreconditioning(), num_levels=18)
+
+def train(run, say):
+    template = {"a": np.zeros(SIZE, np.float32), "b": {"c": np.zeros((), np.int32)}}
+    with RunFolder(run, Retention(keep_last=2)) as folder:
+        left = [path.name for path in (folder.path / "checkpoints").iterdir() if path.name.startswith(".")]
+        done, state = folder.resume(template) or (0, template)
+        assert not left and np.all(state["a"] == done) and state["b"]["c"] == done, (left, done, state)
+        assert folder.latest() in (None, done)
+        say(f"ready {done}")
+        while True:
+            done += 1
+            state = {"a": np.full(SIZE, done, np.float32), "b": {"c": np.int32(done)}}
+            folder.save(done, CONFIG, {"w": state["a"][:1000]}, state)
+            if done > 1:
+                say(f"saved {done - 1}")
+"""
+
+
+def child(script, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    process = child(LOOP + "train(sys.argv[1], lambda line: print(line, flush=True))", str(tmp_path))
+    try:
+        assert process.stdout.readline().startswith("ready")
+        with pytest.raises(InputError, match=rf"Another process \(pid {process.pid} on .*, since .* UTC\) trains in"):
+            RunFolder(tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    with RunFolder(tmp_path), pytest.raises(InputError, match=f"pid {os.getpid()}"):
+        RunFolder(tmp_path)
+    RunFolder(tmp_path).close()
+
+
+KILLER = r"""
+moments = random.Random(int(sys.argv[2]))
+sure = 0
+for _ in range(13):
+    here, there = os.pipe()
+    pid = os.fork()  # nothing has used a device or a thread yet
+    if pid == 0:
+        try:
+            train(sys.argv[1], lambda line: os.write(there, (line + "\n").encode()))
+        except BaseException as error:
+            os.write(there, f"failed {error!r}\n".encode())
+        os._exit(1)
+    os.close(there)
+    with os.fdopen(here) as lines:
+        while not (line := lines.readline()).startswith(("ready", "failed")):
+            pass
+        assert line.startswith("ready"), line
+        done = int(line.split()[1])
+        assert sure <= done <= sure + 1, (sure, done)
+        time.sleep(moments.uniform(0, 0.6))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        half = any(name.startswith(".") for name in os.listdir(sys.argv[1] + "/checkpoints"))
+        rest = lines.read().split("\n")
+    assert not any(line.startswith("failed") for line in rest), rest
+    sure = max([done, *(int(line.split()[1]) for line in rest if line.startswith("saved") and line in rest[:-1])])
+    print("killed", done, sure, half, flush=True)
+"""
+
+
+def test_killed_at_random_moments_the_newest_checkpoint_is_whole(tmp_path):
+    process = child(LOOP + KILLER, str(tmp_path), "0")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    kills = [line.split() for line in output.splitlines()]
+    assert len(kills) == 13
+    assert int(kills[-1][1]) > 3
+    assert sum(half == "True" for *_, half in kills) > 3, "too few died while they wrote"
+
+
+PROCESS = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+me, port, run = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=me)
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from cm_jax.errors import InputError
+from cm_jax.training.run import state_io
+from cm_jax.training.run.metrics_log import MetricsLog
+from cm_jax.training.run.folder import Retention, RunFolder
+from tests.runs.test_run_folder import CONFIG, PARAMS
+mesh = Mesh(np.array(jax.devices()), ("data",))
+numbers = np.arange(32, dtype=np.float32).reshape(8, 4)
+
+def put(array, *spec):
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P(*spec)), lambda index: array[index])
+
+tree = {"rows": put(numbers, "data"), "columns": put(numbers + 1, None, "data"), "all": put(numbers + 2)}
+tree |= {"half": put(numbers.astype(jnp.bfloat16), "data"), "here": jnp.int32(5)}
+params = jax.tree.map(put, PARAMS)
+with RunFolder(run) as folder:
+    MetricsLog(folder.path, tensorboard=False).metrics(1, {"loss": 1.0})
+    folder.save(1, CONFIG, params, tree)
+    folder.save(2, CONFIG, params, tree)
+    folder.wait()
+    wanted = dict(tree, rows=put(0 * numbers, None, "data"), all=put(0 * numbers, "data"))
+    batches, restored = folder.resume(wanted)
+    assert batches == 2
+    for name in tree:
+        assert restored[name].sharding == wanted[name].sharding
+        for shard in restored[name].addressable_shards:
+            expected = {"rows": numbers, "columns": numbers + 1, "all": numbers + 2, "half": numbers}.get(name)
+            expected = np.int32(5) if expected is None else expected[shard.index]
+            np.testing.assert_array_equal(np.asarray(shard.data), expected)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    write, state_io.write = state_io.write, fail
+    folder.save(3, CONFIG, params, tree)
+    try:
+        folder.save(4, CONFIG, params, tree)
+        raise SystemExit("it ran ahead of a failed save")
+    except InputError as error:
+        assert "No space left" in str(error), error
+        assert str(error).startswith("process 0: ") == (me == 1)
+    state_io.write = write
+    folder.save(3, CONFIG, params, tree)
+    folder.wait()
+    assert folder.latest() == 3
+try:
+    RunFolder("/proc/nothing")
+except InputError as error:
+    print("refused", me, error)
+"""
+
+
+def test_two_processes_save_and_restore_together(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [child(PROCESS, str(me), port, str(tmp_path)) for me in (0, 1)]
+    try:
+        done = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (output, errors) in zip(processes, done, strict=True):
+        assert process.returncode == 0, errors
+        assert "Cannot train in /proc/nothing" in output
+    assert (tmp_path / "metrics.csv").read_text() == "batches,loss\n1,1\n"
+    with RunFolder(tmp_path) as folder:
+        assert folder.steps() == [1, 2, 3]
+    jax.tree.map(np.testing.assert_array_equal, native.restore(tmp_path / "checkpoints" / "00000003")[1], PARAMS)

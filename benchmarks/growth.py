@@ -46,7 +46,7 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
     from cm_jax.objectives import ConsistencyDistillation
     from cm_jax.training.parallelism import Pmap, Sharded
     from cm_jax.training.setup import make_step
-    from cm_jax.training.state import Constants, StepBatch
+    from cm_jax.training.step import Constants, StepBatch
 
     settings = {"size": SIZE, "batch": BATCH, "num_levels": NUM_LEVELS} | (
         {axis: value} if axis != "devices" else {"batch": 16}
@@ -83,7 +83,7 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
         params = random_params(network)
         state = parallelism.place_state(training_step.initial_state(params))
         constants = parallelism.place_constants(Constants(teacher=params))
-        program = parallelism.compile(functools.partial(training_step.run_steps, parallelism), state, constants)
+        program = parallelism.compile(functools.partial(training_step.run_steps, parallelism), state)
         batches = parallelism.place_batches(StepBatch(images[None], labels[None]))
         text = program.lower(state, constants, batches, jax.random.key(0)).compile().as_text()  # type: ignore[attr-defined]
         kinds: dict[str, int] = {}

@@ -35,8 +35,7 @@ from benchmarks.training_rows import (
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.presets import PRESETS
 from cm_jax.training.config import TrainConfig
-from cm_jax.training.learning_rates import ConstantRate
-from cm_jax.training.optimizers import RAdam
+from cm_jax.training.optimizers import ConstantRate, RAdam
 from cm_jax.types import Precision
 
 SMALL = ADMUNet(

@@ -26,8 +26,7 @@ from cm_jax.objectives import ConsistencyDistillation, Denoising
 from cm_jax.objectives.base import split_keys
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.setup import make_parallelism, make_step
-from cm_jax.training.state import Constants, StepBatch
-from cm_jax.training.step import image_keys
+from cm_jax.training.step import Constants, StepBatch, image_keys
 from cm_jax.types import normal_per_image
 
 CHECKED_STEPS = 3
@@ -97,9 +96,7 @@ class JaxStep:
         self._state = parallelism.place_state(training_step.initial_state(params))
         prepared = teacher and teacher.network.prepare(params)
         self._constants = parallelism.place_constants(Constants(teacher=prepared))
-        self._program: Any = parallelism.compile(
-            functools.partial(training_step.run_steps, parallelism), self._state, self._constants
-        )
+        self._program: Any = parallelism.compile(functools.partial(training_step.run_steps, parallelism), self._state)
         self._batches = StepBatch(images[None], None if labels is None else labels[None])
         self._parallelism, self._key = parallelism, jax.random.key(config.seed)
 

@@ -22,8 +22,7 @@ from cm_jax.objectives import (
 )
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import decay_for_half_life
-from cm_jax.training.learning_rates import ConstantRate
-from cm_jax.training.optimizers import Adam, RAdam
+from cm_jax.training.optimizers import Adam, ConstantRate, RAdam
 
 _config = functools.partial(
     TrainConfig, data=TFDSData("cifar10"), sample_every=5_000, checkpoint_every=5_000, keep_every=50_000

@@ -29,8 +29,7 @@ from cm_jax.objectives import (
     MeanFlow,
 )
 from cm_jax.training.config import TrainConfig
-from cm_jax.training.learning_rates import ConstantRate
-from cm_jax.training.optimizers import Adam, RAdam
+from cm_jax.training.optimizers import Adam, ConstantRate, RAdam
 
 _NETWORK = SongUNet(
     base_channels=64,

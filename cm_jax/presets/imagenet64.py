@@ -29,8 +29,7 @@ from cm_jax.objectives import (
 )
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import decay_for_half_life
-from cm_jax.training.learning_rates import ConstantRate, InverseRootDecay
-from cm_jax.training.optimizers import Adam, RAdam
+from cm_jax.training.optimizers import Adam, ConstantRate, InverseRootDecay, RAdam
 
 _NETWORK = replace(IMAGENET64, precision="bfloat16")
 _EMA_DECAY = (decay_for_half_life(50_000_000, 4096), 0.999, 0.9999)

@@ -10,8 +10,7 @@ from cm_jax.networks.adm_unet import LSUN256
 from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, Denoising
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import decay_for_half_life
-from cm_jax.training.learning_rates import ConstantRate
-from cm_jax.training.optimizers import RAdam
+from cm_jax.training.optimizers import ConstantRate, RAdam
 
 _NETWORK = replace(LSUN256, precision="bfloat16")
 _config = functools.partial(

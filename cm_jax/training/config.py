@@ -12,7 +12,7 @@ from cm_jax.errors import InputError, check_int, nearest
 from cm_jax.evaluation.evaluate import EvalConfig
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.objectives import AnyObjective, Denoising
-from cm_jax.training.ema import EMA, ConstantEMA, PowerEMA
+from cm_jax.training.ema import AnyEMA, ConstantEMA, PowerEMA
 from cm_jax.training.optimizers import Adam, AnyOptimizer
 
 PARAMETERS = "parameters"
@@ -58,9 +58,8 @@ class PeriodicEvaluation:
             raise InputError(f"Expected different numbers of steps, got {', '.join(map(str, self.steps))}.")
         first = EvalConfig(self.metrics).metrics[0]
         if first not in BEST_METRICS:
-            raise InputError(
-                f"The first metric chooses the best checkpoint: expected one of {', '.join(BEST_METRICS)}, got {first}."
-            )
+            expected = ", ".join(BEST_METRICS)
+            raise InputError(f"The first metric chooses the best checkpoint: expected one of {expected}, got {first}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,36 +123,27 @@ class TrainConfig:
     """Evaluation during training (FID and others)."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        "images",
-        "steps_per_dispatch",
-        "parallel",
-        "max_consecutive_skips",
-        "log_every",
-        "sample_every",
-        "checkpoint_every",
-        "keep_last",
-        "keep_every",
-        "keep_hours",
-        "evaluation",
+        *("images", "steps_per_dispatch", "parallel", "max_consecutive_skips", "log_every", "sample_every"),
+        *("checkpoint_every", "keep_last", "keep_every", "keep_hours", "evaluation"),
     )
     """Fields that may change when a run resumes, because they do not change the numbers that are computed."""
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "images", "grad_accum_steps", "steps_per_dispatch", "log_every", "sample_every")
-        for name in (*counts, "checkpoint_every", "keep_last", "max_consecutive_skips"):
+        sizes = ("batch_size", "images", "grad_accum_steps", "steps_per_dispatch", "max_consecutive_skips")
+        for name in (*sizes, "log_every", "sample_every", "checkpoint_every", "keep_last"):
             check_int(name, getattr(self, name), 1, 10**15)
         check_int("seed", self.seed, 0, 2**32 - 1)
         check_int("keep_every", self.keep_every, 0, 10**15)
         if self.num_levels is not None:
             check_int("num_levels", self.num_levels, 2, 2**20)
-        if self.num_levels is not None and self.objective.final_num_levels is not None:
-            raise InputError(
-                f"num_levels is {self.num_levels}, but {type(self.objective).__name__} trains a model of "
-                f"{self.objective.final_num_levels} levels by its curriculum: give --num-levels none."
-            )
-        names = [*(ema.name for ema in self.emas), PARAMETERS]
-        asked = self.evaluation.ema if self.evaluation else ""
-        if asked and asked not in names:
+            method, final = type(self.objective).__name__, self.objective.final_num_levels
+            if final is not None:
+                raise InputError(
+                    f"num_levels is {self.num_levels}, but {method} trains a model of {final} levels by its "
+                    "curriculum: give --num-levels none."
+                )
+        names, asked = [*(ema.name for ema in self.emas), PARAMETERS], self.sampled_ema
+        if asked not in names:
             hint = nearest(asked, names)
             raise InputError(f"Expected evaluation.ema to be {' or '.join(names)}, got {asked!r}.{hint}")
 
@@ -168,7 +158,7 @@ class TrainConfig:
         return ConsistencyFunction(self.network, self.preconditioning, self.schedule)
 
     @property
-    def emas(self) -> tuple[EMA, ...]:
+    def emas(self) -> tuple[AnyEMA, ...]:
         return (*map(ConstantEMA, self.ema_decay), *map(PowerEMA, self.power_ema))
 
     @property

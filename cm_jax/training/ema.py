@@ -1,6 +1,8 @@
-"""Exponential moving averages (EMA) of the parameters over training."""
+"""Exponential moving averages (EMA) of the parameters over training.
 
-import abc
+ema <- beta ema + (1 - beta) params after every step, with beta = decay_at(k) for k = 0, 1, ...
+"""
+
 import dataclasses
 import math
 
@@ -13,20 +15,8 @@ from cm_jax.errors import InputError
 from cm_jax.types import Params
 
 
-class EMA(abc.ABC):
-    """ema <- beta ema + (1 - beta) params after every step, with beta = decay_at(k) for k = 0, 1, ..."""
-
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """Key in the training state."""
-
-    @abc.abstractmethod
-    def decay_at(self, step: Step) -> Rate: ...
-
-
 @dataclasses.dataclass(frozen=True)
-class ConstantEMA(EMA):
+class ConstantEMA:
     """EMA with a constant decay beta."""
 
     decay: float = 0.9999
@@ -37,15 +27,15 @@ class ConstantEMA(EMA):
 
     @property
     def name(self) -> str:
+        """Key in the training state."""
         return f"exponential_{self.decay!r}"
 
     def decay_at(self, step: Step) -> Rate:
-        del step
         return jnp.float32(self.decay)
 
 
 @dataclasses.dataclass(frozen=True)
-class PowerEMA(EMA):
+class PowerEMA:
     """Power-function EMA, beta = (1 - 1 / (k + 1))^(gamma + 1): the weight of step i grows as i^gamma (EDM2, sec. 3.1).
 
     It averages over a constant fraction of the training so far, and its initial value has no weight.
@@ -71,6 +61,9 @@ class PowerEMA(EMA):
 
     def decay_at(self, step: Step) -> Rate:
         return (1 - 1 / (jnp.asarray(step, jnp.float32) + 1)) ** (self.gamma + 1)
+
+
+AnyEMA = ConstantEMA | PowerEMA
 
 
 def decay_for_half_life(images: float, batch_size: int) -> float:

@@ -1,7 +1,10 @@
 """The training loop: step -> maybe log -> maybe checkpoint -> maybe samples -> maybe evaluate."""
 
+import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,6 @@ from cm_jax.checkpoints import native, serialization
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import atomic_write
 from cm_jax.training.config import PARAMETERS, TrainConfig
-from cm_jax.training.prefetch import prefetch
 from cm_jax.training.run.evaluation_hook import EvaluationHook, sample_grid
 from cm_jax.training.run.folder import Retention, RunFolder
 from cm_jax.training.run.metrics_log import MetricsLog, MetricsWindow
@@ -21,13 +23,13 @@ from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start
 from cm_jax.training.run.state_io import to_host
 from cm_jax.training.setup import TrainingSetup, prepare, unfinished_schedules
-from cm_jax.training.state import TrainState
+from cm_jax.training.step import TrainState
 from cm_jax.types import Params
 
 FORMAT = 1
 """Version of a run's config.json."""
 _SYNC_EVERY = 10
-"""Dispatches between exchanges of the stop flag among processes."""
+"""Dispatches between exchanges of the stop flag among processes, which wait for each other."""
 
 Print = Callable[[str], None]
 
@@ -38,15 +40,13 @@ def train(config: TrainConfig, folder: str | Path, print_line: Print = print, pr
     Raises InputError if the settings contradict each other or those in the folder.
     """
     setup = prepare(config, progress)
-    fresh = (
-        None if native.run_checkpoints(Path(folder)) else setup.initial_state()
-    )  # before the folder: an error leaves none
+    # Before the folder is created, so that an error leaves none.
+    fresh = None if native.run_checkpoints(Path(folder)) else setup.initial_state()
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
         _save_config(opened.path, config)
-        found = opened.resume(setup.abstract_state())
-        state = found[1] if found else setup.parallelism.place_state(fresh or setup.initial_state())
+        resumed = opened.resume(setup.abstract_state())
+        done, state = resumed or (0, setup.parallelism.place_state(fresh or setup.initial_state()))
         del fresh
-        done = found[0] if found else 0
         hook = EvaluationHook(config, setup.evaluator, opened, done)
         for line in _summary(setup, done):
             print_line(line)
@@ -62,11 +62,10 @@ def _loop(
     setup: TrainingSetup, folder: RunFolder, hook: EvaluationHook, state: TrainState, done: int, print_line: Print
 ) -> None:
     config, total = setup.config, setup.config.batches
-    constants, key = setup.constants(), jax.random.key(config.seed)
-    program = setup.compiled(constants)
-    checkpoint_config = setup.model_config
+    constants, key, program = setup.constants(), jax.random.key(config.seed), setup.compiled()
     log, progress = MetricsLog(folder.path, done), Progress(done, total, config.batch_size)
-    with StopSignal() as stop, log, progress, prefetch(setup.dispatches(done, total)) as feed:
+    feed = prefetch(setup.dispatches(done, total))
+    with StopSignal() as stop, log, progress, contextlib.closing(feed):
         window = MetricsWindow(config, log, progress, done)
 
         def evaluate(done: int, params: Params) -> None:
@@ -76,26 +75,22 @@ def _loop(
         if hook.due(done):  # the run was stopped before this evaluation
             evaluate(done, _sampled_params(setup, state))
         for dispatches, batches in enumerate(feed, start=1):
-            steps = len(jax.tree.leaves(batches)[0])
             state, metrics = program(state, constants, setup.parallelism.place_batches(batches), key)
             window.add(metrics)
-            done += steps
-            stopping = _stop_requested(stop, dispatches)
+            before, done = done, done + len(jax.tree.leaves(batches)[0])
+            asked = jax.process_count() == 1 or dispatches % _SYNC_EVERY == 0
+            stopping = asked and in_any(stop.requested)
             last = done >= total or stopping
-
-            def due(every: int, done: int = done, before: int = done - steps) -> bool:
-                return done // every > before // every
-
             evaluating = hook.due(done) and not stopping
-            saving = last or evaluating or due(config.checkpoint_every)
-            sampling = due(config.sample_every) or (last and not stopping)
+            saving = last or evaluating or done // config.checkpoint_every > before // config.checkpoint_every
+            sampling = done // config.sample_every > before // config.sample_every or (last and not stopping)
             if saving or sampling:
                 window.flush(write=last)
                 params = _sampled_params(setup, state)
                 if saving:
-                    folder.save(done, checkpoint_config, params, state)
+                    folder.save(done, setup.model_config, params, state)
                 if sampling:
-                    log.samples(done, sample_grid(checkpoint_config, params))
+                    log.samples(done, sample_grid(setup.model_config, params))
                 if evaluating:
                     evaluate(done, params)
                 if saving:
@@ -113,18 +108,23 @@ def _loop(
         print_line(f"Best checkpoint, after {best} batches: cm-jax sample {folder.path}/best")
 
 
+def prefetch(items: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]:
+    """The same items, of which a thread prepares `depth` in advance. Its exceptions are raised in the reader."""
+    thread, end = ThreadPoolExecutor(1, "batches"), object()
+    try:
+        ready = collections.deque(thread.submit(next, items, end) for _ in range(depth))
+        while (item := ready.popleft().result()) is not end:
+            ready.append(thread.submit(next, items, end))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
 def _sampled_params(setup: TrainingSetup, state: TrainState) -> Params:
     """The parameters to sample from, on the host, without those of the objective."""
     name, extras = setup.config.sampled_ema, setup.config.objective.extras()
     params = state.params if name == PARAMETERS else state.ema[name]
     return to_host({name: branch for name, branch in params.items() if name not in extras})
-
-
-def _stop_requested(stop: StopSignal, dispatches: int) -> bool:
-    """Whether any process received a signal. Several processes check rarely, because they wait for each other."""
-    if jax.process_count() > 1 and dispatches % _SYNC_EVERY:
-        return False
-    return in_any(stop.requested)
 
 
 def _save_config(folder: Path, config: TrainConfig) -> None:

@@ -1,8 +1,4 @@
-"""One training step on one or many devices, with equal results up to rounding.
-
-- `OneDevice`: jax.jit.
-- `Pmap`: jax.pmap over the local devices of every process; the state is replicated.
-- `Sharded`: jax.jit over a mesh; parameters, optimizer state and EMAs are sharded, and gathered for the network.
+"""One training step on one or many devices, with equal results up to rounding: OneDevice, Pmap or Sharded.
 
 The random numbers of an image depend on its index in the global batch, not on its device.
 """
@@ -16,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int
 
 from cm_jax.errors import InputError
@@ -37,13 +33,18 @@ class Parallelism(abc.ABC):
     @abc.abstractmethod
     def devices(self) -> Sequence[Any]: ...
 
+    @property
+    @abc.abstractmethod
+    def replicated(self) -> Sharding:
+        """Sharding of an array that every device holds."""
+
     # Inside the compiled step
     def scan(self, function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, items: Any) -> tuple[Any, Any]:
         """jax.lax.scan; unrolled on CPUs, where XLA does not use its fast convolutions in loops (20 times slower)."""
         if self.devices[0].platform != "cpu":
             return jax.lax.scan(function, carry, items)
         results = []
-        for index in range(jax.tree.leaves(items)[0].shape[0]):
+        for index in range(len(jax.tree.leaves(items)[0])):
             carry, result = function(carry, jax.tree.map(lambda item, index=index: item[index], items))
             results.append(result)
         return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
@@ -66,19 +67,19 @@ class Parallelism(abc.ABC):
 
     # Outside
     @abc.abstractmethod
-    def compile(self, step: Step, state: Any, constants: Any) -> Step:
-        """The step, compiled at the first call; its state argument is donated."""
+    def compile(self, step: Step, state: Any) -> Step:
+        """The step for states like `state`, compiled at the first call; its state argument is donated."""
 
-    @abc.abstractmethod
     def shardings(self, state: Any) -> Any:
         """Sharding of each leaf of a state or of its shapes."""
+        return jax.tree.map(lambda _: self.replicated, state)
 
     def place_state(self, state: Any) -> Any:
         """Copies on the devices, which the step may donate."""
         return jax.tree.map(jnp.copy, _global(state, self.shardings(state)))
 
-    @abc.abstractmethod
-    def place_constants(self, constants: Any) -> Any: ...
+    def place_constants(self, constants: Any) -> Any:
+        return _global(constants, jax.tree.map(lambda _: self.replicated, constants))
 
     @abc.abstractmethod
     def place_batches(self, batches: Any) -> Any:
@@ -93,18 +94,15 @@ class OneDevice(Parallelism):
     def devices(self) -> Sequence[Any]:
         return jax.local_devices()[:1]
 
-    def compile(self, step: Step, state: Any, constants: Any) -> Step:
-        del state, constants
+    @property
+    def replicated(self) -> Sharding:
+        return SingleDeviceSharding(self.devices[0])
+
+    def compile(self, step: Step, state: Any) -> Step:
         return jax.jit(step, donate_argnums=0)
 
-    def shardings(self, state: Any) -> Any:
-        return jax.tree.map(lambda _: SingleDeviceSharding(self.devices[0]), state)
-
-    def place_constants(self, constants: Any) -> Any:
-        return jax.device_put(constants, self.devices[0])
-
     def place_batches(self, batches: Any) -> Any:
-        return jax.device_put(batches, self.devices[0])
+        return jax.device_put(batches, self.replicated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +124,10 @@ class _MultiDevice(Parallelism):
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def place_constants(self, constants: Any) -> Any:
-        return _global(constants, jax.tree.map(lambda _: self.replicated, constants))
-
 
 @dataclasses.dataclass(frozen=True)
 class Pmap(_MultiDevice):
-    """jax.pmap: the state is replicated, the batch is split, and gradients are averaged once."""
+    """jax.pmap over the local devices of every process: the state is replicated, and gradients are averaged once."""
 
     def image_indices(self, count: int) -> Int[Array, " b"]:
         return jax.lax.axis_index(AXIS) * count + jnp.arange(count)
@@ -140,20 +135,10 @@ class Pmap(_MultiDevice):
     def mean(self, tree: Any) -> Any:
         return jax.lax.pmean(tree, AXIS)
 
-    def compile(self, step: Step, state: Any, constants: Any) -> Step:
-        del state, constants
+    def compile(self, step: Step, state: Any) -> Step:
+        axes: Any = (None, None, 0, None)
         devices = None if self.count is None else self.devices
-        return jax.pmap(
-            step,
-            AXIS,
-            in_axes=(None, None, 0, None),
-            out_axes=(None, None),  # type: ignore[arg-type]  # None is accepted, as in in_axes
-            donate_argnums=0,
-            devices=devices,
-        )
-
-    def shardings(self, state: Any) -> Any:
-        return jax.tree.map(lambda _: self.replicated, state)
+        return jax.pmap(step, AXIS, in_axes=axes, out_axes=axes[:2], donate_argnums=0, devices=devices)
 
     def place_batches(self, batches: Any) -> Any:
         here = sum(device.process_index == jax.process_index() for device in self.devices)
@@ -167,7 +152,7 @@ class Pmap(_MultiDevice):
 
 @dataclasses.dataclass(frozen=True)
 class Sharded(_MultiDevice):
-    """jax.jit over a mesh with one axis. The batch is split, and of each leaf the largest divisible axis.
+    """jax.jit over a mesh with one axis. The batch is split, and of each leaf of the state the largest divisible axis.
 
     Parameters are gathered for the network; gradients are reduced into the shards, where the optimizer runs.
     """
@@ -176,7 +161,7 @@ class Sharded(_MultiDevice):
         return jax.lax.with_sharding_constraint(jnp.arange(count), NamedSharding(self.mesh, PartitionSpec(AXIS)))
 
     def gather(self, params: Params | None) -> Any:
-        return jax.lax.with_sharding_constraint(params, jax.tree.map(lambda _: self.replicated, params))
+        return jax.lax.with_sharding_constraint(params, self.replicated)
 
     def shard(self, params: Params) -> Any:
         return jax.lax.with_sharding_constraint(params, self.shardings(params))
@@ -185,27 +170,22 @@ class Sharded(_MultiDevice):
         return jax.tree.map(lambda leaf: NamedSharding(self.mesh, self._spec(leaf.shape)), state)
 
     def _spec(self, shape: tuple[int, ...]) -> PartitionSpec:
-        devices = self.mesh.size
-        axes = [axis for axis, size in enumerate(shape) if size % devices == 0]
+        axes = [axis for axis, size in enumerate(shape) if size % self.mesh.size == 0]
         if not axes or np.prod(shape) < _LEAST_SHARDED:
             return PartitionSpec()
         largest = max(axes, key=lambda axis: (shape[axis], axis))
         return PartitionSpec(*[AXIS if axis == largest else None for axis in range(len(shape))])
 
-    def compile(self, step: Step, state: Any, constants: Any) -> Step:
-        fixed = jax.tree.map(lambda _: self.replicated, constants)
-        batches = NamedSharding(self.mesh, PartitionSpec(None, AXIS))
-        shardings = self.shardings(state)
-        return jax.jit(
-            step,
-            in_shardings=(shardings, fixed, batches, self.replicated),
-            out_shardings=(shardings, self.replicated),
-            donate_argnums=0,
-        )
+    @property
+    def _batches(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(None, AXIS))
+
+    def compile(self, step: Step, state: Any) -> Step:
+        inputs = (self.shardings(state), self.replicated, self._batches, self.replicated)
+        return jax.jit(step, in_shardings=inputs, out_shardings=inputs[:2], donate_argnums=0)
 
     def place_batches(self, batches: Any) -> Any:
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, AXIS))
-        return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batches)
+        return jax.tree.map(lambda array: jax.make_array_from_process_local_data(self._batches, array), batches)
 
 
 def check_batch_size(batch_size: int, devices: int, grad_accum_steps: int) -> None:

@@ -14,19 +14,20 @@ from cm_jax.checkpoints import serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.resolve import resolve
 from cm_jax.conversion import Source
-from cm_jax.data import Dataset
+from cm_jax.data import Dataset, InMemory
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import StepSchedule
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS
 from cm_jax.errors import InputError, indented_list
 from cm_jax.objectives import Models
-from cm_jax.training import prefetch
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.parallelism import OneDevice, Parallelism, Pmap, Sharded, check_batch_size
 from cm_jax.training.run.evaluation_hook import Evaluator, make_evaluator
-from cm_jax.training.state import Constants, StepBatch, TrainState
-from cm_jax.training.step import Curves, TrainingStep
+from cm_jax.training.step import Constants, Curves, StepBatch, TrainingStep, TrainState
 from cm_jax.types import Params
+
+MAX_RESIDENT_BYTES = 512 * 2**20
+"""Larger data sets are not copied to the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,88 +46,73 @@ class TrainingSetup:
     evaluator: Evaluator | None = None
 
     @property
-    def resident(self) -> bool:
-        return prefetch.is_resident(self.dataset)
-
-    @property
-    def labeled(self) -> bool:
-        return self.config.network.classes is not None
+    def resident(self) -> InMemory | None:
+        """The data set if it is copied to the devices."""
+        data = self.dataset
+        return data if isinstance(data, InMemory) and data.images.nbytes <= MAX_RESIDENT_BYTES else None
 
     def initial_state(self) -> TrainState:
         """State before the first step, on the host."""
-        teacher = None if self.teacher is None else self.teacher.params
-        return self.step.initial_state(self._initial_params(), teacher)
+        network, name, source = self.config.network, self.config.init_from, self.teacher
+        if name == "fresh" or not (name or source):
+            params = network.initialize(jax.random.fold_in(jax.random.key(self.config.seed), 2**31))
+        else:
+            source = _read_checkpoint(name, "init-from") if name else source
+            _check_initial_weights(self.config, source)
+            params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
+        return self.step.initial_state(params, self.teacher and self.teacher.params)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state."""
-        teacher = None if self.teacher is None else self.teacher.config.network.shapes()
+        teacher = self.teacher and self.teacher.config.network.shapes()
         shapes = jax.eval_shape(self.step.initial_state, self.config.network.shapes(), teacher)
         shardings = self.parallelism.shardings(shapes)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-        )
+        return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
 
     def constants(self) -> Constants:
         """Constants of the step, on the devices."""
-        teacher = None
-        if self.teacher is not None and not self.step.objective.replaces_teacher:
-            assert self.step.models.teacher is not None
-            teacher = self.step.models.teacher.network.prepare(self.teacher.params)
-        images = labels = None
-        if self.resident:
-            images = self.dataset.images  # type: ignore[attr-defined]  # it is in memory
-            labels = self.dataset.labels if self.labeled else None  # type: ignore[attr-defined]
+        teacher, function, data = None, self.step.models.teacher, self.resident
+        if self.teacher and function and not self.step.objective.replaces_teacher:
+            teacher = function.network.prepare(self.teacher.params)
+        images, labels = data and data.images, data.labels if data and self.config.network.classes else None
         return self.parallelism.place_constants(Constants(teacher, self.perceptual, images, labels))
 
     def dispatches(self, start: int, stop: int) -> Iterator[StepBatch]:
-        return prefetch.dispatches(
-            self.dataset,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start=start,
-            stop=stop,
-            steps=self.config.steps_per_dispatch,
-            labeled=self.labeled,
-            resident=self.resident,
-        )
+        """This process's share of batches start ... stop - 1: NumPy arrays [steps, b, ...]; the last may be shorter."""
+        size, seed, steps = self.config.batch_size, self.config.seed, self.config.steps_per_dispatch
+        host, hosts, labeled = jax.process_index(), jax.process_count(), self.config.network.classes is not None
+        if (data := self.resident) is not None:
+            share = slice(host * size // hosts, (host + 1) * size // hosts)
+            batches = (StepBatch(indices=data.indices(size, seed, number)[share]) for number in range(start, stop))
+        else:
+            read = self.dataset.batches(size, seed, start, host, hosts)
+            batches = (StepBatch(images, labels if labeled else None) for images, labels in read)
+        for number in range(start, stop, steps):
+            group = [next(batches) for _ in range(min(steps, stop - number))]
+            yield jax.tree.map(lambda *arrays: np.stack(arrays), *group)
 
-    def compiled(self, constants: Constants) -> Callable[..., tuple[TrainState, Curves]]:
-        program = functools.partial(self.step.run_steps, self.parallelism)
-        return self.parallelism.compile(program, self.abstract_state(), constants)
-
-    def _initial_params(self) -> Params:
-        network, name = self.config.network, self.config.init_from
-        if name == "fresh" or (not name and self.teacher is None):
-            return network.initialize(jax.random.fold_in(jax.random.key(self.config.seed), 2**31))
-        source = self.teacher if not name and self.teacher is not None else _read_checkpoint(name, "init-from")
-        _check_initial_weights(self.config, source)
-        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
+    def compiled(self) -> Callable[..., tuple[TrainState, Curves]]:
+        return self.parallelism.compile(functools.partial(self.step.run_steps, self.parallelism), self.abstract_state())
 
 
 def prepare(config: TrainConfig, progress: Callable[[int, int], None] | None = None) -> TrainingSetup:
     """Set up a run. `progress` is called with (images, total) while data are decoded. Raises InputError."""
-    parallelism = make_parallelism(config)
-    teacher = function = None
-    method = type(config.objective).__name__
-    if config.objective.has_teacher:
-        if not config.teacher:
-            raise InputError(f"{method} needs a teacher: give a denoiser with --teacher CHECKPOINT.")
-        teacher = _read_checkpoint(config.teacher, "teacher")
-        if teacher.config.distilled:
-            raise InputError(f"Expected a denoiser as teacher, got the consistency model {config.teacher}.")
-        network = teacher.config.network.at_precision(config.network.precision)
-        function = dataclasses.replace(teacher.config.function, network=network)
-    elif config.teacher:
-        raise InputError(f"{method} has no teacher: remove --teacher.")
+    parallelism, network, objective = make_parallelism(config), config.network, config.objective
+    teacher, function = _read_teacher(config), None
+    if teacher is not None:
+        at_precision = teacher.config.network.at_precision(network.precision)
+        function = dataclasses.replace(teacher.config.function, network=at_precision)
     step = make_step(config, function)
     if teacher is not None and not config.init_from:
         _check_initial_weights(config, teacher)
-    dataset = config.data.open(config.network.image_size, progress)
+    dataset = config.data.open(network.image_size, progress)
     _check_data(config, dataset)
-    saved = _model_config(config, dataset)
+    names = dataset.class_names if network.classes == len(dataset.class_names) else ()
+    num_levels = objective.final_num_levels or config.num_levels or NUM_LEVELS
+    consistency = not objective.makes_denoiser
+    saved = ModelConfig(network, config.preconditioning, config.schedule, num_levels, names, consistency=consistency)
     evaluator = config.evaluation and make_evaluator(config.evaluation, saved, dataset)
-    distance = config.objective.distance
-    perceptual = None if distance is None else distance.load_weights()
+    perceptual = objective.distance and objective.distance.load_weights()
     return TrainingSetup(config, dataset, saved, parallelism, step, teacher, perceptual, evaluator)
 
 
@@ -142,29 +128,12 @@ def make_parallelism(config: TrainConfig) -> Parallelism:
 
 def make_step(config: TrainConfig, teacher: ConsistencyFunction | None) -> TrainingStep:
     """The training step. Raises InputError if its components contradict each other."""
-    models = Models(config.function, teacher)
-    config.objective.check(models)
-    if config.target_ema is not None:
-        config.target_ema.check(config.objective.curriculum)
-    return TrainingStep(
-        config.objective,
-        models,
-        config.optimizer,
-        config.emas,
-        config.target_ema,
-        config.grad_accum_steps,
-        config.flip,
-    )
-
-
-def _model_config(config: TrainConfig, dataset: Dataset) -> ModelConfig:
-    """Config of the checkpoints of a run."""
-    names = dataset.class_names if config.network.classes == len(dataset.class_names) else ()
-    num_levels = config.objective.final_num_levels or config.num_levels or NUM_LEVELS
-    consistency = not config.objective.makes_denoiser
-    return ModelConfig(
-        config.network, config.preconditioning, config.schedule, num_levels, names, consistency=consistency
-    )
+    models, objective, target_ema = Models(config.function, teacher), config.objective, config.target_ema
+    objective.check(models)
+    if target_ema is not None:
+        target_ema.check(objective.curriculum)
+    accum, flip = config.grad_accum_steps, config.flip
+    return TrainingStep(objective, models, config.optimizer, config.emas, target_ema, accum, flip)
 
 
 def unfinished_schedules(config: TrainConfig) -> Iterator[str]:
@@ -201,6 +170,20 @@ def _check_data(config: TrainConfig, dataset: Dataset) -> None:
         )
 
 
+def _read_teacher(config: TrainConfig) -> Source | None:
+    method = type(config.objective).__name__
+    if not config.objective.has_teacher:
+        if config.teacher:
+            raise InputError(f"{method} has no teacher: remove --teacher.")
+        return None
+    if not config.teacher:
+        raise InputError(f"{method} needs a teacher: give a denoiser with --teacher CHECKPOINT.")
+    teacher = _read_checkpoint(config.teacher, "teacher")
+    if teacher.config.distilled:
+        raise InputError(f"Expected a denoiser as teacher, got the consistency model {config.teacher}.")
+    return teacher
+
+
 def _read_checkpoint(name: str, flag: str) -> Source:
     try:
         return conversion.read(resolve(name))
@@ -213,19 +196,14 @@ def _read_checkpoint(name: str, flag: str) -> Source:
         raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
 
-_RUNTIME = ("dropout", "precision", "attention", "rematerialize")
-"""Fields of a network that do not change the meaning of its parameters."""
-
-
 def _check_initial_weights(config: TrainConfig, source: Source) -> None:
     """Raise InputError if the student cannot be initialized from a checkpoint."""
     found, expected = source.config.network, config.network
-    if type(found) is type(expected):
-        runtime = {name: getattr(expected, name) for name in _RUNTIME}
-        found = dataclasses.replace(found, **runtime)  # type: ignore[type-var]
-    complaints = serialization.differences(
-        serialization.encode(found), serialization.encode(expected), there="in the checkpoint"
-    )
+    if type(found) is type(expected):  # these fields do not change the meaning of the parameters
+        runtime = ("dropout", "precision", "attention", "rematerialize")
+        found = dataclasses.replace(found, **{name: getattr(expected, name) for name in runtime})  # type: ignore[type-var]
+    encoded = serialization.encode(found), serialization.encode(expected)
+    complaints = serialization.differences(*encoded, there="in the checkpoint")
     sigma, theirs, ours = jnp.full(1, 2.0), source.config.preconditioning, config.preconditioning
     if float(theirs.c_noise(sigma)[0]) != float(ours.c_noise(sigma)[0]):
         complaints.append(f"c_noise(sigma): that of {theirs} in the checkpoint, that of {ours} now")

@@ -10,8 +10,16 @@ import torch
 from cm_jax.errors import InputError
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import ConstantEMA, PowerEMA, decay_for_half_life, ema_update
-from cm_jax.training.learning_rates import ConstantRate, CosineDecay, InverseRootDecay, LinearDecay
-from cm_jax.training.optimizers import Adam, AdamW, RAdam, variance_length
+from cm_jax.training.optimizers import (
+    Adam,
+    AdamW,
+    ConstantRate,
+    CosineDecay,
+    InverseRootDecay,
+    LinearDecay,
+    RAdam,
+    variance_length,
+)
 from tests.support import DATA
 
 

@@ -23,11 +23,9 @@ from cm_jax.objectives import (
     ProgressiveDistillation,
 )
 from cm_jax.training.ema import ConstantEMA, PowerEMA
-from cm_jax.training.learning_rates import ConstantRate
-from cm_jax.training.optimizers import Adam, RAdam
+from cm_jax.training.optimizers import Adam, ConstantRate, RAdam
 from cm_jax.training.parallelism import OneDevice, Pmap, Sharded, check_batch_size
-from cm_jax.training.state import Constants, StepBatch
-from cm_jax.training.step import TrainingStep, image_keys, load_batch
+from cm_jax.training.step import Constants, StepBatch, TrainingStep, image_keys, load_batch
 from tests.toy import ToyNetwork
 
 TOY = ToyNetwork()
@@ -70,7 +68,7 @@ def run(step, network, across, batches, dispatches=1):
     teacher = network.initialize(jax.random.key(2))
     state = across.place_state(step.initial_state(params, teacher))
     constants = across.place_constants(Constants(teacher=None if step.objective.replaces_teacher else teacher))
-    program = across.compile(functools.partial(step.run_steps, across), state, constants)
+    program = across.compile(functools.partial(step.run_steps, across), state)
     metrics = []
     for part in zip(*(np.split(a, dispatches) for a in batches if a is not None), strict=True):
         state, found = program(state, constants, across.place_batches(StepBatch(*part)), KEY)
@@ -276,7 +274,7 @@ def traffic(across, size, network=TOY, **changes):
     state = across.place_state(step.initial_state(params))
     constants = across.place_constants(Constants(teacher=params))
     batches = across.place_batches(raw_batches(network, 1, size))
-    program = across.compile(functools.partial(step.run_steps, across), state, constants)
+    program = across.compile(functools.partial(step.run_steps, across), state)
     return collectives(program.lower(state, constants, batches, KEY).compile().as_text())
 
 
@@ -318,7 +316,7 @@ def test_the_state_before_is_used_up():
     params = TOY.initialize(jax.random.key(1))
     state = across.place_state(step.initial_state(params))
     constants = across.place_constants(Constants(teacher=params))
-    program = across.compile(functools.partial(step.run_steps, across), state, constants)
+    program = across.compile(functools.partial(step.run_steps, across), state)
     program(state, constants, across.place_batches(raw_batches(TOY, 1, 2)), KEY)
     assert state.params["mlp"]["in"].is_deleted()
     assert not params["mlp"]["in"].is_deleted()  # what it was made of belongs to the caller

@@ -61,8 +61,8 @@ def toys(tmp_path_factory):
     """The toy, no pictures, a cache of references, and programs that are compiled once."""
     compiled, programs = TrainingSetup.compiled, {}
 
-    def once(run, constants):
-        return programs.setdefault(run.step, compiled(run, constants))
+    def once(run):
+        return programs.setdefault(run.step, compiled(run))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation_hook, "load_inception", toy)

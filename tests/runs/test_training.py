@@ -22,9 +22,8 @@ from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, ContinuousTraining, Denoising, MeanFlow
 from cm_jax.presets import PRESETS
 from cm_jax.training.config import TrainConfig
-from cm_jax.training.learning_rates import ConstantRate, LinearDecay
 from cm_jax.training.loop import train
-from cm_jax.training.optimizers import Adam
+from cm_jax.training.optimizers import Adam, ConstantRate, LinearDecay
 from cm_jax.training.run.dry_run import report
 from cm_jax.training.setup import make_step, prepare, unfinished_schedules
 

@@ -7,7 +7,7 @@ import jax
 
 from cm_jax import kernels
 from cm_jax.training.setup import TrainingSetup, unfinished_schedules
-from cm_jax.training.state import StepBatch
+from cm_jax.training.step import StepBatch
 
 _COMPONENTS = ("params", "optimizer", "target", "teacher", "ema")
 
@@ -33,7 +33,7 @@ def report(setup: TrainingSetup) -> Iterator[str]:
     batches: StepBatch = setup.parallelism.place_batches(next(setup.dispatches(0, config.batches)))
 
     def lowered() -> Any:
-        program: Any = setup.compiled(constants)
+        program: Any = setup.compiled()
         return program.lower(state, constants, batches, jax.random.key(0))
 
     compiled = lowered().compile()

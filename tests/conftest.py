@@ -36,6 +36,7 @@ LONG = (
     "test_former_format",
     "test_browser",
     "test_training",
+    "test_training_setup",
     "test_gaussian_training",
     "test_hostile",
 )

@@ -1,0 +1,77 @@
+"""Presets: sizes, components, and schedules that fit their runs."""
+
+import dataclasses
+
+import pytest
+
+from cm_jax.diffusion.preconditioning import EDMPreconditioning, MeanFlowPreconditioning
+from cm_jax.networks import ADMUNet
+from cm_jax.objectives import MeanFlow
+from cm_jax.presets import PRESETS
+from cm_jax.training.setup import make_step, unfinished_schedules
+
+COUNTS = {
+    "emoji32": 6_990_467,
+    "cifar10": 0,
+    "imagenet64": 295_899_267,
+    "lsun256": 526_304_771,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_match_their_names(name):
+    settings = PRESETS[name]()
+    assert PRESETS[name].__doc__
+    assert PRESETS[name].__name__ == name.replace("-", "_")
+    teacher = settings.function if settings.objective.has_teacher else None
+    if teacher is not None:
+        assert settings.teacher
+        teacher = dataclasses.replace(
+            teacher, preconditioning=EDMPreconditioning(time_factor=settings.preconditioning.time_factor)
+        )
+    make_step(settings, teacher)
+    family = name.split("-")[0]
+    if COUNTS[family] and not settings.network.interval_embedding:
+        assert settings.network.parameter_count() == COUNTS[family]
+    steps = settings.images // settings.batch_size
+    curriculum = settings.objective.curriculum
+    assert getattr(curriculum, "steps", steps) == steps
+    assert settings.batches * settings.batch_size >= settings.images
+    assert list(unfinished_schedules(settings)) == []
+    if curriculum is not None:
+        assert int(curriculum(steps)) == settings.objective.final_num_levels
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("emoji32-edm", []),
+        ("emoji32-cd", []),
+        ("emoji32-ct", ["--objective.curriculum.steps"]),
+        ("emoji32-ect", ["--objective.gap.steps-per-stage"]),
+        ("emoji32-sct", ["--objective.warm-up.steps"]),
+    ],
+)
+def test_a_run_that_ends_before_its_curriculum_says_so(name, flags):
+    short = dataclasses.replace(PRESETS[name](), images=100_000)
+    lines = list(unfinished_schedules(short))
+    assert len(lines) == len(flags)
+    for line, flag in zip(lines, flags, strict=True):
+        assert f"Change {flag} or raise --images." in line
+        assert "the run has 782" in line
+
+
+def test_every_objective_has_an_emoji_preset():
+    kinds = {type(PRESETS[name]().objective).__name__ for name in PRESETS if name.startswith("emoji32")}
+    assert kinds >= {
+        "Denoising",
+        "ConsistencyDistillation",
+        "ConsistencyTraining",
+        "EasyConsistencyTuning",
+        "ContinuousTraining",
+        "ContinuousDistillation",
+        "MeanFlow",
+    }
+    assert PRESETS["emoji32-meanflow"]().preconditioning == MeanFlowPreconditioning()
+    assert isinstance(PRESETS["emoji32-meanflow"]().objective, MeanFlow)
+    assert isinstance(PRESETS["imagenet64-edm"]().network, ADMUNet)

@@ -57,7 +57,7 @@ class TrainingSetup:
         if name == "fresh" or not (name or source):
             params = network.initialize(jax.random.fold_in(jax.random.key(self.config.seed), 2**31))
         else:
-            source = _read_checkpoint(name, "init-from") if name else source
+            source = source if source and not name else _read_checkpoint(name, "init-from")
             _check_initial_weights(self.config, source)
             params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
         return self.step.initial_state(params, self.teacher and self.teacher.params)
@@ -74,7 +74,8 @@ class TrainingSetup:
         teacher, function, data = None, self.step.models.teacher, self.resident
         if self.teacher and function and not self.step.objective.replaces_teacher:
             teacher = function.network.prepare(self.teacher.params)
-        images, labels = data and data.images, data.labels if data and self.config.network.classes else None
+        images = data and data.images
+        labels = data.labels if data and self.config.network.classes else None
         return self.parallelism.place_constants(Constants(teacher, self.perceptual, images, labels))
 
     def dispatches(self, start: int, stop: int) -> Iterator[StepBatch]:

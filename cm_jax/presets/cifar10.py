@@ -3,23 +3,13 @@
 import functools
 from dataclasses import replace
 
+from cm_jax import objectives
 from cm_jax.data import TFDSData
-from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, Doubling, Progressive, ShrinkingGap
+from cm_jax.diffusion import curricula
 from cm_jax.diffusion.noise_distributions import CappedInterval, LogNormal
 from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, MeanFlowPreconditioning
 from cm_jax.networks.song_unet import DDPMPP, NCSNPP
-from cm_jax.objectives import (
-    AdaptiveWeight,
-    ConsistencyDistillation,
-    ConsistencyTraining,
-    ContinuousDistillation,
-    ContinuousTraining,
-    Denoising,
-    EasyConsistencyTuning,
-    ImprovedConsistencyTraining,
-    MeanFlow,
-)
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import decay_for_half_life
 from cm_jax.training.optimizers import Adam, ConstantRate, RAdam
@@ -34,7 +24,7 @@ def cifar10_edm() -> TrainConfig:
     return _config(
         network=replace(NCSNPP, dropout=0.13),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
-        objective=Denoising(),
+        objective=objectives.Denoising(),
         optimizer=Adam(ConstantRate(1e-3, warm_up=19_531)),
         num_levels=18,
         batch_size=512,
@@ -49,13 +39,11 @@ def cifar10_edm_ddpmpp() -> TrainConfig:
 
 
 def cifar10_cd() -> TrainConfig:
-    """Consistency distillation of runs/cifar10-edm (CM: with LPIPS FID 3.55, in two steps 2.93). Default distance:
-    squared.
-    """
+    """Distillation of runs/cifar10-edm with the squared distance (CM with LPIPS: FID 3.55, in two steps 2.93)."""
     return _config(
         network=NCSNPP,
         preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
-        objective=ConsistencyDistillation(Constant(18)),
+        objective=objectives.ConsistencyDistillation(curricula.Constant(18)),
         optimizer=RAdam(ConstantRate(4e-4)),
         teacher="runs/cifar10-edm",
         batch_size=512,
@@ -64,13 +52,13 @@ def cifar10_cd() -> TrainConfig:
 
 
 def cifar10_ct() -> TrainConfig:
-    """Consistency training (CM: with LPIPS FID 8.70, in two steps 5.83). Default distance: squared."""
+    """Consistency training with the squared distance (CM with LPIPS: FID 8.70, in two steps 5.83)."""
     return _config(
         network=NCSNPP,
         preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
-        objective=ConsistencyTraining(Progressive(start=2, end=150, steps=800_000)),
+        objective=objectives.ConsistencyTraining(curricula.Progressive(start=2, end=150, steps=800_000)),
         optimizer=RAdam(ConstantRate(4e-4)),
-        target_ema=AdaptiveTargetEMA(start=0.9),
+        target_ema=curricula.AdaptiveTargetEMA(start=0.9),
         batch_size=512,
         images=800_000 * 512,
     )
@@ -81,7 +69,7 @@ def cifar10_ict() -> TrainConfig:
     return _config(
         network=replace(NCSNPP, dropout=0.3, fourier_scale=0.02),
         preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
-        objective=ImprovedConsistencyTraining(Doubling(10, 1280, steps=400_000)),
+        objective=objectives.ImprovedConsistencyTraining(curricula.Doubling(10, 1280, steps=400_000)),
         optimizer=RAdam(ConstantRate(1e-4)),
         batch_size=1024,
         images=400_000 * 1024,
@@ -94,7 +82,7 @@ def cifar10_ect() -> TrainConfig:
     return _config(
         network=replace(DDPMPP, dropout=0.2),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
-        objective=EasyConsistencyTuning(gap=ShrinkingGap(steps_per_stage=25_000)),
+        objective=objectives.EasyConsistencyTuning(gap=curricula.ShrinkingGap(steps_per_stage=25_000)),
         optimizer=RAdam(ConstantRate(1e-4)),
         num_levels=18,
         init_from="runs/cifar10-edm-ddpmpp",
@@ -109,7 +97,7 @@ def cifar10_sct() -> TrainConfig:
     return _config(
         network=replace(DDPMPP, dropout=0.2, attention="plain"),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
-        objective=ContinuousTraining(LogNormal(-1.0, 1.8), adaptive=AdaptiveWeight()),
+        objective=objectives.ContinuousTraining(LogNormal(-1.0, 1.8), adaptive=objectives.AdaptiveWeight()),
         optimizer=RAdam(ConstantRate(1e-4), beta2=0.99),
         num_levels=18,
         init_from="runs/cifar10-edm-ddpmpp",
@@ -124,7 +112,7 @@ def cifar10_scd() -> TrainConfig:
     return _config(
         network=replace(DDPMPP, attention="plain"),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
-        objective=ContinuousDistillation(LogNormal(-1.0, 1.4), adaptive=AdaptiveWeight()),
+        objective=objectives.ContinuousDistillation(LogNormal(-1.0, 1.4), adaptive=objectives.AdaptiveWeight()),
         optimizer=RAdam(ConstantRate(1e-4), beta2=0.99),
         num_levels=18,
         teacher="runs/cifar10-edm-ddpmpp",
@@ -139,22 +127,9 @@ def cifar10_meanflow() -> TrainConfig:
     return _config(
         network=replace(DDPMPP, resampling="fir", dropout=0.2, attention="plain", interval_embedding=True),
         preconditioning=MeanFlowPreconditioning(),
-        objective=MeanFlow(CappedInterval(), power=0.75, epsilon=1e-3),
+        objective=objectives.MeanFlow(CappedInterval(), power=0.75, epsilon=1e-3),
         optimizer=Adam(ConstantRate(6e-4, warm_up=9_766)),
         num_levels=18,
         batch_size=1024,
         images=800_000 * 1024,
     )
-
-
-PRESETS = (
-    cifar10_edm,
-    cifar10_edm_ddpmpp,
-    cifar10_cd,
-    cifar10_ct,
-    cifar10_ict,
-    cifar10_ect,
-    cifar10_sct,
-    cifar10_scd,
-    cifar10_meanflow,
-)

@@ -3,31 +3,13 @@
 import functools
 from dataclasses import replace
 
+from cm_jax import objectives
 from cm_jax.data import EmojiData
-from cm_jax.diffusion.curricula import (
-    AdaptiveTargetEMA,
-    Constant,
-    ConstantTargetEMA,
-    Doubling,
-    Progressive,
-    ShrinkingGap,
-    WarmUp,
-)
+from cm_jax.diffusion import curricula
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, MeanFlowPreconditioning
 from cm_jax.networks import SongUNet
-from cm_jax.objectives import (
-    AdaptiveWeight,
-    ConsistencyDistillation,
-    ConsistencyTraining,
-    ContinuousDistillation,
-    ContinuousTraining,
-    Denoising,
-    EasyConsistencyTuning,
-    ImprovedConsistencyTraining,
-    MeanFlow,
-)
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.optimizers import Adam, ConstantRate, RAdam
 
@@ -56,7 +38,7 @@ def emoji32_edm() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, dropout=0.1),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
-        objective=Denoising(),
+        objective=objectives.Denoising(),
         optimizer=Adam(ConstantRate(5e-4, warm_up=500), clip_norm=1.0),
     )
 
@@ -66,9 +48,9 @@ def emoji32_cd() -> TrainConfig:
     return _config(
         network=_NETWORK,
         preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
-        objective=ConsistencyDistillation(Constant(18)),
+        objective=objectives.ConsistencyDistillation(curricula.Constant(18)),
         optimizer=RAdam(ConstantRate(2e-4), clip_norm=1.0),
-        target_ema=ConstantTargetEMA(0.95),
+        target_ema=curricula.ConstantTargetEMA(0.95),
         teacher="runs/emoji32-edm",
     )
 
@@ -78,9 +60,9 @@ def emoji32_ct() -> TrainConfig:
     return _config(
         network=_NETWORK,
         preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
-        objective=ConsistencyTraining(Progressive(start=2, end=150, steps=_STEPS)),
+        objective=objectives.ConsistencyTraining(curricula.Progressive(start=2, end=150, steps=_STEPS)),
         optimizer=RAdam(ConstantRate(2e-4), clip_norm=1.0),
-        target_ema=AdaptiveTargetEMA(start=0.9),
+        target_ema=curricula.AdaptiveTargetEMA(start=0.9),
     )
 
 
@@ -89,7 +71,7 @@ def emoji32_ict() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, dropout=0.2),
         preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
-        objective=ImprovedConsistencyTraining(Doubling(10, 1280, steps=_STEPS)),
+        objective=objectives.ImprovedConsistencyTraining(curricula.Doubling(10, 1280, steps=_STEPS)),
         optimizer=RAdam(ConstantRate(2e-4), clip_norm=1.0),
     )
 
@@ -99,7 +81,7 @@ def emoji32_ect() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, dropout=0.2),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
-        objective=EasyConsistencyTuning(gap=ShrinkingGap(steps_per_stage=_STEPS // 8)),
+        objective=objectives.EasyConsistencyTuning(gap=curricula.ShrinkingGap(steps_per_stage=_STEPS // 8)),
         optimizer=RAdam(ConstantRate(2e-4), clip_norm=1.0),
         init_from="runs/emoji32-edm",
     )
@@ -110,7 +92,9 @@ def emoji32_sct() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, dropout=0.2, attention="plain"),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
-        objective=ContinuousTraining(LogNormal(-1.0, 1.8), WarmUp(_STEPS // 10), adaptive=AdaptiveWeight()),
+        objective=objectives.ContinuousTraining(
+            LogNormal(-1.0, 1.8), curricula.WarmUp(_STEPS // 10), adaptive=objectives.AdaptiveWeight()
+        ),
         optimizer=Adam(ConstantRate(1e-4), beta2=0.99, clip_norm=1.0),
         init_from="runs/emoji32-edm",
     )
@@ -121,7 +105,9 @@ def emoji32_scd() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, attention="plain"),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
-        objective=ContinuousDistillation(LogNormal(-1.0, 1.4), WarmUp(_STEPS // 10), adaptive=AdaptiveWeight()),
+        objective=objectives.ContinuousDistillation(
+            LogNormal(-1.0, 1.4), curricula.WarmUp(_STEPS // 10), adaptive=objectives.AdaptiveWeight()
+        ),
         optimizer=Adam(ConstantRate(1e-4), beta2=0.99, clip_norm=1.0),
         teacher="runs/emoji32-edm",
     )
@@ -132,18 +118,6 @@ def emoji32_meanflow() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, dropout=0.1, attention="plain", interval_embedding=True),
         preconditioning=MeanFlowPreconditioning(),
-        objective=MeanFlow(),
+        objective=objectives.MeanFlow(),
         optimizer=Adam(ConstantRate(3e-4, warm_up=500), beta2=0.95, clip_norm=1.0),
     )
-
-
-PRESETS = (
-    emoji32_edm,
-    emoji32_cd,
-    emoji32_ct,
-    emoji32_ict,
-    emoji32_ect,
-    emoji32_sct,
-    emoji32_scd,
-    emoji32_meanflow,
-)

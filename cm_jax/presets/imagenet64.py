@@ -3,42 +3,26 @@
 import functools
 from dataclasses import replace
 
+from cm_jax import objectives
 from cm_jax.data import TFDSData
-from cm_jax.diffusion.curricula import (
-    AdaptiveTargetEMA,
-    Constant,
-    ConstantTargetEMA,
-    Doubling,
-    Progressive,
-    ShrinkingGap,
-)
+from cm_jax.diffusion import curricula
 from cm_jax.diffusion.distances import PseudoHuber
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.diffusion.weightings import Karras
 from cm_jax.networks.adm_unet import IMAGENET64
-from cm_jax.objectives import (
-    AdaptiveWeight,
-    ConsistencyDistillation,
-    ConsistencyTraining,
-    ContinuousDistillation,
-    ContinuousTraining,
-    Denoising,
-    EasyConsistencyTuning,
-    ImprovedConsistencyTraining,
-)
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import decay_for_half_life
 from cm_jax.training.optimizers import Adam, ConstantRate, InverseRootDecay, RAdam
 
 _NETWORK = replace(IMAGENET64, precision="bfloat16")
-_EMA_DECAY = (decay_for_half_life(50_000_000, 4096), 0.999, 0.9999)
 _config = functools.partial(
     TrainConfig,
     data=TFDSData("imagenet_resized/64x64"),
     sample_every=5_000,
     checkpoint_every=5_000,
     keep_every=50_000,
+    ema_decay=(decay_for_half_life(50_000_000, 4096), 0.999, 0.9999),
 )
 
 
@@ -47,44 +31,40 @@ def imagenet64_edm() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, dropout=0.1),
         preconditioning=EDMPreconditioning(),
-        objective=Denoising(),
+        objective=objectives.Denoising(),
         optimizer=RAdam(ConstantRate(1e-4)),
         batch_size=4096,
         images=2_500_000_000,
-        ema_decay=_EMA_DECAY,
     )
 
 
 def imagenet64_cd() -> TrainConfig:
-    """Consistency distillation of edm_imagenet64_ema.pt (CM: with LPIPS FID 6.20, in two steps 4.70). Default distance:
-    squared.
-    """
+    """Distillation of edm_imagenet64_ema.pt with the squared distance (CM with LPIPS: FID 6.20, in two steps 4.70)."""
     return _config(
         network=_NETWORK,
         preconditioning=ConsistencyPreconditioning(),
-        objective=ConsistencyDistillation(Constant(40)),
+        objective=objectives.ConsistencyDistillation(curricula.Constant(40)),
         optimizer=RAdam(ConstantRate(8e-6)),
-        target_ema=ConstantTargetEMA(0.95),
+        target_ema=curricula.ConstantTargetEMA(0.95),
         teacher="edm_imagenet64_ema.pt",
         batch_size=2048,
         images=600_000 * 2048,
-        ema_decay=_EMA_DECAY,
     )
 
 
 def imagenet64_ct() -> TrainConfig:
-    """Consistency training (CM: with LPIPS FID 13.0, in two steps 11.1). Default distance: squared. OpenAI's commands
-    initialize from the teacher (--init-from), the paper trains from scratch.
+    """Consistency training with the squared distance (CM with LPIPS: FID 13.0, in two steps 11.1).
+
+    OpenAI's commands initialize from the teacher (--init-from), the paper trains from scratch.
     """
     return _config(
         network=_NETWORK,
         preconditioning=ConsistencyPreconditioning(),
-        objective=ConsistencyTraining(Progressive(start=2, end=200, steps=800_000)),
+        objective=objectives.ConsistencyTraining(curricula.Progressive(start=2, end=200, steps=800_000)),
         optimizer=RAdam(ConstantRate(1e-4)),
-        target_ema=AdaptiveTargetEMA(start=0.95),
+        target_ema=curricula.AdaptiveTargetEMA(start=0.95),
         batch_size=2048,
         images=800_000 * 2048,
-        ema_decay=_EMA_DECAY,
     )
 
 
@@ -93,7 +73,7 @@ def imagenet64_ict() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, dropout=0.2, dropout_size=16),
         preconditioning=ConsistencyPreconditioning(),
-        objective=ImprovedConsistencyTraining(Doubling(10, 1280, steps=800_000)),
+        objective=objectives.ImprovedConsistencyTraining(curricula.Doubling(10, 1280, steps=800_000)),
         optimizer=RAdam(ConstantRate(1e-4)),
         batch_size=4096,
         images=800_000 * 4096,
@@ -108,9 +88,9 @@ def imagenet64_ect() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, dropout=0.4, dropout_size=16),
         preconditioning=EDMPreconditioning(),
-        objective=EasyConsistencyTuning(
+        objective=objectives.EasyConsistencyTuning(
             LogNormal(-0.8, 1.6),
-            ShrinkingGap(ratio=4.0, steps_per_stage=25_000, stages=4),
+            curricula.ShrinkingGap(ratio=4.0, steps_per_stage=25_000, stages=4),
             weighting=Karras(),
             distance=PseudoHuber(0.06 / (64 * 64 * 3) ** 0.5),
         ),
@@ -118,7 +98,6 @@ def imagenet64_ect() -> TrainConfig:
         init_from="edm_imagenet64_ema.pt",
         batch_size=128,
         images=100_000 * 128,
-        ema_decay=_EMA_DECAY,
         power_ema=(0.1,),
     )
 
@@ -130,12 +109,11 @@ def imagenet64_sct() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, dropout=0.45, dropout_size=16, attention="plain"),
         preconditioning=EDMPreconditioning(),
-        objective=ContinuousTraining(LogNormal(-1.0, 1.6), adaptive=AdaptiveWeight()),
+        objective=objectives.ContinuousTraining(LogNormal(-1.0, 1.6), adaptive=objectives.AdaptiveWeight()),
         optimizer=Adam(InverseRootDecay(1e-4, steps=35_000), beta2=0.99, epsilon=1e-11),
         init_from="edm_imagenet64_ema.pt",
         batch_size=2048,
         images=400_000 * 2048,
-        ema_decay=_EMA_DECAY,
         power_ema=(0.05,),
     )
 
@@ -147,22 +125,10 @@ def imagenet64_scd() -> TrainConfig:
     return _config(
         network=replace(_NETWORK, attention="plain"),
         preconditioning=EDMPreconditioning(),
-        objective=ContinuousDistillation(LogNormal(-1.0, 1.6), adaptive=AdaptiveWeight()),
+        objective=objectives.ContinuousDistillation(LogNormal(-1.0, 1.6), adaptive=objectives.AdaptiveWeight()),
         optimizer=Adam(InverseRootDecay(1e-4, steps=35_000), beta2=0.99, epsilon=1e-11),
         teacher="edm_imagenet64_ema.pt",
         batch_size=2048,
         images=400_000 * 2048,
-        ema_decay=_EMA_DECAY,
         power_ema=(0.05,),
     )
-
-
-PRESETS = (
-    imagenet64_edm,
-    imagenet64_cd,
-    imagenet64_ct,
-    imagenet64_ict,
-    imagenet64_ect,
-    imagenet64_sct,
-    imagenet64_scd,
-)

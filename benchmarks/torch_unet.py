@@ -12,7 +12,7 @@ from torch.nn import functional
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.layers import Style
-from cm_jax.networks.plan import Block, Unit
+from cm_jax.networks.unet_config import Block, Unit
 from cm_jax.types import Params
 
 

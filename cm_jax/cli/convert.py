@@ -18,7 +18,7 @@ from cm_jax.cli.running import say
 from cm_jax.conversion import PreconditioningName
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import check_writable, user_path
-from cm_jax.networks.fir import Filter
+from cm_jax.networks.layers import Filter
 
 
 @dataclasses.dataclass(frozen=True)

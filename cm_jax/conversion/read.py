@@ -18,7 +18,7 @@ from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPrec
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.safetensors import read_safetensors
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.networks.fir import Filter
+from cm_jax.networks.layers import Filter
 from cm_jax.types import Params
 
 _TOLERANCE = 2e-3

@@ -12,7 +12,7 @@ from typing import Any
 from cm_jax.conversion.rules import Layout, Rule, Shapes
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
-from cm_jax.networks.plan import Unit
+from cm_jax.networks.unet_config import Unit
 
 _LAYERS = {
     "embedding/dense_1": (Layout.DENSE, "time_embed.0", "time_embedding.linear_1"),

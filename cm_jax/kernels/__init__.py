@@ -6,7 +6,6 @@ environment, `available()` is False and networks use XLA.
 
 from cm_jax.kernels.building import available, off, suits
 from cm_jax.kernels.memory import keep_memory
-from cm_jax.kernels.primitives import differentiable
-from cm_jax.kernels.products import convolve, multiply
+from cm_jax.kernels.primitives import convolve, differentiable, multiply
 
 __all__ = ["available", "convolve", "differentiable", "keep_memory", "multiply", "off", "suits"]

@@ -92,13 +92,8 @@ def _library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise FileNotFoundError("There is no C++ compiler (c++, g++ or clang++).")
-    identity = (
-        *[path.read_text() for path in (*SOURCES, *HEADERS)],
-        jaxlib.version.__version__,
-        compiler,
-        *_FLAGS,
-        _processor(),
-    )
+    sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    identity = (*sources, jaxlib.version.__version__, compiler, *_FLAGS, _processor())
     name = f"kernels-{_digest(repr(identity).encode())[:20]}.so"
     path = _folder() / name
     if not _intact(path):
@@ -129,9 +124,8 @@ def _compile(compiler: str, path: Path) -> None:
 
         objects = {source: str(Path(workspace) / f"{source.stem}.o") for source in SOURCES}
         headers = ("-isystem", jax.ffi.include_dir())
-        _log.info(
-            "Compiling the CPU kernels with %s, once on this machine: about 10 s, a minute on slow ones.", compiler
-        )
+        expected = "once on this machine: about 10 s, a minute on slow ones"
+        _log.info("Compiling the CPU kernels with %s, %s.", compiler, expected)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             jobs = [pool.submit(run, "-c", *headers, str(source), "-o", objects[source]) for source in SOURCES]
             for done, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
@@ -139,17 +133,14 @@ def _compile(compiler: str, path: Path) -> None:
                 _log.info("Compiled %d of %d files.", done, len(jobs))
         library = Path(workspace) / path.name
         run("-shared", *objects.values(), "-o", str(library))
-        _checksum(path).write_text(_digest(library.read_bytes()))
+        path.with_suffix(".sha256").write_text(_digest(library.read_bytes()))
         library.replace(path)
 
 
 def _intact(path: Path) -> bool:
     """Whether the library exists and matches its checksum: a damaged one would crash the process."""
-    return _checksum(path).exists() and path.exists() and _checksum(path).read_text() == _digest(path.read_bytes())
-
-
-def _checksum(path: Path) -> Path:
-    return path.with_suffix(".sha256")
+    checksum = path.with_suffix(".sha256")
+    return checksum.exists() and path.exists() and checksum.read_text() == _digest(path.read_bytes())
 
 
 def _digest(data: bytes) -> str:

@@ -24,10 +24,8 @@ def keep_memory() -> bool:
     library.malloc.argtypes = [ctypes.c_size_t]
     library.free.argtypes = [ctypes.c_void_p]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # One heap for all threads and all sizes, never trimmed.
-    if not all(
-        library.mallopt(what, value) for what, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-    ):
+    options = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))  # one heap for everything, never trimmed
+    if not all(library.mallopt(*option) for option in options):
         return False
     # Reserve addresses with large pages for half of the memory; unused pages take no memory.
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,4 +1,4 @@
-"""C++ functions as JAX primitives that differentiate in both modes."""
+"""C++ functions as JAX primitives that differentiate in both modes, such as 3x3 convolution and matrix product."""
 
 import functools
 from collections.abc import Callable
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from cm_jax.kernels import building
 
 Function = Callable[..., Any]
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def primitive(name: str, plain: Function, shapes: Function, *, several: bool = False) -> Primitive:
@@ -61,15 +62,14 @@ def differentiable(name: str, plain: Function, shape: Function) -> Function:
         half = len(args) // 2
         return jax.jvp(functools.partial(plain, **settings), args[:half], args[half:])[1]
 
-    def half_shape(*args: Any, **settings: Any) -> tuple[int, ...]:
+    def tangent_shape(*args: Any, **settings: Any) -> tuple[int, ...]:
         return shape(*args[: len(args) // 2], **settings)
 
-    def shapes(*args: Any, **_: Any) -> list[tuple[int, ...]]:
-        return [arg.shape for arg in args[:-1]]
-
     function = primitive(name, plain, shape)
-    tangent = primitive(f"{name}_tangent", tangent_of_plain, half_shape)
-    gradient = primitive(f"{name}_gradient", vjp_of_plain, shapes, several=True)
+    tangent = primitive(f"{name}_tangent", tangent_of_plain, tangent_shape)
+    gradient = primitive(
+        f"{name}_gradient", vjp_of_plain, lambda *args, **_: [arg.shape for arg in args[:-1]], several=True
+    )
 
     def jvp(primals: Any, tangents: Any, **settings: Any) -> Any:
         filled = map(ad.instantiate_zeros, tangents)
@@ -105,3 +105,104 @@ def _map_batch(primitive_: Primitive, args: Any, axes: Any, **settings: Any) -> 
     found = primitive_.bind(*[arg.reshape(-1, *arg.shape[2:]) for arg in whole], **settings)
     apart = [each.reshape(size, -1, *each.shape[1:]) for each in (found if primitive_.multiple_results else [found])]
     return (apart, [0] * len(apart)) if primitive_.multiple_results else (apart[0], 0)
+
+
+def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
+    """3x3 convolution with stride 1 and zero padding 1, by the Winograd algorithm (convolution.cc).
+
+    Largest error of a layer relative to its largest output: 4e-6 with 1536 channels, 1e-6 with 64 (XLA: 2e-6).
+    """
+    return _convolve_p.bind(x, kernel, mirrored=False)
+
+
+def multiply(x: Float[Array, "n i"], matrix: Float[Array, "i o"]) -> Float[Array, "n o"]:
+    """x @ matrix in float32: XLA forward, product.cc for the gradient of the matrix.
+
+    For that gradient XLA transposes the pixels first and runs at half its speed.
+    """
+    return _multiply_p.bind(x, matrix)
+
+
+# convolve, multiply and their gradients with respect to the second argument are bilinear, and the transpose of each is
+# one of the four. So they are closed under differentiation.
+
+
+def _plain_convolve(x: Array, kernel: Array, *, mirrored: bool) -> Array:
+    """The XLA form. mirrored: with the mirrored kernel, whose channels are swapped, for gradients of images."""
+    if mirrored:
+        kernel = kernel[::-1, ::-1].swapaxes(2, 3)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers, precision=_HIGHEST
+    )
+
+
+def _plain_kernel_gradient(x: Array, dy: Array) -> Array:
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], dy.shape[-1]), x.dtype)
+    return jax.linear_transpose(functools.partial(_plain_convolve, x, mirrored=False), kernel)(dy)[0]
+
+
+_convolve_p = primitive(
+    "cm_jax_convolve",
+    _plain_convolve,
+    lambda x, kernel, *, mirrored: (*x.shape[:3], kernel.shape[2 if mirrored else 3]),
+)
+_kernel_gradient_p = primitive(
+    "cm_jax_kernel_gradient", _plain_kernel_gradient, lambda x, dy: (3, 3, x.shape[3], dy.shape[3])
+)
+_multiply_p = primitive(
+    "cm_jax_multiply",
+    lambda x, matrix: jnp.dot(x, matrix, precision=_HIGHEST),
+    lambda x, matrix: (x.shape[0], matrix.shape[1]),
+)
+_matrix_gradient_p = primitive(
+    "cm_jax_product_gradient",
+    lambda x, dy: jnp.dot(x.T, dy, precision=_HIGHEST),
+    lambda x, dy: (x.shape[1], dy.shape[1]),
+)
+
+ad.defbilinear(
+    _convolve_p,
+    lambda dy, x, kernel, *, mirrored: _convolve_p.bind(dy, kernel, mirrored=not mirrored),
+    lambda dy, x, kernel, *, mirrored: _kernel_gradient_p.bind(*((dy, x) if mirrored else (x, dy))),
+)
+ad.defbilinear(
+    _kernel_gradient_p,
+    lambda kernel, x, dy: _convolve_p.bind(dy, kernel, mirrored=True),
+    lambda kernel, x, dy: _convolve_p.bind(x, kernel, mirrored=False),
+)
+ad.defbilinear(
+    _multiply_p,
+    lambda dy, x, matrix: _multiply_p.bind(dy, matrix.T),
+    lambda dy, x, matrix: _matrix_gradient_p.bind(x, dy),
+)
+ad.defbilinear(
+    _matrix_gradient_p,
+    lambda matrix, x, dy: _multiply_p.bind(dy, matrix.T),
+    lambda matrix, x, dy: _multiply_p.bind(x, matrix),
+)
+
+
+def _map_first(product: Primitive, args: Any, axes: Any, **settings: Any) -> Any:
+    """vmap rule: mapped images or pixels become a larger batch; mapped kernels or matrices are looped over."""
+    (x, matrix), (x_axis, matrix_axis) = args, axes
+    if matrix_axis is not None:
+        return _one_by_one(product, args, axes, **settings)
+    x = jnp.moveaxis(x, x_axis, 0)
+    return product.bind(x.reshape(-1, *x.shape[2:]), matrix, **settings).reshape(*x.shape[:-1], -1), 0
+
+
+def _one_by_one(product: Primitive, args: Any, axes: Any, **settings: Any) -> Any:
+    """vmap rule: a loop over the mapped axis."""
+    mapped = {i: jnp.moveaxis(args[i], axis, 0) for i, axis in enumerate(axes) if axis is not None}
+
+    def one(some: dict[int, Array]) -> Any:
+        return product.bind(*[some.get(i, arg) for i, arg in enumerate(args)], **settings)
+
+    return jax.lax.map(one, mapped), 0
+
+
+for _p in (_convolve_p, _multiply_p):
+    batching.primitive_batchers[_p] = functools.partial(_map_first, _p)
+for _p in (_kernel_gradient_p, _matrix_gradient_p):
+    batching.primitive_batchers[_p] = functools.partial(_one_by_one, _p)

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cm_jax.networks.layers import NORM_GROUPS, Dense, Embedding, Style, parameter, sinusoid
-from cm_jax.networks.plan import Unit
 from cm_jax.networks.unet import UNet
 from cm_jax.types import Labels
 
@@ -53,7 +52,7 @@ class ADMUNet(UNet):
 
     @property
     def style(self) -> Style:
-        return Style()
+        return Style(resampling_unit=self.resampling)
 
     @property
     def stem_channels(self) -> int:
@@ -62,22 +61,10 @@ class ADMUNet(UNet):
     def heads_for(self, channels: int) -> int:
         return self.heads or channels // (self.head_dim or channels)
 
-    def downsample_units(self, channels: int, pyramid_channels: int) -> tuple[Unit, ...]:
-        del pyramid_channels
-        kind = "residual" if self.resampling == "residual" else "convolution"
-        return (Unit(kind, "downsample", channels, channels, "down"),)
-
-    def decoder_attention(self, index: int) -> bool:
-        return True
-
-    def upsample_unit(self, channels: int) -> Unit:
-        kind = "residual" if self.resampling == "residual" else "convolution"
-        return Unit(kind, "upsample", channels, channels, "up")
-
     def embedder(self, name: str = "embedding") -> nn.Module:
         return _Embedding(self, name=name)
 
-    def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> np.ndarray:
+    def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> Any:
         """PyTorch's default initialization, as in OpenAI's implementation.
 
         Kernels and biases are uniform in +-1/sqrt(fan_in), the class table is standard normal, norms are the identity,

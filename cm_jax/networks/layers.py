@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cm_jax.errors import InputError
-from cm_jax.networks.fir import Filter, fir_downsample, fir_upsample, smoothed
 from cm_jax.networks.operations import Implementation, attend, convolve_3x3, group_norm, multiply
 from cm_jax.types import Keys
 
@@ -23,6 +22,8 @@ Outputs = Float[Array, "b h2 w2 c2"]
 """Features with another size or number of channels."""
 Embedding = Float[Array, "b t"]
 Resample = Literal["down", "up"]
+Filter = Literal["fir", "plain"]
+"""fir: [1, 3, 3, 1]. plain: [1, 1], the mean of two pixels."""
 Modulation = Literal["scale_shift", "additive", "normalized"]
 """How the embedding (s, b) enters a residual block. scale_shift: (1 + s) norm(h) + b in its second norm. additive:
 added to h before it. normalized: pnorm(s) norm(h) + pnorm(b), which bounds time derivatives (sCM, section 4.1)."""
@@ -33,22 +34,25 @@ NORM_EPSILON = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Settings of blocks that differ between families of U-Nets. The defaults are those of the ADM U-Net."""
+    """Settings that differ between families of U-Nets. The defaults are those of the ADM U-Net."""
 
     min_group_size: int = 1
     """Smallest number of channels in a norm group; there are at most 32 groups."""
     epsilon: float = NORM_EPSILON
     residual_scale: float = 1.0
     """Factor applied to the sum of skip and residual branch."""
+    decoder_attention: Literal["every", "last"] = "every"
+    """Decoder blocks with attention, on a level with attention."""
+    resampling_unit: Literal["residual", "convolution"] = "residual"
+    """Unit that resamples: a residual block or a 3x3 convolution."""
+    pyramid: bool = False
+    """Whether the downsampled image is added to the features of every encoder level."""
     resampling: Filter = "plain"
     skip_conv: bool = False
     """Whether a resampling block has a 1x1 convolution on its skip even if the channels stay the same."""
 
     def groups(self, channels: int) -> int:
         return min(NORM_GROUPS, channels // self.min_group_size)
-
-
-ADM = Style()
 
 
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Array:
@@ -88,6 +92,35 @@ def upsample(x: Features) -> Outputs:
     """Repeat every pixel in a 2x2 square."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def smoothed(x: Float[Array, "b h w c"], taps: Filter = "fir") -> Float[Array, "b h+1 w+1 c"]:
+    """Filtered values at the corners between pixels, borders included: one more than pixels along each axis."""
+    weights = (1, 3, 3, 1) if taps == "fir" else (1, 1)
+    edge = len(weights) // 2
+    for axis in (1, 2):
+        padded = jnp.pad(x, [(edge, edge) if i == axis else (0, 0) for i in range(4)])
+        count = x.shape[axis] + 1
+        shifted = (jnp.take(padded, jnp.arange(start, start + count), axis=axis) for start in range(len(weights)))
+        x = sum((weight * part for weight, part in zip(weights, shifted, strict=True)), jnp.zeros((), x.dtype))
+        x = x / sum(weights)
+    return x
+
+
+def fir_downsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
+    """Downsample: out[i] = (x[2i-1] + 3 x[2i] + 3 x[2i+1] + x[2i+2]) / 8 along each axis."""
+    return smoothed(x)[:, 1::2, 1::2]
+
+
+def fir_upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+    """Upsample: out[2i] = (x[i-1] + 3 x[i]) / 4 and out[2i+1] = (3 x[i] + x[i+1]) / 4 along each axis."""
+    for axis in (1, 2):
+        count = x.shape[axis]
+        padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(4)])
+        before, after = (jnp.take(padded, jnp.arange(start, start + count), axis=axis) for start in (0, 2))
+        pairs = jnp.stack([(before + 3 * x) / 4, (3 * x + after) / 4], axis=axis + 1)
+        x = pairs.reshape(*x.shape[:axis], 2 * count, *x.shape[axis + 1 :])
+    return x
 
 
 def resampled(x: Features, resample: Resample | None, by: Filter = "plain") -> Outputs:
@@ -162,7 +195,7 @@ class SmoothedConvolution(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalization of x + offset, then optionally scale y + shift per channel, then optionally SiLU."""
 
-    style: Style = ADM
+    style: Style = Style()
 
     @nn.compact
     def __call__(
@@ -194,7 +227,7 @@ class ResidualBlock(nn.Module):
     dropout: float = 0.0
     dropout_size: int | None = None
     dtype: DTypeLike = jnp.float32
-    style: Style = ADM
+    style: Style = Style()
 
     @nn.compact
     def __call__(self, x: Features, embedding: Embedding, dropout_keys: Keys | None = None) -> Outputs:
@@ -233,7 +266,7 @@ class AttentionBlock(nn.Module):
     heads: int
     implementation: Implementation = "auto"
     dtype: DTypeLike = jnp.float32
-    style: Style = ADM
+    style: Style = Style()
 
     @nn.compact
     def __call__(self, x: Features) -> Features:

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cm_jax.networks.fir import Filter
-from cm_jax.networks.layers import Dense, Embedding, Modulation, Style, parameter
-from cm_jax.networks.plan import Unit
+from cm_jax.networks.layers import Dense, Embedding, Filter, Modulation, Style, parameter
 from cm_jax.networks.unet import UNet
 from cm_jax.types import Labels
 
@@ -62,30 +60,27 @@ class SongUNet(UNet):
 
     @property
     def style(self) -> Style:
-        return Style(min_group_size=4, epsilon=1e-6, residual_scale=2**-0.5, resampling=self.resampling, skip_conv=True)
+        return Style(
+            min_group_size=4,
+            epsilon=1e-6,
+            residual_scale=2**-0.5,
+            decoder_attention="last",
+            pyramid=self.pyramid,
+            resampling=self.resampling,
+            skip_conv=True,
+        )
 
     @property
     def stem_channels(self) -> int:
         return self.base_channels
 
     def heads_for(self, channels: int) -> int:
-        del channels
         return 1
-
-    def downsample_units(self, channels: int, pyramid_channels: int) -> tuple[Unit, ...]:
-        unit = Unit("residual", "downsample", channels, channels, "down")
-        return (unit, Unit("pyramid", "pyramid", pyramid_channels, channels, "down")) if self.pyramid else (unit,)
-
-    def decoder_attention(self, index: int) -> bool:
-        return index == self.blocks_per_level
-
-    def upsample_unit(self, channels: int) -> Unit:
-        return Unit("residual", "upsample", channels, channels, "up")
 
     def embedder(self, name: str = "embedding") -> nn.Module:
         return _Embedding(self, name=name)
 
-    def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> np.ndarray:
+    def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> Any:
         """The initialization of NCSN++ and EDM.
 
         Kernels are uniform with variance 1 / mean(fan_in, fan_out), times 0.1 for queries, keys and values, and times

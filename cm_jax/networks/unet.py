@@ -1,25 +1,38 @@
-"""U-Nets as pure functions of parameters and input: prediction, parameter shapes, initialization."""
+"""U-Nets as pure functions of parameters and input: prediction, parameter shapes, initialization; the Flax module."""
 
 import abc
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
 from cm_jax.errors import InputError
-from cm_jax.networks.unet_config import UNetConfig
-from cm_jax.networks.unet_module import UNetModule
+from cm_jax.networks.layers import (
+    AttentionBlock,
+    Convolution,
+    Embedding,
+    Features,
+    GroupNorm,
+    Outputs,
+    ResidualBlock,
+    SmoothedConvolution,
+)
+from cm_jax.networks.unet_config import Block, UNetConfig
 from cm_jax.types import Images, Keys, Labels, Params, Precision, leaves, nested
 
 _COMPUTE_PRECISION_LAYERS = frozenset(
     ("stem", "conv_1", "conv_2", "skip", "qkv", "projection", "downsample", "upsample", "pyramid")
 )
 """Layers that compute in `precision`; all others compute in float32."""
+Pyramid = Float[Array, "b h3 w3 c3"]
+"""Input pyramid: the image, then the output of the last downsampling block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +40,7 @@ class UNet(UNetConfig):
     """A U-Net without its parameters. Raises InputError for settings that cannot be built."""
 
     @abc.abstractmethod
-    def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> np.ndarray:
+    def initial(self, path: str, shapes: Mapping[str, Any], uniform: np.ndarray, normal: Callable) -> Any:
         """Initial value of one parameter, from random numbers of its shape.
 
         uniform: uniform in [-1, 1]. normal: a function that returns standard normal numbers.
@@ -69,13 +82,11 @@ class UNet(UNetConfig):
     def check_input(self, shape: tuple[int, ...], labeled: bool) -> None:
         """Raise InputError unless images of this shape, with or without labels, suit the network."""
         if len(shape) != 4 or shape[-1] != self.image_channels:
-            raise InputError(
-                f"Expected images of shape [batch, height, width, {self.image_channels}], got {list(shape)}."
-            )
+            expected = f"[batch, height, width, {self.image_channels}]"
+            raise InputError(f"Expected images of shape {expected}, got {list(shape)}.")
         if shape[1] % self.reduction or shape[2] % self.reduction:
-            raise InputError(
-                f"Expected image height and width to be multiples of {self.reduction}, got {shape[1]}x{shape[2]}."
-            )
+            size = f"{shape[1]}x{shape[2]}"
+            raise InputError(f"Expected image height and width to be multiples of {self.reduction}, got {size}.")
         if labeled and self.classes is None:
             raise InputError("Labels were given to an unconditional network: leave them out.")
         if not labeled and self.classes is not None:
@@ -103,17 +114,12 @@ class UNet(UNetConfig):
         """
         shapes = dict(leaves(self.shapes()))
         key_uniform, key_normal = jax.random.split(key)
-        total = sum(leaf.size for leaf in shapes.values())
-        stream = np.asarray(jax.random.uniform(key_uniform, (total,), minval=-1.0))
-        params, start = {}, 0
-        for path, leaf in shapes.items():
-            uniform = stream[start : start + leaf.size].reshape(leaf.shape)
-            start += leaf.size
-
-            def normal(shape: tuple[int, ...] = leaf.shape) -> np.ndarray:
-                return np.asarray(jax.random.normal(key_normal, shape))
-
-            params[path] = jnp.asarray(self.initial(path, shapes, uniform, normal), jnp.float32)
+        ends = np.cumsum([leaf.size for leaf in shapes.values()])
+        stream = np.asarray(jax.random.uniform(key_uniform, (int(ends[-1]),), minval=-1.0))
+        params = {}
+        for (path, leaf), part in zip(shapes.items(), np.split(stream, ends[:-1]), strict=True):
+            normal = functools.partial(jax.random.normal, key_normal, leaf.shape)
+            params[path] = jnp.asarray(self.initial(path, shapes, part.reshape(leaf.shape), normal), jnp.float32)
         return nested(params)
 
     def prepare(self, params: Params) -> Params:
@@ -133,3 +139,88 @@ class UNet(UNetConfig):
     def at_precision(self, precision: Precision) -> "UNet":
         """The same network with another compute precision."""
         return dataclasses.replace(self, precision=precision)
+
+
+class UNetModule(nn.Module):
+    """Applies the blocks of the plan."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Images,
+        c_noise: Float[Array, " b"],
+        labels: Labels | None,
+        dropout_keys: Keys | None = None,
+        length: Float[Array, " b"] | None = None,
+    ) -> Images:
+        config = self.config
+        plan = config.plan()
+        embedding = config.embedder()(c_noise, labels)
+        if config.interval_embedding:
+            embedding += config.embedder("length")(c_noise if length is None else length, None)
+        numbers = itertools.count()
+
+        def apply(block: Block, h: Features, pyramid: Pyramid) -> Outputs:
+            return _Block(config, block, next(numbers), name=block.name)(h, pyramid, embedding, dropout_keys)
+
+        pyramid = x
+        h = Convolution(config.stem_channels, dtype=config.precision, name="stem")(x)
+        skips = [h]
+        for block in plan.encoder:
+            h = apply(block, h, pyramid)
+            pyramid = h if block.units[-1].kind == "pyramid" else pyramid
+            skips.append(h)
+        h = apply(plan.middle, h, pyramid)
+        for block in plan.decoder:
+            h = apply(block, jnp.concatenate([h, skips.pop()], axis=-1), pyramid)
+        return _Head(config, name="head")(h.astype(jnp.float32))
+
+
+class _Block(nn.Module):
+    """The units of one block in turn. Block number and unit index identify a dropout layer."""
+
+    config: UNetConfig
+    block: Block
+    number: int
+
+    @nn.compact
+    def __call__(self, h: Features, pyramid: Pyramid, embedding: Embedding, dropout_keys: Keys | None) -> Outputs:
+        config = self.config
+        dtype, style = config.precision, config.style
+        remat = nn.remat if config.rematerialize else lambda module: module
+        for index, unit in enumerate(self.block.units):
+            match unit.kind:
+                case "residual":
+                    h = remat(ResidualBlock)(
+                        features=unit.channels_out,
+                        dropout_layer=8 * self.number + index,
+                        resample=unit.resample,
+                        modulation=config.modulation,
+                        dropout=config.dropout,
+                        dropout_size=config.dropout_size,
+                        dtype=dtype,
+                        style=style,
+                        name=unit.name,
+                    )(h, embedding, dropout_keys)
+                case "attention":
+                    heads = config.heads_for(unit.channels_out)
+                    h = remat(AttentionBlock)(heads, config.attention, dtype, style, name=unit.name)(h)
+                case "convolution":
+                    h = Convolution(unit.channels_out, unit.resample, dtype, name=unit.name)(h)
+                case "pyramid":
+                    smaller = SmoothedConvolution(unit.channels_out, style.resampling, dtype, name=unit.name)(pyramid)
+                    h = (smaller + h) * style.residual_scale
+        return h
+
+
+class _Head(nn.Module):
+    """Norm, SiLU, convolution to image channels."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(self, h: Features) -> Outputs:
+        h = GroupNorm(self.config.style, name="norm")(h, silu=True)
+        return Convolution(self.config.image_channels, name="output")(h)

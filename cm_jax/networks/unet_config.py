@@ -1,16 +1,49 @@
-"""Settings that all U-Nets share, and the plan of their blocks."""
+"""Settings that all U-Nets share, and the plan of their blocks.
+
+The Flax module, its parameter names and the converters are all derived from this plan.
+"""
 
 import abc
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 
 from cm_jax.errors import InputError
-from cm_jax.networks.layers import Modulation, Style
+from cm_jax.networks.layers import Modulation, Resample, Style
 from cm_jax.networks.operations import Implementation
-from cm_jax.networks.plan import Block, UNetPlan, Unit
 from cm_jax.types import Precision
+
+
+class Unit(NamedTuple):
+    """One residual block, attention block or resampling convolution, or one level of the input pyramid."""
+
+    kind: Literal["residual", "attention", "convolution", "pyramid"]
+    name: str
+    """Name within its block."""
+    channels_in: int
+    channels_out: int
+    resample: Resample | None = None
+
+
+class Block(NamedTuple):
+    """Units applied in turn. An encoder block's output is kept as a skip; a decoder block concatenates one first."""
+
+    name: str
+    units: tuple[Unit, ...]
+
+
+class UNetPlan(NamedTuple):
+    """All blocks between the stem and the head."""
+
+    encoder: tuple[Block, ...]
+    middle: Block
+    decoder: tuple[Block, ...]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return (*self.encoder, self.middle, *self.decoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,42 +137,28 @@ class UNetConfig(abc.ABC):
         """Number of attention heads in a block with this many channels."""
 
     @abc.abstractmethod
-    def downsample_units(self, channels: int, pyramid_channels: int) -> tuple[Unit, ...]:
-        """The units that halve the image; `pyramid_channels` are those of the input pyramid so far."""
-
-    @abc.abstractmethod
-    def decoder_attention(self, index: int) -> bool:
-        """Whether decoder block `index` of a level with attention has attention."""
-
-    @abc.abstractmethod
-    def upsample_unit(self, channels: int) -> Unit:
-        """The unit that doubles the image."""
-
-    @abc.abstractmethod
     def embedder(self, name: str = "embedding") -> nn.Module:
         """The module that embeds c_noise and labels."""
 
     def plan(self) -> UNetPlan:
         """The blocks in the order they are applied, after the stem and before the head."""
-        channels, pyramid_channels = self.stem_channels, self.image_channels
-        skips, encoder, decoder = [channels], [], []
+        style, widths, last = self.style, self.level_channels, self.blocks_per_level
 
-        def attention(level: int, width: int) -> tuple[Unit, ...]:
-            attends = 2**level in self.attention_factors
-            return (Unit("attention", "attention", width, width),) if attends else ()
+        def units(level: int, channels: int, attends: bool = True) -> tuple[Unit, ...]:
+            residual = Unit("residual", "residual", channels, widths[level])
+            attention = Unit("attention", "attention", widths[level], widths[level])
+            return (residual, attention) if attends and 2**level in self.attention_factors else (residual,)
 
-        deepest = len(self.channel_mult) - 1
-        for level, width in enumerate(self.level_channels):
-            for index in range(self.blocks_per_level):
-                units = (Unit("residual", "residual", channels, width), *attention(level, width))
-                encoder.append(Block(f"down_{level}_{index}", units))
+        channels, encoder, decoder = self.stem_channels, [], []
+        for level, width in enumerate(widths):
+            for index in range(last):
+                encoder.append(Block(f"down_{level}_{index}", units(level, channels)))
                 channels = width
-                skips.append(channels)
-            if level < deepest:
-                units = self.downsample_units(channels, pyramid_channels)
-                pyramid_channels = channels
-                encoder.append(Block(f"down_{level}_{self.blocks_per_level}", units))
-                skips.append(channels)
+            if level < len(widths) - 1:
+                down = [Unit(style.resampling_unit, "downsample", width, width, "down")]
+                if style.pyramid:
+                    down.append(Unit("pyramid", "pyramid", (self.image_channels, *widths)[level], width, "down"))
+                encoder.append(Block(f"down_{level}_{last}", tuple(down)))
 
         middle = (
             Unit("residual", "residual_1", channels, channels),
@@ -147,15 +166,14 @@ class UNetConfig(abc.ABC):
             Unit("residual", "residual_2", channels, channels),
         )
 
-        for level, width in reversed(list(enumerate(self.level_channels))):
-            for index in range(self.blocks_per_level + 1):
-                units = (Unit("residual", "residual", channels + skips.pop(), width),)
+        skips = [self.stem_channels, *(block.units[-1].channels_out for block in encoder)]
+        for level, width in reversed(list(enumerate(widths))):
+            for index in range(last + 1):
+                up = units(level, channels + skips.pop(), style.decoder_attention == "every" or index == last)
+                if level > 0 and index == last:
+                    up = (*up, Unit(style.resampling_unit, "upsample", width, width, "up"))
+                decoder.append(Block(f"up_{level}_{index}", up))
                 channels = width
-                if self.decoder_attention(index):
-                    units = (*units, *attention(level, width))
-                if level > 0 and index == self.blocks_per_level:
-                    units = (*units, self.upsample_unit(channels))
-                decoder.append(Block(f"up_{level}_{index}", units))
 
         return UNetPlan(tuple(encoder), Block("middle", middle), tuple(decoder))
 

@@ -12,8 +12,7 @@ from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import SongUNet
-from cm_jax.networks.fir import fir_downsample, fir_upsample, smoothed
-from cm_jax.networks.layers import pixel_norm
+from cm_jax.networks.layers import fir_downsample, fir_upsample, pixel_norm, smoothed
 from cm_jax.networks.song_unet import DDPMPP, NCSNPP, positional
 from cm_jax.types import Network, leaves
 from tests.support import random_params

@@ -15,8 +15,7 @@ from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import SongUNet
-from cm_jax.networks.fir import fir_downsample, fir_upsample
-from cm_jax.networks.layers import SmoothedConvolution
+from cm_jax.networks.layers import SmoothedConvolution, fir_downsample, fir_upsample
 from cm_jax.types import per_image
 from tests.parity import jcm_float64
 from tests.support import DATA, compiled, random_params, relative

@@ -28,7 +28,7 @@ from benchmarks.common import header, load_average, parser, process_memory, row
 from benchmarks.training_rows import peak_memory
 from cm_jax.conversion.metric_networks import inception_rules
 from cm_jax.conversion.rules import to_source
-from cm_jax.feature_networks import inception, inception_v3
+from cm_jax.feature_networks import inception_v3
 from cm_jax.types import Params
 from tests.torch_inception import Graph
 
@@ -46,8 +46,8 @@ Extract = Callable[[np.ndarray], np.ndarray]
 
 def weights() -> Params:
     """The weights named by CM_JAX_INCEPTION, else random ones."""
-    if os.environ.get(inception.FILE.variable):
-        return inception.load()
+    if os.environ.get(inception_v3.FILE.variable):
+        return inception_v3.load()
     rng = np.random.default_rng(0)
 
     def random(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -61,7 +61,7 @@ def weights() -> Params:
 
 def jax_extractor(params: Params) -> Extract:
     placed = jax.device_put(params)
-    extract = jax.jit(lambda params, images: inception.features(params, images).pool)
+    extract = jax.jit(lambda params, images: inception_v3.features(params, images).pool)
     return lambda images: np.asarray(extract(placed, images))
 
 
@@ -81,7 +81,7 @@ def torch_extractor(params: Params, layout: torch.memory_format) -> Extract:
 
 
 def resized(x: torch.Tensor) -> torch.Tensor:
-    """The PyTorch version of `cm_jax.feature_networks.inception.resized`."""
+    """The PyTorch version of `cm_jax.feature_networks.inception_v3.resized`."""
     for axis in (2, 3):
         size = x.shape[axis]
         positions = torch.arange(inception_v3.SIZE, device=x.device, dtype=torch.float32) * (size / inception_v3.SIZE)
@@ -189,7 +189,7 @@ def main() -> None:
         options.error("Expected 1 <= --batch <= --count and --compare-every >= 1.")
     threads = os.cpu_count() or 1
     device = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else f"{threads} cores and threads"
-    kind = "published" if os.environ.get(inception.FILE.variable) else "random"
+    kind = "published" if os.environ.get(inception_v3.FILE.variable) else "random"
     print(f"On {device}; jax {jax.__version__}, torch {torch.__version__}; {kind} weights.")
     print(HEADER, flush=True)
     before = os.getloadavg()[0]

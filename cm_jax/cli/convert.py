@@ -118,7 +118,7 @@ def main(prog: str, words: Sequence[str]) -> None:
 def _convert_weights(arguments: Convert) -> None:
     """Convert the weights of LPIPS or Inception-V3."""
     from cm_jax.conversion import metric_networks
-    from cm_jax.feature_networks import inception, lpips
+    from cm_jax.feature_networks import inception_v3, lpips
 
     used = ("source", "destination", "to") + (("lpips_heads",) if arguments.to == "lpips" else ())
     flags = [field for field in dataclasses.fields(Convert) if field.name not in used]
@@ -134,8 +134,8 @@ def _convert_weights(arguments: Convert) -> None:
         what, file, published = "VGG16 and the heads of LPIPS", lpips.FILE, metric_networks.LPIPS_DIGEST
     else:
         params = metric_networks.read_inception(source)
-        classifier = "with" if "logits" in params else "without"
-        what, file, published = f"Inception-V3 {classifier} classes", inception.FILE, metric_networks.INCEPTION_DIGEST
+        what = f"Inception-V3 {'with' if 'logits' in params else 'without'} classes"
+        file, published = inception_v3.FILE, metric_networks.INCEPTION_DIGEST
     same = metric_networks.digest(params) == published
     known = "the published ones" if same else "NOT the published ones (retrained or damaged)"
     say(f"Read {arguments.source}: {what}; its weights are {known}.")

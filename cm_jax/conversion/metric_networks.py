@@ -10,7 +10,7 @@ from cm_jax.conversion.pickles import read_arrays
 from cm_jax.conversion.rules import Layout, Rule, from_source
 from cm_jax.conversion.torch_files import is_torch, read_torch
 from cm_jax.errors import InputError
-from cm_jax.feature_networks import inception, inception_v3, lpips, vgg16
+from cm_jax.feature_networks import inception_v3, lpips
 from cm_jax.types import Params, leaves
 
 InceptionFormat = Literal["nvidia", "pytorch-fid"]
@@ -39,7 +39,7 @@ def torch_rules() -> list[Rule]:
 def _convolutions(prefix: str, numbers: Sequence[int], weight: str, layout: Layout) -> list[Rule]:
     return [
         Rule(f"vgg16/{name}/{leaf}", (prefix.format(number) + source,), how)
-        for number, name in zip(numbers, vgg16.layers(), strict=True)
+        for number, name in zip(numbers, lpips.vgg16_layers(), strict=True)
         for leaf, source, how in (("kernel", weight, layout), ("bias", "bias", Layout.SAME))
     ]
 
@@ -127,7 +127,7 @@ def read_inception(path: Path) -> Params:
     for a missing or damaged file, and for missing or unexpected tensors.
     """
     if not path.is_file():
-        raise InputError(f"There is no file {path}. Get the Inception weights as follows:\n{inception.FILE.recipe}")
+        raise InputError(f"There is no file {path}. Get the Inception weights as follows:\n{inception_v3.FILE.recipe}")
     unused = re.compile(r"\.num_batches_tracked$|^(output|fc)\.bias$")
     found = {re.sub(r"^.*?(?=layers\.|output\.)", "", name): tensor for name, tensor in read_torch(path).items()}
     tensors = {name: tensor for name, tensor in found.items() if not unused.search(name)}

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, UInt8
 from cm_jax.conversion import metric_networks
 from cm_jax.errors import InputError
 from cm_jax.evaluation.metrics import Gaussian, Moments
-from cm_jax.feature_networks import inception
+from cm_jax.feature_networks import inception_v3
 from cm_jax.feature_networks.inception_v3 import Features
 from cm_jax.samplers.batches import compile_programs, in_batches, multiple_of
 from cm_jax.types import Params
@@ -53,8 +53,8 @@ class FeatureExtractor:
 
 def load_inception(weights: str = "") -> FeatureExtractor:
     """Inception-V3 of 2015-12-05 from the file `weights` or CM_JAX_INCEPTION. Raises InputError if there is none."""
-    params = inception.load(weights)
-    return FeatureExtractor(inception.features, params, "Inception-V3 2015-12-05", "TensorFlow 1 bilinear to 299")
+    params = inception_v3.load(weights)
+    return FeatureExtractor(inception_v3.features, params, "Inception-V3 2015-12-05", "TensorFlow 1 bilinear to 299")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

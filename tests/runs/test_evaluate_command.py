@@ -157,10 +157,10 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
 def test_truncated_weights_and_samples_that_are_not_finite(samples, tmp_path, capsys, monkeypatch):
     from cm_jax.cli import evaluate
     from cm_jax.evaluation import load_inception
-    from cm_jax.feature_networks import inception
+    from cm_jax.feature_networks import inception_v3
 
     weights = tmp_path / "inception.safetensors"
-    inception.FILE.save(weights, {"conv": {"kernel": np.zeros((3, 3, 3, 32), np.float32)}})
+    inception_v3.FILE.save(weights, {"conv": {"kernel": np.zeros((3, 3, 3, 32), np.float32)}})
     weights.write_bytes(weights.read_bytes()[:1000])
     monkeypatch.setattr(evaluate, "load_inception", load_inception)
     said = failed(capsys, main_evaluate, samples, "emoji", "--inception", weights, *TOLD)

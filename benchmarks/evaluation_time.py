@@ -28,6 +28,7 @@ from benchmarks.common import header, load_average, parser, process_memory, row
 from benchmarks.training_rows import peak_memory
 from cm_jax.conversion.metric_networks import inception_rules
 from cm_jax.conversion.rules import to_source
+from cm_jax.evaluation import load_inception
 from cm_jax.feature_networks import inception_v3
 from cm_jax.types import Params
 from tests.torch_inception import Graph
@@ -47,7 +48,7 @@ Extract = Callable[[np.ndarray], np.ndarray]
 def weights() -> Params:
     """The weights named by CM_JAX_INCEPTION, else random ones."""
     if os.environ.get(inception_v3.FILE.variable):
-        return inception_v3.load()
+        return load_inception().params
     rng = np.random.default_rng(0)
 
     def random(leaf: jax.ShapeDtypeStruct) -> np.ndarray:

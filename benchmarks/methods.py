@@ -43,8 +43,9 @@ from cm_jax.evaluation import (
     of_model,
     summarize,
 )
-from cm_jax.evaluation.references import cached_statistics, default_cache
+from cm_jax.evaluation.features import reference_statistics
 from cm_jax.feature_networks.lpips import LPIPS
+from cm_jax.io.atomic import user_cache
 from cm_jax.io.images import grid, quantize
 from cm_jax.loading import load
 from cm_jax.model import Model
@@ -149,7 +150,7 @@ def scores(extractor: FeatureExtractor, samples: ImageSet) -> Scores:
 @functools.cache
 def _reference(extractor: FeatureExtractor, split: Any, size: int) -> FeatureStatistics:
     real = of_dataset(EmojiData(split).open(size), f"emoji:{split}")
-    return cached_statistics(extractor, real, EVAL_CONFIG.reference_needs, cache=default_cache())
+    return reference_statistics(extractor, real, EVAL_CONFIG.reference_needs)
 
 
 def evaluate_run(extractor: FeatureExtractor, folder: Path, count: int) -> dict[str, Any]:
@@ -271,7 +272,7 @@ def measure(teacher: Path, folders: dict[str, Path], args: argparse.Namespace) -
     found = {"teacher": teacher} | {name: path for name, path in folders.items() if path.exists()}
     if missing := [str(path) for name, path in folders.items() if name not in found and name not in METHODS]:
         raise InputError(f"Run folders not found: {', '.join(missing)}.")
-    extractor = load_inception()
+    extractor = dataclasses.replace(load_inception(), cache=user_cache("references"))
     models = {name: load(path) for name, path in found.items()}
     config: ModelConfig = models["teacher"].config
     print(f"{args.count} images per run, seed 0.")

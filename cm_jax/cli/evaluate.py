@@ -13,11 +13,10 @@ from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import devices, progress, say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.evaluation.evaluate import NEEDS, EvalConfig, evaluate
-from cm_jax.evaluation.feature_extractor import load_inception
+from cm_jax.evaluation.features import load_inception, open_reference, write_statistics
 from cm_jax.evaluation.image_sets import ImageSet, holds_images, of_dataset, of_model, open_images
 from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.metrics import Report, to_json
-from cm_jax.evaluation.references import open_reference, write_statistics
 from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.loading import load
 from cm_jax.model import Model
@@ -83,21 +82,14 @@ def main(prog: str, words: Sequence[str]) -> None:
 
 
 def _compared(arguments: Evaluate, model: Model | None, eval_config: EvalConfig) -> Report:
-    extractor = load_inception(arguments.inception)
+    extractor = dataclasses.replace(
+        load_inception(arguments.inception), batch_size=arguments.batch_size, cache=arguments.cache, watch=progress
+    )
     samples = _samples(arguments, model)
     reference = open_reference(arguments.reference, eval_config.reference_needs, samples.shape)
-    against = reference.name if isinstance(reference, ImageSet) else arguments.reference
-    say(f"Evaluating {samples.count:,} images of {samples.name} against {against}: {extractor.name}, {devices()}.")
-    report, known = evaluate(
-        extractor,
-        samples,
-        reference,
-        eval_config,
-        reference_name=against,
-        cache=arguments.cache,
-        batch_size=arguments.batch_size,
-        watch=progress,
-    )
+    sets = f"{samples.count:,} images of {samples.name} against {reference.name}"
+    say(f"Evaluating {sets}: {extractor.name}, {devices()}.")
+    report, known = evaluate(extractor, samples, reference, eval_config)
     if arguments.save_reference is not None:
         write_statistics(arguments.save_reference, known)
     return report

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from cm_jax.cli.parsing import numbers
+from cm_jax.io.atomic import user_cache
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers.levels import NoiseLevelArgs
 from cm_jax.types import Precision
@@ -42,9 +43,7 @@ class Statistics(Batches):
 
     @property
     def cache(self) -> Path | None:
-        from cm_jax.evaluation.references import default_cache
-
-        return None if self.reference_cache == "off" else Path(self.reference_cache or default_cache())
+        return None if self.reference_cache == "off" else Path(self.reference_cache or user_cache("references"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from cm_jax import kernels
 from cm_jax.errors import InputError
+from cm_jax.io.atomic import user_cache
 
 _LONGEST_LINE = 2000
 """Characters per line of a message."""
@@ -110,8 +111,7 @@ def use_compilation_cache(folder: str) -> None:
     """Keep compiled programs between runs in `folder` ("" for the default, "off" for none). JAX's own setting wins."""
     if folder == "off" or (not folder and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(folder) if folder else home / "cm_jax" / "compiled"
+    path = Path(folder or user_cache("compiled"))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,7 +12,7 @@ from cm_jax.cli.options import Statistics
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import progress, say, use_compilation_cache
 from cm_jax.errors import InputError
-from cm_jax.evaluation.feature_extractor import load_inception
+from cm_jax.evaluation.features import load_inception
 from cm_jax.evaluation.image_sets import of_dataset, open_images
 from cm_jax.evaluation.level_search import tune
 from cm_jax.loading import load
@@ -47,16 +47,16 @@ def main(prog: str, words: Sequence[str]) -> None:
         )
     model = load(path)
     reference = of_dataset(open_images(arguments.reference, model.config.network.image_shape), arguments.reference)
+    extractor = dataclasses.replace(
+        load_inception(arguments.inception), batch_size=arguments.batch_size, cache=arguments.cache, watch=progress
+    )
     found = tune(
-        load_inception(arguments.inception),
+        extractor,
         model,
         reference,
         steps=arguments.steps,
         count=arguments.count,
         seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        cache=arguments.cache,
-        watch=progress,
         on_probe=lambda timesteps, score: say(f"{','.join(map(str, timesteps))}: FID {score:.4g}"),
     )
     others = [kept for kept in model.config.tuned_timesteps if len(kept) != len(found.timesteps)]

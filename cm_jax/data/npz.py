@@ -134,7 +134,9 @@ def resized(
 
 def _checked_images(path: str, images: np.ndarray) -> np.ndarray:
     advice = ""
-    if images.dtype.kind == "f":
+    if images.dtype.kind == "f" and not np.isfinite(images).all():
+        advice = " It has NaN or infinite pixels: sample the images again."
+    elif images.dtype.kind == "f":
         advice = " Convert numbers in [-1, 1] by numpy.clip(numpy.round((x + 1) * 127.5), 0, 255).astype(numpy.uint8)."
     elif images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
         advice = " Channels come last: numpy.transpose(x, (0, 2, 3, 1))."

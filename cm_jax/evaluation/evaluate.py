@@ -2,25 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from cm_jax.errors import InputError, check_int, nearest
-from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatistics, summarize
-from cm_jax.evaluation.image_sets import ImageSet, Watch, unwatched
+from cm_jax.evaluation.features import FeatureExtractor, FeatureStatistics, Reference, reference_statistics, summarize
+from cm_jax.evaluation.image_sets import ImageSet
 from cm_jax.evaluation.metrics import Report, frechet_distance, inception_score, kernel_distance, overlap
-from cm_jax.evaluation.references import cached_statistics
 from cm_jax.feature_networks.inception_v3 import CHANNELS
 
-NEEDS = {
-    "fid": ("pool",),
-    "sfid": ("spatial",),
-    "kid": ("features",),
-    "is": ("logits",),
-    "pr": ("features",),
-    "prdc": ("features",),
-}
-"""Metric -> the fields of FeatureStatistics that it needs."""
+NEEDS = {"fid": "pool", "sfid": "spatial", "kid": "features", "is": "logits", "pr": "features", "prdc": "features"}
+"""Metric -> the field of FeatureStatistics that it needs."""
 
 _NEIGHBORS = {"pr": 3, "prdc": 5}
 _TITLES = {"fid": "FID", "sfid": "sFID", "kid": "KID", "inception_score": "IS"}
@@ -53,49 +44,31 @@ class EvalConfig:
     @property
     def needs(self) -> tuple[str, ...]:
         """Fields of FeatureStatistics that the samples need."""
-        return tuple(dict.fromkeys(need for metric in self.metrics for need in NEEDS[metric]))
+        return tuple(dict.fromkeys(NEEDS[metric] for metric in self.metrics))
 
     @property
     def reference_needs(self) -> tuple[str, ...]:
         """Fields of FeatureStatistics that the reference needs."""
         return tuple(need for need in self.needs if need != "logits")
 
-    def min_count(self, metric: str) -> int:
-        """Smallest number of images for which a metric is defined."""
-        if metric == "is":
-            return self.splits
-        return _NEIGHBORS[metric] + 1 if metric in _NEIGHBORS else 2
-
 
 def evaluate(
-    extractor: FeatureExtractor,
-    samples: ImageSet,
-    reference: ImageSet | FeatureStatistics,
-    eval_config: EvalConfig = EvalConfig(),
-    *,
-    reference_name: str = "",
-    cache: Path | None = None,
-    batch_size: int | None = None,
-    watch: Watch = unwatched,
+    extractor: FeatureExtractor, samples: ImageSet, reference: Reference, eval_config: EvalConfig = EvalConfig()
 ) -> tuple[Report, FeatureStatistics]:
-    """(report, statistics of the reference), the latter cached in the folder `cache` if given.
+    """(report, statistics of the reference), the latter kept in the cache of the extractor, if it has one.
 
     reference: images, or statistics from a file (FID and sFID only). Raises InputError, before any computation, for
     sets that are too small or differ in image size, and for statistics that lack what a metric needs.
     """
-    check(extractor, samples, reference, eval_config, reference_name)
-    if isinstance(reference, ImageSet):
-        reference_name, needs = reference_name or reference.name, eval_config.reference_needs
-        known = cached_statistics(extractor, reference, needs, cache=cache, batch_size=batch_size, watch=watch)
-    else:
-        known = reference
-    seen = summarize(extractor, watch(samples.batches(), samples.count), eval_config.needs, batch_size=batch_size)
+    check(extractor, samples, reference, eval_config)
+    known = reference_statistics(extractor, reference, eval_config.reference_needs)
+    seen = summarize(extractor, extractor.watch(samples.batches(), samples.count), eval_config.needs)
     values = compare(seen, known, eval_config)
     protocol: dict[str, Any] = {
         "count": seen.count,
         "samples": samples.name,
         "sampling": samples.how,
-        "reference": reference_name,
+        "reference": known.name,
         "reference_count": known.count,
         "size": list(samples.shape),
         "resize": extractor.resize,
@@ -117,25 +90,20 @@ def compare(samples: FeatureStatistics, reference: FeatureStatistics, eval_confi
     Both statistics must have the fields in `EvalConfig.needs`.
     """
     values: dict[str, float] = {}
-    real, generated = reference.features, samples.features
     for metric in eval_config.metrics:
+        real, generated = (getattr(each, NEEDS[metric]) for each in (reference, samples))
         if metric in ("fid", "sfid"):
-            use = NEEDS[metric][0]
-            values[metric] = frechet_distance(getattr(reference, use), getattr(samples, use))
+            values[metric] = frechet_distance(real, generated)
+        elif metric == "kid":
+            subsets, size = eval_config.kid_subsets, eval_config.kid_subset_size
+            kid = kernel_distance(real, generated, subsets=subsets, size=size, seed=eval_config.seed)
+            values |= {"kid": kid.mean, "kid_deviation": kid.std}
         elif metric == "is":
-            assert samples.logits is not None
-            score = inception_score(samples.logits, splits=eval_config.splits)
+            score = inception_score(generated, splits=eval_config.splits)
             values |= {"inception_score": score.mean, "inception_score_deviation": score.std}
         else:
-            assert real is not None
-            assert generated is not None
-            if metric == "kid":
-                subsets, size = eval_config.kid_subsets, eval_config.kid_subset_size
-                kid = kernel_distance(real, generated, subsets=subsets, size=size, seed=eval_config.seed)
-                values |= {"kid": kid.mean, "kid_deviation": kid.std}
-            else:
-                found = overlap(real, generated, _NEIGHBORS[metric])._asdict()
-                values |= {name: found[name] for name in (("precision", "recall") if metric == "pr" else found)}
+            found = overlap(real, generated, _NEIGHBORS[metric])._asdict()
+            values |= {name: found[name] for name in (("precision", "recall") if metric == "pr" else found)}
     return values
 
 
@@ -169,27 +137,18 @@ def format_values(values: Mapping[str, float]) -> str:
     return ", ".join(shown)
 
 
-def check(
-    extractor: FeatureExtractor,
-    samples: ImageSet,
-    reference: ImageSet | FeatureStatistics,
-    eval_config: EvalConfig,
-    name: str,
-) -> None:
+def check(extractor: FeatureExtractor, samples: ImageSet, reference: Reference, eval_config: EvalConfig) -> None:
     """Raise InputError if the metrics cannot be computed from these sets."""
-    if "is" in eval_config.metrics and not extractor.has_logits:
+    if "is" in eval_config.metrics and "logits" not in extractor.params:
         summarize(extractor, [], ["logits"])
     for metric in eval_config.metrics:
-        minimum = eval_config.min_count(metric)
-        if samples.count < minimum:
-            raise InputError(f"{metric} needs at least {minimum} images; {samples.name} has {samples.count}.")
-        if metric != "is" and isinstance(reference, ImageSet) and reference.count < minimum:
-            raise InputError(f"{metric} needs at least {minimum} images; {reference.name} has {reference.count}.")
-        if isinstance(reference, FeatureStatistics):
-            missing = [need for need in NEEDS[metric] if need != "logits" and getattr(reference, need) is None]
-            if missing:
-                needed = "mu_s and sigma_s" if metric == "sfid" else "mu and sigma" if metric == "fid" else "images"
-                raise InputError(f"{metric} needs {needed} of the reference, which {name or 'the file'} does not have.")
+        minimum = eval_config.splits if metric == "is" else _NEIGHBORS.get(metric, 1) + 1
+        for images in (samples,) if metric == "is" else (samples, reference):
+            if isinstance(images, ImageSet) and images.count < minimum:
+                raise InputError(f"{metric} needs at least {minimum} images; {images.name} has {images.count}.")
+            if isinstance(images, FeatureStatistics) and getattr(images, NEEDS[metric]) is None:
+                needed = {"fid": "mu and sigma", "sfid": "mu_s and sigma_s"}.get(metric, "images")
+                raise InputError(f"{metric} needs {needed} of the reference, which {images.name} does not have.")
     if {"pr", "prdc"} <= set(eval_config.metrics):
         raise InputError("pr and prdc both give precision and recall, with 3 and 5 neighbors: choose one of them.")
     if isinstance(reference, ImageSet) and reference.shape[:2] != samples.shape[:2]:

@@ -20,15 +20,6 @@ from cm_jax.model import Model, SamplingPlan
 Watch = Callable[[Iterator[np.ndarray], int], Iterator[np.ndarray]]
 """(batches, number of images) -> the same batches, while showing progress."""
 
-_BATCH = 64
-"""Images read at once."""
-
-
-def unwatched(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """A `Watch` that shows nothing."""
-    del count
-    return batches
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -54,11 +45,9 @@ def of_dataset(dataset: Dataset, name: str, count: int | None = None) -> ImageSe
     if count is not None and not 1 <= count <= dataset.size:
         raise InputError(f"Expected a count in [1, {dataset.size}], the size of {name}, got {count}.")
     wanted = count or dataset.size
-
-    def batches() -> Iterator[np.ndarray]:
-        return (batch.images for batch in dataset.first(wanted, _BATCH))
-
-    return ImageSet(name, wanted, dataset.image_shape, batches)
+    return ImageSet(
+        name, wanted, dataset.image_shape, lambda: (batch.images for batch in dataset.first(wanted, batch_size=64))
+    )
 
 
 def of_model(
@@ -71,14 +60,8 @@ def of_model(
         for images in model.batches(seed, count, plan, batch_size=batch_size):
             yield quantize(check_finite(images, name))
 
-    steps = len(plan.levels) - 1
-    how = {
-        "sampler": type(plan.sampler).__name__,
-        "steps": steps,
-        "sigmas": list(plan.levels[:-1]),
-        "seed": seed,
-        "quantization": "round",
-    }
+    how = {"sampler": type(plan.sampler).__name__, "steps": len(plan.levels) - 1, "sigmas": list(plan.levels[:-1])}
+    how |= {"seed": seed, "quantization": "round"}
     return ImageSet(name, count, model.config.network.image_shape, batches, how)
 
 
@@ -111,27 +94,10 @@ def open_images(name: str, shape: tuple[int, int, int] | None = None) -> Dataset
     """
     path = user_path(name)
     if path.suffix.lower() == ".npz" and not path.is_dir():
-        return _unchanged(NpzData(name))
+        return NpzData(name).unchanged()
     if shape is not None and shape[0] != shape[1]:
         raise InputError(f"{name} is cropped to squares, but the samples have {shape[0]} x {shape[1]} pixels.")
     return _data(name).open(shape[0] if shape else _own_size(name))
-
-
-def _unchanged(data: NpzData) -> Dataset:
-    try:
-        return data.unchanged()
-    except InputError as error:
-        try:
-            with np.load(user_path(data.path), allow_pickle=False) as arrays:
-                found = [key for key in arrays.files if arrays[key].ndim == 4 and arrays[key].dtype.kind == "f"]
-                broken = [key for key in found if not np.isfinite(arrays[key]).all()]
-        except Exception:  # the first error already describes the file
-            broken = []
-        if broken:
-            raise InputError(
-                f"{data.path}: {broken[0]} has NaN or infinite pixels. Sample the images again."
-            ) from error
-        raise
 
 
 def _data(name: str) -> Data:

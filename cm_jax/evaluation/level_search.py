@@ -1,14 +1,12 @@
 """Search for the noise levels of multistep sampling: greedy ternary search by FID (CM, section 6)."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from cm_jax.errors import InputError, check_int
 from cm_jax.evaluation.evaluate import evaluate
-from cm_jax.evaluation.feature_extractor import FeatureExtractor
-from cm_jax.evaluation.image_sets import ImageSet, Watch, of_model, unwatched
-from cm_jax.evaluation.references import cached_statistics
+from cm_jax.evaluation.features import FeatureExtractor, Reference
+from cm_jax.evaluation.image_sets import ImageSet, of_model
 from cm_jax.model import Model
 
 Timesteps = tuple[int, ...]
@@ -61,9 +59,6 @@ def tune(
     steps: int = 2,
     count: int = 10_000,
     seed: int = 0,
-    batch_size: int | None = None,
-    cache: Path | None = None,
-    watch: Watch = unwatched,
     on_probe: Callable[[Timesteps, float], None] = lambda timesteps, score: None,
 ) -> SearchResult:
     """`search_levels` by FID of `count` images, with the same seed in every probe; calls `on_probe` after each.
@@ -72,17 +67,12 @@ def tune(
     """
     if not model.config.distilled:
         raise InputError("Expected a consistency model, got a denoiser: only consistency models have tuned timesteps.")
-    if reference.shape[:2] != model.config.network.image_shape[:2]:
-        raise InputError(
-            f"Expected a reference of {model.config.network.image_shape[:2]} pixels, got {reference.shape[:2]}."
-        )
-    check_int("The number of images", count, 2, 10**9)
-    check_int(f"The number of steps (of {model.config.num_levels} levels)", steps, 2, model.config.num_levels - 1)
-    known = cached_statistics(extractor, reference, ("pool",), cache=cache, batch_size=batch_size, watch=watch)
+    known: Reference = reference
 
     def score(timesteps: Timesteps) -> float:
-        samples = of_model(model, model.plan(timesteps=timesteps), count, seed=seed, batch_size=batch_size)
-        report, _ = evaluate(extractor, samples, known, batch_size=batch_size, watch=watch)
+        nonlocal known
+        samples = of_model(model, model.plan(timesteps=timesteps), count, seed=seed, batch_size=extractor.batch_size)
+        report, known = evaluate(extractor, samples, known)
         on_probe(timesteps, report.values["fid"])
         return report.values["fid"]
 

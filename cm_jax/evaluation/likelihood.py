@@ -1,7 +1,7 @@
 """Bits per dimension of a denoiser, by the probability-flow ODE and Hutchinson's estimator (Song et al. 2021)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,15 +13,12 @@ from cm_jax.data import Dataset
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.ode import dx_dlog_sigma, heun_step
 from cm_jax.errors import InputError, check_int
-from cm_jax.evaluation.image_sets import Watch, unwatched
+from cm_jax.evaluation.image_sets import Watch
 from cm_jax.evaluation.metrics import Report
 from cm_jax.model import Model
 from cm_jax.samplers.batches import by_number, compile_programs, in_batches, multiple_of
 from cm_jax.samplers.generation import default_batch_size, image_keys
 from cm_jax.types import Denoiser, Images, Keys, Labels, Params
-
-_PIXEL, _PROBE = 0, 1
-"""What is derived from an image's key."""
 
 State = tuple[Images, Float[Array, " b"]]
 """y, and the integral of the divergence."""
@@ -53,9 +50,8 @@ def log_density(
 
     start = (x / spread(jnp.float32(low)), jnp.zeros(x.shape[0]))
     (y, divergence), _ = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.float32))
-    dimensions = math.prod(x.shape[1:])
-    variance = sigma_max**2 + std**2
-    return divergence - (y**2).sum((1, 2, 3)) / 2 - dimensions / 2 * math.log(2 * math.pi * variance)
+    constant = math.prod(x.shape[1:]) / 2 * math.log(2 * math.pi * (sigma_max**2 + std**2))
+    return divergence - (y**2).sum((1, 2, 3)) / 2 - constant
 
 
 def bits_per_dimension(
@@ -67,7 +63,6 @@ def bits_per_dimension(
     start: int = 0,
     steps: int = 64,
     batch_size: int | None = None,
-    devices: Sequence[Any] | None = None,
 ) -> Float[np.ndarray, " n"]:
     """-log2 P(8-bit pixels) / dimensions of each image: an unbiased estimate of an upper bound.
 
@@ -82,7 +77,7 @@ def bits_per_dimension(
         raise InputError(f"Expected images of shape {list(config.network.image_shape)}, got {list(images.shape)}.")
     check_int("The number of steps", steps, 1, 100_000)
     chosen = model.class_numbers(labels, len(images))
-    devices = list(devices or jax.local_devices())
+    devices = jax.local_devices()
     size = batch_size or default_batch_size(images.shape[1]) * len(devices)
     size = multiple_of(devices, min(check_int("batch_size", size, 1, 10**6), len(images)))
     key = jax.random.key(check_int("A seed", seed, 0, 2**32 - 1))
@@ -103,7 +98,7 @@ def evaluate_bits(
     steps: int = 64,
     batch_size: int | None = None,
     names: tuple[str, str] = ("the model", "the data set"),
-    watch: Watch = unwatched,
+    watch: Watch = lambda batches, count: batches,
 ) -> Report:
     """Mean bits per dimension of all images of a data set, or of `count` chosen by a fixed permutation.
 
@@ -132,31 +127,20 @@ def evaluate_bits(
 
 
 def image_bits(
-    function: ConsistencyFunction,
-    steps: int,
-    params: Params,
-    keys: Keys,
-    images: UInt8[Array, "b h w c"],
-    labels: Labels | None,
+    f: ConsistencyFunction, steps: int, params: Params, keys: Keys, u: UInt8[Array, "b h w c"], labels: Labels | None
 ) -> Float[Array, " b"]:
-    shape = images.shape[1:]
+    shape = u.shape[1:]
 
-    def pixels(key: Key[Array, ""]) -> Float[Array, "h w c"]:
-        return jax.random.uniform(jax.random.fold_in(key, _PIXEL), shape, minval=-0.5, maxval=0.5)
+    def noise(key: Key[Array, ""]) -> tuple[Float[Array, "h w c"], Float[Array, "h w c"]]:
+        """v - 1/2, and the probe."""
+        pixel_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+        v = jax.random.uniform(pixel_key, shape, minval=-0.5, maxval=0.5)
+        return v, jax.random.rademacher(probe_key, shape, jnp.float32)
 
-    def probe(key: Key[Array, ""]) -> Float[Array, "h w c"]:
-        return jax.random.rademacher(jax.random.fold_in(key, _PROBE), shape, jnp.float32)
-
-    x = (images + jax.vmap(pixels)(keys)) / 127.5 - 1
-    nats = log_density(
-        function.denoiser(params, labels),
-        x,
-        jax.vmap(probe)(keys),
-        steps=steps,
-        sigma_min=function.schedule.sigma_min,
-        sigma_max=function.schedule.sigma_max,
-        std=function.preconditioning.sigma_data,
-    )
+    v, probes = jax.vmap(noise)(keys)
+    sigmas = {"sigma_min": f.schedule.sigma_min, "sigma_max": f.schedule.sigma_max}
+    denoiser, x, std = f.denoiser(params, labels), (u + v) / 127.5 - 1, f.preconditioning.sigma_data
+    nats = log_density(denoiser, x, probes, steps=steps, std=std, **sigmas)
     return -nats / (math.prod(shape) * math.log(2)) + math.log2(127.5)
 
 

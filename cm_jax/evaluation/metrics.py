@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,11 +118,8 @@ def kernel_distance(
     check_int("The number of subsets", subsets, 1, 10**6)
     size = min(check_int("The size of a subset", size, 2, 10**6), len(x), len(y))
     rng = np.random.default_rng(seed)
-
-    def subset(features: np.ndarray) -> np.ndarray:
-        return features[rng.choice(len(features), size, replace=False)]
-
-    found = [squared_mmd(subset(x), subset(y)) for _ in range(subsets)]
+    subset_pairs = ((z[rng.choice(len(z), size, replace=False)] for z in (x, y)) for _ in range(subsets))
+    found = [squared_mmd(*pair) for pair in subset_pairs]
     return Estimate(float(np.mean(found)), float(np.std(found)))
 
 
@@ -161,18 +158,16 @@ def overlap(real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], n
 
     k: `neighbors`. Raises InputError for sets of fewer than k + 1 images.
     """
-    for name, features in (("reference", real), ("samples", samples)):
-        if len(features) <= neighbors:
-            raise InputError(
-                f"Precision and recall with {neighbors} neighbors need at least {neighbors + 1} images; "
-                f"the {name} have {len(features)}."
-            )
+    if min(len(real), len(samples)) <= neighbors:
+        raise InputError(
+            f"Precision and recall with {neighbors} neighbors need at least {neighbors + 1} images per set, got "
+            f"{len(real)} in the reference and {len(samples)} samples."
+        )
     real, samples = real.astype(np.float64), samples.astype(np.float64)
     real_radii, sample_radii = _radii(real, neighbors), _radii(samples, neighbors)
     precise = balls = 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for rows in _blocks(len(samples), len(real)):
-        distances = _squared_distances(samples[rows], real)
+    for rows, distances in _squared_distances(samples, real):
         inside: Bool[np.ndarray, "b n"] = distances <= real_radii
         precise += int(inside.any(1).sum())
         balls += int(inside.sum())
@@ -185,18 +180,16 @@ def overlap(real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], n
 def _radii(features: Float64[np.ndarray, "n d"], neighbors: int) -> Float64[np.ndarray, " n"]:
     """Squared distance of each image to its k-th nearest other image."""
     radii = np.empty(len(features))
-    for rows in _blocks(len(features), len(features)):
-        distances = _squared_distances(features[rows], features)
+    for rows, distances in _squared_distances(features, features):
         distances[np.arange(len(distances)), np.arange(len(features))[rows]] = np.inf
         radii[rows] = np.partition(distances, neighbors - 1)[:, neighbors - 1]
     return radii
 
 
-def _squared_distances(x: Float64[np.ndarray, "b d"], y: Float64[np.ndarray, "n d"]) -> Float64[np.ndarray, "b n"]:
-    """|x|^2 + |y|^2 - 2 x . y."""
-    return np.maximum((x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * (x @ y.T), 0)
-
-
-def _blocks(rows: int, columns: int) -> list[slice]:
-    step = max(1, _BLOCK // columns)
-    return [slice(start, start + step) for start in range(0, rows, step)]
+def _squared_distances(
+    x: Float64[np.ndarray, "m d"], y: Float64[np.ndarray, "n d"]
+) -> Iterator[tuple[slice, Float64[np.ndarray, "b n"]]]:
+    """(rows of x, their distances |x|^2 + |y|^2 - 2 x . y to all of y), block by block."""
+    step = max(1, _BLOCK // len(y))
+    for rows in (slice(start, start + step) for start in range(0, len(x), step)):
+        yield rows, np.maximum((x[rows] ** 2).sum(1)[:, None] + (y**2).sum(1) - 2 * (x[rows] @ y.T), 0)

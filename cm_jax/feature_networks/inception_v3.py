@@ -49,14 +49,6 @@ class Features(NamedTuple):
     """Class logits without bias, as in ADM's Inception score; None if the weights have no classifier."""
 
 
-def load(weights: str = "") -> Params:
-    """The weights from file `weights`, or from the file that CM_JAX_INCEPTION names; with the classifier if present.
-
-    Raises InputError, with instructions, if there is no such file.
-    """
-    return FILE.load(weights, shapes(classifier=False), shapes(classifier=True))
-
-
 def shapes(*, classifier: bool) -> Params:
     """The parameter tree as jax.ShapeDtypeStruct, with or without the classifier."""
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)

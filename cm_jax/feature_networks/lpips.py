@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Literal
 
 import jax
@@ -90,12 +91,9 @@ class _Weighted(Distance):
 
 def vgg16_layers() -> dict[str, tuple[int, int]]:
     """{"conv1_1": (input channels, output channels), ...} in order."""
-    found, channels = {}, 3
-    for stage, outputs in VGG16.items():
-        for number, output in enumerate(outputs, 1):
-            found[f"conv{stage}_{number}"] = (channels, output)
-            channels = output
-    return found
+    names = [f"conv{stage}_{number}" for stage, outputs in VGG16.items() for number in range(1, len(outputs) + 1)]
+    widths = 3, *itertools.chain(*VGG16.values())
+    return dict(zip(names, itertools.pairwise(widths), strict=True))
 
 
 def shapes() -> Params:

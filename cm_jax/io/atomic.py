@@ -28,6 +28,11 @@ def user_path(name: str | Path) -> Path:
         raise InputError(f"{str(name)[:80]} cannot be a path: {reason}.") from error
 
 
+def user_cache(name: str) -> Path:
+    """The folder `name` in the user's cache of this package."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm_jax" / name
+
+
 @contextlib.contextmanager
 def atomic_write(destination: Path) -> Iterator[Path]:
     """A temporary path for a file or folder, renamed to `destination` after the block, or removed if it raises.

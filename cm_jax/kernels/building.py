@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import jaxlib.version
 from jaxtyping import Array
 
+from cm_jax.io.atomic import user_cache
+
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cc", "convolution.cc", "norm.cc", "product.cc"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h"))
 TARGETS = (
@@ -104,7 +106,7 @@ def _library() -> ctypes.CDLL:
 def _folder() -> Path:
     """A folder in the user's cache, or a temporary one if that is not writable."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cm_jax" / "kernels"
+        folder = user_cache("kernels")
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder

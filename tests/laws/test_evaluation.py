@@ -25,7 +25,7 @@ from cm_jax.evaluation import (
     summarize,
     write_statistics,
 )
-from cm_jax.evaluation.references import cached_statistics
+from cm_jax.evaluation.features import reference_statistics
 from cm_jax.feature_networks.inception_v3 import Features
 
 
@@ -184,8 +184,9 @@ def test_inception_score_of_certain_and_of_uniform_predictions():
 def test_features_do_not_depend_on_batches_or_devices():
     extractor, (images, array) = toy_extractor(), image_set(0, 45)
     expected = np.asarray(jax.jit(toy_features)(extractor.params, array).pool)
-    for batch_size, devices in ((None, None), (3, jax.devices()[:1]), (16, jax.devices())):
-        seen = summarize(extractor, images.batches(), {"pool", "features"}, batch_size=batch_size, devices=devices)
+    for batch_size, devices in ((None, ()), (3, jax.devices()[:1]), (16, jax.devices())):
+        run = dataclasses.replace(extractor, batch_size=batch_size, devices=devices)
+        seen = summarize(run, images.batches(), {"pool", "features"})
         assert seen.count == 45
         np.testing.assert_allclose(seen.features, expected, atol=1e-6)
         np.testing.assert_allclose(seen.pool.covariance, np.cov(expected, rowvar=False), atol=1e-6)
@@ -205,7 +206,7 @@ def test_evaluate_identical_and_different_sets(tmp_path):
     assert report.values["fid"] < 1e-6
     assert report.values["sfid"] < 1e-6
     assert report.values["precision"] == report.values["recall"] == 1
-    other, _ = evaluate(toy_extractor(), b, a, eval_config, cache=tmp_path)
+    other, _ = evaluate(dataclasses.replace(toy_extractor(), cache=tmp_path), b, a, eval_config)
     assert other.values["fid"] > 0.1
     assert other.values["kid"] > 0
     assert "N = 50 of b against 60 of a; 4 x 4 pixels" in other.line
@@ -213,9 +214,8 @@ def test_evaluate_identical_and_different_sets(tmp_path):
     assert other.protocol["kid_subset_size"] == 20
     path = tmp_path / "statistics.npz"
     write_statistics(path, known)
-    from_file, _ = evaluate(
-        toy_extractor(), b, read_statistics(path), EvalConfig(("fid", "sfid")), reference_name="file"
-    )
+    from_file, _ = evaluate(toy_extractor(), b, read_statistics(path), EvalConfig(("fid", "sfid")))
+    assert f"N = 50 of b against {path}; " in from_file.line
     assert from_file.values["fid"] == pytest.approx(other.values["fid"], rel=1e-9)
     assert from_file.values["sfid"] == pytest.approx(other.values["sfid"], rel=1e-9)
 
@@ -227,29 +227,22 @@ def test_reference_statistics_are_cached_by_content(tmp_path):
         passes.append(count)
         return batches
 
-    extractor = toy_extractor()
-    first = cached_statistics(extractor, a, ("pool",), cache=tmp_path, watch=watch)
-    again = cached_statistics(extractor, a, ("pool",), cache=tmp_path, watch=watch)
+    extractor = dataclasses.replace(toy_extractor(), cache=tmp_path, watch=watch)
+    first = reference_statistics(extractor, a, ("pool",))
+    again = reference_statistics(extractor, a, ("pool",))
     assert passes == [30]
     np.testing.assert_array_equal(first.pool.covariance, again.pool.covariance)
-    cached_statistics(extractor, a, ("pool", "features"), cache=tmp_path, watch=watch)  # only the features are missing
+    reference_statistics(extractor, a, ("pool", "features"))  # only the features are missing
     assert len(passes) == 2
     other = np.array(images)
     other[3, 0, 0, 0] ^= 1
-    cached_statistics(
-        extractor, dataclasses.replace(a, batches=lambda: iter([other])), ("pool",), cache=tmp_path, watch=watch
-    )
-    cached_statistics(
-        dataclasses.replace(extractor, params={"mix": extractor.params["mix"] + 1}),
-        a,
-        ("pool",),
-        cache=tmp_path,
-        watch=watch,
-    )
+    reference_statistics(extractor, dataclasses.replace(a, batches=lambda: iter([other])), ("pool",))
+    changed = {"mix": extractor.params["mix"] + 1}
+    reference_statistics(dataclasses.replace(extractor, params=changed), a, ("pool",))
     assert len(passes) == 4
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:100])  # damaged entries are computed again
-    again = cached_statistics(extractor, a, ("pool",), cache=tmp_path, watch=watch)
+    again = reference_statistics(extractor, a, ("pool",))
     assert len(passes) == 5
     np.testing.assert_array_equal(first.pool.covariance, again.pool.covariance)
 

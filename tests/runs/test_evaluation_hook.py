@@ -206,7 +206,7 @@ class Scripted(Evaluator):
 def test_the_best_is_the_least_or_the_most_and_is_kept(metric, scores, best, tmp_path, monkeypatch):
     chosen = dataclasses.replace(SMALL, batch_size=1, images=50)
     chose = PeriodicEvaluation(every=10, metrics=(metric,))
-    evaluator = Scripted(chose, CONFIG, toy(), of_dataset(EmojiData().open(8), "emoji"), "emoji")
+    evaluator = Scripted(chose, CONFIG, toy(), of_dataset(EmojiData().open(8), "emoji"))
     monkeypatch.setattr(Scripted, "scores", iter(map(float, scores)))
     with RunFolder(tmp_path, Retention(keep_last=1)) as folder, MetricsLog(tmp_path, tensorboard=False) as log:
         evaluations = EvaluationHook(chosen, evaluator, folder, 0)

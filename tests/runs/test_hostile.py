@@ -22,7 +22,7 @@ from cm_jax.checkpoints import native
 from cm_jax.conversion import read
 from cm_jax.data import NpzData
 from cm_jax.errors import InputError
-from cm_jax.evaluation.references import read_statistics
+from cm_jax.evaluation.features import read_statistics
 from cm_jax.presets import PRESETS
 from cm_jax.training import loop
 from cm_jax.training.run import state_io

@@ -216,7 +216,7 @@ def without_work(cache: Path) -> Iterator[None]:
         raise Reached
 
     def extractor(weights: str = "") -> FeatureExtractor:
-        from cm_jax.evaluation.feature_extractor import load_inception
+        from cm_jax.evaluation.features import load_inception
 
         return load_inception(weights) if weights else FeatureExtractor(reached, {"x": np.zeros(1)}, "a toy", "none")
 

@@ -19,7 +19,7 @@ from cm_jax.conversion.torch_files import read_torch
 from cm_jax.data import ImageFolder, NpzData
 from cm_jax.editing import photos
 from cm_jax.errors import InputError
-from cm_jax.evaluation import references
+from cm_jax.evaluation import features
 from cm_jax.evaluation.image_sets import open_images
 from cm_jax.feature_networks import lpips
 from cm_jax.presets import PRESETS
@@ -146,7 +146,7 @@ def _read_train_config(folder: Path, rng: random.Random) -> None:
 
 
 def _read_statistics(folder: Path, rng: random.Random) -> None:
-    references.open_reference(str(folder / "statistics.npz"), ("pool", "spatial"), (8, 8, 3))
+    features.open_reference(str(folder / "statistics.npz"), ("pool", "spatial"), (8, 8, 3))
 
 
 def _read_images(folder: Path, rng: random.Random) -> None:

@@ -13,9 +13,16 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import Dataset
 from cm_jax.errors import InputError, indented_list
 from cm_jax.evaluation.evaluate import EvalConfig, check, evaluate, format_values
-from cm_jax.evaluation.feature_extractor import FeatureExtractor, FeatureStatistics, load_inception
-from cm_jax.evaluation.image_sets import ImageSet, of_dataset, of_model
-from cm_jax.evaluation.references import cached_statistics, default_cache, open_reference
+from cm_jax.evaluation.features import (
+    FeatureExtractor,
+    FeatureStatistics,
+    Reference,
+    load_inception,
+    open_reference,
+    reference_statistics,
+)
+from cm_jax.evaluation.image_sets import of_dataset, of_model
+from cm_jax.io.atomic import user_cache
 from cm_jax.io.images import grid, quantize
 from cm_jax.io.validation import read_json
 from cm_jax.model import Model
@@ -27,7 +34,6 @@ from cm_jax.types import Params
 
 _DENOISER_STEPS = 18
 _GRID_ROWS, _GRID_COLUMNS, _GRID_SEED = 9, 10, 0
-_TRAINING_IMAGES = "the training images"
 
 
 def sample_grid(config: ModelConfig, params: Params) -> Image.Image:
@@ -56,8 +62,7 @@ class Evaluator:
     settings: PeriodicEvaluation
     config: ModelConfig
     extractor: FeatureExtractor
-    reference: ImageSet | FeatureStatistics
-    reference_name: str
+    reference: Reference
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -72,7 +77,7 @@ class Evaluator:
     def description(self) -> str:
         metrics, steps = ", ".join(self.settings.metrics), " and in ".join(map(_steps, self.steps))
         return (
-            f"{metrics} of {self.settings.count:,} images in {steps}, against {self.reference_name}, every "
+            f"{metrics} of {self.settings.count:,} images in {steps}, against {self.reference.name}, every "
             f"{self.settings.every:,} images; the best is kept by {self.best_column}"
         )
 
@@ -82,10 +87,7 @@ class Evaluator:
         return score if math.isfinite(score) else math.inf
 
     def reference_statistics(self) -> FeatureStatistics:
-        if isinstance(self.reference, FeatureStatistics):
-            return self.reference
-        needs = EvalConfig(self.settings.metrics).reference_needs
-        return cached_statistics(self.extractor, self.reference, needs, cache=default_cache())
+        return reference_statistics(self.extractor, self.reference, EvalConfig(self.settings.metrics).reference_needs)
 
     def evaluate(self, params: Params, reference: FeatureStatistics) -> tuple[dict[str, float], str]:
         """{"fid_1_step": 12.3, ...} and the same in words. Raises InputError for a network that diverged."""
@@ -96,7 +98,7 @@ class Evaluator:
         words = []
         for steps in self.steps:
             samples = of_model(model, model.plan(steps=steps), settings.count, seed=settings.seed, name="the run")
-            report, _ = evaluate(self.extractor, samples, reference, eval_config, reference_name=self.reference_name)
+            report, _ = evaluate(self.extractor, samples, reference, eval_config)
             values |= {f"{name}_{_steps(steps, '_')}": value for name, value in report.values.items()}
             words.append(f"{format_values(report.values)} in {_steps(steps)}")
         return values, "; ".join(words)
@@ -104,16 +106,17 @@ class Evaluator:
 
 def make_evaluator(settings: PeriodicEvaluation, config: ModelConfig, dataset: Dataset) -> Evaluator:
     """`dataset`: the training images. Raises InputError if the evaluation is impossible: no weights, too few images."""
-    extractor, eval_config = load_inception(settings.inception), EvalConfig(settings.metrics)
+    extractor = dataclasses.replace(load_inception(settings.inception), cache=user_cache("references"))
+    eval_config = EvalConfig(settings.metrics)
     if settings.reference:
         reference = open_reference(settings.reference, eval_config.reference_needs, config.network.image_shape)
     else:
-        reference = of_dataset(dataset, _TRAINING_IMAGES)
-    evaluator = Evaluator(settings, config, extractor, reference, settings.reference or _TRAINING_IMAGES)
+        reference = of_dataset(dataset, "the training images")
+    evaluator = Evaluator(settings, config, extractor, reference)
     for steps in evaluator.steps:
         model = Model(config, {})  # without parameters, to check the plan and the number of samples
         samples = of_model(model, model.plan(steps=steps), settings.count, name="the evaluation (--evaluation.count)")
-        check(extractor, samples, reference, eval_config, evaluator.reference_name)
+        check(extractor, samples, reference, eval_config)
     return evaluator
 
 

@@ -5,8 +5,7 @@ import typing
 from pathlib import Path
 
 from cm_jax import conversion
-from cm_jax.checkpoints.published import DEFAULT
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.types import Precision

@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.checkpoints import native
-from cm_jax.checkpoints.class_labels import ClassLabels, class_numbers
-from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing.algorithm import EDIT_STEPS, check_images, edit_batches, variant_keys
 from cm_jax.editing.interpolation import blend, slerp_batches
@@ -211,7 +210,7 @@ class Model:
 
     def class_numbers(self, labels: ClassLabels | None, count: int) -> Int[np.ndarray, " n"] | None:
         """Class numbers of `labels` for `count` images; None for an unconditional model."""
-        return class_numbers(labels, count, self.config.network.classes, self.config.class_names)
+        return self.config.class_numbers(labels, count)
 
     def save(self, directory: str | Path) -> None:
         """Write a native checkpoint in the current precision of the parameters."""

@@ -1,1 +1,1 @@
-"""Model configurations and checkpoints: native folders, single files, published names."""
+"""Model configurations and checkpoints: native folders and files, published names."""

@@ -1,7 +1,13 @@
 """The config of a model: everything but its parameters. Checkpoints store it as JSON."""
 
 import dataclasses
+import difflib
 import itertools
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Array, Int
 
 from cm_jax.checkpoints import serialization
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
@@ -18,6 +24,9 @@ from cm_jax.networks import ADMUNet, SongUNet
 
 FORMAT = 1
 """Version of the config format. A newer one is refused with the advice to upgrade."""
+
+ClassLabels = int | str | Sequence[int | str] | Int[Array | np.ndarray, " b"]
+"""Labels as users write them: numbers or names, one for all images or one per image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +57,8 @@ class ModelConfig:
             raise InputError(f"{len(self.class_names)} class names for {self.network.classes} classes.")
         for steps in self.tuned_timesteps:
             if any(a <= b for a, b in itertools.pairwise((self.num_levels, *steps))) or steps[-1:] != (0,):
-                raise InputError(
-                    f"Expected tuned timesteps that descend from below num_levels={self.num_levels} to 0, got {steps}."
-                )
+                expected = f"tuned timesteps that descend from below num_levels={self.num_levels} to 0"
+                raise InputError(f"Expected {expected}, got {steps}.")
 
     @property
     def function(self) -> ConsistencyFunction:
@@ -66,14 +74,12 @@ class ModelConfig:
     @property
     def log_sigma_preconditioning(self) -> LogSigmaPreconditioning:
         """The preconditioning with c_noise proportional to ln sigma. Raises InputError for any other."""
-        if not isinstance(self.preconditioning, LogSigmaPreconditioning) or isinstance(
-            self.preconditioning, TrigFlowPreconditioning
-        ):
-            raise InputError(
-                "Third-party formats hold networks with c_noise proportional to ln sigma, and this one has "
-                f"{type(self.preconditioning).__name__}: use the native format."
-            )
-        return self.preconditioning
+        if not isinstance(self.preconditioning, TrigFlowPreconditioning | MeanFlowPreconditioning):
+            return self.preconditioning
+        raise InputError(
+            "Third-party formats hold networks with c_noise proportional to ln sigma, and this one has "
+            f"{type(self.preconditioning).__name__}: use the native format."
+        )
 
     @property
     def distilled(self) -> bool:
@@ -82,6 +88,26 @@ class ModelConfig:
             return self.consistency
         return isinstance(self.preconditioning, ConsistencyPreconditioning | MeanFlowPreconditioning)
 
+    def class_numbers(self, labels: ClassLabels | None, count: int) -> Int[np.ndarray, " n"] | None:
+        """Class numbers for `count` images; None for an unconditional model.
+
+        A class with several names, "tench, Tinca tinca", is found by each. Raises InputError for unknown and ambiguous
+        labels, for a wrong number of labels, for labels of an unconditional model, and for a class-conditional model
+        without labels.
+        """
+        classes = self.network.classes
+        if classes is None:
+            if labels is not None:
+                raise InputError("Expected no labels for an unconditional model; leave them out.")
+            return None
+        if labels is None:
+            raise InputError(f"Expected labels in [0, {classes - 1}]: this model is class-conditional.")
+        given = [labels] if isinstance(labels, str) else np.ravel(np.asarray(labels)).tolist()
+        if len(given) not in (1, count):
+            raise InputError(f"Expected one label or {count}, one for each image; got {len(given)} labels.")
+        numbers = [_class_number(label, classes, self.class_names) for label in given]
+        return np.asarray(numbers * (count // len(numbers)), np.int32)
+
     def to_json(self) -> str:
         return serialization.to_text(self, FORMAT)
 
@@ -89,3 +115,28 @@ class ModelConfig:
     def from_json(cls, text: str, source: str) -> "ModelConfig":
         """The inverse of `to_json`. Raises InputError for an invalid config; `source` names the file in messages."""
         return serialization.from_text(text, cls, FORMAT, source, "the config of a cm_jax checkpoint")
+
+
+def _class_number(label: int | str | float, classes: int, names: Sequence[str]) -> int:
+    if isinstance(label, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", label):
+        label = int(label)
+    if not isinstance(label, str):
+        return check_int("A label", label, 0, classes - 1)
+    label = label.strip()
+    folded = label.casefold()
+    exact = [i for i, name in enumerate(names) if folded == name.casefold()]
+    found = exact or [i for i, name in enumerate(names) if folded in name.casefold().split(", ")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        choices = ", ".join(f"{i} ({names[i]})" for i in found)
+        raise InputError(f"Several classes are named {label!r}; use one of the numbers {choices}.")
+    words = [word for name in names for word in [name, *name.split(", ")]]
+    close = difflib.get_close_matches(label, words, n=1, cutoff=0.5)
+    if close:
+        hint = f"did you mean {close[0]!r}?"
+    elif names:
+        hint = f"its classes are {'; '.join(names[:10])}."
+    else:
+        hint = f"its classes have no names; use a number from 0 to {classes - 1}."
+    raise InputError(f"This model has no class {label!r}: {hint}")

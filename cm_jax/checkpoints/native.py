@@ -105,14 +105,13 @@ def restore(
             expected = {name: leaf.shape for name, leaf in leaves(config.network.shapes())}
             complaints = shape_complaints(expected, {name: leaf.shape for name, leaf in leaves(saved.tree)})
             if complaints:
-                raise InputError(
-                    f"{file} contradicts the parameters in {params_folder}:\n  {indented_list(complaints)}"
-                )
+                listing = indented_list(complaints)
+                raise InputError(f"{file} contradicts the parameters in {params_folder}:\n  {listing}")
             params = checkpointer.restore(params_folder, restore_args=jax.tree.map(lambda _: how, saved.tree))
         checksums = directory / _CHECKSUMS
         if dtype is None and sharding is None and checksums.exists():  # old checkpoints have none
-            saved = read_json(checksums)
-            wrong = next((name for name, leaf in leaves(params) if saved.get(name) != _crc32(leaf)), None)
+            recorded = read_json(checksums)
+            wrong = next((name for name, leaf in leaves(params) if recorded.get(name) != _crc32(leaf)), None)
             if wrong is not None:
                 raise ValueError(f"the checksum of {wrong} is not that of the saved array")
         return config, params
@@ -120,9 +119,8 @@ def restore(
         raise
     except Exception as error:  # Orbax and its store raise many kinds
         reason = [*str(error).strip().splitlines(), type(error).__name__][0][:200]
-        raise InputError(
-            f"The parameters in {params_folder} are damaged or incomplete ({reason}). Copy them again."
-        ) from error
+        problem = f"The parameters in {params_folder} are damaged or incomplete ({reason})"
+        raise InputError(f"{problem}. Copy them again.") from error
 
 
 def is_single_file(path: Path) -> bool:
@@ -186,11 +184,6 @@ class _Loop(asyncio.SelectorEventLoop):
         """Ignore exceptions of abandoned tasks."""
 
 
-class _LoopPolicy(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return _Loop()
-
-
 _one_at_a_time = threading.Lock()
 
 
@@ -210,7 +203,9 @@ def _checkpointer(**options: Any) -> Iterator[Any]:
     with _one_at_a_time:
         policy, log = asyncio.get_event_loop_policy(), logging.getLogger("absl")
         level = log.level
-        asyncio.set_event_loop_policy(_LoopPolicy())
+        quiet = asyncio.DefaultEventLoopPolicy()
+        quiet.new_event_loop = _Loop
+        asyncio.set_event_loop_policy(quiet)
         log.setLevel(logging.ERROR)
         try:
             with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:

@@ -1,20 +1,26 @@
-"""Published and bundled checkpoints: the settings that belong to a file name.
+"""Published and bundled checkpoints by name: their settings, and their files.
 
 N and tuned timesteps are those of OpenAI's sampling commands (openai/consistency_models, scripts/launch.sh;
 openai/consistency_models_cifar10, launch.sh and its notebook).
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib.resources
 from pathlib import Path
 from typing import Any
 
+from cm_jax.checkpoints import native
+from cm_jax.errors import InputError
+
 _ASSETS = Path(str(importlib.resources.files("cm_jax.assets")))
 _URL = "https://openaipublic.blob.core.windows.net/consistency"
-_EMOJI_CLASSES = (
-    "Smileys & Emotion/People & Body/Animals & Nature/Food & Drink/Travel & Places/Activities/Objects/Symbols/Flags"
-)
+
+BUNDLED = {"emoji32": _ASSETS / "emoji32.safetensors", "emoji16_cd": _ASSETS / "emoji16_cd.pt"}
+"""Files of the bundled checkpoints: emoji32 was trained with this package, emoji16_cd with OpenAI's code."""
+DEFAULT = "emoji32"
+"""The checkpoint that `load` reads by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,9 @@ def published() -> dict[str, Published]:
     """OpenAI's twelve PyTorch checkpoints and the bundled one from the same code, by name."""
     imagenet = {"image_size": 64, "parameters": 295_899_267, "class_names": imagenet_classes()}
     lsun: dict[str, Any] = {"image_size": 256, "parameters": 526_304_771}
-    emoji = tuple(_EMOJI_CLASSES.split("/"))
+    emoji = (
+        "Smileys & Emotion/People & Body/Animals & Nature/Food & Drink/Travel & Places/Activities/Objects/Symbols/Flags"
+    )
     known = [
         Published("edm_imagenet64_ema", **imagenet),
         Published("cd_imagenet64_l2", timesteps=(22, 0), **imagenet),
@@ -67,7 +75,7 @@ def published() -> dict[str, Published]:
         Published("cd_cat256_l2", **lsun),
         Published("cd_cat256_lpips", **lsun),
         Published("ct_cat256", 151, timesteps=(62, 0), **lsun),
-        Published("emoji16_cd", 18, (8, 0), image_size=16, parameters=1_923_907, head_dim=32, class_names=emoji),
+        Published("emoji16_cd", 18, (8, 0), 16, 1_923_907, head_dim=32, class_names=tuple(emoji.split("/"))),
     ]
     return {entry.name: entry for entry in known}
 
@@ -114,7 +122,45 @@ def recognize_cifar10(path: Path) -> Published | None:
     return next((entry for name, entry in published_cifar10().items() if name in parts or name == path.stem), None)
 
 
-BUNDLED = {"emoji32": _ASSETS / "emoji32.safetensors", "emoji16_cd": _ASSETS / "emoji16_cd.pt"}
-"""Files of the bundled checkpoints: emoji32 was trained with this package, emoji16_cd with OpenAI's code."""
-DEFAULT = "emoji32"
-"""The checkpoint that `load` reads by default."""
+def resolve(path_or_name: str | Path) -> Path:
+    """The checkpoint of a path or of a bundled name.
+
+    The folder of a training run stands for its latest checkpoint, and RUN/best for the best of those evaluated. Raises
+    InputError where there is no such checkpoint.
+    """
+    path, name = Path(path_or_name), str(path_or_name)
+    try:
+        path = path.expanduser()
+        if (path / "checkpoints").is_dir() and not native.is_checkpoint(path):
+            found = native.run_checkpoints(path)
+            if not found:
+                raise InputError(f"The run in {path} has no checkpoint yet: continue its training first.")
+            return found[max(found)]
+        if path.name == "best" and (path.parent / "checkpoints").is_dir() and not path.exists():
+            return _best(path.parent)
+        if path.is_file() or path.is_dir():
+            return path
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{name[:80]} cannot be a path: {error}.") from error
+    if name in BUNDLED:
+        return BUNDLED[name]
+    remote = {name: entry for name, entry in published().items() if name not in BUNDLED} | published_cifar10()
+    entry = remote.get(name.removesuffix(".pt"))
+    if entry:
+        raise InputError(f"{name} is a published checkpoint: download {entry.url} and pass the path of the file.")
+    close = difflib.get_close_matches(name, BUNDLED | remote, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise InputError(
+        f"There is no checkpoint {name}. Expected a .pt file, a diffusers folder, a jcm checkpoint, a native "
+        f"checkpoint or the name of a bundled one ({', '.join(BUNDLED)}).{hint}"
+    )
+
+
+def _best(run: Path) -> Path:
+    step = native.best_checkpoint(run)
+    if step is None:
+        raise InputError(f"No checkpoint of {run} has been evaluated (--evaluation); use {run} itself.")
+    found = native.run_checkpoints(run).get(step)
+    if found is None:
+        raise InputError(f"The best checkpoint of {run}, at step {step}, has been deleted; use {run} itself.")
+    return found

@@ -36,10 +36,9 @@ def hints(kind: type) -> dict[str, Any]:
 
 def encode(config: Any, place: str = "") -> dict[str, Any]:
     """The JSON value from which `decode` restores `config`. Raises InputError for values that it would reject."""
-    fields = {
-        name: _encoded(getattr(config, name), hint, within(place, name)) for name, hint in hints(type(config)).items()
-    }
-    return {"kind": type(config).__name__} | fields
+    kind = type(config)
+    fields = {name: _encoded(getattr(config, name), hint, within(place, name)) for name, hint in hints(kind).items()}
+    return {"kind": kind.__name__} | fields
 
 
 def decode(value: Any, hint: Any, place: str = "") -> Any:
@@ -51,26 +50,19 @@ def decode(value: Any, hint: Any, place: str = "") -> Any:
     if not choices or (value is None and may_be_none(hint)):
         return check_value(value, hint, place)
     fields = dict(value) if isinstance(value, dict) else {}
-    kind = fields.pop("kind", None)
-    if not isinstance(kind, str) or kind not in choices:
+    found = fields.pop("kind", None)
+    if not isinstance(found, str) or found not in choices:
         wanted = " or ".join(choices) + (", or null" if may_be_none(hint) else "")
-        got = f", got {kind!r}" if isinstance(kind, str) else ""
-        raise InputError(f"{place or 'it'} must be an object whose kind is {wanted}{got}.{nearest(kind, choices)}")
-    return decode_fields(fields, choices[kind], place)
-
-
-def decode_fields(fields: dict[str, Any], kind: type[T], place: str = "") -> T:
-    """The same for an object without its kind."""
+        got = f", got {found!r}" if isinstance(found, str) else ""
+        raise InputError(f"{place or 'it'} must be an object whose kind is {wanted}{got}.{nearest(found, choices)}")
+    kind, expected = choices[found], hints(choices[found])
     for name in fields:
-        if name not in hints(kind):
-            hint = nearest(name, hints(kind)) or f" Its fields are {', '.join(hints(kind)) or 'none'}."
-            raise InputError(f"{place or 'it'} has no field {name!r}.{hint}")
+        if name not in expected:
+            advice = nearest(name, expected) or f" Its fields are {', '.join(expected) or 'none'}."
+            raise InputError(f"{place or 'it'} has no field {name!r}.{advice}")
     required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}  # type: ignore[arg-type]
-    values = {
-        name: decode(fields.get(name), hint, within(place, name))
-        for name, hint in hints(kind).items()
-        if name in fields or name in required
-    }
+    given = [name for name in expected if name in fields or name in required]
+    values = {name: decode(fields.get(name), expected[name], within(place, name)) for name in given}
     try:
         return kind(**values)
     except InputError as error:
@@ -98,7 +90,7 @@ def from_text(text: str, kind: type[T], version: int, source: str, what: str) ->
         advice = "upgrade cm_jax" if newer else "it is damaged, or of another program"
         raise InputError(f"{source} has format {found!r}; this version reads format {version}: {advice}.")
     try:
-        return decode_fields(restated(renamed(fields, kind.__name__)), kind)
+        return decode({"kind": kind.__name__} | restated(renamed(fields, kind.__name__)), kind)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     except RecursionError as error:

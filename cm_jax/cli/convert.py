@@ -12,7 +12,7 @@ import tyro
 
 from cm_jax import conversion
 from cm_jax.checkpoints.native import to_float16
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.parsing import numbers, parse
 from cm_jax.cli.running import say
 from cm_jax.conversion import PreconditioningName

@@ -10,8 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from cm_jax.checkpoints.published import BUNDLED
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import BUNDLED, resolve
 from cm_jax.cli.options import Compilation
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import say, use_compilation_cache

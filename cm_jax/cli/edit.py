@@ -12,8 +12,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from cm_jax.checkpoints.published import DEFAULT
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.options import LARGEST_GRID, Levels, Network
 from cm_jax.cli.parsing import choose, numbers, parse
 from cm_jax.cli.running import compilation_time, say, use_compilation_cache

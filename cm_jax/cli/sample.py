@@ -9,8 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from cm_jax.checkpoints.published import DEFAULT
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.options import LARGEST_GRID, Network, Sampling
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import compilation_time, devices, progress, say, use_compilation_cache

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from cm_jax.checkpoints import native
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.options import Statistics
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import progress, say, use_compilation_cache

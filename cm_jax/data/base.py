@@ -17,10 +17,6 @@ from jaxtyping import Int32, Integer, UInt8
 
 from cm_jax.errors import InputError, check_int
 
-MAX_SEED = 2**32 - 1
-MAX_BATCH_NUMBER = 2**40
-MAX_CLASSES = 100_000
-
 Progress = Callable[[int, int], None]
 """Called with (images, total) while a data set is opened."""
 
@@ -49,16 +45,6 @@ def permutation(size: int, seed: int, epoch: int) -> Int32[np.ndarray, " n"]:
     return order
 
 
-def batch_indices(size: int, batch_size: int, seed: int, number: int) -> Int32[np.ndarray, " b"]:
-    """Indices of the images in batch `number`, of `size` images in total."""
-    parts, position, end = [], number * batch_size, (number + 1) * batch_size
-    while position < end:
-        epoch, first = divmod(position, size)
-        parts.append(permutation(size, seed, epoch)[first : first + end - position])
-        position += len(parts[-1])
-    return np.concatenate(parts)
-
-
 class Dataset(abc.ABC):
     """An open data set of `size` images.
 
@@ -77,8 +63,13 @@ class Dataset(abc.ABC):
         self.description = f"{place}: {images}, {labels}, {how}"
 
     def indices(self, batch_size: int, seed: int, number: int) -> Int32[np.ndarray, " b"]:
-        """Indices of the images in batch `number`, to gather from images that are resident on the devices."""
-        return batch_indices(self.size, batch_size, seed, number)
+        """Indices of the images in batch `number`."""
+        parts, position, end = [], number * batch_size, (number + 1) * batch_size
+        while position < end:
+            epoch, first = divmod(position, self.size)
+            parts.append(permutation(self.size, seed, epoch)[first : first + end - position])
+            position += len(parts[-1])
+        return np.concatenate(parts)
 
     def batches(self, batch_size: int, seed: int = 0, start: int = 0, host: int = 0, hosts: int = 1) -> Batches:
         """Batches start, start + 1, ...; of each the contiguous share of `host`, an index below `hosts`.
@@ -87,8 +78,8 @@ class Dataset(abc.ABC):
         divisible by `hosts`.
         """
         check_int("The batch size", batch_size, 1, 2**31 - 1)
-        check_int("The seed", seed, 0, MAX_SEED)
-        check_int("The number of the first batch", start, 0, MAX_BATCH_NUMBER)
+        check_int("The seed", seed, 0, 2**32 - 1)
+        check_int("The number of the first batch", start, 0, 2**40)
         check_int("The number of hosts", hosts, 1, 2**20)
         check_int("The number of this host", host, 0, hosts - 1)
         if batch_size % hosts:
@@ -126,16 +117,13 @@ class InMemory(Dataset):
             raise InputError(f"{place} has no images: its shape is {list(images.shape)}.")
         if labels is not None:
             if len(labels) != len(images):
-                raise InputError(
-                    f"{place}: expected one label per image, got {len(labels)} labels for {len(images)} images."
-                )
+                found = f"got {len(labels)} labels for {len(images)} images"
+                raise InputError(f"{place}: expected one label per image, {found}.")
             lowest, highest = int(labels.min()), int(labels.max())
-            classes = classes or len(class_names) or check_int("The highest label", highest, 0, MAX_CLASSES - 1) + 1
+            classes = classes or len(class_names) or check_int("The highest label", highest, 0, 99_999) + 1
             if lowest < 0 or highest >= classes:
-                raise InputError(
-                    f"{place}: expected labels in [0, {classes - 1}], got labels from {lowest} to {highest}. Correct "
-                    "them or load the images without labels."
-                )
+                found = f"expected labels in [0, {classes - 1}], got labels from {lowest} to {highest}"
+                raise InputError(f"{place}: {found}. Correct them or load the images without labels.")
         else:
             classes, class_names = None, ()
         self.images = images
@@ -145,7 +133,7 @@ class InMemory(Dataset):
 
     def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         for number in itertools.count(start):
-            indices = batch_indices(self.size, batch_size, seed, number)[rows]
+            indices = self.indices(batch_size, seed, number)[rows]
             yield RawBatch(self.images[indices], None if self.labels is None else self.labels[indices])
 
 

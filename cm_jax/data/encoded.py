@@ -13,16 +13,7 @@ import threading
 import numpy as np
 from jaxtyping import UInt8
 
-from cm_jax.data.base import (
-    Batches,
-    Data,
-    Dataset,
-    InMemory,
-    Progress,
-    RawBatch,
-    batch_indices,
-    check_image_size,
-)
+from cm_jax.data.base import Batches, Data, Dataset, InMemory, Progress, RawBatch, check_image_size
 from cm_jax.data.decoding import decode
 from cm_jax.errors import InputError, indented_list
 
@@ -31,7 +22,6 @@ log = logging.getLogger("cm_jax.data")
 THREADS = min(16, os.cpu_count() or 1)
 _CHUNK = 64
 """Images that a thread decodes between progress reports."""
-_FOREVER = 2**62
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,8 +89,15 @@ def _load(encoded: Encoded, index: int, image_size: int) -> tuple[UInt8[np.ndarr
         raise UnreadableError(encoded.name(index), reason[:200]) from error
 
 
-def _check_unreadable(encoded: Encoded, reasons: dict[str, str], most: int) -> None:
-    """Raise InputError for more than `most` unreadable images (name -> reason), or for no readable one."""
+def _report(encoded: Encoded, reasons: dict[str, str], new: dict[str, str], done: str, most: int) -> None:
+    """Log `new` unreadable images (name -> reason), which are `done`, and add them to `reasons`.
+
+    Raises InputError if there are more than `most` of them, or no readable image.
+    """
+    for name, reason in new.items():
+        if name not in reasons:
+            log.warning(f"{done} an unreadable image: %s: %s", name, reason)
+    reasons |= new
     if len(reasons) > most:
         unreadable = f"{len(reasons)} image{'s' if len(reasons) != 1 else ''} cannot be read, more than max_corrupt"
         problem = f"{unreadable} = {most}. Repair or remove them, or raise max_corrupt"
@@ -137,10 +134,7 @@ def decode_all(encoded: Encoded, image_size: int, max_corrupt: int, progress: Pr
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
     try:
         for done, reasons in enumerate(pool.map(fill, range(0, count, _CHUNK)), 1):
-            for name, reason in reasons.items():
-                log.warning("Skipped an unreadable image: %s: %s", name, reason)
-            unreadable |= reasons
-            _check_unreadable(encoded, unreadable, max_corrupt)
+            _report(encoded, unreadable, reasons, "Skipped", max_corrupt)
             if progress is not None:
                 progress(min(done * _CHUNK, count), count)
     finally:
@@ -155,6 +149,19 @@ def decode_all(encoded: Encoded, image_size: int, max_corrupt: int, progress: Pr
     names, classes = encoded.class_names, encoded.classes
     kept_labels = None if classes is None else labels[: len(kept)]
     return InMemory(images[: len(kept)], kept_labels, class_names=names, classes=classes, place=encoded.place)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """A host's share of a batch.
+
+    Not a tuple, because grain would send its arrays through shared memory, which a killed run does not free.
+    """
+
+    batch: RawBatch
+    unreadable: dict[str, str]
+    """Name of an unreadable image -> reason."""
+    enlarged: int
 
 
 class Streamed(Dataset):
@@ -180,10 +187,9 @@ class Streamed(Dataset):
     def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         import grain
 
-        size = self.image_shape[0]
-        share = functools.partial(_load_share, self.encoded, size, self.max_corrupt, batch_size, seed, rows)
+        share = functools.partial(self._share, batch_size, seed, rows)
         threads = 1 if self.workers else THREADS
-        stream = grain.MapDataset.range(start, _FOREVER).map(share)
+        stream = grain.MapDataset.range(start, 2**62).map(share)
         stream = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if self.workers:
             from absl import flags
@@ -196,57 +202,36 @@ class Streamed(Dataset):
         warned = False
         with contextlib.closing(iter(stream)) as parts:
             for part in parts:
-                for name, reason in part.unreadable.items():
-                    if name not in unreadable:
-                        log.warning("Replaced an unreadable image: %s: %s", name, reason)
-                unreadable |= part.unreadable
-                _check_unreadable(self.encoded, unreadable, self.max_corrupt)
+                _report(self.encoded, unreadable, part.unreadable, "Replaced", self.max_corrupt)
                 if part.enlarged and not warned:
                     warned = True
                     where = f"{self.encoded.place}: {part.enlarged} in one batch"
-                    log.warning("Images smaller than %d pixels are enlarged. %s.", size, where)
+                    log.warning("Images smaller than %d pixels are enlarged. %s.", self.image_shape[0], where)
                 yield part.batch
 
+    def _share(self, batch_size: int, seed: int, rows: slice, number: int) -> _Share:
+        """Rows of batch `number`, a pure function of the files.
 
-@dataclasses.dataclass(frozen=True)
-class _Share:
-    """A host's share of a batch.
-
-    Not a tuple, because grain would send its arrays through shared memory, which a killed run does not free.
-    """
-
-    batch: RawBatch
-    unreadable: dict[str, str]
-    """Name of an unreadable image -> reason."""
-    enlarged: int
-
-
-def _load_share(
-    encoded: Encoded, image_size: int, max_corrupt: int, batch_size: int, seed: int, rows: slice, number: int
-) -> _Share:
-    """Rows of batch `number`, a pure function of the files.
-
-    An unreadable image is replaced by the next readable one; after too many of them by zeros: the main process raises.
-    """
-    indices = batch_indices(len(encoded), batch_size, seed, number)[rows].tolist()
-    images = np.zeros((len(indices), image_size, image_size, 3), np.uint8)
-    labels = np.zeros(len(indices), np.int32)
-    small = np.zeros(len(indices), bool)
-    unreadable: dict[str, str] = {}
-    for row, index in enumerate(indices):
-        for candidate in range(index, index + min(len(encoded), max_corrupt + 1)):
-            try:
-                images[row], labels[row], small[row] = _load(encoded, candidate % len(encoded), image_size)
-                break
-            except UnreadableError as error:
-                name, reason = error.args
-                unreadable[name] = reason
-    return _Share(RawBatch(images, None if encoded.classes is None else labels), unreadable, int(small.sum()))
+        An unreadable image is replaced by the next readable one; after too many of them by zeros: `_batches` raises.
+        """
+        indices = self.indices(batch_size, seed, number)[rows].tolist()
+        images = np.zeros((len(indices), *self.image_shape), np.uint8)
+        labels, small = np.zeros(len(indices), np.int32), np.zeros(len(indices), bool)
+        unreadable: dict[str, str] = {}
+        for row, index in enumerate(indices):
+            for candidate in range(index, index + min(self.size, self.max_corrupt + 1)):
+                try:
+                    loaded = _load(self.encoded, candidate % self.size, self.image_shape[0])
+                    images[row], labels[row], small[row] = loaded
+                    break
+                except UnreadableError as error:
+                    name, reason = error.args
+                    unreadable[name] = reason
+        return _Share(RawBatch(images, None if self.classes is None else labels), unreadable, int(small.sum()))
 
 
-def _end_with_the_parent(worker: int, workers: int) -> None:
+def _end_with_the_parent(*_: int) -> None:
     """End a worker process with its parent: otherwise workers outlive a killed run."""
-    del worker, workers
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -37,12 +37,9 @@ class EmojiData(Data):
         arrays = bundled_emoji()
         held_out = arrays["held_out"]
         selected = {"train": ~held_out, "held_out": held_out, "all": slice(None)}[self.split]
-        return InMemory(
-            resized(arrays["images"][selected], image_size, progress),
-            arrays["labels"][selected].astype(np.int32),
-            class_names=tuple(arrays["class_names"].tolist()),
-            place=f"bundled emoji, {self.split.replace('_', ' ')}",
-        )
+        images = resized(arrays["images"][selected], image_size, progress)
+        names, place = tuple(arrays["class_names"].tolist()), f"bundled emoji, {self.split.replace('_', ' ')}"
+        return InMemory(images, arrays["labels"][selected], class_names=names, place=place)
 
 
 @functools.cache

@@ -29,10 +29,13 @@ class TFDSData(EncodedData):
     """Feature with the classes. auto: the feature label, or the only one; none: without labels."""
 
     def encoded(self) -> Encoded:
-        tfds = _tfds()
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise InputError("TFDS data sets need tensorflow-datasets: pip install tensorflow-datasets.") from error
         folder = self._folder()
         _check_features(folder)
-        builder = tfds.builder_from_directory(folder)
+        builder: Any = tfds.builder_from_directory(folder)
         info, features = builder.info, builder.info.features
         image = _feature(features, tfds.features.Image, "image", folder)
         label = None
@@ -99,14 +102,6 @@ class _Records(Encoded):
         return record[self.image], int(record[self.label]) if self.classes else 0
 
 
-def _tfds() -> Any:
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise InputError("TFDS data sets need tensorflow-datasets: pip install tensorflow-datasets.") from error
-    return tensorflow_datasets
-
-
 def _check_features(folder: Path) -> None:
     """Raise InputError if features.json names classes of other packages, because reading it would import them."""
 
@@ -136,10 +131,12 @@ def _feature(features: Any, kind: type, usual: str, folder: Path) -> str:
 
 def _how_to_prepare(name: str, top: Path) -> str:
     """The error message for a missing data set: unknown, or not prepared."""
-    tfds = _tfds()
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
+
     try:
         tfds.builder(name, data_dir=str(top))
-    except tfds.core.registered.DatasetNotFoundError as error:
+    except DatasetNotFoundError as error:
         known = re.findall(r"^\s*- (\w+)$", str(error), re.MULTILINE)
         prepared = [path.parent.parent.name for path in top.glob("*/*/dataset_info.json")]
         near = difflib.get_close_matches(name.split("/")[0], [*prepared, *known], n=3)

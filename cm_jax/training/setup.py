@@ -12,7 +12,7 @@ import numpy as np
 from cm_jax import conversion
 from cm_jax.checkpoints import serialization
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import resolve
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset, InMemory
 from cm_jax.diffusion.consistency_function import ConsistencyFunction

@@ -13,8 +13,7 @@ import pytest
 
 import cm_jax
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.checkpoints.published import published_cifar10, recognize_cifar10
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import published_cifar10, recognize_cifar10, resolve
 from cm_jax.conversion import CheckpointHints, jcm, read, write
 from cm_jax.conversion.rules import from_source, source_shapes, to_source
 from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasSchedule

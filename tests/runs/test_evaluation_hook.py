@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import cm_jax
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import resolve
 from cm_jax.cli import main_train
 from cm_jax.data import EmojiData
 from cm_jax.errors import InputError

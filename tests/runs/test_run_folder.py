@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import cm_jax
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import resolve
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet

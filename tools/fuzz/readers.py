@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from cm_jax.checkpoints import serialization
-from cm_jax.checkpoints.resolve import resolve
+from cm_jax.checkpoints.published import resolve
 from cm_jax.conversion import CheckpointHints, metric_networks, read
 from cm_jax.conversion.pickles import read_arrays
 from cm_jax.conversion.torch_files import read_torch

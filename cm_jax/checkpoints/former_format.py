@@ -49,9 +49,6 @@ KIND_FIELDS = {
 }
 """Class -> former names of its fields -> their names."""
 
-VALUES = {"modulation": {"normalised": "normalized"}}
-"""Field, in whatever class -> former values -> their values."""
-
 LEAVES = {"averages": "ema", "skipped_in_a_row": "consecutive_skips"}
 """Former name of a component of the training state -> its name."""
 
@@ -67,9 +64,8 @@ def renamed(value: Any, kind: str = "") -> Any:
         kind = fields["kind"] = KINDS.get(named, named)
     names = FIELDS | KIND_FIELDS.get(kind, {})
     fields = {names.get(name, name): renamed(item) for name, item in fields.items()}
-    for name, values in VALUES.items():
-        if isinstance(fields.get(name), str):
-            fields[name] = values.get(fields[name], fields[name])
+    if fields.get("modulation") == "normalised":
+        fields["modulation"] = "normalized"
     return fields
 
 

@@ -118,11 +118,11 @@ class ModelConfig:
 
 
 def _class_number(label: int | str | float, classes: int, names: Sequence[str]) -> int:
-    if isinstance(label, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", label):
-        label = int(label)
     if not isinstance(label, str):
         return check_int("A label", label, 0, classes - 1)
     label = label.strip()
+    if re.fullmatch(r"[+-]?[0-9]{1,9}", label):
+        return check_int("A label", int(label), 0, classes - 1)
     folded = label.casefold()
     exact = [i for i, name in enumerate(names) if folded == name.casefold()]
     found = exact or [i for i, name in enumerate(names) if folded in name.casefold().split(", ")]

@@ -16,6 +16,9 @@ from cm_jax.errors import InputError
 
 _ASSETS = Path(str(importlib.resources.files("cm_jax.assets")))
 _URL = "https://openaipublic.blob.core.windows.net/consistency"
+_EMOJI_CLASSES = (
+    "Smileys & Emotion/People & Body/Animals & Nature/Food & Drink/Travel & Places/Activities/Objects/Symbols/Flags"
+)
 
 BUNDLED = {"emoji32": _ASSETS / "emoji32.safetensors", "emoji16_cd": _ASSETS / "emoji16_cd.pt"}
 """Files of the bundled checkpoints: emoji32 was trained with this package, emoji16_cd with OpenAI's code."""
@@ -59,9 +62,6 @@ def published() -> dict[str, Published]:
     """OpenAI's twelve PyTorch checkpoints and the bundled one from the same code, by name."""
     imagenet = {"image_size": 64, "parameters": 295_899_267, "class_names": imagenet_classes()}
     lsun: dict[str, Any] = {"image_size": 256, "parameters": 526_304_771}
-    emoji = (
-        "Smileys & Emotion/People & Body/Animals & Nature/Food & Drink/Travel & Places/Activities/Objects/Symbols/Flags"
-    )
     known = [
         Published("edm_imagenet64_ema", **imagenet),
         Published("cd_imagenet64_l2", timesteps=(22, 0), **imagenet),
@@ -75,7 +75,7 @@ def published() -> dict[str, Published]:
         Published("cd_cat256_l2", **lsun),
         Published("cd_cat256_lpips", **lsun),
         Published("ct_cat256", 151, timesteps=(62, 0), **lsun),
-        Published("emoji16_cd", 18, (8, 0), 16, 1_923_907, head_dim=32, class_names=tuple(emoji.split("/"))),
+        Published("emoji16_cd", 18, (8, 0), 16, 1_923_907, head_dim=32, class_names=tuple(_EMOJI_CLASSES.split("/"))),
     ]
     return {entry.name: entry for entry in known}
 

@@ -18,7 +18,7 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation.image_sets import ImageSet, Watch, of_dataset, open_images
 from cm_jax.evaluation.metrics import Gaussian, Moments
 from cm_jax.feature_networks import inception_v3
-from cm_jax.feature_networks.inception_v3 import CHANNELS, Features
+from cm_jax.feature_networks.inception_v3 import Features
 from cm_jax.io.atomic import atomic_write, user_path, write_errors
 from cm_jax.io.npz import read_npz
 from cm_jax.samplers.batches import compile_programs, in_batches, multiple_of
@@ -193,13 +193,11 @@ def reference_statistics(extractor: FeatureExtractor, reference: Reference, need
 def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int]) -> Reference:
     """Statistics from an .npz file if it has all of `needs`, else images of this shape."""
     path = user_path(name)
-    if path.suffix.lower() != ".npz" or not path.is_file():
-        return of_dataset(open_images(name, shape), name)
-    known = read_statistics(name)
+    known = read_statistics(name) if path.suffix.lower() == ".npz" and path.is_file() else None
     if known is not None and all(getattr(known, need) is not None for need in needs):
         return known
     try:
-        return of_dataset(open_images(name), name)
+        return of_dataset(open_images(name, shape), name)
     except InputError:
         if known is None:
             raise
@@ -221,11 +219,8 @@ def read_statistics(path: str | Path) -> FeatureStatistics | None:
             mean, covariance = (found[name] for name in names)
             kinds = {mean.dtype.kind, covariance.dtype.kind}
             if mean.ndim != 1 or covariance.shape != (mean.size, mean.size) or kinds != {"f"}:
-                raise InputError(
-                    f"{path}: expected a mean [{CHANNELS}] and covariance [{CHANNELS}, {CHANNELS}], got "
-                    + ", ".join(f"{name} {found[name].dtype} {list(found[name].shape)}" for name in names)
-                    + "."
-                )
+                shapes = ", ".join(f"{name} {found[name].dtype} {list(found[name].shape)}" for name in names)
+                raise InputError(f"{path}: expected a mean [2048] and covariance [2048, 2048], got {shapes}.")
             if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
                 raise InputError(f"{path}: {' or '.join(names)} has NaN or infinite values. Compute it again.")
             gaussians[use] = Gaussian(mean.astype(np.float64), covariance.astype(np.float64))

@@ -20,12 +20,7 @@ class ConsistencyFunction:
     schedule: KarrasSchedule = KarrasSchedule()
 
     def __call__(
-        self,
-        params: Params,
-        x: Images,
-        sigma: Sigmas,
-        labels: Labels | None = None,
-        dropout_keys: Keys | None = None,
+        self, params: Params, x: Images, sigma: Sigmas, labels: Labels | None = None, dropout_keys: Keys | None = None
     ) -> Images:
         """Images x with noise of standard deviation sigma, one level per image -> estimates of the clean images."""
         raw = self.network.predict(

@@ -30,7 +30,7 @@ from benchmarks.methods_plot import plot_curves
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.data import EmojiData
 from cm_jax.diffusion.curricula import StepSchedule
-from cm_jax.diffusion.distances import PseudoHuber
+from cm_jax.diffusion.losses import PseudoHuber
 from cm_jax.errors import InputError
 from cm_jax.evaluation import (
     EvalConfig,

@@ -23,11 +23,10 @@ from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.preconditioning import EDMPreconditioning, LogSigmaPreconditioning
 from cm_jax.networks import ADMUNet
 from cm_jax.objectives import ConsistencyDistillation, Denoising
-from cm_jax.objectives.base import split_keys
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.setup import make_parallelism, make_step
 from cm_jax.training.step import Constants, StepBatch, image_keys
-from cm_jax.types import normal_per_image
+from cm_jax.types import normal_per_image, split_keys
 
 CHECKED_STEPS = 3
 """Number of first steps in which all implementations get the same noise and their losses are compared."""
@@ -118,13 +117,13 @@ def step_noise(config: TrainConfig, batch: int) -> NoiseSample:
     objective: Any = config.objective
     if type(objective) not in (Denoising, ConsistencyDistillation):
         return NoiseSample(*[np.zeros(0, np.float32)] * 3)
-    keys = split_keys(image_keys(jax.random.key(config.seed), batch, np.arange(config.batch_size)))
-    noise = np.asarray(normal_per_image(keys.noise, config.network.image_shape))
+    key_level, key_noise, _ = split_keys(image_keys(jax.random.key(config.seed), batch, np.arange(config.batch_size)))
+    noise = np.asarray(normal_per_image(key_noise, config.network.image_shape))
     if not objective.has_teacher:
-        t = np.asarray(objective.noise_distribution(keys.level))
+        t = np.asarray(objective.noise_distribution(key_level))
         return NoiseSample(t, np.zeros_like(t), noise)
     levels = objective.curriculum(batch)
-    index = objective.noise_distribution(keys.level, config.schedule, levels)
+    index = objective.noise_distribution(key_level, config.schedule, levels)
     t, r = (np.asarray(config.schedule.sigma(index + more, levels)) for more in (0, 1))
     return NoiseSample(t, r, noise)
 

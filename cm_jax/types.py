@@ -39,6 +39,11 @@ def normal_per_image(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "b ..."
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
+def split_keys(keys: Keys) -> Key[Array, "3 b"]:
+    """Three new keys for every image."""
+    return jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+
+
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     """("a/b/c", leaf) for every leaf of a nested dictionary, in its order."""
     if not isinstance(tree, Mapping):

@@ -23,13 +23,8 @@ class ConsistencyFunction:
         self, params: Params, x: Images, sigma: Sigmas, labels: Labels | None = None, dropout_keys: Keys | None = None
     ) -> Images:
         """Images x with noise of standard deviation sigma, one level per image -> estimates of the clean images."""
-        raw = self.network.predict(
-            params,
-            per_image(self.preconditioning.c_in(sigma)) * x,
-            self.preconditioning.c_noise(sigma),
-            labels,
-            dropout_keys,
-        )
+        c_in, c_noise = self.preconditioning.c_in(sigma), self.preconditioning.c_noise(sigma)
+        raw = self.network.predict(params, per_image(c_in) * x, c_noise, labels, dropout_keys)
         return self.preconditioning.blend(x, sigma, raw, self.schedule.sigma_min)
 
     def denoiser(self, params: Params, labels: Labels | None = None, dropout_keys: Keys | None = None) -> Denoiser:

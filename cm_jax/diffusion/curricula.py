@@ -27,16 +27,16 @@ def _require(met: bool, settings: object, expected: str) -> None:
         raise InputError(f"Expected {expected}, got {settings}.")
 
 
-class StepSchedule(abc.ABC):
+class StepSchedule(abc.ABC):  # noqa: B024  not instantiated, but every method has a default
     """A value that changes during the first `duration` steps of training."""
 
     LENGTH_FIELD: ClassVar[str] = "steps"
     """The field to change where `duration` is longer than a run."""
 
     @property
-    @abc.abstractmethod
     def duration(self) -> int:
         """Steps after which the value no longer changes."""
+        return getattr(self, self.LENGTH_FIELD)
 
 
 class Curriculum(StepSchedule, abc.ABC):
@@ -65,7 +65,6 @@ class Constant(Curriculum):
         return 0
 
     def __call__(self, step: Step) -> Count:
-        del step
         return jnp.int32(self.num_levels)
 
 
@@ -86,10 +85,6 @@ class Progressive(Curriculum):
     def __post_init__(self) -> None:
         _require(1 <= self.start <= self.end and self.steps >= 1, self, "1 <= start <= end and steps >= 1")
 
-    @property
-    def duration(self) -> int:
-        return self.steps
-
     def __call__(self, step: Step) -> Count:
         """One more than m, the smallest integer with K ((m + 1)^2 - s0^2) >= k ((s1 + 1)^2 - s0^2)."""
         growth = (self.end + 1) ** 2 - self.start**2
@@ -109,8 +104,8 @@ class Doubling(Curriculum):
     """K."""
 
     def __post_init__(self) -> None:
-        valid = 1 <= self.start <= self.end and self.steps_per_stage >= 1
-        _require(valid, self, "1 <= start <= end and at least one step per stage")
+        met = 1 <= self.start <= self.end and self.steps_per_stage >= 1
+        _require(met, self, "1 <= start <= end and at least one step per stage")
 
     @property
     def steps_per_stage(self) -> int:
@@ -146,9 +141,8 @@ class Halving(Curriculum):
         return self.steps_per_stage * self.start.bit_length()
 
     def __call__(self, step: Step) -> Count:
-        halvings = self.start.bit_length() - 1
-        stages = [self.start >> stage for stage in range(halvings)]
-        return _at([*stages, 2, 1], step // self.steps_per_stage)
+        halving = [self.start >> stage for stage in range(self.start.bit_length() - 1)]
+        return _at([*halving, 2, 1], step // self.steps_per_stage)
 
 
 AnyCurriculum = Constant | Progressive | Doubling | Halving
@@ -176,16 +170,12 @@ class ConstantTargetEMA(TargetEMA):
         _require(0 <= self.decay <= 1, self, "0 <= decay <= 1")
 
     def __call__(self, step: Step, curriculum: Curriculum | None = None) -> Rate:
-        del step, curriculum
         return jnp.float32(self.decay)
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveTargetEMA(TargetEMA):
-    """mu(k) = exp(s0 ln mu0 / (N(k) - 1)) with s0 and N(k) of the objective's Progressive curriculum (CM, appendix C).
-
-    `over` chooses the divisor.
-    """
+    """mu(k) = exp(s0 ln mu0 / (N(k) - 1)), s0 and N(k) of the objective's Progressive curriculum (CM, appendix C)."""
 
     start: float = 0.95
     """mu0."""
@@ -199,9 +189,9 @@ class AdaptiveTargetEMA(TargetEMA):
         _progressive(curriculum)
 
     def __call__(self, step: Step, curriculum: Curriculum | None) -> Rate:
-        levels = _progressive(curriculum)(step)
-        divisor = levels - 1 if self.over == "intervals" else levels
-        return jnp.exp(_progressive(curriculum).start * math.log(self.start) / divisor)
+        curriculum = _progressive(curriculum)
+        divisor = curriculum(step) - 1 if self.over == "intervals" else curriculum(step)
+        return jnp.exp(curriculum.start * math.log(self.start) / divisor)
 
 
 def _progressive(curriculum: Curriculum | None) -> Progressive:
@@ -235,11 +225,8 @@ class ShrinkingGap(StepSchedule):
     LENGTH_FIELD: ClassVar[str] = "steps_per_stage"
 
     def __post_init__(self) -> None:
-        _require(
-            self.ratio > 1 and self.slope >= 0 and self.steps_per_stage >= 1 and self.stages >= 1,
-            self,
-            "ratio > 1, slope >= 0, steps_per_stage >= 1 and stages >= 1",
-        )
+        met = self.ratio > 1 and self.slope >= 0 and self.steps_per_stage >= 1 and self.stages >= 1
+        _require(met, self, "ratio > 1, slope >= 0, steps_per_stage >= 1 and stages >= 1")
 
     @property
     def duration(self) -> int:
@@ -260,10 +247,6 @@ class WarmUp(StepSchedule):
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, self, "steps >= 1")
-
-    @property
-    def duration(self) -> int:
-        return self.steps
 
     def __call__(self, step: Step) -> Rate:
         return jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / self.steps)

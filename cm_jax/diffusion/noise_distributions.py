@@ -12,29 +12,36 @@ from jaxtyping import Array, Float, Int
 
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.errors import InputError
-from cm_jax.types import Keys, Sigmas, normal_per_image
+from cm_jax.types import Keys, Sigmas, normal_per_image, split_keys
 
 Indices = Int[Array, " b"]
 Times = Float[Array, " b"]
 
 
-def _require_positive(std: float) -> None:
-    if not std > 0:
-        raise InputError(f"Expected a positive std, got {std}.")
+@dataclasses.dataclass(frozen=True)
+class _Normal:
+    """N(mean, std^2), of which a function is sampled."""
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise InputError(f"Expected a positive std, got {self.std}.")
+
+    def normal(self, keys: Keys) -> Float[Array, " b"]:
+        return self.mean + self.std * normal_per_image(keys, ())
 
 
 @dataclasses.dataclass(frozen=True)
-class LogNormal:
+class LogNormal(_Normal):
     """ln sigma ~ N(mean, std^2): (-1.2, 1.2) for denoisers (EDM, table 1), (-1.1, 2) for ECT."""
 
     mean: float = -1.2
     std: float = 1.2
 
-    def __post_init__(self) -> None:
-        _require_positive(self.std)
-
     def __call__(self, keys: Keys) -> Sigmas:
-        return jnp.exp(self.mean + self.std * normal_per_image(keys, ()))
+        return jnp.exp(self.normal(keys))
 
 
 class IndexDistribution(abc.ABC):
@@ -49,12 +56,11 @@ class UniformIndex(IndexDistribution):
     """Uniform over all pairs (CM, algorithms 2 and 3)."""
 
     def __call__(self, keys: Keys, schedule: KarrasSchedule, num_levels: Any) -> Indices:
-        del schedule
         return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_levels - 1))(keys)
 
 
 @dataclasses.dataclass(frozen=True)
-class DiscreteLogNormal(IndexDistribution):
+class DiscreteLogNormal(_Normal, IndexDistribution):
     """P(i) is the mass of the interval between levels i and i + 1 under ln sigma ~ N(mean, std^2) (iCT, section 3.5).
 
     Samples ln sigma from the normal distribution truncated to [sigma_min, sigma_max] and returns the interval that
@@ -63,9 +69,6 @@ class DiscreteLogNormal(IndexDistribution):
 
     mean: float = -1.1
     std: float = 2.0
-
-    def __post_init__(self) -> None:
-        _require_positive(self.std)
 
     def __call__(self, keys: Keys, schedule: KarrasSchedule, num_levels: Any) -> Indices:
         low, high = ((math.log(edge) - self.mean) / self.std for edge in (schedule.sigma_min, schedule.sigma_max))
@@ -83,17 +86,14 @@ AnyIndexDistribution = UniformIndex | DiscreteLogNormal
 
 
 @dataclasses.dataclass(frozen=True)
-class LogitNormal:
+class LogitNormal(_Normal):
     """logit t ~ N(mean, std^2), for t on the straight path from data (0) to noise (1)."""
 
     mean: float = -0.4
     std: float = 1.0
 
-    def __post_init__(self) -> None:
-        _require_positive(self.std)
-
     def __call__(self, keys: Keys) -> Times:
-        return jax.nn.sigmoid(self.mean + self.std * normal_per_image(keys, ()))
+        return jax.nn.sigmoid(self.normal(keys))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class IntervalDistribution(abc.ABC):
 
     def __call__(self, keys: Keys) -> tuple[Times, Times]:
         """(t, r) with r <= t."""
-        key_t, key_r, key_equal = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+        key_t, key_r, key_equal = split_keys(keys)
         t, r = self.ordered(self.t(key_t), self.r(key_r))
         equal = jax.vmap(lambda key: jax.random.bernoulli(key, self.flow_matching_ratio))(key_equal)
         return t, jnp.where(equal, t, r)

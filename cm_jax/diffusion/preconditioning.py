@@ -6,6 +6,7 @@ f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma))   
 import abc
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -20,10 +21,8 @@ class Preconditioning(abc.ABC):
     The noise schedule's sigma_min enters c_skip and c_out only where f(x, sigma_min) = x is required.
     """
 
-    @property
-    @abc.abstractmethod
-    def sigma_data(self) -> float:
-        """Standard deviation of the clean data."""
+    sigma_data: float
+    """Standard deviation of the clean data."""
 
     @abc.abstractmethod
     def c_in(self, sigma: Sigmas) -> Sigmas: ...
@@ -46,7 +45,7 @@ class Preconditioning(abc.ABC):
 class LogSigmaPreconditioning(Preconditioning):
     """Common base: input c_in x of unit variance, and c_noise = time_factor ln sigma."""
 
-    sigma_data: float = 0.5  # type: ignore[override]  # a field in place of the property
+    sigma_data: float = 0.5
     """Standard deviation of the clean data."""
     time_factor: float = ADM_TIME
 
@@ -57,7 +56,6 @@ class LogSigmaPreconditioning(Preconditioning):
             )
 
     def c_in(self, sigma: Sigmas) -> Sigmas:
-        """1 / sqrt(sigma^2 + sigma_data^2)."""
         return 1 / jnp.sqrt(sigma**2 + self.sigma_data**2)
 
     def c_noise(self, sigma: Sigmas) -> Sigmas:
@@ -69,13 +67,9 @@ class EDMPreconditioning(LogSigmaPreconditioning):
     """Preconditioning of a denoiser: network outputs have unit variance at every noise level (EDM, table 1)."""
 
     def c_skip(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
-        """sigma_data^2 / (sigma^2 + sigma_data^2)."""
-        del sigma_min
         return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
 
     def c_out(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
-        """sigma sigma_data / sqrt(sigma^2 + sigma_data^2)."""
-        del sigma_min
         return sigma * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)
 
 
@@ -97,11 +91,10 @@ class ConsistencyPreconditioning(LogSigmaPreconditioning):
     """c_skip(sigma_min) = 1 and c_out(sigma_min) = 0, so that f(x, sigma_min) = x (CM, appendix C)."""
 
     def c_skip(self, sigma: Sigmas, sigma_min: float) -> Sigmas:
-        """sigma_data^2 / ((sigma - sigma_min)^2 + sigma_data^2)."""
         return self.sigma_data**2 / ((sigma - sigma_min) ** 2 + self.sigma_data**2)
 
     def c_out(self, sigma: Sigmas, sigma_min: float) -> Sigmas:
-        """(sigma - sigma_min) sigma_data / sqrt(sigma^2 + sigma_data^2); the root takes sigma itself."""
+        """The root takes sigma itself."""
         return (sigma - sigma_min) * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)
 
 
@@ -116,27 +109,20 @@ class MeanFlowPreconditioning(Preconditioning):
 
     time_factor: float = 1.0
 
+    sigma_data: ClassVar[float] = 0.5  # type: ignore[override]  # a constant in place of the field
+    """For weightings and likelihoods; MeanFlow's own coefficients do not use it."""
+
     def __post_init__(self) -> None:
         if not 0 < self.time_factor < math.inf:
             raise InputError(f"Expected a positive, finite time_factor, got {self.time_factor}.")
 
-    @property
-    def sigma_data(self) -> float:
-        """0.5, for weightings and likelihoods; MeanFlow's own coefficients do not use it."""
-        return 0.5
-
     def c_in(self, sigma: Sigmas) -> Sigmas:
-        """1 / (1 + sigma)."""
         return 1 / (1 + sigma)
 
     def c_skip(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
-        """1 / (1 + sigma)."""
-        del sigma_min
         return 1 / (1 + sigma)
 
     def c_out(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
-        """-t."""
-        del sigma_min
         return -flow_time(sigma)
 
     def c_noise(self, sigma: Sigmas) -> Sigmas:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cm_jax.diffusion.distances import Distance, Perceptual, Values, resize_bilinear
+from cm_jax.diffusion.losses import Distance, Perceptual, Values, resize_bilinear
 from cm_jax.errors import InputError
 from cm_jax.feature_networks.weight_file import WeightFile
 from cm_jax.networks.operations import convolve_3x3

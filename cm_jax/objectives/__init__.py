@@ -6,13 +6,21 @@ objective also has `losses`: the paper's formula alone, for given noise levels, 
 """
 
 from cm_jax.diffusion.ode import EulerStep, HeunStep, ODEStep
-from cm_jax.objectives.adaptive_weight import AdaptiveWeight
-from cm_jax.objectives.base import Batch, FrozenParams, Losses, Metrics, Models, Objective
+from cm_jax.objectives.base import (
+    AdaptiveWeight,
+    AnyDistance,
+    Batch,
+    FrozenParams,
+    Losses,
+    Metrics,
+    Models,
+    Objective,
+    Resized,
+)
 from cm_jax.objectives.consistency_distillation import ConsistencyDistillation
 from cm_jax.objectives.consistency_training import ConsistencyTraining
 from cm_jax.objectives.continuous_time import ContinuousDistillation, ContinuousTraining
 from cm_jax.objectives.denoising import Denoising
-from cm_jax.objectives.distances import AnyDistance, Resized
 from cm_jax.objectives.easy_consistency_tuning import EasyConsistencyTuning
 from cm_jax.objectives.improved_consistency_training import ImprovedConsistencyTraining
 from cm_jax.objectives.mean_flow import MeanFlow

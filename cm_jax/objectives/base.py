@@ -1,4 +1,4 @@
-"""The interface of objectives, and the loss on pairs of noise levels that most of them share."""
+"""The interface of objectives, the loss on pairs of noise levels, the learned weight, and all distances."""
 
 import abc
 import dataclasses
@@ -9,15 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.curricula import AnyCurriculum, Curriculum, Step
-from cm_jax.diffusion.distances import Distance
-from cm_jax.diffusion.noise_distributions import AnyIndexDistribution
+from cm_jax.diffusion.curricula import AnyCurriculum, Curriculum, Progressive, Step
+from cm_jax.diffusion.losses import Absolute, AnyWeighting, Distance, PseudoHuber, Squared, Uniform, resize_bilinear
+from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, UniformIndex
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.diffusion.weightings import AnyWeighting
 from cm_jax.errors import InputError
-from cm_jax.objectives.adaptive_weight import AdaptiveWeight, without_weight
-from cm_jax.objectives.distances import AnyDistance
-from cm_jax.types import Denoiser, Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image
+from cm_jax.feature_networks.lpips import LPIPS
+from cm_jax.networks.layers import sinusoid
+from cm_jax.types import Denoiser, Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image, split_keys
 
 Losses = Float[Array, " b"]
 """One loss per image."""
@@ -58,7 +57,8 @@ class Inputs(NamedTuple):
 
     models: Models
     params: Params
-    frozen: FrozenParams
+    target_params: Params
+    teacher_params: Params | None
     batch: Batch
     noise: Images
     """Standard normal, one image per image of the batch."""
@@ -66,13 +66,17 @@ class Inputs(NamedTuple):
     dropout_keys: Keys
     step: Step
 
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the clean data."""
+        return self.models.student.preconditioning.sigma_data
+
     def student(self) -> Denoiser:
         return self.models.student.denoiser(self.params, self.batch.labels, self.dropout_keys)
 
     def target(self) -> Denoiser:
         """f^-, with the dropout masks of the student."""
-        params = self.params if self.frozen.target is None else self.frozen.target
-        return self.models.student.denoiser(params, self.batch.labels, self.dropout_keys)
+        return self.models.student.denoiser(self.target_params, self.batch.labels, self.dropout_keys)
 
     def teacher(self) -> Denoiser:
         """The teacher without dropout. Raises InputError if it is missing."""
@@ -81,9 +85,63 @@ class Inputs(NamedTuple):
 
     def teacher_function(self) -> tuple[ConsistencyFunction, Params]:
         """The teacher and its parameters. Raises InputError if either is missing."""
-        if self.models.teacher is None or self.frozen.teacher is None:
+        if self.models.teacher is None or self.teacher_params is None:
             raise InputError("This objective needs a teacher: give a denoiser and its parameters as well.")
-        return self.models.teacher, self.frozen.teacher
+        return self.models.teacher, self.teacher_params
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveWeight:
+    """w(c_noise) in the loss e^w loss - w: one linear layer on sinusoids of c_noise (sCM; EDM2, where u = -w).
+
+    At its optimum e^-w is the mean loss at each noise level. Its parameters are not part of the saved model.
+    """
+
+    width: int = 128
+
+    NAME: ClassVar[str] = "adaptive_weight"
+    """Name of its branch in the parameter tree."""
+
+    def initialize(self) -> Params:
+        return {self.NAME: {"kernel": jnp.zeros((self.width,)), "bias": jnp.zeros(())}}
+
+    def __call__(self, params: Params, c_noise: Sigmas) -> Sigmas:
+        own = params[self.NAME]
+        return sinusoid(c_noise, self.width) @ own["kernel"] + own["bias"]
+
+
+def without_weight(params: Params) -> Params:
+    """The network's parameters alone."""
+    return {name: branch for name, branch in params.items() if name != AdaptiveWeight.NAME}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resized(Distance):
+    """Another distance between both images at size x size, smaller or larger (bilinear, as PyTorch).
+
+    Resized(Squared(), 32) is "l2-32" in OpenAI's implementation.
+    """
+
+    distance: "AnyDistance" = Squared()
+    size: int = 32
+    """Height and width in pixels."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise InputError(f"Images cannot be resized to {self.size} pixels: size must be at least 1.")
+
+    def __call__(self, x: Images, y: Images) -> Losses:
+        return self.distance(resize_bilinear(x, self.size), resize_bilinear(y, self.size))
+
+    def with_weights(self, params: Params | None) -> Distance:
+        return dataclasses.replace(self, distance=self.distance.with_weights(params))
+
+    def load_weights(self) -> Params | None:
+        return self.distance.load_weights()
+
+
+AnyDistance = Absolute | Squared | PseudoHuber | Resized | LPIPS | Distance
+"""`Distance` admits one that has its weights (LPIPS during training); files hold the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +186,20 @@ class Objective(abc.ABC):
         key_level, key_noise, key_dropout = split_keys(keys)
         noise = normal_per_image(key_noise, batch.images.shape[1:])
         target = frozen.target if self.has_target and frozen.target is not None else params
+        student, target = without_weight(params), without_weight(target)
         teacher = None if frozen.teacher is None else without_weight(frozen.teacher)
-        frozen = frozen._replace(target=without_weight(target), teacher=teacher)
-        inputs = Inputs(models, without_weight(params), frozen, batch, noise, key_level, key_dropout, step)
-        losses, metrics = self.evaluate(inputs)
+        inputs = Inputs(models, student, target, teacher, batch, noise, key_level, key_dropout, step)
+        losses, metrics = self.with_weights(frozen.perceptual).evaluate(inputs)
         if self.adaptive is None:
             return losses, metrics
         weight = self.adaptive(params, models.student.preconditioning.c_noise(metrics["sigma"]))
         return jnp.exp(weight) * losses - weight, metrics | {"unweighted": losses, "log_weight": weight}
+
+    def with_weights(self, perceptual: Params | None) -> "Objective":
+        """The same objective with these weights of its distance; itself if it has no distance."""
+        if self.distance is None:
+            return self
+        return dataclasses.replace(self, distance=self.distance.with_weights(perceptual))
 
     @abc.abstractmethod
     def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
@@ -165,11 +229,9 @@ class DistanceObjective(Objective, abc.ABC):
     weighting: AnyWeighting
     distance: AnyDistance  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
 
-    def weighted_distance(
-        self, t: Sigmas, r: Sigmas, estimate: Images, target: Images, perceptual: Params | None, sigma_data: float
-    ) -> Losses:
-        """`perceptual`: weights of the distance. `sigma_data`: standard deviation of the clean data."""
-        return self.weighting(t, r, sigma_data) * self.distance.with_weights(perceptual)(estimate, target)
+    def weighted_distance(self, t: Sigmas, r: Sigmas, estimate: Images, target: Images, sigma_data: float) -> Losses:
+        """`sigma_data`: standard deviation of the clean data."""
+        return self.weighting(t, r, sigma_data) * self.distance(estimate, target)
 
 
 class PairObjective(DistanceObjective, abc.ABC):
@@ -182,17 +244,9 @@ class PairObjective(DistanceObjective, abc.ABC):
 
     def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
         t, r, metrics = self.sample_pair(inputs.level_keys, inputs.models.student.schedule, inputs.step)
-        losses = self.losses(
-            inputs.student(),
-            inputs.target(),
-            inputs.batch.images,
-            t,
-            r,
-            inputs.noise,
-            teacher=inputs.teacher() if self.has_teacher else None,
-            perceptual=inputs.frozen.perceptual,
-            sigma_data=inputs.models.student.preconditioning.sigma_data,
-        )
+        student, target, images = inputs.student(), inputs.target(), inputs.batch.images
+        teacher = inputs.teacher() if self.has_teacher else None
+        losses = self.losses(student, target, images, t, r, inputs.noise, teacher=teacher, sigma_data=inputs.sigma_data)
         return losses, {"sigma": t, **metrics}
 
     def losses(
@@ -205,13 +259,12 @@ class PairObjective(DistanceObjective, abc.ABC):
         noise: Images,
         *,
         teacher: Denoiser | None = None,
-        perceptual: Params | None = None,
         sigma_data: float = 0.5,
     ) -> Losses:
         x_t = images + per_image(t) * noise
         x_r = self.x_r(teacher, images, noise, x_t, t, r)
         estimate, held = student(x_t, t), jax.lax.stop_gradient(target(x_r, r))
-        return self.weighted_distance(t, r, estimate, held, perceptual, sigma_data)
+        return self.weighted_distance(t, r, estimate, held, sigma_data)
 
     @abc.abstractmethod
     def sample_pair(self, keys: Keys, schedule: KarrasSchedule, step: Step) -> tuple[Sigmas, Sigmas, Metrics]:
@@ -219,15 +272,17 @@ class PairObjective(DistanceObjective, abc.ABC):
 
     def x_r(self, teacher: Denoiser | None, images: Images, noise: Images, x_t: Images, t: Sigmas, r: Sigmas) -> Images:
         """The point at level r on the trajectory of x_t. Without a teacher it is x + r z."""
-        del teacher, x_t, t
         return images + per_image(r) * noise
 
 
+@dataclasses.dataclass(frozen=True)
 class AdjacentPairObjective(PairObjective, abc.ABC):
-    """A PairObjective with adjacent levels t = s_i and r = s_{i+1} of the schedule's N(k) levels."""
+    """A PairObjective with adjacent levels t = s_i and r = s_{i+1} of the schedule's N(k) levels. Defaults: CM's."""
 
-    curriculum: AnyCurriculum  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
-    noise_distribution: AnyIndexDistribution
+    curriculum: AnyCurriculum = Progressive()  # type: ignore[override]  # a field in place of the property
+    noise_distribution: AnyIndexDistribution = UniformIndex()
+    weighting: AnyWeighting = Uniform()
+    distance: AnyDistance = Squared()
 
     def sample_pair(self, keys: Keys, schedule: KarrasSchedule, step: Step) -> tuple[Sigmas, Sigmas, Metrics]:
         num_levels = self.curriculum(step)
@@ -244,16 +299,3 @@ def require_forward_derivatives(objective: Objective, function: ConsistencyFunct
             f"{type(objective).__name__} needs forward derivatives, which fused attention does not have; the network's "
             f'is {attention!r}. Use dataclasses.replace(network, attention="plain").'
         )
-
-
-class SampleKeys(NamedTuple):
-    """One key per image for each use of random numbers."""
-
-    level: Keys
-    noise: Keys
-    dropout: Keys
-
-
-def split_keys(keys: Keys) -> SampleKeys:
-    """Three keys per image."""
-    return SampleKeys(*jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys))

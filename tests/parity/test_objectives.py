@@ -13,12 +13,11 @@ from cm_jax.conversion import CheckpointHints, read
 from cm_jax.conversion.unet_format import OPENAI
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Halving, Progressive
-from cm_jax.diffusion.distances import Absolute, Squared
+from cm_jax.diffusion.losses import SNR, Absolute, Karras, SNRPlusOne, Squared, TruncatedSNR, Uniform
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
-from cm_jax.diffusion.weightings import SNR, Karras, SNRPlusOne, TruncatedSNR, Uniform
 from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, Denoising, ProgressiveDistillation
-from cm_jax.objectives.distances import Resized
+from cm_jax.objectives.base import Resized
 from cm_jax.types import leaves, per_image
 from tests.support import DATA, adm_golden, nhwc
 

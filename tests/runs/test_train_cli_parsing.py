@@ -16,7 +16,7 @@ from cm_jax.cli.parsing import parse_preset
 from cm_jax.cli.running import run as run_command
 from cm_jax.cli.train import Options
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, AnyTargetEMA, ConstantTargetEMA, Halving
-from cm_jax.diffusion.distances import Absolute, PseudoHuber, Squared
+from cm_jax.diffusion.losses import Absolute, PseudoHuber, Squared
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import AnyPreconditioning, ConsistencyPreconditioning, EDMPreconditioning

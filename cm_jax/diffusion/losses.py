@@ -1,4 +1,4 @@
-"""Distances d(x, y) between images, one value per image."""
+"""The terms of a loss w(t, r) d(x, y): weightings w of pairs of noise levels, and distances d between images."""
 
 import abc
 import dataclasses
@@ -9,10 +9,71 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cm_jax.errors import InputError
-from cm_jax.types import Images, Params
+from cm_jax.types import Images, Params, Sigmas
 
 Values = Float[Array, " b"]
-Features = Float[Array, "b _ _ _"]
+Features = Float[Array, "b m n k"]
+
+
+class Weighting(abc.ABC):
+    """w(t, r) for t > r, one weight per image, for data of standard deviation sigma_data. A denoiser's r is 0."""
+
+    @abc.abstractmethod
+    def __call__(self, t: Sigmas, r: Sigmas, sigma_data: float = 0.5) -> Sigmas: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Weighting):
+    """1, as all published consistency models use."""
+
+    def __call__(self, t: Sigmas, r: Sigmas, sigma_data: float = 0.5) -> Sigmas:
+        return jnp.ones_like(t)
+
+
+@dataclasses.dataclass(frozen=True)
+class SNR(Weighting):
+    """snr = 1 / t^2."""
+
+    def __call__(self, t: Sigmas, r: Sigmas, sigma_data: float = 0.5) -> Sigmas:
+        return t**-2
+
+
+@dataclasses.dataclass(frozen=True)
+class SNRPlusOne(Weighting):
+    """snr + 1."""
+
+    def __call__(self, t: Sigmas, r: Sigmas, sigma_data: float = 0.5) -> Sigmas:
+        return t**-2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedSNR(Weighting):
+    """max(snr, 1) (progressive distillation)."""
+
+    def __call__(self, t: Sigmas, r: Sigmas, sigma_data: float = 0.5) -> Sigmas:
+        return jnp.maximum(t**-2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Karras(Weighting):
+    """snr + 1 / sigma_data^2 = 1 / c_out(t)^2 of EDMPreconditioning (EDM, table 1; ECT for ImageNet-64).
+
+    Errors of the network's raw output count equally at all noise levels.
+    """
+
+    def __call__(self, t: Sigmas, r: Sigmas, sigma_data: float = 0.5) -> Sigmas:
+        return t**-2 + sigma_data**-2
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseGap(Weighting):
+    """1 / (t - r) (iCT, section 3.1; ECT for CIFAR-10)."""
+
+    def __call__(self, t: Sigmas, r: Sigmas, sigma_data: float = 0.5) -> Sigmas:
+        return 1 / (t - r)
+
+
+AnyWeighting = Uniform | SNR | SNRPlusOne | TruncatedSNR | Karras | InverseGap
 
 
 class Distance(abc.ABC):
@@ -23,7 +84,6 @@ class Distance(abc.ABC):
 
     def with_weights(self, params: Params | None) -> "Distance":
         """The same distance with these weights; itself if it has no weights."""
-        del params
         return self
 
     def load_weights(self) -> Params | None:
@@ -80,14 +140,11 @@ class Perceptual(Distance):
 
     def __call__(self, x: Images, y: Images) -> Values:
         layers = zip(self.heads, self.features(x), self.features(y), strict=True)
-        return sum((_layer_distance(*layer) for layer in layers), jnp.zeros(x.shape[0]))
+        squares = (head * jnp.square(_unit(of_x) - _unit(of_y)) for head, of_x, of_y in layers)
+        return sum((square.sum(-1).mean((1, 2)) for square in squares), jnp.zeros(x.shape[0]))
 
 
-def _layer_distance(head: Float[Array, " k"], x: Float[Array, "b m n k"], y: Float[Array, "b m n k"]) -> Values:
-    return (head * jnp.square(_unit(x) - _unit(y))).sum(-1).mean((1, 2))
-
-
-def _unit(features: Float[Array, "b m n k"]) -> Float[Array, "b m n k"]:
+def _unit(features: Features) -> Features:
     """features / (||features|| + 1e-10) over channels; zero, with zero gradient, where all channels are zero."""
     squared = jnp.square(features).sum(-1, keepdims=True)
     length = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1)), 0)

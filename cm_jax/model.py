@@ -14,13 +14,11 @@ from jaxtyping import Array, Float, Int, Key
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.editing.algorithm import EDIT_STEPS, check_images, edit_batches, variant_keys
-from cm_jax.editing.interpolation import blend, slerp_batches
+from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batches, slerp_batches, variant_keys
 from cm_jax.editing.operators import Operator, Strokes, stroke_sigmas
 from cm_jax.errors import InputError, check_int
-from cm_jax.samplers import SAMPLERS, Sampler, choose_levels
+from cm_jax.samplers import SAMPLERS, NoiseLevelArgs, Sampler, choose_levels
 from cm_jax.samplers.generation import default_batch_size, generate, replay, sample_labels
-from cm_jax.samplers.levels import NoiseLevelArgs
 from cm_jax.types import Keys, Params
 
 Seed = int | Key[Array, ""]
@@ -48,7 +46,7 @@ class Model:
       labels: class numbers or names, one for all images or one per image; None for an unconditional model.
       batch_size: images computed at once over all local devices. It does not change the results.
       **levels: noise levels, as steps=2, timesteps=(22, 0), indices=(0, 22, 39) or sigmas=(80.0, 1.38); see
-        cm_jax.samplers.levels.NoiseLevelArgs.
+        cm_jax.samplers.NoiseLevelArgs.
 
     All methods raise InputError for invalid arguments.
     """

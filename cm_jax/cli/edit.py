@@ -22,7 +22,7 @@ from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.io.images import grid, quantize, save_grid
 from cm_jax.loading import load
 from cm_jax.model import Model
-from cm_jax.samplers.levels import NoiseLevelArgs
+from cm_jax.samplers import NoiseLevelArgs
 
 Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
 

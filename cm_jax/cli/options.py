@@ -7,7 +7,7 @@ from typing import Literal
 from cm_jax.cli.parsing import numbers
 from cm_jax.io.atomic import user_cache
 from cm_jax.model import Model, SamplingPlan
-from cm_jax.samplers.levels import NoiseLevelArgs
+from cm_jax.samplers import NoiseLevelArgs
 from cm_jax.types import Precision
 
 LARGEST_GRID = 4096

@@ -3,8 +3,7 @@
 An operator, an orthogonal projection of image space, defines the known part of an image; the model generates the rest.
 """
 
-from cm_jax.editing.algorithm import edit
-from cm_jax.editing.interpolation import blend, slerp
+from cm_jax.editing.algorithm import blend, edit, slerp
 from cm_jax.editing.operators import Luma, Mask, Noisy, Operator, PatchMean, Strokes
 
 __all__ = ["Luma", "Mask", "Noisy", "Operator", "PatchMean", "Strokes", "blend", "edit", "slerp"]

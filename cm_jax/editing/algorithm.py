@@ -1,4 +1,7 @@
-"""Editing with a consistency model (CM, algorithm 4): multistep sampling that restores the known part at every step."""
+"""Editing with a consistency model (CM, algorithm 4), and interpolation between images or their initial noise.
+
+Editing is multistep sampling that restores the known part of an image at every step.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,14 +14,16 @@ from jaxtyping import Array, Float, Int, Key
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing.operators import Noisy, Operator
 from cm_jax.errors import InputError
-from cm_jax.samplers.base import Levels
-from cm_jax.samplers.batches import by_number, compile_programs, in_batches, multiple_of
+from cm_jax.samplers.base import Levels, Sampler
+from cm_jax.samplers.batches import by_number, compile_programs
 from cm_jax.samplers.consistency import multistep_sample
-from cm_jax.samplers.generation import image_keys, noise_from
-from cm_jax.types import Denoiser, Images, Keys, Labels, NoiseSource, Params
+from cm_jax.samplers.generation import fold_in, image_keys, noise_from
+from cm_jax.types import Denoiser, Images, Keys, Labels, NoiseSource, Params, per_image
 
 _VARIANT = 2
 """fold_in value of the variants of an image; 0 and 1 are those of labels and noise in samplers/generation.py."""
+
+_SMALLEST_ANGLE = 1e-4
 
 EDIT_STEPS = 17
 """Default number of steps, as in OpenAI's CIFAR-10 notebook."""
@@ -72,7 +77,7 @@ def edit_images(
     return edit(function.denoiser(params, labels), operator, images, levels, noise)
 
 
-_programs = compile_programs(edit_images, static=1, shared=2, per_image=4)
+_edit = compile_programs(edit_images)
 
 
 def variant_keys(key: Key[Array, ""], images: int, variants: int) -> Keys:
@@ -80,7 +85,7 @@ def variant_keys(key: Key[Array, ""], images: int, variants: int) -> Keys:
 
     The key of variant v of image i does not depend on the number of images or variants.
     """
-    sources = jax.vmap(jax.random.fold_in, (0, None))(image_keys(key, np.arange(images)), _VARIANT)
+    sources = fold_in(image_keys(key, np.arange(images)), _VARIANT)
     each = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(sources, np.arange(variants))
     return each.reshape(-1)
 
@@ -106,7 +111,70 @@ def edit_batches(
         chosen = None if labels is None else labels[image]
         return keys[numbers], chosen, jax.tree.map(lambda array: array[image], known), images[image]
 
-    devices = list(devices or jax.local_devices())
-    size = multiple_of(devices, min(batch_size, len(keys)))
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
-    return in_batches(_programs, (function,), shared, by_number(rows, len(keys), size), devices)
+    return by_number(_edit, (function,), shared, rows, len(keys), batch_size, devices)
+
+
+def slerp(first: Images, second: Images, weight: Float[Array, " b"]) -> Images:
+    """(sin((1 - a) psi) z_1 + sin(a psi) z_2) / sin psi, with psi the angle between z_1 and z_2 (CM, appendix D).
+
+    Interpolated standard normal noise is standard normal; linear interpolation would reduce its variance. Parallel
+    inputs are interpolated linearly.
+    """
+    one, two = (z.reshape(z.shape[0], -1) for z in (first, second))
+    cosine = (one * two).sum(1) / (jnp.linalg.norm(one, axis=1) * jnp.linalg.norm(two, axis=1))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    parallel = jnp.sin(angle) < _SMALLEST_ANGLE
+    safe = jnp.where(parallel, 1.0, angle)
+    left = jnp.where(parallel, 1 - weight, jnp.sin((1 - weight) * safe) / jnp.sin(safe))
+    right = jnp.where(parallel, weight, jnp.sin(weight * safe) / jnp.sin(safe))
+    return per_image(left) * first + per_image(right) * second
+
+
+def slerp_images(
+    function: ConsistencyFunction,
+    sampler: Sampler,
+    params: Params,
+    levels: Levels,
+    first: Keys,
+    second: Keys,
+    weights: Float[Array, " b"],
+    labels: Labels | None,
+) -> Images:
+    """Images from noise interpolated between that of two keys; the ends are the images of the keys themselves."""
+    one, two = (noise_from(keys, function.network.image_shape) for keys in (first, second))
+    return sampler(function.denoiser(params, labels), levels, lambda index: slerp(one(index), two(index), weights))
+
+
+_slerp = compile_programs(slerp_images)
+
+
+def slerp_batches(
+    function: ConsistencyFunction,
+    sampler: Sampler,
+    params: Params,
+    levels: Sequence[float],
+    first: Key[Array, ""],
+    second: Key[Array, ""],
+    labels: Int[np.ndarray, " n"] | None,
+    *,
+    frames: int,
+    batch_size: int,
+) -> Iterator[Float[np.ndarray, "n h w c"]]:
+    """`frames` images from the first image of one key to the first image of another, both included, in batches."""
+    weights = np.linspace(0, 1, frames, dtype=np.float32)
+
+    def rows(numbers: Int[np.ndarray, " n"]) -> tuple[Any, ...]:
+        one, two = (image_keys(key, np.zeros_like(numbers)) for key in (first, second))
+        return one, two, weights[numbers], None if labels is None else labels[numbers]
+
+    shared = params, jnp.asarray(np.asarray(levels, np.float32))
+    return by_number(_slerp, (function, sampler), shared, rows, frames, batch_size)
+
+
+def blend(
+    first: Float[Array | np.ndarray, "h w c"], second: Float[Array | np.ndarray, "h w c"], frames: int
+) -> Float[np.ndarray, "n h w c"]:
+    """(1 - a) first + a second, with `frames` values of a from 0 to 1."""
+    weights = np.linspace(0, 1, frames, dtype=np.float32)[:, None, None, None]
+    return (1 - weights) * np.asarray(first, np.float32) + weights * np.asarray(second, np.float32)

@@ -160,7 +160,7 @@ def named_features(
     return {name: getattr(found, name) for name in names}
 
 
-_extract = compile_programs(named_features, static=2, shared=1, per_image=1)
+_extract = compile_programs(named_features)
 
 
 def reference_statistics(extractor: FeatureExtractor, reference: Reference, needs: Iterable[str]) -> FeatureStatistics:

@@ -16,7 +16,7 @@ from cm_jax.errors import InputError, check_int
 from cm_jax.evaluation.image_sets import Watch
 from cm_jax.evaluation.metrics import Report
 from cm_jax.model import Model
-from cm_jax.samplers.batches import by_number, compile_programs, in_batches, multiple_of
+from cm_jax.samplers.batches import by_number, compile_programs
 from cm_jax.samplers.generation import default_batch_size, image_keys
 from cm_jax.types import Denoiser, Images, Keys, Labels, Params
 
@@ -79,14 +79,14 @@ def bits_per_dimension(
     chosen = model.class_numbers(labels, len(images))
     devices = jax.local_devices()
     size = batch_size or default_batch_size(images.shape[1]) * len(devices)
-    size = multiple_of(devices, min(check_int("batch_size", size, 1, 10**6), len(images)))
+    size = check_int("batch_size", size, 1, 10**6)
     key = jax.random.key(check_int("A seed", seed, 0, 2**32 - 1))
 
     def rows(numbers: Int[np.ndarray, " b"]) -> tuple[Any, ...]:
         return image_keys(key, start + numbers), images[numbers], None if chosen is None else chosen[numbers]
 
-    batches = by_number(rows, len(images), size)
-    return np.concatenate(list(in_batches(_bits, (config.function, steps), (model.params,), batches, devices)))
+    static, shared = (config.function, steps), (model.params,)
+    return np.concatenate(list(by_number(_bits, static, shared, rows, len(images), size, devices)))
 
 
 def evaluate_bits(
@@ -144,4 +144,4 @@ def image_bits(
     return -nats / (math.prod(shape) * math.log(2)) + math.log2(127.5)
 
 
-_bits = compile_programs(image_bits, static=2, shared=1, per_image=3)
+_bits = compile_programs(image_bits)

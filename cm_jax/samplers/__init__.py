@@ -4,11 +4,9 @@ A sampler is a frozen dataclass called with a denoiser, noise levels and a sourc
 compiles into one program with the network.
 """
 
-from cm_jax.samplers.base import Sampler
+from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels
 from cm_jax.samplers.consistency import Consistency
-from cm_jax.samplers.levels import NoiseLevelArgs, choose_levels
-from cm_jax.samplers.probability_flow import DPM, Churn, Euler, Heun, ProgressiveEuler
-from cm_jax.samplers.stochastic import Ancestral
+from cm_jax.samplers.probability_flow import DPM, Ancestral, Churn, Euler, Heun, ProgressiveEuler
 
 __all__ = [
     "DPM",

@@ -1,18 +1,19 @@
-"""The interface of samplers."""
+"""The interface of samplers, and the choice of their noise levels from steps, timesteps, indices or sigmas."""
 
 import abc
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, ClassVar
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.diffusion.ode import Derivative, dx_dsigma
-from cm_jax.types import Denoiser, Images, NoiseSource, Sigmas
+from cm_jax.errors import InputError, check_int
+from cm_jax.types import Denoiser, Images, NoiseSource
 
 Levels = Float[Array, " n"]
 """Descending noise levels with the final one: n - 1 steps."""
@@ -35,7 +36,6 @@ class Sampler(abc.ABC):
 
     def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
         """The default noise levels of `steps` steps for a model of `num_levels` levels, with the final level."""
-        del num_levels
         return (*map(float, schedule.descending(steps)), self.final_level(schedule))
 
     def final_level(self, schedule: KarrasSchedule) -> float:
@@ -44,7 +44,6 @@ class Sampler(abc.ABC):
 
     def num_noise_samples(self, steps: int) -> int:
         """The number of noise samples in `steps` steps, with the initial one."""
-        del steps
         return 1
 
     @abc.abstractmethod
@@ -52,35 +51,7 @@ class Sampler(abc.ABC):
 
     def clipped(self, denoiser: Denoiser) -> Denoiser:
         """The denoiser with its images clipped to [-1, 1] if `clip` is set."""
-
-        def clip(x: Images, sigma: Sigmas) -> Images:
-            return jnp.clip(denoiser(x, sigma), -1, 1)
-
-        return clip if self.clip else denoiser
-
-
-class ODESampler(Sampler, abc.ABC):
-    """A sampler whose steps follow dx/dsigma of the probability-flow ODE."""
-
-    def __call__(self, denoiser: Denoiser, levels: Levels, noise: NoiseSource) -> Images:
-        derivative, steps = functools.partial(dx_dsigma, self.clipped(denoiser)), levels.shape[0] - 1
-
-        def step(x: Images, index: Any, now: Level, after: Level) -> Images:
-            return self.step(derivative, x, now, after, steps, lambda: noise(index + 1))
-
-        return jnp.clip(scan_steps(step, levels[0] * noise(0), levels), -1, 1)
-
-    @abc.abstractmethod
-    def step(
-        self,
-        derivative: Derivative[Images],
-        x: Images,
-        now: Level,
-        after: Level,
-        steps: int,
-        noise: Callable[[], Images],
-    ) -> Images:
-        """x at the level `after`, from x at the level `now`, in one of `steps` steps."""
+        return (lambda x, sigma: jnp.clip(denoiser(x, sigma), -1, 1)) if self.clip else denoiser
 
 
 def scan_steps(step: Callable[[Images, Any, Level, Level], Images], x: Images, levels: Levels) -> Images:
@@ -90,3 +61,100 @@ def scan_steps(step: Callable[[Images, Any, Level, Level], Images], x: Images, l
         return step(x, *interval), None
 
     return jax.lax.scan(body, x, (jnp.arange(levels.shape[0] - 1), levels[:-1], levels[1:]))[0]
+
+
+class NoiseLevelArgs(TypedDict, total=False):
+    """The noise levels of a sampler. Exactly one of these is given; index 0 is sigma_max."""
+
+    steps: int | None
+    """Number of steps: the tuned timesteps of this length if there are any, else the sampler's default levels."""
+    timesteps: Sequence[int] | None
+    """Level indices, descending to 0, as in diffusers: (22, 0). The sampler's final level is added."""
+    indices: Sequence[int] | None
+    """Level indices, ascending from 0 to the final level num_levels - 1, as in OpenAI's code: (0, 22, 39)."""
+    sigmas: Sequence[float] | None
+    """The levels themselves, descending: (80.0, 1.38). The sampler's final level is added."""
+
+
+def choose_levels(
+    sampler: Sampler,
+    schedule: KarrasSchedule,
+    num_levels: int,
+    *,
+    tuned: Sequence[Sequence[int]] = (),
+    **levels: Unpack[NoiseLevelArgs],
+) -> tuple[float, ...]:
+    """The descending levels at which the network is called, and the final level at which the sampler ends.
+
+    `num_levels`: N of the level indices. `tuned`: tuned timesteps. Raises InputError for invalid levels.
+    """
+    given = [name for name, value in levels.items() if value is not None]
+    if len(given) != 1:
+        raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(given) or 'none'}.")
+    steps, timesteps = levels.get("steps"), levels.get("timesteps")
+    indices, sigmas = levels.get("indices"), levels.get("sigmas")
+    final, last = sampler.final_level(schedule), num_levels - 1
+    if steps is not None:
+        steps = check_int("steps", steps, 1, _MOST_STEPS)
+        match = next((choice for choice in tuned if len(choice) == steps), None)
+        if match is None or not sampler.ends_at_boundary:
+            return sampler.levels(steps, schedule, num_levels)
+        timesteps = match
+    if timesteps is not None:
+        order = _indices("timesteps", timesteps, num_levels)
+        if not order or any(a <= b for a, b in itertools.pairwise(order)) or order[-1] != 0:
+            raise InputError(f"timesteps must descend to 0, the noisiest level, e.g. 22,0; got {_shown(timesteps)}.")
+        return (*(float(schedule.sigma(index, num_levels)) for index in reversed(order)), final)
+    if indices is not None:
+        order = _indices("indices", indices, num_levels)
+        if len(order) < 2 or any(a >= b for a, b in itertools.pairwise(order)):
+            raise InputError(
+                f"indices must ascend from 0, the noisiest level, to {last}, the final one, e.g. "
+                f"0,{last // 2},{last}; got {_shown(indices)}."
+            )
+        if order[0] != 0 or order[-1] != last:
+            raise InputError(
+                f"indices must start with 0 and end with {last} (this model has {num_levels} levels), or noise would "
+                f"be left in the images; got {_shown(indices)}."
+            )
+        called = order[:-1] if sampler.ends_at_boundary else order
+        return (*(float(schedule.sigma(index, num_levels)) for index in called), final)
+    rounded = _rounded(sigmas)
+    if not rounded or not all(np.float32(final) < sigma <= _HIGHEST for sigma in rounded):
+        raise InputError(
+            f"sigmas must be finite, greater than {final:g} and at most {_HIGHEST:g}; got {_shown(sigmas)}."
+        )
+    if any(a <= b for a, b in itertools.pairwise(rounded)):
+        raise InputError(f"sigmas must descend, e.g. {schedule.sigma_max:g},1.38; got {_shown(sigmas)}.")
+    return (*map(float, sigmas or ()), final)
+
+
+_MOST_STEPS = 10_000
+_HIGHEST = 1e6
+_LOWEST = 1e-6
+"""Bounds of user-defined levels, far beyond those of images and safe in single precision."""
+
+
+def _indices(name: str, values: Any, num_levels: int) -> list[int]:
+    """Level indices. Raises InputError for anything else."""
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        raise InputError(f"{name} must be a list of whole numbers, got {_shown(values)}.")
+    return [check_int(f"{name} (this model has {num_levels} levels)", each, 0, num_levels - 1) for each in values]
+
+
+def _rounded(values: Any) -> tuple[float, ...]:
+    """Levels rounded to single precision, as samplers use them; levels below _LOWEST become 0."""
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        raise InputError(f"sigmas must be a list of numbers, got {_shown(values)}.")
+    try:
+        with np.errstate(over="ignore"):
+            rounded = [float(np.float32(value)) for value in values]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"sigmas must be a list of numbers, got {_shown(values)}.") from error
+    return tuple(value if value >= _LOWEST else 0.0 for value in rounded)
+
+
+def _shown(values: Any) -> str:
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        return repr(values)[:60]
+    return ",".join(str(value)[:20] for value in list(values)[:12]) or "an empty list"

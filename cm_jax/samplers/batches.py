@@ -20,18 +20,15 @@ class Programs(NamedTuple):
     many: Callable[..., Tree]
 
 
-def compile_programs(function: Callable[..., Tree], *, static: int, shared: int, per_image: int) -> Programs:
-    """Compile function(*static, *shared, *per_image), given the number of arguments of each kind.
+def compile_programs(function: Callable[..., Tree]) -> Programs:
+    """Compile function(*static, *shared, *rows): hashable constants, arrays for all images, one row for each image."""
 
-    `static` arguments are hashable constants; `shared` ones are arrays for all images; of `per_image` ones each image
-    has its own row.
-    """
-    axes = (None,) * (static + shared) + (0,) * per_image
-    fixed = tuple(range(static))
-    return Programs(
-        jax.jit(function, static_argnums=fixed),
-        jax.pmap(function, axis_name="devices", in_axes=axes, static_broadcasted_argnums=fixed),
-    )
+    def program(static: tuple[Any, ...], shared: tuple[Any, ...], rows: tuple[Tree, ...]) -> Tree:
+        return function(*static, *shared, *rows)
+
+    program.__name__ = function.__name__
+    many = jax.pmap(program, axis_name="devices", in_axes=(None, None, 0), static_broadcasted_argnums=0)
+    return Programs(jax.jit(program, static_argnums=0), many)
 
 
 def in_batches(
@@ -55,9 +52,9 @@ def in_batches(
     def start(batch: tuple[int, tuple[Tree, ...]]) -> tuple[int, Tree]:
         count, arrays = batch
         if len(devices) == 1:
-            return count, programs.one(*static, *shared, *arrays)
+            return count, programs.one(static, shared, arrays)
         parts = jax.tree.map(lambda a: a.reshape(len(devices), -1, *a.shape[1:]), arrays)
-        return count, programs.many(*static, *shared, *parts)
+        return count, programs.many(static, shared, parts)
 
     def fetch(count: int, result: Tree) -> Tree:
         axes = min(len(devices), 2)
@@ -73,11 +70,24 @@ def in_batches(
 
 
 def by_number(
-    rows: Callable[[Int[np.ndarray, " b"]], tuple[Tree, ...]], count: int, size: int
-) -> Iterator[tuple[int, tuple[Tree, ...]]]:
-    """Batches of rows(numbers) for images 0 ... count - 1; the last batch is padded with its last image."""
-    for start in range(0, count, size):
-        yield min(size, count - start), rows(np.minimum(np.arange(start, start + size), count - 1))
+    programs: Programs,
+    static: tuple[Any, ...],
+    shared: tuple[Any, ...],
+    rows: Callable[[Int[np.ndarray, " b"]], tuple[Tree, ...]],
+    count: int,
+    batch_size: int,
+    devices: Sequence[Any] | None = None,
+) -> Iterator[Tree]:
+    """The results for images 0 ... count - 1, of which rows(numbers) are the per-image arguments, in batches.
+
+    `batch_size`: images per batch on all `devices` (default: all local devices), rounded up to a multiple of their
+    number. The last batch is padded with its last image.
+    """
+    devices = list(devices or jax.local_devices())
+    size = multiple_of(devices, min(batch_size, count))
+    numbers = ((start, np.minimum(np.arange(start, start + size), count - 1)) for start in range(0, count, size))
+    batches = ((min(size, count - start), rows(chosen)) for start, chosen in numbers)
+    return in_batches(programs, static, shared, batches, devices)
 
 
 def multiple_of(devices: Sequence[Any], batch_size: int) -> int:

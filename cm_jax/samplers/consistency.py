@@ -1,6 +1,5 @@
 """Samplers of consistency functions: in one step, or in several with new noise in between."""
 
-import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ from cm_jax.samplers.base import Levels, Sampler, scan_steps
 from cm_jax.types import Denoiser, Images, NoiseSource
 
 
-@dataclasses.dataclass(frozen=True)
 class Consistency(Sampler):
     """x_0 = f(x, s_i), then x = x_0 + sqrt(s_{i+1}^2 - sigma_min^2) z: CM, algorithm 1. One step is f(s_0 z, s_0)."""
 

@@ -14,11 +14,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.samplers.base import Levels, Sampler
-from cm_jax.samplers.batches import by_number, compile_programs, in_batches, multiple_of
+from cm_jax.samplers.batches import by_number, compile_programs
 from cm_jax.types import Images, Keys, Labels, NoiseSource, Params, normal_per_image
 
 _LABEL, _NOISE = 0, 1
 """What is derived from an image's key."""
+
+fold_in = jax.vmap(jax.random.fold_in, (0, None))
+"""(keys, number) -> one new key from each key."""
 
 
 @jax.jit
@@ -34,16 +37,13 @@ def sample_labels(key: Key[Array, ""], count: int, classes: int) -> Int[np.ndarr
 
 @functools.partial(jax.jit, static_argnums=2)
 def _labels(key: Key[Array, ""], numbers: Int[Array | np.ndarray, " b"], classes: int) -> Int[Array, " b"]:
-    def label(image_key: Key[Array, ""]) -> Int[Array, ""]:
-        return jax.random.randint(jax.random.fold_in(image_key, _LABEL), (), 0, classes)
-
-    return jax.vmap(label)(image_keys(key, numbers))
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))(fold_in(image_keys(key, numbers), _LABEL))
 
 
 def noise_from(keys: Keys, shape: tuple[int, int, int]) -> NoiseSource:
     """Noise of shape (h, w, c) for the images with these keys; sample i has the key fold_in(key, i)."""
-    sources = jax.vmap(jax.random.fold_in, (0, None))(keys, _NOISE)
-    return lambda index: normal_per_image(jax.vmap(jax.random.fold_in, (0, None))(sources, index), shape)
+    sources = fold_in(keys, _NOISE)
+    return lambda index: normal_per_image(fold_in(sources, index), shape)
 
 
 def sample_images(
@@ -66,7 +66,7 @@ def images_from_noise(
     return sampler(function.denoiser(params, labels), levels, lambda index: noise[index])
 
 
-_sample = compile_programs(sample_images, static=2, shared=2, per_image=2)
+_sample = compile_programs(sample_images)
 _from_noise = jax.jit(images_from_noise, static_argnums=(0, 1))
 
 
@@ -89,17 +89,14 @@ def generate(
 ) -> Iterator[Float[np.ndarray, "b h w c"]]:
     """Images 0 ... count - 1 in order, one batch at a time.
 
-    `labels`: one class per image; None for an unconditional network. `batch_size`: images per batch on all `devices`
-    (default: all local devices), rounded up to a multiple of their number.
+    `labels`: one class per image; None for an unconditional network. `batch_size` and `devices` as in `by_number`.
     """
-    devices = list(devices or jax.local_devices())
-    size = multiple_of(devices, min(batch_size, count))
 
     def rows(numbers: Int[np.ndarray, " b"]) -> tuple[Keys, Labels | None]:
         return image_keys(key, numbers), None if labels is None else jnp.asarray(labels[numbers].astype(np.int32))
 
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
-    return in_batches(_sample, (function, sampler), shared, by_number(rows, count, size), devices)
+    return by_number(_sample, (function, sampler), shared, rows, count, batch_size, devices)
 
 
 def replay(

@@ -1,17 +1,19 @@
-"""Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma, from sigma_max down to 0 (EDM)."""
+"""Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma (EDM), and the ancestral sampler."""
 
 import abc
 import dataclasses
+import functools
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.diffusion.ode import Derivative, euler_step, heun_step
+from cm_jax.diffusion.ode import Derivative, dx_dsigma, euler_step, heun_step
 from cm_jax.errors import InputError
-from cm_jax.samplers.base import Level, ODESampler
-from cm_jax.types import Images
+from cm_jax.samplers.base import Level, Levels, Sampler, scan_steps
+from cm_jax.types import Denoiser, Images, NoiseSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,24 @@ class Churn:
         return x + noise * self.noise * jnp.sqrt((higher - level) * (higher + level)), higher
 
 
-@dataclasses.dataclass(frozen=True)
+class ODESampler(Sampler, abc.ABC):
+    """A sampler whose steps follow dx/dsigma of the probability-flow ODE."""
+
+    def __call__(self, denoiser: Denoiser, levels: Levels, noise: NoiseSource) -> Images:
+        derivative, steps = functools.partial(dx_dsigma, self.clipped(denoiser)), levels.shape[0] - 1
+
+        def step(x: Images, index: Any, now: Level, after: Level) -> Images:
+            return self.step(derivative, x, now, after, steps, lambda: noise(index + 1))
+
+        return jnp.clip(scan_steps(step, levels[0] * noise(0), levels), -1, 1)
+
+    @abc.abstractmethod
+    def step(
+        self, derivative: Derivative, x: Images, now: Level, after: Level, steps: int, noise: Callable[[], Images]
+    ) -> Images:
+        """x at the level `after`, from x at the level `now`, in one of `steps` steps."""
+
+
 class Euler(ODESampler):
     """First-order steps; one call of the denoiser per step."""
 
@@ -47,7 +66,6 @@ class Euler(ODESampler):
         return euler_step(derivative, x, now, after)
 
 
-@dataclasses.dataclass(frozen=True)
 class ProgressiveEuler(Euler):
     """Euler steps on N intervals that end at sigma_min, as progressively distilled models are trained."""
 
@@ -72,11 +90,10 @@ class _Churned(ODESampler):
         return self.solve(derivative, x, now, after)
 
     @abc.abstractmethod
-    def solve(self, derivative: Derivative[Images], x: Images, now: Level, after: Level) -> Images:
+    def solve(self, derivative: Derivative, x: Images, now: Level, after: Level) -> Images:
         """One step of the solver."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Heun(_Churned):
     """Second-order steps (EDM, algorithm 2): 2N - 1 calls of the denoiser for N steps; the last step is Euler's."""
 
@@ -84,10 +101,20 @@ class Heun(_Churned):
         return heun_step(derivative, x, now, after, correct=after > 0)
 
 
-@dataclasses.dataclass(frozen=True)
 class DPM(_Churned):
     """Second-order steps through the middle level ((s_i^(1/3) + s_{i+1}^(1/3)) / 2)^3; two calls per step."""
 
     def solve(self, derivative, x, now, after):
         middle = ((jnp.cbrt(now) + jnp.cbrt(after)) / 2) ** 3
         return x + (after - now) * derivative(euler_step(derivative, x, now, middle), middle)
+
+
+class Ancestral(ODESampler):
+    """An Euler step to s_down = s_{i+1}^2 / s_i, then noise: s_up^2 = s_{i+1}^2 (s_i^2 - s_{i+1}^2) / s_i^2."""
+
+    def num_noise_samples(self, steps: int) -> int:
+        return steps + 1
+
+    def step(self, derivative, x, now, after, steps, noise):
+        up = after * jnp.sqrt((now - after) * (now + after)) / now
+        return euler_step(derivative, x, now, after**2 / now) + up * noise()

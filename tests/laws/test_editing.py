@@ -12,8 +12,7 @@ from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.editing import Luma, Mask, Noisy, PatchMean, Strokes, blend, edit, slerp
-from cm_jax.editing.algorithm import edit_batches, variant_keys
-from cm_jax.editing.interpolation import slerp_batches
+from cm_jax.editing.algorithm import edit_batches, slerp_batches, variant_keys
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.networks import ADMUNet

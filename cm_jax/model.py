@@ -15,7 +15,7 @@ from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batches, slerp_batches, variant_keys
-from cm_jax.editing.operators import Operator, Strokes, stroke_sigmas
+from cm_jax.editing.operators import Operator, Strokes
 from cm_jax.errors import InputError, check_int
 from cm_jax.samplers import SAMPLERS, NoiseLevelArgs, Sampler, choose_levels
 from cm_jax.samplers.generation import default_batch_size, generate, replay, sample_labels
@@ -128,7 +128,7 @@ class Model:
 
         operator: the kind of edit (see cm_jax.editing): Mask(known) inpaints, Luma() colorizes, PatchMean(8) is
         super-resolution, Strokes() is SDEdit, Noisy() denoises. The known part of an image is preserved to 1e-6, for
-        which values may leave [-1, 1]. levels: by default 17 steps from sigma_max, for Strokes see `stroke_sigmas`.
+        which values may leave [-1, 1]. levels: by default those of the operator, or 17 steps from sigma_max.
         Each edit depends on the key and on the numbers of its image and variant alone.
         """
         _check_editable(self.config)
@@ -158,7 +158,7 @@ class Model:
         _check_editable(self.config)
         frames = check_int("frames", frames, 2, 10**6)
         pair = check_images(np.stack([first, second]), Strokes(), self.config.network.image_shape)
-        plan = self.plan(sigmas=stroke_sigmas(pair.shape[1]) if sigmas is None else sigmas)
+        plan = self.plan(sigmas=Strokes().default_sigmas(pair.shape[1]) if sigmas is None else sigmas)
         keys = jnp.repeat(variant_keys(_as_key(key), 1, 1), frames)
         return self._edit(plan, Strokes(), keys, blend(pair[0], pair[1], frames), labels, batch_size)
 

@@ -2,5 +2,3 @@
 
 from cm_jax.conversion.read import CheckpointHints, PreconditioningName, Source, read
 from cm_jax.conversion.write import Kind, write
-
-__all__ = ["CheckpointHints", "Kind", "PreconditioningName", "Source", "read", "write"]

@@ -8,24 +8,3 @@ from cm_jax.data.npz import EmojiData, NpzData
 from cm_jax.data.tfds import TFDSData
 
 AnyData = EmojiData | ImageFolder | NpzData | TFDSData
-
-__all__ = [
-    "AnyData",
-    "Batches",
-    "Data",
-    "Dataset",
-    "EmojiData",
-    "Encoded",
-    "EncodedData",
-    "ImageFolder",
-    "InMemory",
-    "NpzData",
-    "Progress",
-    "RawBatch",
-    "Streamed",
-    "TFDSData",
-    "center_crop",
-    "decode",
-    "permutation",
-    "read_image",
-]

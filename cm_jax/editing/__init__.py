@@ -5,5 +5,3 @@ An operator, an orthogonal projection of image space, defines the known part of 
 
 from cm_jax.editing.algorithm import blend, edit, slerp
 from cm_jax.editing.operators import Luma, Mask, Noisy, Operator, PatchMean, Strokes
-
-__all__ = ["Luma", "Mask", "Noisy", "Operator", "PatchMean", "Strokes", "blend", "edit", "slerp"]

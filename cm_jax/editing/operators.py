@@ -22,14 +22,6 @@ _LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in the brightness, as in OpenAI's implementation."""
 
 
-def stroke_sigmas(image_size: int) -> tuple[float, ...]:
-    """The paper's noise levels for strokes, 5.38 and 2.24 at 256 pixels (CM, appendix D), scaled with the image size.
-
-    Noise hides details whose mean over an area it exceeds, and that area has fewer pixels in a smaller image.
-    """
-    return tuple(sigma * image_size / 256 for sigma in (5.38, 2.24))
-
-
 class Operator(abc.ABC):
     """P, and the initial image of an edit."""
 
@@ -160,7 +152,11 @@ class Strokes(_Unconstrained):
         return images + noise
 
     def default_sigmas(self, image_size: int) -> tuple[float, ...]:
-        return stroke_sigmas(image_size)
+        """The paper's 5.38 and 2.24 at 256 pixels (CM, appendix D), scaled with the image size.
+
+        Noise hides details whose mean over an area it exceeds, and that area has fewer pixels in a smaller image.
+        """
+        return tuple(sigma * image_size / 256 for sigma in (5.38, 2.24))
 
 
 @jax.tree_util.register_dataclass

@@ -7,5 +7,3 @@ environment, `available()` is False and networks use XLA.
 from cm_jax.kernels.building import available, off, suits
 from cm_jax.kernels.memory import keep_memory
 from cm_jax.kernels.primitives import convolve, differentiable, multiply
-
-__all__ = ["available", "convolve", "differentiable", "keep_memory", "multiply", "off", "suits"]

@@ -2,5 +2,3 @@
 
 from cm_jax.networks.adm_unet import ADMUNet
 from cm_jax.networks.song_unet import SongUNet
-
-__all__ = ["ADMUNet", "SongUNet"]

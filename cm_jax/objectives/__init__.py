@@ -37,28 +37,3 @@ AnyObjective = (
     | MeanFlow
     | ProgressiveDistillation
 )
-
-__all__ = [
-    "AdaptiveWeight",
-    "AnyDistance",
-    "AnyObjective",
-    "Batch",
-    "ConsistencyDistillation",
-    "ConsistencyTraining",
-    "ContinuousDistillation",
-    "ContinuousTraining",
-    "Denoising",
-    "EasyConsistencyTuning",
-    "EulerStep",
-    "FrozenParams",
-    "HeunStep",
-    "ImprovedConsistencyTraining",
-    "Losses",
-    "MeanFlow",
-    "Metrics",
-    "Models",
-    "ODEStep",
-    "Objective",
-    "ProgressiveDistillation",
-    "Resized",
-]

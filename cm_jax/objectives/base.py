@@ -223,23 +223,14 @@ class Objective(abc.ABC):
         return {} if self.adaptive is None else self.adaptive.initialize()
 
 
-class DistanceObjective(Objective, abc.ABC):
-    """An objective that compares images: w(t, r) d(estimate, target)."""
-
-    weighting: AnyWeighting
-    distance: AnyDistance  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
-
-    def weighted_distance(self, t: Sigmas, r: Sigmas, estimate: Images, target: Images, sigma_data: float) -> Losses:
-        """`sigma_data`: standard deviation of the clean data."""
-        return self.weighting(t, r, sigma_data) * self.distance(estimate, target)
-
-
-class PairObjective(DistanceObjective, abc.ABC):
+class PairObjective(Objective, abc.ABC):
     """w(t, r) d(f(x_t, t), f^-(x_r, r)) for noise levels t > r; subclasses define t, r and x_r.
 
     x_t = x + t z with standard normal noise z. f and f^- share the dropout mask, and f^- has no gradient.
     """
 
+    weighting: AnyWeighting
+    distance: AnyDistance  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
     has_target: ClassVar[bool] = True
 
     def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
@@ -264,7 +255,7 @@ class PairObjective(DistanceObjective, abc.ABC):
         x_t = images + per_image(t) * noise
         x_r = self.x_r(teacher, images, noise, x_t, t, r)
         estimate, held = student(x_t, t), jax.lax.stop_gradient(target(x_r, r))
-        return self.weighted_distance(t, r, estimate, held, sigma_data)
+        return self.weighting(t, r, sigma_data) * self.distance(estimate, held)
 
     @abc.abstractmethod
     def sample_pair(self, keys: Keys, schedule: KarrasSchedule, step: Step) -> tuple[Sigmas, Sigmas, Metrics]:

@@ -44,7 +44,10 @@ class _ContinuousTime(Objective):
 
     def check(self, models: Models) -> None:
         super().check(models)
-        trigflow_preconditioning(models.student)
+        functions = [models.student, models.teacher] if self.has_teacher else [models.student]
+        sigma_data = [trigflow_preconditioning(function).sigma_data for function in functions if function is not None]
+        if sigma_data[0] != sigma_data[-1]:
+            raise InputError(f"Student and teacher need the same sigma_data; got {sigma_data[0]} and {sigma_data[1]}.")
         require_forward_derivatives(self, models.student)
 
     def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
@@ -101,14 +104,6 @@ class ContinuousDistillation(_ContinuousTime):
     """sCD: dx_t / dt = sigma_data F_teacher(x_t / sigma_data, t), along the teacher's probability flow."""
 
     has_teacher: ClassVar[bool] = True
-
-    def check(self, models: Models) -> None:
-        super().check(models)
-        if models.teacher is None:
-            return
-        student, teacher = (trigflow_preconditioning(f).sigma_data for f in (models.student, models.teacher))
-        if student != teacher:
-            raise InputError(f"Student and teacher need the same sigma_data; got {student} and {teacher}.")
 
     def velocity(self, teacher, images, noise, x_t, t, sigma_data) -> Images:
         assert teacher is not None

@@ -5,17 +5,17 @@ from typing import ClassVar
 
 from cm_jax.diffusion.losses import AnyWeighting, Karras, Squared
 from cm_jax.diffusion.noise_distributions import LogNormal
-from cm_jax.objectives.base import AnyDistance, DistanceObjective, Inputs, Losses, Metrics
+from cm_jax.objectives.base import AnyDistance, Inputs, Losses, Metrics, Objective
 from cm_jax.types import Denoiser, Images, Sigmas, per_image
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoising(DistanceObjective):
+class Denoising(Objective):
     """w(sigma) d(D(x + sigma z, sigma), x)      (EDM, eq. 2)."""
 
     noise_distribution: LogNormal = LogNormal()
     weighting: AnyWeighting = Karras()
-    distance: AnyDistance = Squared()
+    distance: AnyDistance = Squared()  # type: ignore[override]  # a field in place of the property
 
     makes_denoiser: ClassVar[bool] = True
 
@@ -28,4 +28,4 @@ class Denoising(DistanceObjective):
         self, denoiser: Denoiser, images: Images, sigma: Sigmas, noise: Images, sigma_data: float = 0.5
     ) -> Losses:
         estimate = denoiser(images + per_image(sigma) * noise, sigma)
-        return self.weighted_distance(sigma, 0 * sigma, estimate, images, sigma_data)
+        return self.weighting(sigma, 0 * sigma, sigma_data) * self.distance(estimate, images)

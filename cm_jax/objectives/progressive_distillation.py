@@ -11,12 +11,12 @@ from cm_jax.diffusion.curricula import AnyCurriculum, Halving
 from cm_jax.diffusion.losses import AnyWeighting, Squared, TruncatedSNR
 from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, UniformIndex
 from cm_jax.diffusion.ode import dx_dsigma, euler_step
-from cm_jax.objectives.base import AnyDistance, DistanceObjective, Inputs, Losses, Metrics
+from cm_jax.objectives.base import AnyDistance, Inputs, Losses, Metrics, Objective
 from cm_jax.types import Denoiser, Images, Sigmas, per_image
 
 
 @dataclasses.dataclass(frozen=True)
-class ProgressiveDistillation(DistanceObjective):
+class ProgressiveDistillation(Objective):
     """w(t) d(D(x_t, t), x^), where one Euler step from t to r with x^ equals two Euler steps of the teacher.
 
     Student and teacher are EDM denoisers. After each stage of the curriculum the student becomes the teacher.
@@ -26,7 +26,7 @@ class ProgressiveDistillation(DistanceObjective):
     """N(k) is the number of sampling steps, between N + 1 noise levels."""
     noise_distribution: AnyIndexDistribution = UniformIndex()
     weighting: AnyWeighting = TruncatedSNR()
-    distance: AnyDistance = Squared()
+    distance: AnyDistance = Squared()  # type: ignore[override]
 
     has_teacher: ClassVar[bool] = True
     makes_denoiser: ClassVar[bool] = True
@@ -54,4 +54,4 @@ class ProgressiveDistillation(DistanceObjective):
         x_t, derivative = images + per_image(t) * noise, functools.partial(dx_dsigma, teacher)
         x_r = euler_step(derivative, euler_step(derivative, x_t, t, middle), middle, r)
         clean = jax.lax.stop_gradient(x_t - per_image(t / (r - t)) * (x_r - x_t))
-        return self.weighted_distance(t, r, student(x_t, t), clean, sigma_data)
+        return self.weighting(t, r, sigma_data) * self.distance(student(x_t, t), clean)

@@ -8,20 +8,6 @@ from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels
 from cm_jax.samplers.consistency import Consistency
 from cm_jax.samplers.probability_flow import DPM, Ancestral, Churn, Euler, Heun, ProgressiveEuler
 
-__all__ = [
-    "DPM",
-    "SAMPLERS",
-    "Ancestral",
-    "Churn",
-    "Consistency",
-    "Euler",
-    "Heun",
-    "NoiseLevelArgs",
-    "ProgressiveEuler",
-    "Sampler",
-    "choose_levels",
-]
-
 SAMPLERS: dict[str, Sampler] = {
     "consistency": Consistency(),
     "heun": Heun(),

@@ -88,45 +88,37 @@ def choose_levels(
 
     `num_levels`: N of the level indices. `tuned`: tuned timesteps. Raises InputError for invalid levels.
     """
-    given = [name for name, value in levels.items() if value is not None]
+    given = {name: value for name, value in levels.items() if value is not None}
     if len(given) != 1:
         raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(given) or 'none'}.")
-    steps, timesteps = levels.get("steps"), levels.get("timesteps")
-    indices, sigmas = levels.get("indices"), levels.get("sigmas")
+    ((name, values),) = given.items()
     final, last = sampler.final_level(schedule), num_levels - 1
-    if steps is not None:
-        steps = check_int("steps", steps, 1, _MOST_STEPS)
+    if name == "steps":
+        steps = check_int("steps", values, 1, _MOST_STEPS)
         match = next((choice for choice in tuned if len(choice) == steps), None)
         if match is None or not sampler.ends_at_boundary:
             return sampler.levels(steps, schedule, num_levels)
-        timesteps = match
-    if timesteps is not None:
-        order = _indices("timesteps", timesteps, num_levels)
+        name, values = "timesteps", match
+    if name == "sigmas":
+        return (*_sigmas(values, schedule, final), final)
+    order = _indices(name, values, num_levels)
+    if name == "timesteps":
         if not order or any(a <= b for a, b in itertools.pairwise(order)) or order[-1] != 0:
-            raise InputError(f"timesteps must descend to 0, the noisiest level, e.g. 22,0; got {_shown(timesteps)}.")
-        return (*(float(schedule.sigma(index, num_levels)) for index in reversed(order)), final)
-    if indices is not None:
-        order = _indices("indices", indices, num_levels)
+            raise InputError(f"timesteps must descend to 0, the noisiest level, e.g. 22,0; got {_shown(values)}.")
+        called = order[::-1]
+    else:
         if len(order) < 2 or any(a >= b for a, b in itertools.pairwise(order)):
             raise InputError(
                 f"indices must ascend from 0, the noisiest level, to {last}, the final one, e.g. "
-                f"0,{last // 2},{last}; got {_shown(indices)}."
+                f"0,{last // 2},{last}; got {_shown(values)}."
             )
         if order[0] != 0 or order[-1] != last:
             raise InputError(
                 f"indices must start with 0 and end with {last} (this model has {num_levels} levels), or noise would "
-                f"be left in the images; got {_shown(indices)}."
+                f"be left in the images; got {_shown(values)}."
             )
         called = order[:-1] if sampler.ends_at_boundary else order
-        return (*(float(schedule.sigma(index, num_levels)) for index in called), final)
-    rounded = _rounded(sigmas)
-    if not rounded or not all(np.float32(final) < sigma <= _HIGHEST for sigma in rounded):
-        raise InputError(
-            f"sigmas must be finite, greater than {final:g} and at most {_HIGHEST:g}; got {_shown(sigmas)}."
-        )
-    if any(a <= b for a, b in itertools.pairwise(rounded)):
-        raise InputError(f"sigmas must descend, e.g. {schedule.sigma_max:g},1.38; got {_shown(sigmas)}.")
-    return (*map(float, sigmas or ()), final)
+    return (*(float(schedule.sigma(index, num_levels)) for index in called), final)
 
 
 _MOST_STEPS = 10_000
@@ -137,24 +129,35 @@ _LOWEST = 1e-6
 
 def _indices(name: str, values: Any, num_levels: int) -> list[int]:
     """Level indices. Raises InputError for anything else."""
-    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+    if not _is_list(values):
         raise InputError(f"{name} must be a list of whole numbers, got {_shown(values)}.")
     return [check_int(f"{name} (this model has {num_levels} levels)", each, 0, num_levels - 1) for each in values]
 
 
-def _rounded(values: Any) -> tuple[float, ...]:
-    """Levels rounded to single precision, as samplers use them; levels below _LOWEST become 0."""
-    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
-        raise InputError(f"sigmas must be a list of numbers, got {_shown(values)}.")
+def _sigmas(values: Any, schedule: KarrasSchedule, final: float) -> tuple[float, ...]:
+    """Levels above `final`. They are checked in single precision, as samplers use them; those below _LOWEST are 0."""
     try:
+        if not _is_list(values):
+            raise TypeError
         with np.errstate(over="ignore"):
-            rounded = [float(np.float32(value)) for value in values]
+            singles = [float(np.float32(value)) for value in values]
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"sigmas must be a list of numbers, got {_shown(values)}.") from error
-    return tuple(value if value >= _LOWEST else 0.0 for value in rounded)
+    rounded = [single if single >= _LOWEST else 0.0 for single in singles]
+    if not rounded or not all(np.float32(final) < sigma <= _HIGHEST for sigma in rounded):
+        raise InputError(
+            f"sigmas must be finite, greater than {final:g} and at most {_HIGHEST:g}; got {_shown(values)}."
+        )
+    if any(a <= b for a, b in itertools.pairwise(rounded)):
+        raise InputError(f"sigmas must descend, e.g. {schedule.sigma_max:g},1.38; got {_shown(values)}.")
+    return tuple(map(float, values))
+
+
+def _is_list(values: Any) -> bool:
+    return isinstance(values, Sequence | np.ndarray) and not isinstance(values, str)
 
 
 def _shown(values: Any) -> str:
-    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+    if not _is_list(values):
         return repr(values)[:60]
     return ",".join(str(value)[:20] for value in list(values)[:12]) or "an empty list"

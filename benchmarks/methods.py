@@ -150,7 +150,7 @@ def scores(extractor: FeatureExtractor, samples: ImageSet) -> Scores:
 @functools.cache
 def _reference(extractor: FeatureExtractor, split: Any, size: int) -> FeatureStatistics:
     real = of_dataset(EmojiData(split).open(size), f"emoji:{split}")
-    return reference_statistics(extractor, real, EVAL_CONFIG.reference_needs)
+    return reference_statistics(extractor, real, EVAL_CONFIG.needs)
 
 
 def evaluate_run(extractor: FeatureExtractor, folder: Path, count: int) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _compared(arguments: Evaluate, model: Model | None, eval_config: EvalConfig)
         load_inception(arguments.inception), batch_size=arguments.batch_size, cache=arguments.cache, watch=progress
     )
     samples = _samples(arguments, model)
-    reference = open_reference(arguments.reference, eval_config.reference_needs, samples.shape)
+    reference = open_reference(arguments.reference, eval_config.needs, samples.shape)
     sets = f"{samples.count:,} images of {samples.name} against {reference.name}"
     say(f"Evaluating {sets}: {extractor.name}, {devices()}.")
     report, known = evaluate(extractor, samples, reference, eval_config)

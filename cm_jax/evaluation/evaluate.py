@@ -43,13 +43,8 @@ class EvalConfig:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Fields of FeatureStatistics that the samples need."""
+        """Fields of FeatureStatistics that the metrics need."""
         return tuple(dict.fromkeys(NEEDS[metric] for metric in self.metrics))
-
-    @property
-    def reference_needs(self) -> tuple[str, ...]:
-        """Fields of FeatureStatistics that the reference needs."""
-        return tuple(need for need in self.needs if need != "logits")
 
 
 def evaluate(
@@ -61,7 +56,7 @@ def evaluate(
     sets that are too small or differ in image size, and for statistics that lack what a metric needs.
     """
     check(extractor, samples, reference, eval_config)
-    known = reference_statistics(extractor, reference, eval_config.reference_needs)
+    known = reference_statistics(extractor, reference, eval_config.needs)
     seen = summarize(extractor, extractor.watch(samples.batches(), samples.count), eval_config.needs)
     values = compare(seen, known, eval_config)
     protocol: dict[str, Any] = {

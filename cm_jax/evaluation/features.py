@@ -164,10 +164,13 @@ _extract = compile_programs(named_features)
 
 
 def reference_statistics(extractor: FeatureExtractor, reference: Reference, needs: Iterable[str]) -> FeatureStatistics:
-    """Statistics from a file as they are; of images, with a cache: a file per need, named by a hash of all inputs."""
+    """Statistics from a file as they are; of images, with a cache: a file per need, named by a hash of all inputs.
+
+    The Inception score needs no logits of a reference.
+    """
     if isinstance(reference, FeatureStatistics):
         return reference
-    needs, paths = set(needs), {}
+    needs, paths = set(needs) - {"logits"}, {}
     found: dict[str, Any] = {}
     if needs and extractor.cache is not None:
         content = "\n".join((_CACHE_VERSION, reference.digest(), extractor.digest, extractor.resize))
@@ -194,7 +197,7 @@ def open_reference(name: str, needs: Iterable[str], shape: tuple[int, int, int])
     """Statistics from an .npz file if it has all of `needs`, else images of this shape."""
     path = user_path(name)
     known = read_statistics(name) if path.suffix.lower() == ".npz" and path.is_file() else None
-    if known is not None and all(getattr(known, need) is not None for need in needs):
+    if known is not None and all(getattr(known, need) is not None for need in needs if need != "logits"):
         return known
     try:
         return of_dataset(open_images(name, shape), name)

@@ -87,7 +87,7 @@ class Evaluator:
         return score if math.isfinite(score) else math.inf
 
     def reference_statistics(self) -> FeatureStatistics:
-        return reference_statistics(self.extractor, self.reference, EvalConfig(self.settings.metrics).reference_needs)
+        return reference_statistics(self.extractor, self.reference, EvalConfig(self.settings.metrics).needs)
 
     def evaluate(self, params: Params, reference: FeatureStatistics) -> tuple[dict[str, float], str]:
         """{"fid_1_step": 12.3, ...} and the same in words. Raises InputError for a network that diverged."""
@@ -109,7 +109,7 @@ def make_evaluator(settings: PeriodicEvaluation, config: ModelConfig, dataset: D
     extractor = dataclasses.replace(load_inception(settings.inception), cache=user_cache("references"))
     eval_config = EvalConfig(settings.metrics)
     if settings.reference:
-        reference = open_reference(settings.reference, eval_config.reference_needs, config.network.image_shape)
+        reference = open_reference(settings.reference, eval_config.needs, config.network.image_shape)
     else:
         reference = of_dataset(dataset, "the training images")
     evaluator = Evaluator(settings, config, extractor, reference)

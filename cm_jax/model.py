@@ -1,25 +1,26 @@
-"""Class Model: denoise, sample, edit, interpolate, save."""
+"""Class Model: denoise, sample, edit, interpolate, save. `load`: a model from a checkpoint of any format."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from cm_jax import conversion
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
+from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batches, slerp_batches, variant_keys
 from cm_jax.editing.operators import Operator, Strokes
 from cm_jax.errors import InputError, check_int
 from cm_jax.samplers import SAMPLERS, NoiseLevelArgs, Sampler, choose_levels
 from cm_jax.samplers.generation import default_batch_size, generate, replay, sample_labels
-from cm_jax.types import Keys, Params
+from cm_jax.types import Keys, Params, Precision
 
 Seed = int | Key[Array, ""]
 """A seed in [0, 2^32 - 1], or a JAX key."""
@@ -179,23 +180,20 @@ class Model:
         """
         plan = self.plan(sampler=sampler, **levels)
         frames = check_int("frames", frames, 2, 10**6)
-        parts = slerp_batches(
-            self.config.function,
-            plan.sampler,
-            self.params,
-            plan.levels,
-            _as_key(first),
-            _as_key(second),
-            self.class_numbers(labels, frames),
-            frames=frames,
-            batch_size=_batch_size(batch_size, self.config),
-        )
+        ends, numbers = (_as_key(first), _as_key(second)), self.class_numbers(labels, frames)
+        program = (self.config.function, plan.sampler, self.params, plan.levels)
+        size = _batch_size(batch_size, self.config)
+        parts = slerp_batches(*program, *ends, numbers, frames=frames, batch_size=size)
         return np.concatenate(list(parts))
 
     def plan(self, *, sampler: str | Sampler | None = None, **levels: Unpack[NoiseLevelArgs]) -> SamplingPlan:
         """The sampler and the noise levels of `sample` with these arguments."""
         consistency = self.config.distilled
-        sampler = _sampler(sampler or ("consistency" if consistency else "heun"))
+        sampler = sampler or ("consistency" if consistency else "heun")
+        if not isinstance(sampler, Sampler):
+            if sampler not in SAMPLERS:
+                raise InputError(f"Expected one of the samplers {', '.join(SAMPLERS)}; got {sampler!r}.")
+            sampler = SAMPLERS[sampler]
         if not _given(levels):
             levels = NoiseLevelArgs(steps=1 if consistency else TEACHER_STEPS)
         schedule, num_levels, tuned = self.config.schedule, self.config.num_levels, self.config.tuned_timesteps
@@ -229,9 +227,23 @@ class Model:
         return np.concatenate(list(parts))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _denoise(function: ConsistencyFunction, params: Params, x: Array, sigma: Array, labels: Array | None) -> Array:
-    return function(params, x, sigma, labels)
+def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
+    """A model from a checkpoint.
+
+    path_or_name: a native checkpoint, OpenAI's `.pt`, a diffusers folder, a jcm checkpoint, the name of a bundled
+    checkpoint, the folder of a training run (its latest checkpoint), or RUN/best (the best of those evaluated).
+
+    precision: computation precision inside the network. float32 is exact on every device; bfloat16 and float16 are
+    faster on accelerators and halve the memory. Raises InputError for a missing or damaged checkpoint.
+    """
+    if precision not in get_args(Precision):
+        raise InputError(f"Expected precision {', '.join(get_args(Precision))}, got {precision!r}.")
+    source = conversion.read(resolve(path_or_name))
+    network = source.config.network.at_precision(precision)
+    return Model(dataclasses.replace(source.config, network=network), network.prepare(source.params))
+
+
+_denoise = jax.jit(ConsistencyFunction.__call__, static_argnums=0)
 
 
 def _given(levels: Any) -> bool:
@@ -240,14 +252,6 @@ def _given(levels: Any) -> bool:
 
 def _as_key(key: Seed) -> Key[Array, ""]:
     return key if isinstance(key, jax.Array) else jax.random.key(check_int("A seed", key, 0, 2**32 - 1))
-
-
-def _sampler(sampler: str | Sampler) -> Sampler:
-    if isinstance(sampler, Sampler):
-        return sampler
-    if sampler not in SAMPLERS:
-        raise InputError(f"Expected one of the samplers {', '.join(SAMPLERS)}; got {sampler!r}.")
-    return SAMPLERS[sampler]
 
 
 def _batch_size(given: int | None, config: ModelConfig) -> int:
@@ -265,8 +269,7 @@ def _check_noise(noise: Float[Array | np.ndarray, "..."], images_shape: tuple[in
     steps = len(plan.levels) - 1
     needed = plan.sampler.num_noise_samples(steps)
     if noise.shape[1:] != images_shape or noise.shape[0] < needed:
-        shape = ", ".join(map(str, images_shape))
         raise InputError(
-            f"Expected standard normal noise [{needed}, {shape}] for {steps} steps of this sampler; got "
+            f"Expected standard normal noise {[needed, *images_shape]} for {steps} steps of this sampler; got "
             f"{list(noise.shape)}."
         )

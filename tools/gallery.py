@@ -19,8 +19,7 @@ from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, phot
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import atomic_write
 from cm_jax.io.images import grid, quantize
-from cm_jax.loading import load
-from cm_jax.model import Model
+from cm_jax.model import Model, load
 
 Images = Float[np.ndarray, "b h w c"]
 

@@ -18,8 +18,7 @@ from cm_jax.evaluation.image_sets import ImageSet, holds_images, of_dataset, of_
 from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.metrics import Report, to_json
 from cm_jax.io.atomic import atomic_write, check_writable
-from cm_jax.loading import load
-from cm_jax.model import Model
+from cm_jax.model import Model, load
 
 _COUNT = 50_000
 """Default number of images sampled from a checkpoint, as is customary for FID."""

@@ -131,10 +131,8 @@ def _plain_convolve(x: Array, kernel: Array, *, mirrored: bool) -> Array:
     """The XLA form. mirrored: with the mirrored kernel, whose channels are swapped, for gradients of images."""
     if mirrored:
         kernel = kernel[::-1, ::-1].swapaxes(2, 3)
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers, precision=_HIGHEST
-    )
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=layout, precision=_HIGHEST)
 
 
 def _plain_kernel_gradient(x: Array, dy: Array) -> Array:

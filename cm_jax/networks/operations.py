@@ -38,18 +38,13 @@ def convolve_3x3(
 
     Padding follows PyTorch: with stride 2 and even sizes it differs from XLA's "SAME", which pads (0, 1).
     """
+    kernel, strides, sides = kernel.astype(x.dtype), (stride, stride), [(padding, padding)] * 2
     if max(x.shape[1:3]) <= 2 and stride == padding == 1:
-        return _tiny_convolution(x, kernel.astype(x.dtype))
+        return _tiny_convolution(x, kernel)
     if stride == padding == 1 and min(x.shape[1:3]) > 2 and kernels.suits(x, kernel.shape[-1]):
-        return kernels.convolve(x, kernel.astype(x.dtype))
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        window_strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=product_precision(x.dtype),
-    )
+        return kernels.convolve(x, kernel)
+    layout, precision = ("NHWC", "HWIO", "NHWC"), product_precision(x.dtype)
+    return jax.lax.conv_general_dilated(x, kernel, strides, sides, dimension_numbers=layout, precision=precision)
 
 
 def _tiny_convolution(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
@@ -105,9 +100,8 @@ _fused_norm = kernels.differentiable("cm_jax_norm", _plain_norm, lambda x, *_, *
 
 def _group_mean(values: PerImage, groups: int) -> PerImage:
     """Each channel's value replaced by the mean over its group of adjacent channels."""
-    b, c = values.shape
-    means = values.reshape(b, groups, c // groups).mean(-1)
-    return jnp.repeat(means, c // groups, axis=1)
+    size = values.shape[1] // groups
+    return jnp.repeat(values.reshape(-1, groups, size).mean(-1), size, axis=1)
 
 
 def attend(qkv: Float[Array, "b s c3"], heads: int, implementation: Implementation = "auto") -> Float[Array, "b s c"]:
@@ -121,7 +115,7 @@ def attend(qkv: Float[Array, "b s c3"], heads: int, implementation: Implementati
         return _fused_attention(qkv, heads=heads)
     query, key, value = _split(qkv, heads)
     if implementation == "cudnn" or (implementation == "auto" and _cudnn_runs(query)):
-        return _merge(jax.nn.dot_product_attention(query, key, value, implementation="cudnn"))
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn").reshape(*qkv.shape[:2], -1)
     return _plain_attention(qkv, heads=heads)
 
 
@@ -130,7 +124,8 @@ def _plain_attention(qkv: Array, *, heads: int) -> Array:
     precision = product_precision(query.dtype)
     scores = jnp.einsum("bqnd,bknd->bnqk", query, key, precision=precision, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
-    return _merge(jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value, precision=precision))
+    mixed = jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value, precision=precision)
+    return mixed.reshape(*qkv.shape[:2], -1)
 
 
 _fused_attention = kernels.differentiable(
@@ -138,18 +133,12 @@ _fused_attention = kernels.differentiable(
 )
 
 
-def _split(qkv: Array, heads: int) -> tuple[Heads, Heads, Heads]:
-    b, s, _ = qkv.shape
-    query, key, value = (part.reshape(b, s, heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-    return query, key, value
-
-
-def _merge(heads: Heads) -> Array:
-    return heads.reshape(*heads.shape[:2], -1)
+def _split(qkv: Array, heads: int) -> list[Heads]:
+    """[queries, keys, values]."""
+    return [part.reshape(*qkv.shape[:2], heads, -1) for part in jnp.split(qkv, 3, axis=-1)]
 
 
 def _cudnn_runs(query: Heads) -> bool:
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if not (half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128):
-        return False
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+    supported = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+    cuda = jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+    return supported and cuda

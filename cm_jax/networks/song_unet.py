@@ -109,8 +109,7 @@ class _Embedding(nn.Module):
     def __call__(self, c_noise: Float[Array, " b"], labels: Labels | None) -> Embedding:
         config = self.config
         if config.embedding == "fourier":
-            frequencies = parameter(self, "frequencies", (config.base_channels,))
-            features = fourier(c_noise, frequencies)
+            features = fourier(c_noise, parameter(self, "frequencies", (config.base_channels,)))
         else:
             features = positional(c_noise, config.base_channels)
         if labels is not None:

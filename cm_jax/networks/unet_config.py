@@ -1,7 +1,4 @@
-"""Settings that all U-Nets share, and the plan of their blocks.
-
-The Flax module, its parameter names and the converters are all derived from this plan.
-"""
+"""Settings that all U-Nets share, and the plan of their blocks."""
 
 import abc
 import dataclasses
@@ -35,7 +32,7 @@ class Block(NamedTuple):
 
 
 class UNetPlan(NamedTuple):
-    """All blocks between the stem and the head."""
+    """All blocks between the stem and the head. The parameter names and the converters are derived from this list."""
 
     encoder: tuple[Block, ...]
     middle: Block
@@ -48,10 +45,7 @@ class UNetPlan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(abc.ABC):
-    """Settings of a U-Net, and the plan of its blocks that follows from them.
-
-    Raises InputError for settings that cannot be built.
-    """
+    """Settings of a U-Net, and the plan of its blocks. Raises InputError for settings that cannot be built."""
 
     image_size: int
     """Height and width of the training images. The network accepts any multiple of 2^(levels - 1)."""

@@ -24,7 +24,6 @@ ORDER = [
     "objectives",
     "editing",
     "model",
-    "loading",
     "evaluation",
     "training",
     "presets",

@@ -4,13 +4,9 @@ import contextlib
 import io
 
 import numpy as np
+import PIL.WebPImagePlugin  # noqa: F401  Pillow registers its reader too late
 from jaxtyping import UInt8
-from PIL import (
-    Image,
-    ImageOps,
-    UnidentifiedImageError,
-    WebPImagePlugin,  # noqa: F401  Pillow registers its reader too late
-)
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 """Detected by content. Pillow's other readers are disabled: one of them starts another program."""

@@ -103,8 +103,7 @@ def restore(
         with _checkpointer() as checkpointer:
             saved = checkpointer.metadata(params_folder).item_metadata
             expected = {name: leaf.shape for name, leaf in leaves(config.network.shapes())}
-            complaints = shape_complaints(expected, {name: leaf.shape for name, leaf in leaves(saved.tree)})
-            if complaints:
+            if complaints := shape_complaints(expected, {name: leaf.shape for name, leaf in leaves(saved.tree)}):
                 listing = indented_list(complaints)
                 raise InputError(f"{file} contradicts the parameters in {params_folder}:\n  {listing}")
             params = checkpointer.restore(params_folder, restore_args=jax.tree.map(lambda _: how, saved.tree))

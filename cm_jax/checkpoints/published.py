@@ -5,14 +5,13 @@ openai/consistency_models_cifar10, launch.sh and its notebook).
 """
 
 import dataclasses
-import difflib
 import functools
 import importlib.resources
 from pathlib import Path
 from typing import Any
 
 from cm_jax.checkpoints import native
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, nearest
 
 _ASSETS = Path(str(importlib.resources.files("cm_jax.assets")))
 _URL = "https://openaipublic.blob.core.windows.net/consistency"
@@ -137,7 +136,13 @@ def resolve(path_or_name: str | Path) -> Path:
                 raise InputError(f"The run in {path} has no checkpoint yet: continue its training first.")
             return found[max(found)]
         if path.name == "best" and (path.parent / "checkpoints").is_dir() and not path.exists():
-            return _best(path.parent)
+            run, step = path.parent, native.best_checkpoint(path.parent)
+            if step is None:
+                raise InputError(f"No checkpoint of {run} has been evaluated (--evaluation); use {run} itself.")
+            found = native.run_checkpoints(run)
+            if step not in found:
+                raise InputError(f"The best checkpoint of {run}, at step {step}, has been deleted; use {run} itself.")
+            return found[step]
         if path.is_file() or path.is_dir():
             return path
     except (OSError, RuntimeError) as error:
@@ -145,22 +150,9 @@ def resolve(path_or_name: str | Path) -> Path:
     if name in BUNDLED:
         return BUNDLED[name]
     remote = {name: entry for name, entry in published().items() if name not in BUNDLED} | published_cifar10()
-    entry = remote.get(name.removesuffix(".pt"))
-    if entry:
+    if entry := remote.get(name.removesuffix(".pt")):
         raise InputError(f"{name} is a published checkpoint: download {entry.url} and pass the path of the file.")
-    close = difflib.get_close_matches(name, BUNDLED | remote, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     raise InputError(
         f"There is no checkpoint {name}. Expected a .pt file, a diffusers folder, a jcm checkpoint, a native "
-        f"checkpoint or the name of a bundled one ({', '.join(BUNDLED)}).{hint}"
+        f"checkpoint or the name of a bundled one ({', '.join(BUNDLED)}).{nearest(name, BUNDLED | remote)}"
     )
-
-
-def _best(run: Path) -> Path:
-    step = native.best_checkpoint(run)
-    if step is None:
-        raise InputError(f"No checkpoint of {run} has been evaluated (--evaluation); use {run} itself.")
-    found = native.run_checkpoints(run).get(step)
-    if found is None:
-        raise InputError(f"The best checkpoint of {run}, at step {step}, has been deleted; use {run} itself.")
-    return found

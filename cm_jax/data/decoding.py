@@ -36,7 +36,13 @@ def read_image(encoded: bytes) -> Image.Image:
         image.load()
         with contextlib.suppress(Exception):  # damaged EXIF data are ignored
             ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(image)
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+            return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
@@ -50,13 +56,3 @@ def center_crop(image: Image.Image, image_size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
     return image.crop((left, top, left + image_size, top + image_size))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

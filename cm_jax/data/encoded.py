@@ -175,10 +175,8 @@ class Streamed(Dataset):
         try:
             import grain  # noqa: F401
         except ImportError as error:
-            raise InputError(
-                f"{encoded.place} is larger than in_memory_gib, and streaming needs grain: "
-                "pip install grain, or raise in_memory_gib."
-            ) from error
+            reason = f"{encoded.place} is larger than in_memory_gib, and streaming needs grain"
+            raise InputError(f"{reason}: pip install grain, or raise in_memory_gib.") from error
         self.encoded, self.max_corrupt, self.workers = encoded, max_corrupt, workers
         by = f"{workers} process{'es' if workers != 1 else ''}" if workers else f"{THREADS} threads"
         shape, classes, names = (image_size, image_size, 3), encoded.classes, encoded.class_names

@@ -85,10 +85,8 @@ class NpzData(Data):
         used = self._names(list(found))
         labels, names = (found[used[use]] if use in used else None for use in ("labels", "class_names"))
         if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
-            raise InputError(
-                f"{self.path}: expected {used['labels']} to be integers [n], got {_text(labels)}. "
-                "If they are not labels, use labels: none."
-            )
+            problem = f"expected {used['labels']} to be integers [n], got {_text(labels)}"
+            raise InputError(f"{self.path}: {problem}. If they are not labels, use labels: none.")
         if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
             raise InputError(f"{self.path}: expected {used['class_names']} to be strings [n], got {_text(names)}.")
         if labels is not None and len(np.unique(labels)) < 2:

@@ -38,14 +38,12 @@ class TFDSData(EncodedData):
         builder: Any = tfds.builder_from_directory(folder)
         info, features = builder.info, builder.info.features
         image = _feature(features, tfds.features.Image, "image", folder)
-        label = None
         usable = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-        if self.labels == "auto" and usable:
-            label = _feature(features, tfds.features.ClassLabel, "label", folder)
-        elif self.labels not in ("auto", "none"):
-            label = self.labels
-            if label not in usable:
-                raise InputError(f"{folder} has no class feature {label!r}; it has {', '.join(usable) or 'none'}.")
+        label = None if self.labels == "none" else self.labels
+        if label == "auto":
+            label = _feature(features, tfds.features.ClassLabel, "label", folder) if usable else None
+        elif label is not None and label not in usable:
+            raise InputError(f"{folder} has no class feature {label!r}; it has {', '.join(usable) or 'none'}.")
         try:
             source = builder.as_data_source(self.split, decoders={image: tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
@@ -71,15 +69,11 @@ class TFDSData(EncodedData):
             return top
         if not re.fullmatch(r"\w+(/[\w.+-]+)?", self.name):
             raise InputError(f"Expected a data set such as cifar10 or name/configuration, got {self.name!r}.")
-        found = [path.parent for path in top.glob(f"{self.name}/*/dataset_info.json")]
-        if found:
+        if found := [path.parent for path in top.glob(f"{self.name}/*/dataset_info.json")]:
             return max(found, key=lambda folder: [int(part) for part in folder.name.split(".") if part.isdigit()])
-        configured = sorted({path.parts[-3] for path in top.glob(f"{self.name}/*/*/dataset_info.json")})
-        if configured:
-            raise InputError(
-                f"{self.name} in {top} has the configurations {', '.join(configured)}: "
-                f"give one, such as {self.name}/{configured[0]}."
-            )
+        if configured := sorted({path.parts[-3] for path in top.glob(f"{self.name}/*/*/dataset_info.json")}):
+            names, first = ", ".join(configured), f"{self.name}/{configured[0]}"
+            raise InputError(f"{self.name} in {top} has the configurations {names}: give one, such as {first}.")
         raise InputError(_how_to_prepare(self.name, top))
 
 

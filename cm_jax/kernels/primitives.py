@@ -91,8 +91,7 @@ def differentiable(name: str, plain: Function, shape: Function) -> Function:
 
 
 def _jvp_of_plain(plain: Function, primals: Any, tangents: Any, **settings: Any) -> Any:
-    filled = tuple(map(ad.instantiate_zeros, tangents))
-    return jax.jvp(functools.partial(plain, **settings), tuple(primals), filled)
+    return jax.jvp(functools.partial(plain, **settings), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 def _map_batch(primitive_: Primitive, args: Any, axes: Any, **settings: Any) -> Any:

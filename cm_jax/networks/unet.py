@@ -155,8 +155,7 @@ class UNetModule(nn.Module):
         dropout_keys: Keys | None = None,
         length: Float[Array, " b"] | None = None,
     ) -> Images:
-        config = self.config
-        plan = config.plan()
+        config, plan = self.config, self.config.plan()
         embedding = config.embedder()(c_noise, labels)
         if config.interval_embedding:
             embedding += config.embedder("length")(c_noise if length is None else length, None)

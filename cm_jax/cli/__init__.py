@@ -1,10 +1,9 @@
 """The command line: `cm-jax sample`, `edit`, `convert`, `train`, `evaluate`, `tune`, `demo`. Most are scripts too."""
 
-import functools
 import importlib
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import jax
@@ -51,14 +50,14 @@ def _call(name: str, prog: str, words: Sequence[str]) -> None:
     importlib.import_module(f"cm_jax.cli.{name}").main(prog, words)
 
 
-def _script(name: str, prog: str, arguments: Sequence[str] | None = None) -> NoReturn:
+def _script(name: str, prog: str) -> Callable[..., NoReturn]:
     """A command as a script of its own."""
-    run(lambda: _call(name, prog, sys.argv[1:] if arguments is None else arguments))
+    return lambda arguments=None: run(lambda: _call(name, prog, sys.argv[1:] if arguments is None else arguments))
 
 
-main_sample = functools.partial(_script, "sample", "sample.py")
-main_edit = functools.partial(_script, "edit", "edit.py")
-main_convert = functools.partial(_script, "convert", "python -m convert")
-main_train = functools.partial(_script, "train", "train.py")
-main_evaluate = functools.partial(_script, "evaluate", "python -m cm_jax.evaluation")
-main_demo = functools.partial(_script, "demo", "python -m cm_jax.demo")
+main_sample = _script("sample", "sample.py")
+main_edit = _script("edit", "edit.py")
+main_convert = _script("convert", "python -m convert")
+main_train = _script("train", "train.py")
+main_evaluate = _script("evaluate", "python -m cm_jax.evaluation")
+main_demo = _script("demo", "python -m cm_jax.demo")

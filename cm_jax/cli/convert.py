@@ -68,69 +68,64 @@ def main(prog: str, words: Sequence[str]) -> None:
     """Read, check and write a checkpoint."""
     from cm_jax.conversion.parity import compare
 
-    arguments = parse(Convert, prog, words)
-    if arguments.to in ("lpips", "inception"):
-        _convert_weights(arguments)
+    args = parse(Convert, prog, words)
+    if args.to in ("lpips", "inception"):
+        _convert_weights(args)
         return
-    if arguments.lpips_heads is not None:
+    if args.lpips_heads is not None:
         raise InputError("--lpips-heads applies to --to lpips only: add it, or omit --lpips-heads.")
-    suffix = arguments.destination.suffix.lower()
-    kind = arguments.to or ("openai" if suffix == ".pt" else "native")
+    destination, suffix = args.destination, args.destination.suffix.lower()
+    kind = args.to or ("openai" if suffix == ".pt" else "native")
     file = kind == "openai" or (kind == "native" and suffix == ".safetensors")
-    if not file and user_path(arguments.destination).exists():
-        raise InputError(f"{arguments.destination} exists already: choose another destination, or remove it first.")
+    if not file and user_path(destination).exists():
+        raise InputError(f"{destination} exists already: choose another destination, or remove it first.")
     if not file and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
-        raise InputError(
-            f"{arguments.destination} looks like a file, and --to {kind} writes a folder: give the name of a folder."
-        )
-    check_writable(arguments.destination, folder=not file)
-    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(conversion.CheckpointHints)}
-    given["attention_factors"] = numbers("attention-factors", arguments.attention_factors, int)
+        advice = "give the name of a folder."
+        raise InputError(f"{destination} looks like a file, and --to {kind} writes a folder: {advice}")
+    check_writable(destination, folder=not file)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(conversion.CheckpointHints)}
+    given["attention_factors"] = numbers("attention-factors", args.attention_factors, int)
     began = time.perf_counter()
-    source = conversion.read(resolve(arguments.source), conversion.CheckpointHints(**given))
+    source = conversion.read(resolve(args.source), conversion.CheckpointHints(**given))
     config, network = source.config, source.config.network
     parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
     model = "consistency model" if config.distilled else "EDM denoiser"
     classes = f"{network.classes} classes" if network.classes else "unconditional"
-    say(
-        f"Read {arguments.source}: {model}, {network.image_shape[0]} pixels, {classes}, {config.num_levels} levels; "
-        f"{parameters:,} parameters."
-    )
+    about = f"{model}, {network.image_shape[0]} pixels, {classes}, {config.num_levels} levels"
+    say(f"Read {args.source}: {about}; {parameters:,} parameters.")
     if source.overridden:
         say(f"Overridden by options:\n  {indented_list(source.overridden)}")
-    if arguments.check:
+    if args.check:
         parity = compare(source)
         say(parity.report())
         if not parity.passed:
-            raise InputError(f"The two networks disagree; {arguments.destination} was not written.")
-    params = to_float16(source.params, arguments.source) if arguments.fp16 else source.params
-    conversion.write(arguments.destination, kind, config, params)
-    say(f"Wrote {arguments.destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
+            raise InputError(f"The two networks disagree; {destination} was not written.")
+    params = to_float16(source.params, args.source) if args.fp16 else source.params
+    conversion.write(destination, kind, config, params)
+    say(f"Wrote {destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
     if kind == "diffusers" and not config.distilled:
         say("It contains the network without a pipeline, because ConsistencyModelPipeline does not support denoisers.")
     if kind == "native":
-        say(
-            f"Sample from it: cm-jax sample {shlex.quote(str(arguments.destination))}"
-            + (" --labels 0" if network.classes else "")
-        )
+        labels = " --labels 0" if network.classes else ""
+        say(f"Sample from it: cm-jax sample {shlex.quote(str(destination))}{labels}")
 
 
-def _convert_weights(arguments: Convert) -> None:
+def _convert_weights(args: Convert) -> None:
     """Convert the weights of LPIPS or Inception-V3."""
     from cm_jax.conversion import metric_networks
     from cm_jax.feature_networks import inception_v3, lpips
 
-    used = ("source", "destination", "to") + (("lpips_heads",) if arguments.to == "lpips" else ())
+    used = ("source", "destination", "to") + (("lpips_heads",) if args.to == "lpips" else ())
     flags = [field for field in dataclasses.fields(Convert) if field.name not in used]
-    given = ["--" + field.name.replace("_", "-") for field in flags if getattr(arguments, field.name) != field.default]
+    given = ["--" + field.name.replace("_", "-") for field in flags if getattr(args, field.name) != field.default]
     if given:
-        raise InputError(f"--to {arguments.to} does not support {' and '.join(given)}: omit them.")
-    if arguments.destination.suffix.lower() != ".safetensors":
-        raise InputError(f"--to {arguments.to} writes a single file: use {arguments.destination.stem}.safetensors.")
-    check_writable(arguments.destination, folder=False)
-    source = user_path(arguments.source)
-    if arguments.to == "lpips":
-        params = metric_networks.read_lpips(source, arguments.lpips_heads and user_path(arguments.lpips_heads))
+        raise InputError(f"--to {args.to} does not support {' and '.join(given)}: omit them.")
+    if args.destination.suffix.lower() != ".safetensors":
+        raise InputError(f"--to {args.to} writes a single file: use {args.destination.stem}.safetensors.")
+    check_writable(args.destination, folder=False)
+    source = user_path(args.source)
+    if args.to == "lpips":
+        params = metric_networks.read_lpips(source, args.lpips_heads and user_path(args.lpips_heads))
         what, file, published = "VGG16 and the heads of LPIPS", lpips.FILE, metric_networks.LPIPS_DIGEST
     else:
         params = metric_networks.read_inception(source)
@@ -138,6 +133,6 @@ def _convert_weights(arguments: Convert) -> None:
         file, published = inception_v3.FILE, metric_networks.INCEPTION_DIGEST
     same = metric_networks.digest(params) == published
     known = "the published ones" if same else "NOT the published ones (retrained or damaged)"
-    say(f"Read {arguments.source}: {what}; its weights are {known}.")
-    file.save(arguments.destination, params)
-    say(f"Wrote {arguments.destination}. To use it: export {file.variable}={shlex.quote(str(arguments.destination))}")
+    say(f"Read {args.source}: {what}; its weights are {known}.")
+    file.save(args.destination, params)
+    say(f"Wrote {args.destination}. To use it: export {file.variable}={shlex.quote(str(args.destination))}")

@@ -34,20 +34,20 @@ class Demo(Compilation):
 
 def main(prog: str, words: Sequence[str]) -> None:
     """Serve the page until interrupted."""
-    arguments = parse(Demo, prog, words)
-    check_int("--port", arguments.port, 1, 2**16 - 1)
-    checkpoints = {name: resolve(name) for name in arguments.checkpoints or BUNDLED}
+    args = parse(Demo, prog, words)
+    check_int("--port", args.port, 1, 2**16 - 1)
+    checkpoints = {name: resolve(name) for name in args.checkpoints or BUNDLED}
     with tempfile.TemporaryDirectory(prefix="cm_jax-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and images are removed with it
-        _serve(checkpoints, arguments)
+        _serve(checkpoints, args)
     if threading.active_count() > 1:
         os._exit(0)  # a thread is still sampling: ending it inside XLA would abort the process
 
 
-def _serve(checkpoints: dict[str, Path], arguments: Demo) -> None:
+def _serve(checkpoints: dict[str, Path], args: Demo) -> None:
     try:
         from cm_jax.demo.page import page, serve
     except ImportError as error:
         raise InputError(f"The demo needs Gradio, and {error.name} is not installed: pip install gradio.") from error
-    use_compilation_cache(arguments.compilation_cache)
-    serve(page(checkpoints), arguments.host, arguments.port, lambda address: say(f"The page is at {address}"))
+    use_compilation_cache(args.compilation_cache)
+    serve(page(checkpoints), args.host, args.port, lambda address: say(f"The page is at {address}"))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from PIL import Image
 from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.options import LARGEST_GRID, Levels, Network
 from cm_jax.cli.parsing import choose, numbers, parse
-from cm_jax.cli.running import compilation_time, say, use_compilation_cache
+from cm_jax.cli.running import say, stopwatch, use_compilation_cache
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import atomic_write, check_writable
@@ -37,9 +36,21 @@ class _Edit(Network):
     output: Path = Path("edited.png")
     """Grid of results. Each row shows an input at the model's size, its known part if that differs, and its edits."""
 
-    @property
-    def class_labels(self) -> list[str] | None:
-        return [part.strip() for part in self.labels.split(",")] if self.labels else None
+    def check_output(self) -> None:
+        if self.output.suffix.lower() != ".png":
+            raise InputError(f"{self.output}: the grid must be a .png file; use --folder for single images.")
+        check_writable(self.output, folder=False)
+
+    def model(self) -> tuple[Model, int]:
+        """The model, and the side of its images."""
+        use_compilation_cache(self.compilation_cache)
+        model = load(resolve(self.checkpoint), precision=self.precision)
+        return model, photos.check_square(model.config.network.image_shape)
+
+    def common(self) -> dict[str, Any]:
+        """Arguments of every kind of edit."""
+        labels = [part.strip() for part in self.labels.split(",")] if self.labels else None
+        return {"labels": labels, "batch_size": self.batch_size}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +66,12 @@ class _Pictures(_Edit):
         """The pixels to edit; None for all."""
         return None
 
-    def images(self, pictures: Sequence[Image.Image], size: int) -> list[np.ndarray]:
+    def fit(self, picture: Image.Image, size: int) -> np.ndarray:
+        return photos.fit(picture, size)
+
+    def images(self, pictures: Sequence[Image.Image], size: int) -> np.ndarray:
         """The pictures at the model's size."""
-        return [photos.fit(picture, size) for picture in pictures]
+        return np.stack([self.fit(picture, size) for picture in pictures])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,12 +125,9 @@ class SuperResolve(_Steps):
         operator.check((1, size, size, 3))
         return operator
 
-    def images(self, pictures: Sequence[Image.Image], size: int) -> list[np.ndarray]:
-        def fit(picture: Image.Image) -> np.ndarray:
-            tiny = min(picture.size) <= size // self.patch
-            return photos.fit_patches(picture, size, self.patch) if tiny else photos.fit(picture, size)
-
-        return [fit(picture) for picture in pictures]
+    def fit(self, picture: Image.Image, size: int) -> np.ndarray:
+        tiny = min(picture.size) <= size // self.patch
+        return photos.fit_patches(picture, size, self.patch) if tiny else photos.fit(picture, size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,12 +164,12 @@ class Denoise(_Pictures):
     def operator(self, *_: Any) -> Operator:
         return Noisy()
 
-    def images(self, pictures: Sequence[Image.Image], size: int) -> list[np.ndarray]:
+    def images(self, pictures: Sequence[Image.Image], size: int) -> np.ndarray:
         images = super().images(pictures, size)
         if not self.add:
             return images
         rng = np.random.default_rng(check_int("A seed", self.seed, 0, 2**32 - 1))
-        return [image + self.sigma * rng.standard_normal(image.shape, np.float32) for image in images]
+        return images + self.sigma * rng.standard_normal(images.shape, np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,86 +199,61 @@ _KINDS = {
 def main(prog: str, words: Sequence[str]) -> None:
     """`prog KIND IMAGE... [options]`."""
     name, kind, rest = choose(_KINDS, "kind of edit", f"{prog} KIND IMAGE [options]", words)
-    arguments = parse(kind, f"{prog} {name}", rest)
-    if isinstance(arguments, Interpolate):
-        _interpolate(arguments)
+    args = parse(kind, f"{prog} {name}", rest)
+    args.check_output()
+    if isinstance(args, Interpolate):
+        _interpolate(args)
     else:
-        _edit(arguments)
+        _edit(args)
 
 
-def _edit(arguments: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
+def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
     """Edit the pictures at the model's size; write the grid and the folder."""
-    _check_output(arguments.output, arguments.folder)
-    if not 1 <= len(arguments.pictures) <= LARGEST_GRID:
-        raise InputError(f"Expected 1 to {LARGEST_GRID} images, got {len(arguments.pictures)}.")
-    pictures = [photos.read(path) for path in arguments.pictures]
-    holes = [arguments.hole(picture) for picture in pictures]
-    model, size = _model(arguments)
-    operator = arguments.operator(size, holes)
-    given = np.stack(arguments.images(pictures, size))
-    columns = check_int("variants", arguments.variants, 1, LARGEST_GRID // len(given))
-    _print_notes(arguments.pictures, pictures, size)
-    began = time.perf_counter()
-    with compilation_time() as compiled:
-        edits = model.edit(
-            arguments.seed,
-            given,
-            operator,
-            labels=arguments.class_labels,
-            variants=columns,
-            batch_size=arguments.batch_size,
-            **arguments.levels,
-        )
+    if args.folder is not None:
+        check_writable(args.folder, folder=True)
+    if not 1 <= len(args.pictures) <= LARGEST_GRID:
+        raise InputError(f"Expected 1 to {LARGEST_GRID} images, got {len(args.pictures)}.")
+    pictures = [photos.read(path) for path in args.pictures]
+    holes = [args.hole(picture) for picture in pictures]
+    model, size = args.model()
+    operator = args.operator(size, holes)
+    given = args.images(pictures, size)
+    columns = check_int("variants", args.variants, 1, LARGEST_GRID // len(given))
+    _print_notes(args.pictures, pictures, size)
+    with stopwatch() as elapsed:
+        edits = model.edit(args.seed, given, operator, variants=columns, **args.common(), **args.levels)
     edits = quantize(edits).reshape(len(given), columns, *given.shape[1:])
     before, known = (quantize(np.asarray(shown))[:, None] for shown in (given, operator.preview(jnp.asarray(given))))
     parts = [before, edits] if np.array_equal(before, known) else [before, known, edits]
     rows = np.concatenate(parts, axis=1)
-    save_grid(arguments.output, grid(rows.reshape(-1, *given.shape[1:]), rows.shape[1]))
-    say(f"Edited in {time.perf_counter() - began:.1f} s (compilation: {compiled():.1f} s).")
-    what = "input, edits" if len(parts) == 2 else "input, known part, edits"
-    say(f"Wrote {arguments.output}. Each row: {what}.")
-    if arguments.folder is not None:
-        with atomic_write(arguments.folder) as beside:
+    save_grid(args.output, grid(rows.reshape(-1, *given.shape[1:]), rows.shape[1]))
+    say(f"Edited in {elapsed()}.")
+    say(f"Wrote {args.output}. Each row: {'input, edits' if len(parts) == 2 else 'input, known part, edits'}.")
+    if args.folder is not None:
+        with atomic_write(args.folder) as beside:
             beside.mkdir()
             for row, column in itertools.product(range(len(given)), range(columns)):
                 whole = photos.paste_back(pictures[row], edits[row, column], holes[row])
-                whole.save(beside / f"{row:03d}_{arguments.pictures[row].stem}_{column:02d}.png")
-        say(f"Wrote the single edits at full size to {arguments.folder}.")
+                whole.save(beside / f"{row:03d}_{args.pictures[row].stem}_{column:02d}.png")
+        say(f"Wrote the single edits at full size to {args.folder}.")
 
 
-def _interpolate(arguments: Interpolate) -> None:
-    _check_output(arguments.output, None)
-    seeds, sigmas = numbers("seeds", arguments.seeds, int), numbers("sigmas", arguments.sigmas, float)
-    if len(seeds or arguments.pictures) != 2 or (seeds and arguments.pictures):
+def _interpolate(args: Interpolate) -> None:
+    seeds, sigmas = numbers("seeds", args.seeds, int), numbers("sigmas", args.sigmas, float)
+    if len(seeds or args.pictures) != 2 or (seeds and args.pictures):
         raise InputError("Expected two images, or --seeds with two numbers.")
-    frames = check_int("frames", arguments.frames, 2, LARGEST_GRID)
-    pictures = [photos.read(path) for path in arguments.pictures]
-    model, size = _model(arguments)
-    options: Any = {"labels": arguments.class_labels, "sigmas": sigmas, "batch_size": arguments.batch_size}
+    frames = check_int("frames", args.frames, 2, LARGEST_GRID)
+    pictures = [photos.read(path) for path in args.pictures]
+    model, size = args.model()
     if seeds:
-        images = model.interpolate_noise(seeds[0], seeds[1], frames, **options)
+        images = model.interpolate_noise(*seeds, frames, **args.common(), sigmas=sigmas)
     else:
-        _print_notes(arguments.pictures, pictures, size)
+        _print_notes(args.pictures, pictures, size)
         first, second = (photos.fit(picture, size) for picture in pictures)
-        images = model.interpolate_images(arguments.seed, first, second, frames, **options)
+        images = model.interpolate_images(args.seed, first, second, frames, **args.common(), sigmas=sigmas)
         images = np.stack([first, *images, second])
-    save_grid(arguments.output, grid(quantize(images), len(images)))
-    say(f"Wrote {arguments.output}, from left to right{'' if seeds else ', with the input images at both ends'}.")
-
-
-def _check_output(output: Path, folder: Path | None) -> None:
-    if output.suffix.lower() != ".png":
-        raise InputError(f"{output}: the grid must be a .png file; use --folder for single images.")
-    check_writable(output, folder=False)
-    if folder is not None:
-        check_writable(folder, folder=True)
-
-
-def _model(arguments: _Edit) -> tuple[Model, int]:
-    """The model, and the side of its images."""
-    use_compilation_cache(arguments.compilation_cache)
-    model = load(resolve(arguments.checkpoint), precision=arguments.precision)
-    return model, photos.check_square(model.config.network.image_shape)
+    save_grid(args.output, grid(quantize(images), len(images)))
+    say(f"Wrote {args.output}, from left to right{'' if seeds else ', with the input images at both ends'}.")
 
 
 def _print_notes(paths: Sequence[Path], pictures: Sequence[Image.Image], size: int) -> None:

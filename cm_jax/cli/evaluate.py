@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,14 +14,11 @@ from cm_jax.cli.running import devices, progress, say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.evaluation.evaluate import NEEDS, EvalConfig, evaluate
 from cm_jax.evaluation.features import load_inception, open_reference, write_statistics
-from cm_jax.evaluation.image_sets import ImageSet, holds_images, of_dataset, of_model, open_images
+from cm_jax.evaluation.image_sets import holds_images, of_dataset, of_model, open_images
 from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.metrics import Report, to_json
 from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.model import Model, load
-
-_COUNT = 50_000
-"""Default number of images sampled from a checkpoint, as is customary for FID."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,66 +50,56 @@ class Evaluate(Sampling, Statistics, Network):
 
 def main(prog: str, words: Sequence[str]) -> None:
     """Read the images, compute the metrics, and print each report in one line."""
-    arguments = parse(Evaluate, prog, words)
-    use_compilation_cache(arguments.compilation_cache)
-    for path in (arguments.output, arguments.save_reference):
-        if path is not None:
-            check_writable(path, folder=False)
-    metrics = tuple(dict.fromkeys(word.strip().lower() for word in arguments.metrics.split(",")))
+    args = parse(Evaluate, prog, words)
+    use_compilation_cache(args.compilation_cache)
+    for path in filter(None, (args.output, args.save_reference)):
+        check_writable(path, folder=False)
+    metrics = tuple(dict.fromkeys(word.strip().lower() for word in args.metrics.split(",")))
     unknown = [metric for metric in metrics if metric not in (*NEEDS, "bpd")]
     if unknown:
         raise InputError(f"There is no metric {unknown[0]!r}: choose from {', '.join(NEEDS)}, bpd.")
-    images = holds_images(arguments.samples)
-    given = [field.name for field in dataclasses.fields(Sampling) if getattr(arguments, field.name)]
+    images = holds_images(args.samples)
+    given = [field.name for field in dataclasses.fields(Sampling) if getattr(args, field.name)]
     if images and given:
-        raise InputError(f"--{given[0]} applies to checkpoints, and {arguments.samples} holds images: omit it.")
-    model = None if images else load(resolve(arguments.samples), precision=arguments.precision)
+        raise InputError(f"--{given[0]} applies to checkpoints, and {args.samples} holds images: omit it.")
+    model = None if images else load(resolve(args.samples), precision=args.precision)
     others = tuple(metric for metric in metrics if metric != "bpd")
-    if arguments.save_reference is not None and not {"fid", "sfid"} & set(others):
+    if args.save_reference is not None and not {"fid", "sfid"} & set(others):
         raise InputError("--save-reference needs fid or sfid: add one of them to --metrics.")
-    reports = [_compared(arguments, model, EvalConfig(others))] if others else []
+    reports = [_compared(args, model, EvalConfig(others))] if others else []
     if "bpd" in metrics:
-        reports.append(_bits(arguments, model))
-    if arguments.output is not None:
-        with atomic_write(arguments.output) as beside:
+        reports.append(_bits(args, model))
+    if args.output is not None:
+        with atomic_write(args.output) as beside:
             beside.write_text(to_json(reports), "utf-8")
     for report in reports:
         say(report.line)
 
 
-def _compared(arguments: Evaluate, model: Model | None, eval_config: EvalConfig) -> Report:
+def _compared(args: Evaluate, model: Model | None, config: EvalConfig) -> Report:
     extractor = dataclasses.replace(
-        load_inception(arguments.inception), batch_size=arguments.batch_size, cache=arguments.cache, watch=progress
+        load_inception(args.inception), batch_size=args.batch_size, cache=args.cache, watch=progress
     )
-    samples = _samples(arguments, model)
-    reference = open_reference(arguments.reference, eval_config.needs, samples.shape)
+    if model is None:
+        samples = of_dataset(open_images(args.samples), args.samples, args.count)
+    else:
+        count = 50_000 if args.count is None else args.count  # as is customary for FID
+        plan = args.plan(model)
+        samples = of_model(model, plan, count, seed=args.seed, batch_size=args.batch_size, name=args.samples)
+    reference = open_reference(args.reference, config.needs, samples.shape)
     sets = f"{samples.count:,} images of {samples.name} against {reference.name}"
     say(f"Evaluating {sets}: {extractor.name}, {devices()}.")
-    report, known = evaluate(extractor, samples, reference, eval_config)
-    if arguments.save_reference is not None:
-        write_statistics(arguments.save_reference, known)
+    report, known = evaluate(extractor, samples, reference, config)
+    if args.save_reference is not None:
+        write_statistics(args.save_reference, known)
     return report
 
 
-def _samples(arguments: Evaluate, model: Model | None) -> ImageSet:
+def _bits(args: Evaluate, model: Model | None) -> Report:
     if model is None:
-        return of_dataset(open_images(arguments.samples), arguments.samples, arguments.count)
-    count = _COUNT if arguments.count is None else arguments.count
-    plan = arguments.plan(model)
-    return of_model(model, plan, count, seed=arguments.seed, batch_size=arguments.batch_size, name=arguments.samples)
-
-
-def _bits(arguments: Evaluate, model: Model | None) -> Report:
-    if model is None:
-        raise InputError(f"bpd needs a checkpoint, and {arguments.samples} holds images.")
-    dataset = open_images(arguments.reference, model.config.network.image_shape)
-    return evaluate_bits(
-        model,
-        dataset,
-        None if arguments.count is None else min(arguments.count, dataset.size),
-        seed=arguments.seed,
-        steps=arguments.likelihood_steps,
-        batch_size=arguments.batch_size,
-        names=(arguments.samples, arguments.reference),
-        watch=progress,
-    )
+        raise InputError(f"bpd needs a checkpoint, and {args.samples} holds images.")
+    dataset = open_images(args.reference, model.config.network.image_shape)
+    count = None if args.count is None else min(args.count, dataset.size)
+    names, steps = (args.samples, args.reference), args.likelihood_steps
+    options: Any = {"seed": args.seed, "batch_size": args.batch_size, "watch": progress}
+    return evaluate_bits(model, dataset, count, steps=steps, names=names, **options)

@@ -25,6 +25,7 @@ O = TypeVar("O")  # noqa: E741
 _COMPONENTS = """An option that chooses a component sets the defaults of the new component; its own options then replace
 those of the former one. Choosing the current component keeps its values. Add --help to see the new options."""
 _REGISTRY = tyro.constructors.ConstructorRegistry()
+_cli = functools.partial(tyro.cli, return_unknown_args=True, registry=_REGISTRY)
 
 
 def parse(kind: type[T], prog: str, words: Sequence[str]) -> T:
@@ -99,11 +100,11 @@ class _Option(NamedTuple):
         return "none" if self.value is None else type(self.value).__name__
 
 
-def _options(config: Any, above: tuple[str, ...] = (), nested: bool = True) -> Iterator[_Option]:
+def _options(config: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
     for name, hint in hints(type(config)).items():
         value = getattr(config, name)
         yield _Option((*above, name), hint, value)
-        if nested and dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value):
             yield from _options(value, (*above, name))
 
 
@@ -113,13 +114,13 @@ def _exchange(config: Any, words: Sequence[str]) -> tuple[Any, list[str]]:
     result = [word for pair in pairs for word in pair]
     flags = [index for index, word in enumerate(result[:-1]) if word.startswith("--")]
     for index in sorted(flags, key=lambda index: result[index].count(".")):
-        for option in _options(config):
-            if option.choices and option.flag == result[index].replace("_", "-"):
-                result[index + 1] = name = _full_name(result[index + 1], option)
-                if name != option.chosen:
-                    component = None if name == "none" else _unchecked(kinds(option.hint)[name])
-                    config = _replaced(config, option.path, component)
-                break
+        named = (option for option in _options(config) if option.flag == result[index].replace("_", "-"))
+        option = next(named, None)
+        if option is not None and option.choices:
+            result[index + 1] = name = _full_name(result[index + 1], option)
+            if name != option.chosen:
+                component = None if name == "none" else _unchecked(kinds(option.hint)[name])
+                config = _replaced(config, option.path, component)
     return config, result
 
 
@@ -151,15 +152,7 @@ def _unchecked(kind: type, base: Any = None, **values: Any) -> Any:
 
 def _read(default: T, prog: str, words: Sequence[str], description: str, parts: Sequence[Any] = ()) -> T:
     """The default with the values of the words, unchecked."""
-    found, unknown = tyro.cli(
-        type(default),
-        default=default,
-        prog=prog,
-        args=words,
-        description=description,
-        return_unknown_args=True,
-        registry=_REGISTRY,
-    )
+    found, unknown = _cli(type(default), default=default, prog=prog, args=words, description=description)
     if unknown:
         raise _refusal(unknown[0], [option for part in parts or [default] for option in _options(part)])
     return found
@@ -198,9 +191,10 @@ def _struct(info: Any) -> StructConstructorSpec | None:
     if not dataclasses.is_dataclass(kind):
         return None
     fields, texts, annotated = [], _descriptions(kind), typing.get_type_hints(kind, include_extras=True)
-    order = list(dict.fromkeys(name for base in kind.__mro__ for name in inspect.get_annotations(base)))
-    for option in sorted(_options(info.default, nested=False), key=lambda option: order.index(option.path[0])):
-        (name,), hint, text = option.path, annotated[option.path[0]], texts.get(option.path[0])
+    order = (name for base in kind.__mro__ for name in inspect.get_annotations(base) if name in hints(kind))
+    for name in dict.fromkeys(order):
+        hint, text = annotated[name], texts.get(name)
+        option = _Option((name,), hints(kind)[name], getattr(info.default, name))
         if option.choices:
             choice = Annotated[Literal[tuple(option.choices)], tyro.conf.arg(name=name)]  # type: ignore[valid-type]
             fields.append(StructFieldSpec(f"{name}_CHOICE", choice, option.chosen, text))  # type: ignore[arg-type]
@@ -248,29 +242,26 @@ def _primitive(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 def _descriptions(kind: type) -> dict[str, str]:
     """The docstrings of a dataclass's fields."""
-    found: dict[str, str] = {}
-    for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
-        for text in docstring_parser.parse_from_object(base).params:
-            found[text.arg_name] = " ".join((text.description or "").split())
-    return found
+    bases = reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)])
+    found = [text for base in bases for text in docstring_parser.parse_from_object(base).params]
+    return {text.arg_name: " ".join((text.description or "").split()) for text in found}
 
 
-def _list_choices(choices: Mapping[str, Any], what: str, usage: str, examples: Sequence[str] = ()) -> NoReturn:
+def _list_choices(choices: Mapping[str, Any], what: str, usage: str, examples: Sequence[str]) -> NoReturn:
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
-    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     for name, choice in choices.items():
         help_text = choice if isinstance(choice, str) else inspect.getdoc(choice) or ""
-        table.add_row(Text(name), Text(" ".join(help_text.partition("\n\n")[0].split())))
-    console = Console(highlight=False)
+        table.add_row(name, " ".join(help_text.partition("\n\n")[0].split()))
+    console = Console(highlight=False, markup=False, emoji=False)
     with console.capture() as text:  # printed at once: rich has its own way to end at a closed pipe
-        console.print(Text(f"usage: {usage}\n"))
+        console.print(f"usage: {usage}\n")
         console.print(Panel(table, title=f"{what}s", title_align="left"))
-        console.print(Text(f"Add --help after a {what} to list its options."))
+        console.print(f"Add --help after a {what} to list its options.")
         if examples:
-            console.print(Text("\n  ".join(("\nExamples:", *examples))), soft_wrap=True)
+            console.print("\n  ".join(("\nExamples:", *examples)), soft_wrap=True)
     print(text.get(), end="")
     raise SystemExit(0)

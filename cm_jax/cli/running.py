@@ -8,6 +8,7 @@ import logging
 import os
 import select
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -92,8 +93,9 @@ def progress(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
 
 
 @contextlib.contextmanager
-def compilation_time() -> Iterator[Callable[[], float]]:
-    """A function that returns the seconds of tracing and compilation inside the block."""
+def stopwatch() -> Iterator[Callable[[], str]]:
+    """A function that returns the time since the block was entered, and its share of tracing and compilation."""
+    began = time.perf_counter()
     spent: list[float] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -102,7 +104,7 @@ def compilation_time() -> Iterator[Callable[[], float]]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield lambda: sum(spent)
+        yield lambda: f"{time.perf_counter() - began:.1f} s (compilation: {sum(spent):.1f} s)"
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 

@@ -12,7 +12,7 @@ import tyro
 from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.options import LARGEST_GRID, Network, Sampling
 from cm_jax.cli.parsing import parse
-from cm_jax.cli.running import compilation_time, devices, progress, say, use_compilation_cache
+from cm_jax.cli.running import devices, progress, say, stopwatch, use_compilation_cache
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import check_writable
 from cm_jax.io.images import Quantization, grid, quantize, save_folder, save_grid, save_npz
@@ -44,40 +44,37 @@ class Sample(Sampling, Network):
 
 def main(prog: str, words: Sequence[str]) -> None:
     """Load the model, sample, and write the images."""
-    arguments = parse(Sample, prog, words)
-    use_compilation_cache(arguments.compilation_cache)
-    path = resolve(arguments.checkpoint)
-    _check_output(arguments.output, arguments.count)
+    args = parse(Sample, prog, words)
+    use_compilation_cache(args.compilation_cache)
+    path = resolve(args.checkpoint)
+    _check_output(args.output, args.count)
     began = time.perf_counter()
-    model = load(path, precision=arguments.precision)
+    model = load(path, precision=args.precision)
     network = model.config.network
-    plan = arguments.plan(model)
-    labels, count, columns = _labels_and_count(model, arguments)
-    _check_output(arguments.output, count)
+    plan = args.plan(model)
+    labels, count, columns = _labels_and_count(model, args)
+    _check_output(args.output, count)
     kind = "consistency model" if model.config.distilled else "EDM denoiser"
     classes = f", {network.classes} classes" if network.classes else ""
-    named = path if Path(arguments.checkpoint) in path.parents else arguments.checkpoint
-    say(
-        f"{named}: {kind}, {network.image_shape[0]} pixels{classes}, {arguments.precision}, on "
-        f"{devices()}; loaded in {time.perf_counter() - began:.1f} s."
-    )
+    named = path if Path(args.checkpoint) in path.parents else args.checkpoint
+    about = f"{named}: {kind}, {network.image_shape[0]} pixels{classes}, {args.precision}, on {devices()}"
+    say(f"{about}; loaded in {time.perf_counter() - began:.1f} s.")
 
-    began = time.perf_counter()
-    with compilation_time() as compiled:
-        batches = model.batches(arguments.seed, count, plan, labels=labels, batch_size=arguments.batch_size)
-        say(f"Sampling {count} images: {_described(plan)}, seed {arguments.seed}.")
-        images = np.concatenate([quantize(batch, arguments.quantization) for batch in progress(batches, count)])
-    elapsed = time.perf_counter() - began
+    with stopwatch() as elapsed:
+        batches = model.batches(args.seed, count, plan, labels=labels, batch_size=args.batch_size)
+        say(f"Sampling {count} images: {_described(plan)}, seed {args.seed}.")
+        images = np.concatenate([quantize(batch, args.quantization) for batch in progress(batches, count)])
+    took = elapsed()
 
-    suffix = arguments.output.suffix.lower()
+    suffix = args.output.suffix.lower()
     if suffix == ".png":
-        class_names = model.config.class_names
-        rows = labels[::columns].tolist() if arguments.labels and labels is not None else []
-        names = [class_names[label].split(",")[0] if class_names else f"class {label}" for label in rows]
-        save_grid(arguments.output, grid(images, columns, names))
+        known = model.config.class_names
+        rows = labels[::columns] if args.labels and labels is not None else ()
+        names = [known[label].split(",")[0] if known else f"class {label}" for label in rows]
+        save_grid(args.output, grid(images, columns, names))
     else:
-        (save_npz if suffix == ".npz" else save_folder)(arguments.output, images, labels)
-    say(f"Sampled {count} images in {elapsed:.1f} s (compilation: {compiled():.1f} s). Wrote {arguments.output}.")
+        (save_npz if suffix == ".npz" else save_folder)(args.output, images, labels)
+    say(f"Sampled {count} images in {took}. Wrote {args.output}.")
 
 
 def _check_output(output: Path, count: int | None) -> None:
@@ -92,22 +89,21 @@ def _check_output(output: Path, count: int | None) -> None:
     check_writable(output, folder=suffix not in (".png", ".npz"))
 
 
-def _labels_and_count(model: Model, arguments: Sample) -> tuple[np.ndarray | None, int, int]:
+def _labels_and_count(model: Model, args: Sample) -> tuple[np.ndarray | None, int, int]:
     """(labels, number of images, columns of the grid)."""
-    if not arguments.labels:
-        count = 16 if arguments.count is None else check_int("count", arguments.count, 1, 10**9)
-        return model.sample_labels(arguments.seed, count), count, max(1, round(count**0.5))
+    if not args.labels:
+        count = 16 if args.count is None else check_int("count", args.count, 1, 10**9)
+        return model.sample_labels(args.seed, count), count, max(1, round(count**0.5))
     classes = model.config.network.classes
-    every = arguments.labels.strip().lower() == "all" and classes is not None
-    wanted = [str(i) for i in range(classes or 0)] if every else arguments.labels.split(",")
+    every = args.labels.strip().lower() == "all" and classes is not None
+    wanted = [str(i) for i in range(classes or 0)] if every else args.labels.split(",")
     numbers = model.class_numbers(wanted, len(wanted))
     assert numbers is not None
-    count = 8 * len(numbers) if arguments.count is None else arguments.count
+    count = 8 * len(numbers) if args.count is None else args.count
     if count % len(numbers) or count < 1:
         nearest = max(1, round(count / len(numbers))) * len(numbers)
-        raise InputError(
-            f"--count {count} is not divisible by the number of labels, {len(numbers)}: use --count {nearest}."
-        )
+        problem = f"--count {count} is not divisible by the number of labels, {len(numbers)}"
+        raise InputError(f"{problem}: use --count {nearest}.")
     each = count // len(numbers)
     return np.repeat(numbers, each), count, each if len(numbers) > 1 else max(1, round(each**0.5))
 

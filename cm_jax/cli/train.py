@@ -55,5 +55,5 @@ def main(prog: str, words: Sequence[str]) -> None:
     if options.dry_run:
         for line in report(prepare(settings)):
             speak(line)
-        return
-    train(settings, Path(options.run or f"runs/{preset}"), speak)
+    else:
+        train(settings, Path(options.run or f"runs/{preset}"), speak)

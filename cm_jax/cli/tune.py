@@ -37,34 +37,26 @@ class Tune(Statistics):
 
 def main(prog: str, words: Sequence[str]) -> None:
     """Search, print every candidate, and write the result into config.json."""
-    arguments = parse(Tune, prog, words)
-    use_compilation_cache(arguments.compilation_cache)
-    path = resolve(arguments.checkpoint)
+    args = parse(Tune, prog, words)
+    use_compilation_cache(args.compilation_cache)
+    path = resolve(args.checkpoint)
     if not native.is_checkpoint(path):
-        raise InputError(
-            f"{arguments.checkpoint} cannot store tuned noise levels: convert it to a native checkpoint first, with "
-            "cm-jax convert."
-        )
+        advice = "convert it to a native checkpoint first, with cm-jax convert."
+        raise InputError(f"{args.checkpoint} cannot store tuned noise levels: {advice}")
     model = load(path)
-    reference = of_dataset(open_images(arguments.reference, model.config.network.image_shape), arguments.reference)
+    reference = of_dataset(open_images(args.reference, model.config.network.image_shape), args.reference)
     extractor = dataclasses.replace(
-        load_inception(arguments.inception), batch_size=arguments.batch_size, cache=arguments.cache, watch=progress
+        load_inception(args.inception), batch_size=args.batch_size, cache=args.cache, watch=progress
     )
-    found = tune(
-        extractor,
-        model,
-        reference,
-        steps=arguments.steps,
-        count=arguments.count,
-        seed=arguments.seed,
-        on_probe=lambda timesteps, score: say(f"{','.join(map(str, timesteps))}: FID {score:.4g}"),
-    )
+
+    def on_probe(timesteps: Sequence[int], score: float) -> None:
+        say(f"{','.join(map(str, timesteps))}: FID {score:.4g}")
+
+    size = {"steps": args.steps, "count": args.count, "seed": args.seed}
+    found = tune(extractor, model, reference, on_probe=on_probe, **size)
     others = [kept for kept in model.config.tuned_timesteps if len(kept) != len(found.timesteps)]
     tuned = tuple(sorted([*others, found.timesteps], key=len))
     native.rewrite_config(path, dataclasses.replace(model.config, tuned_timesteps=tuned))
-    shown = ",".join(map(str, found.timesteps))
-    say(
-        f"Best of {len(found.probes)} candidates: --timesteps {shown} with FID {found.score:.4g} "
-        f"[N = {arguments.count:,} against {reference.count:,} of {arguments.reference}]; "
-        f"stored in {path / 'config.json'}."
-    )
+    best = f"Best of {len(found.probes)} candidates: --timesteps {','.join(map(str, found.timesteps))}"
+    sets = f"[N = {args.count:,} against {reference.count:,} of {args.reference}]"
+    say(f"{best} with FID {found.score:.4g} {sets}; stored in {path / 'config.json'}.")

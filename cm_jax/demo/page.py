@@ -1,7 +1,6 @@
 """The demo page in Gradio: its layout, its callbacks, and the server."""
 
 import contextlib
-import dataclasses
 import functools
 import html
 import itertools
@@ -11,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import gradio as gr
 from gradio.themes import Default
@@ -23,42 +22,44 @@ from cm_jax.editing.algorithm import EDIT_STEPS
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 
-P = ParamSpec("P")
-T = TypeVar("T")
+_Function = Callable[..., tuple[Any, ...]]
+_Wrapper = Callable[[_Function], _Function]
 
 _ANY = -1
 _numbers = itertools.count()
-_MAX_UPLOAD = 2**25
-_MAX_SESSIONS = 64
 _CSS = """
 .pixels img { image-rendering: pixelated; padding-top: 2rem; }
 .about { align-content: center; }
 footer { display: none !important; }
 """
-_INTRODUCTION = """# cm_jax
-Sample images from a consistency model in one or more steps, and edit pictures without training."""
+_INTRODUCTION = "Sample images from a consistency model in one or more steps, and edit pictures without training."
 _DEVICES: Any = {"concurrency_id": "devices", "concurrency_limit": 1, "api_visibility": "private"}
 _QUICK: Any = {**_DEVICES, "show_progress": "hidden"}
+_EDITOR: Any = {"type": "numpy", "format": "png", "sources": (), "transforms": (), "layers": False, "interactive": True}
+_THEME = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+_LOOK: Any = {"theme": _THEME, "css": _CSS, "footer_links": [], "show_error": True}
+_LIMITS: Any = {"max_file_size": 2**25, "state_session_capacity": 64}
+_OFF: Any = dict.fromkeys(["share", "ssr_mode", "pwa", "mcp_server", "enable_monitoring", "run_history"], False)
 
 
 def page(checkpoints: Mapping[str, Path]) -> gr.Blocks:
     """The page, on which these models can be chosen by name."""
-    callbacks = _Callbacks(checkpoints)
+    callback = functools.partial(_callback, checkpoints)
     with gr.Blocks(analytics_enabled=False, title="cm_jax", delete_cache=(600, 3600)) as blocks:
-        gr.Markdown(_INTRODUCTION)
+        gr.Markdown(f"# cm_jax\n{_INTRODUCTION}")
         with gr.Row(equal_height=True):
             name = gr.Dropdown(list(checkpoints), label="Model")
             about = gr.Markdown(elem_classes="about")
         labels = _hidden_class(render=False), _hidden_class(render=False)
-        changed = gr.on([blocks.load, name.change], callbacks.show_model, name, [about, *labels], **_QUICK)
+        changed = gr.on([blocks.load, name.change], callback(show_model), name, [about, *labels], **_QUICK)
         with gr.Tab("Sample"), gr.Row():
-            _sample_tab(callbacks, name, labels[0])
+            _sample_tab(callback, name, labels[0])
         with gr.Tab("Edit"), gr.Row():
-            _edit_tab(callbacks, name, labels[1], changed)
+            _edit_tab(callback, name, labels[1], changed)
     return blocks
 
 
-def _sample_tab(callbacks: "_Callbacks", name: gr.Dropdown, label: gr.Dropdown) -> None:
+def _sample_tab(callback: _Wrapper, name: gr.Dropdown, label: gr.Dropdown) -> None:
     with gr.Column(scale=2, min_width=260):
         label.render()
         seed = gr.Number(0, label="Seed", precision=0)
@@ -70,27 +71,18 @@ def _sample_tab(callbacks: "_Callbacks", name: gr.Dropdown, label: gr.Dropdown) 
             one, several = _image("One step"), _image("Several steps from the same noise")
         levels = gr.Markdown()
     settings, outputs = [name, label, seed, steps, count], [one, several, levels]
-    button.click(callbacks.sample, settings, outputs, show_progress_on=several, **_DEVICES)
+    button.click(callback(sample), settings, outputs, show_progress_on=several, **_DEVICES)
 
 
-def _edit_tab(callbacks: "_Callbacks", name: gr.Dropdown, label: gr.Dropdown, model_changed: Any) -> None:
+def _edit_tab(callback: _Wrapper, name: gr.Dropdown, label: gr.Dropdown, model_changed: Any) -> None:
     first, _ = rendering.example(next(iter(EXAMPLES)))
     picture = gr.State(first)
     with gr.Column(scale=3, min_width=420):
         example = gr.Radio(list(EXAMPLES), value=first.name, label="Picture")
-        upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
-        canvas = gr.ImageEditor(
-            label="Paint over the part to inpaint",
-            type="numpy",
-            format="png",
-            sources=(),
-            transforms=(),
-            layers=False,
-            brush=gr.Brush(default_size=32, colors=["#e6007e"], color_mode="fixed"),
-            canvas_size=(CANVAS, CANVAS),
-            height=CANVAS + 60,
-            interactive=True,
-        )
+        file = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
+        brush = gr.Brush(default_size=32, colors=["#e6007e"], color_mode="fixed")
+        size, prompt = (CANVAS, CANVAS), "Paint over the part to inpaint"
+        canvas = gr.ImageEditor(label=prompt, brush=brush, canvas_size=size, height=CANVAS + 60, **_EDITOR)
         shown = [canvas, gr.Markdown()]
     with gr.Column(scale=4):
         kind = gr.Radio(list(KINDS), value=next(iter(KINDS)), label="Edit")
@@ -103,12 +95,12 @@ def _edit_tab(callbacks: "_Callbacks", name: gr.Dropdown, label: gr.Dropdown, mo
         button = gr.Button("Edit", variant="primary")
         with gr.Row():
             known, edits = _image("Input and known part", buttons=[], min_width=120), _image("Edits", scale=3)
-    model_changed.success(callbacks.show_picture, [name, picture], shown, **_QUICK)
-    canvas.clear(callbacks.show_picture, [name, picture], shown, **_QUICK)
-    upload.upload(callbacks.upload, [name, upload], [picture, example, *shown], **_QUICK)
-    example.input(callbacks.use_example, [name, example], [picture, label, *shown], **_QUICK)
+    model_changed.success(callback(show_picture), [name, picture], shown, **_QUICK)
+    canvas.clear(callback(show_picture), [name, picture], shown, **_QUICK)
+    file.upload(callback(upload), [name, file], [picture, example, *shown], **_QUICK)
+    example.input(callback(use_example), [name, example], [picture, label, *shown], **_QUICK)
     settings = [name, kind, picture, canvas, label, seed, steps, count]
-    button.click(callbacks.edit, settings, [known, edits], show_progress_on=edits, **_DEVICES)
+    button.click(callback(edit), settings, [known, edits], show_progress_on=edits, **_DEVICES)
 
 
 def _hidden_class(**options: Any) -> gr.Dropdown:
@@ -120,73 +112,52 @@ def _image(label: str, **options: Any) -> gr.Image:
     return gr.Image(label=label, format="png", interactive=False, elem_classes="pixels", **options)
 
 
-def _with_messages(function: Callable[P, T]) -> Callable[P, T]:
-    """Show InputError as a message on the page."""
+def _callback(checkpoints: Mapping[str, Path], function: _Function) -> _Function:
+    """`function` with the name of a model as its first argument, whose InputError is shown on the page."""
 
     @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+    def call(name: str, *values: Any) -> tuple[Any, ...]:
         try:
-            return function(*args, **kwargs)
+            outputs = function(rendering.load_cached(checkpoints[name]), *values)
         except InputError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+        for output in outputs:  # Gradio names files by content, and would overwrite one that a browser is reading
+            if isinstance(output, Image.Image):
+                output.info["number"] = str(next(_numbers))
+        return outputs
 
-    return wrapped
-
-
-@dataclasses.dataclass(frozen=True)
-class _Callbacks:
-    """Callbacks of the page; `name` is the name of the chosen model."""
-
-    checkpoints: Mapping[str, Path]
-
-    def _model(self, name: str) -> Model:
-        return rendering.load_cached(self.checkpoints[name])
-
-    @_with_messages
-    def show_model(self, name: str) -> tuple[str, gr.Dropdown, gr.Dropdown]:
-        model = self._model(name)
-        choices = rendering.class_choices(model)
-        sample_class = gr.Dropdown(choices=[("any", _ANY), *choices], value=_ANY, visible=bool(choices))
-        edit_class = gr.Dropdown(choices=choices, value=0, visible=True) if choices else _hidden_class()
-        return rendering.describe_model(model), sample_class, edit_class
-
-    @_with_messages
-    def show_picture(self, name: str, picture: Picture) -> tuple[Any, str]:
-        pixels, about = rendering.canvas_image(self._model(name), picture)
-        return _unique(Image.fromarray(pixels)), about
-
-    @_with_messages
-    def upload(self, name: str, path: str) -> tuple[Any, ...]:
-        picture = rendering.read_picture(Path(path).read_bytes(), Path(path).name)
-        return (picture, None, *self.show_picture(name, picture))
-
-    @_with_messages
-    def use_example(self, name: str, example: str) -> tuple[Any, ...]:
-        picture, class_name = rendering.example(example)
-        number = dict(rendering.class_choices(self._model(name))).get(class_name)
-        return (picture, gr.skip() if number is None else number, *self.show_picture(name, picture))
-
-    @_with_messages
-    def sample(self, name: str, label: int, seed: int, steps: int, count: int) -> tuple[Any, Any, str]:
-        one, several, levels = rendering.sample_grids(self._model(name), seed, _label(label), steps, count)
-        return _unique(one), _unique(several), levels
-
-    @_with_messages
-    def edit(self, name: str, kind: str, picture: Picture, canvas: dict, label: int, *settings: int) -> tuple[Any, Any]:
-        """`settings`: seed, steps, number of images."""
-        model, layers = self._model(name), canvas["layers"]
-        known, edits = rendering.edit_grids(model, kind, picture, layers, _label(label), *settings)
-        return _unique(known), _unique(edits)
+    return call
 
 
-def _label(chosen: int) -> int | None:
-    return None if chosen == _ANY else chosen
+def show_model(model: Model) -> tuple[Any, ...]:
+    choices = rendering.class_choices(model)
+    sample_class = gr.Dropdown(choices=[("any", _ANY), *choices], value=_ANY, visible=bool(choices))
+    edit_class = gr.Dropdown(choices=choices, value=0, visible=True) if choices else _hidden_class()
+    return rendering.describe_model(model), sample_class, edit_class
 
 
-def _unique(picture: Image.Image) -> Image.Image:
-    """Give a picture its own file: Gradio names files by content, and would overwrite one that a browser is reading."""
-    picture.info["number"] = str(next(_numbers))
-    return picture
+def show_picture(model: Model, picture: Picture) -> tuple[Any, ...]:
+    pixels, about = rendering.canvas_image(model, picture)
+    return Image.fromarray(pixels), about
+
+
+def upload(model: Model, path: str) -> tuple[Any, ...]:
+    picture = rendering.read_picture(Path(path).read_bytes(), Path(path).name)
+    return (picture, None, *show_picture(model, picture))
+
+
+def use_example(model: Model, example: str) -> tuple[Any, ...]:
+    picture, class_name = rendering.example(example)
+    number = dict(rendering.class_choices(model)).get(class_name, gr.skip())
+    return (picture, number, *show_picture(model, picture))
+
+
+def sample(model: Model, label: int, seed: int, steps: int, count: int) -> tuple[Any, ...]:
+    return rendering.sample_grids(model, seed, None if label == _ANY else label, steps, count)
+
+
+def edit(model: Model, kind: str, picture: Picture, canvas: dict, label: int, *settings: int) -> tuple[Any, ...]:
+    return rendering.edit_grids(model, kind, picture, canvas["layers"], None if label == _ANY else label, *settings)
 
 
 def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None]) -> None:
@@ -200,22 +171,7 @@ def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None])
         family = socket.getaddrinfo(host, port)[0][0]
         socket.create_server((host, port), family=family).close()  # uvicorn would log the error itself
         _, address, _ = blocks.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            share=False,
-            quiet=True,
-            show_error=True,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            run_history=False,
-            footer_links=[],
-            max_file_size=_MAX_UPLOAD,
-            state_session_capacity=_MAX_SESSIONS,
-            theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            css=_CSS,
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **_LOOK, **_LIMITS, **_OFF
         )
     except OSError as error:
         raise InputError(

@@ -103,14 +103,7 @@ def canvas_image(model: Model, picture: Picture) -> tuple[UInt8[np.ndarray, "h w
 
 
 def edit_grids(
-    model: Model,
-    kind: str,
-    picture: Picture,
-    layers: Layers,
-    label: int | None,
-    seed: int,
-    steps: int,
-    variants: int,
+    model: Model, kind: str, picture: Picture, layers: Layers, label: int | None, seed: int, steps: int, variants: int
 ) -> tuple[Image.Image, Image.Image]:
     """The picture with its known part, and its edits of one of the KINDS.
 

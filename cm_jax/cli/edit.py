@@ -246,7 +246,7 @@ def _interpolate(args: Interpolate) -> None:
     pictures = [photos.read(path) for path in args.pictures]
     model, size = args.model()
     if seeds:
-        images = model.interpolate_noise(*seeds, frames, **args.common(), sigmas=sigmas)
+        images = model.interpolate_noise(seeds[0], seeds[1], frames, **args.common(), sigmas=sigmas)
     else:
         _print_notes(args.pictures, pictures, size)
         first, second = (photos.fit(picture, size) for picture in pictures)

@@ -47,7 +47,8 @@ from cm_jax.evaluation.features import reference_statistics
 from cm_jax.feature_networks.lpips import LPIPS
 from cm_jax.io.atomic import user_cache
 from cm_jax.io.images import grid, quantize
-from cm_jax.model import Model, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 from cm_jax.presets import PRESETS
 from cm_jax.training.config import PeriodicEvaluation, TrainConfig
 from cm_jax.training.loop import train

@@ -6,7 +6,8 @@ images = model.sample(0, 4, labels="king penguin", steps=2)    # NHWC float32 in
 """
 
 from cm_jax.errors import InputError
-from cm_jax.model import Model, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Model", "load"]

@@ -1,26 +1,24 @@
-"""Class Model: denoise, sample, edit, interpolate, save. `load`: a model from a checkpoint of any format."""
+"""Class Model: denoise, sample, edit, interpolate, save."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack, get_args
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from cm_jax import conversion
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
-from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batches, slerp_batches, variant_keys
 from cm_jax.editing.operators import Operator, Strokes
 from cm_jax.errors import InputError, check_int
 from cm_jax.samplers import SAMPLERS, NoiseLevelArgs, Sampler, choose_levels
 from cm_jax.samplers.generation import default_batch_size, generate, replay, sample_labels
-from cm_jax.types import Keys, Params, Precision
+from cm_jax.types import Keys, Params
 
 Seed = int | Key[Array, ""]
 """A seed in [0, 2^32 - 1], or a JAX key."""
@@ -225,22 +223,6 @@ class Model:
         function = self.config.function
         parts = edit_batches(function, operator, self.params, plan.levels, keys, images, numbers, batch_size=size)
         return np.concatenate(list(parts))
-
-
-def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
-    """A model from a checkpoint.
-
-    path_or_name: a native checkpoint, OpenAI's `.pt`, a diffusers folder, a jcm checkpoint, the name of a bundled
-    checkpoint, the folder of a training run (its latest checkpoint), or RUN/best (the best of those evaluated).
-
-    precision: computation precision inside the network. float32 is exact on every device; bfloat16 and float16 are
-    faster on accelerators and halve the memory. Raises InputError for a missing or damaged checkpoint.
-    """
-    if precision not in get_args(Precision):
-        raise InputError(f"Expected precision {', '.join(get_args(Precision))}, got {precision!r}.")
-    source = conversion.read(resolve(path_or_name))
-    network = source.config.network.at_precision(precision)
-    return Model(dataclasses.replace(source.config, network=network), network.prepare(source.params))
 
 
 _denoise = jax.jit(ConsistencyFunction.__call__, static_argnums=0)

@@ -19,7 +19,8 @@ from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, phot
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import atomic_write
 from cm_jax.io.images import grid, quantize
-from cm_jax.model import Model, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 
 Images = Float[np.ndarray, "b h w c"]
 

@@ -19,7 +19,8 @@ from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, phot
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.io.images import grid, quantize, save_grid
-from cm_jax.model import Model, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 from cm_jax.samplers import NoiseLevelArgs
 
 Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]

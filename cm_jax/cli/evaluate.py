@@ -18,7 +18,8 @@ from cm_jax.evaluation.image_sets import holds_images, of_dataset, of_model, ope
 from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.metrics import Report, to_json
 from cm_jax.io.atomic import atomic_write, check_writable
-from cm_jax.model import Model, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

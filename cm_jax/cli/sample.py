@@ -16,7 +16,8 @@ from cm_jax.cli.running import devices, progress, say, stopwatch, use_compilatio
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import check_writable
 from cm_jax.io.images import Quantization, grid, quantize, save_folder, save_grid, save_npz
-from cm_jax.model import Model, SamplingPlan, load
+from cm_jax.loading import load
+from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import SAMPLERS
 
 

@@ -15,7 +15,7 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation.features import load_inception
 from cm_jax.evaluation.image_sets import of_dataset, open_images
 from cm_jax.evaluation.level_search import tune
-from cm_jax.model import load
+from cm_jax.loading import load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

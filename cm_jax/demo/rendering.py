@@ -15,7 +15,8 @@ from cm_jax.data.npz import bundled_emoji
 from cm_jax.editing import Luma, Mask, Operator, PatchMean, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.images import grid, quantize
-from cm_jax.model import Model, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 
 MAX_IMAGES, MAX_STEPS = 16, 40
 EXAMPLES = {"cat": "1F63D", "smirk": "1F60F", "mango": "1F96D", "globe": "1F30E", "flag": "1F1EC-1F1E7"}

@@ -24,6 +24,7 @@ ORDER = [
     "objectives",
     "editing",
     "model",
+    "loading",
     "evaluation",
     "training",
     "presets",

@@ -13,7 +13,7 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_convert
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.model import load
+from cm_jax.loading import load
 from cm_jax.networks import SongUNet
 from cm_jax.types import leaves
 from tests.runs.test_commands import failed, succeeded

@@ -8,7 +8,8 @@ from cm_jax.conversion import CheckpointHints, read
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
-from cm_jax.model import Model, load
+from cm_jax.loading import load
+from cm_jax.model import Model
 from cm_jax.samplers import DPM, Ancestral, Churn, Consistency, Euler, Heun, ProgressiveEuler, choose_levels
 from cm_jax.samplers.generation import replay
 from tests.support import DATA, EMOJI, adm_golden, nhwc

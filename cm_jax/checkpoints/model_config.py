@@ -20,7 +20,7 @@ from cm_jax.diffusion.preconditioning import (
     TrigFlowPreconditioning,
 )
 from cm_jax.errors import InputError, check_int
-from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.networks import ADMUNet, AnyNetwork
 
 FORMAT = 1
 """Version of the config format. A newer one is refused with the advice to upgrade."""
@@ -36,7 +36,7 @@ class ModelConfig:
     Raises InputError for contradictions between the fields.
     """
 
-    network: ADMUNet | SongUNet
+    network: AnyNetwork
     preconditioning: AnyPreconditioning
     schedule: KarrasSchedule = KarrasSchedule()
     num_levels: int = NUM_LEVELS
@@ -68,13 +68,16 @@ class ModelConfig:
     def adm(self) -> ADMUNet:
         """The network as an ADM U-Net. Raises InputError for any other, which PyTorch formats cannot hold."""
         if not isinstance(self.network, ADMUNet):
-            raise InputError(f"PyTorch formats hold ADM U-Nets, got a {type(self.network).__name__}.")
+            kind = type(self.network).__name__
+            raise InputError(f"The formats of OpenAI and diffusers hold ADM U-Nets, got a {kind}: use --to edm.")
         return self.network
 
     @property
     def log_sigma_preconditioning(self) -> LogSigmaPreconditioning:
         """The preconditioning with c_noise proportional to ln sigma. Raises InputError for any other."""
-        if not isinstance(self.preconditioning, TrigFlowPreconditioning | MeanFlowPreconditioning):
+        if isinstance(self.preconditioning, LogSigmaPreconditioning) and not isinstance(
+            self.preconditioning, TrigFlowPreconditioning
+        ):
             return self.preconditioning
         raise InputError(
             "Third-party formats hold networks with c_noise proportional to ln sigma, and this one has "

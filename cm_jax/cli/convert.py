@@ -23,29 +23,32 @@ from cm_jax.networks.layers import Filter
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert a checkpoint between OpenAI's .pt format, diffusers and the native format, in any direction.
+    """Convert a checkpoint between OpenAI's .pt format, diffusers, EDM's names and the native format.
 
-    The Flax checkpoints of openai/consistency_models_cifar10 can be read as well.
+    The Flax checkpoints of openai/consistency_models_cifar10 and the pickles of EDM, EDM2, ECT, TCM and sCM can be read
+    as well.
 
     The architecture is inferred from the tensors. Options provide what tensors do not contain; published checkpoints
     are recognized by name and need none.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A .pt file, a diffusers folder, a checkpoint of consistency_models_cifar10, a native checkpoint, a run folder
-    (its latest checkpoint), or the name of a bundled model."""
+    """A .pt file, a diffusers folder, a checkpoint of consistency_models_cifar10, a .pkl file of the EDM family, a
+    native checkpoint, a run folder (its latest checkpoint), or the name of a bundled model."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """File or folder to write. Only .pt and .safetensors files are overwritten."""
-    to: Literal["native", "openai", "diffusers", "lpips", "inception"] | None = None
-    """Format to write. native: a folder, or a single file if DESTINATION ends in .safetensors. lpips, inception: a
-    .safetensors file with the weights of a metric network (sources: docs/conversion.md). Default: openai if
-    DESTINATION ends in .pt, otherwise native."""
+    to: Literal["native", "openai", "diffusers", "edm", "lpips", "inception"] | None = None
+    """Format to write. native: a folder, or a single file if DESTINATION ends in .safetensors. edm: a state dict of
+    EDM's classes (SongUNet, DhariwalUNet, EDM2), as .pt or .safetensors. lpips, inception: a .safetensors file with the
+    weights of a metric network (sources: docs/conversion.md). Default: openai if DESTINATION ends in .pt, otherwise
+    native."""
     head_dim: int | None = None
     """Channels per attention head (64 in the published networks). Default: from the checkpoint."""
     heads: int | None = None
     """Number of attention heads, if it is the same at all levels. Default: from the checkpoint."""
     preconditioning: PreconditioningName | None = None
-    """consistency: f with f(x, sigma_min) = x; edm: a denoiser, such as a teacher. Default: from the checkpoint."""
+    """consistency: f with f(x, sigma_min) = x; edm: a denoiser, such as a teacher; edm-consistency: a consistency
+    function with the coefficients of a denoiser (ECT, TCM, sCM). Default: from the checkpoint."""
     num_levels: int | None = None
     """Number of discretization steps N (CD: 40; CT: 201 or 151). Default: from the checkpoint."""
     image_size: int | None = None
@@ -55,6 +58,8 @@ class Convert:
     checkpoint."""
     resampling: Filter | None = None
     """For consistency_models_cifar10: filter for downsampling and upsampling. Default: from the checkpoint."""
+    key: str | None = None
+    """For files with several networks: the name of the one to read. Default: ema."""
     lpips_heads: Path | None = None
     """For --to lpips: the heads (lpips/weights/v0.1/vgg.pth of the lpips package) if SOURCE is torchvision's VGG16.
     Default: from SOURCE."""
@@ -76,7 +81,7 @@ def main(prog: str, words: Sequence[str]) -> None:
         raise InputError("--lpips-heads applies to --to lpips only: add it, or omit --lpips-heads.")
     destination, suffix = args.destination, args.destination.suffix.lower()
     kind = args.to or ("openai" if suffix == ".pt" else "native")
-    file = kind == "openai" or (kind == "native" and suffix == ".safetensors")
+    file = kind in ("openai", "edm") or (kind == "native" and suffix == ".safetensors")
     if not file and user_path(destination).exists():
         raise InputError(f"{destination} exists already: choose another destination, or remove it first.")
     if not file and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
@@ -93,6 +98,8 @@ def main(prog: str, words: Sequence[str]) -> None:
     classes = f"{network.classes} classes" if network.classes else "unconditional"
     about = f"{model}, {network.image_shape[0]} pixels, {classes}, {config.num_levels} levels"
     say(f"Read {args.source}: {about}; {parameters:,} parameters.")
+    for note in source.notes:
+        say(note)
     if source.overridden:
         say(f"Overridden by options:\n  {indented_list(source.overridden)}")
     if args.check:

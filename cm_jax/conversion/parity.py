@@ -51,6 +51,9 @@ def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
     the diffusers format. Raises InputError where PyTorch or diffusers is not installed, or UNet2DModel cannot represent
     the network.
     """
+    if not isinstance(source.config.network, ADMUNet):
+        kind = type(source.config.network).__name__
+        raise InputError(f"--check compares ADM U-Nets with diffusers, got a {kind}: leave out --check.")
     network = dataclasses.replace(source.config.adm, precision="float32", attention="plain")
     if source.format is DIFFUSERS:
         tensors = {name: tensor.read() for name, tensor in source.tensors.items()}

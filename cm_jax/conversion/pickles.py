@@ -83,8 +83,13 @@ def read_arrays(path: Path) -> dict[str, LazyTensor]:
 
 def _array(pickled: Inert) -> LazyTensor:
     _, shape, dtype, column_major, content = pickled.state
+    array = np.frombuffer(content, number_type(dtype)).reshape(shape, order="F" if column_major else "C")
+    return LazyTensor(array.shape, array.dtype, lambda: array)
+
+
+def number_type(dtype: Inert) -> np.dtype:
+    """A pickled NumPy dtype. Raises ValueError for all but little-endian floating-point numbers."""
     name, order = dtype.arguments[0], dtype.state[1]
     if name not in ("f2", "f4", "f8") or order != "<" or dtype.state[2:5] != (None, None, None):
         raise ValueError(f"an array of {order}{name}")
-    array = np.frombuffer(content, f"<{name}").reshape(shape, order="F" if column_major else "C")
-    return LazyTensor(array.shape, array.dtype, lambda: array)
+    return np.dtype(f"<{name}")

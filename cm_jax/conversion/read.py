@@ -1,4 +1,4 @@
-"""Reading a checkpoint of any format: native, OpenAI's .pt, a diffusers folder, or a jcm checkpoint."""
+"""Reading a checkpoint of any format: native, OpenAI's .pt, diffusers, jcm, or the EDM family."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from cm_jax.checkpoints import native, serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import Published, recognize, recognize_cifar10
-from cm_jax.conversion import jcm
+from cm_jax.conversion import edm, edm_names, jcm, persistence
 from cm_jax.conversion.diffusers import check_agreement, read_settings
 from cm_jax.conversion.rules import Tensors, from_source
 from cm_jax.conversion.torch_files import read_torch
@@ -24,8 +24,12 @@ from cm_jax.types import Params
 _TOLERANCE = 2e-3
 """Share of its parameters by which a file with a published name may differ: such a file counts as a damaged copy, and
 the difference is reported. With a larger difference it counts as another checkpoint."""
-PreconditioningName = Literal["consistency", "edm"]
-_PRECONDITIONING = {"consistency": ConsistencyPreconditioning, "edm": EDMPreconditioning}
+PreconditioningName = Literal["consistency", "edm", "edm-consistency"]
+_PRECONDITIONING = {
+    "consistency": ConsistencyPreconditioning,
+    "edm": EDMPreconditioning,
+    "edm-consistency": EDMPreconditioning,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,8 @@ class CheckpointHints:
     """For jcm checkpoints whose levels have equal widths: downsampling factors with attention."""
     resampling: Filter | None = None
     """For jcm checkpoints without an input pyramid."""
+    key: str | None = None
+    """For files with several networks: the name of the one to read."""
 
     def __post_init__(self) -> None:
         limits = {"head_dim": (1, 4096), "heads": (1, 4096), "num_levels": (2, 2**20), "image_size": (1, 2**13)}
@@ -72,7 +78,7 @@ class CheckpointHints:
             preconditioning=preconditioning,
             num_levels=num_levels,
             tuned_timesteps=config.tuned_timesteps if same else (),
-            consistency=None if self.preconditioning else config.consistency,
+            consistency=_consistency(self.preconditioning) if self.preconditioning else config.consistency,
         )
 
 
@@ -88,6 +94,8 @@ class Source:
     """The format of its tensors, for PyTorch checkpoints."""
     tensors: Tensors = dataclasses.field(default_factory=dict)
     """Its tensors under their source names, for PyTorch checkpoints."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the file."""
     overridden: tuple[str, ...] = ()
     """A line for each setting of a native checkpoint that the hints change."""
 
@@ -107,6 +115,9 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
     if not path.exists():
         raise InputError(f"Expected a checkpoint, but there is no file or folder {path}.")
     safetensors = path.is_file() and path.suffix.lower() == ".safetensors"
+    if path.is_file() and persistence.is_persistent(path):
+        found = edm.read_pickle(path, key=hints.key, preconditioning=hints.preconditioning)
+        return _from_edm(path, found, hints)
     if path.is_file() and not safetensors and jcm.is_msgpack(path):
         return _read_jcm(path, hints)
     if hints.attention_factors is not None or hints.resampling is not None:
@@ -147,6 +158,10 @@ def _read_pytorch(path: Path, file: Path, stored: dict[str, Any], hints: Checkpo
     """A PyTorch checkpoint; `stored` are settings from diffusers' JSON."""
     tensors = read_safetensors(file) if file.suffix.lower() == ".safetensors" else read_torch(file)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if edm_names.is_edm(shapes):
+        head_dim, preconditioning = hints.head_dim, hints.preconditioning
+        found = edm.read_state_dict(path, tensors, head_dim=head_dim, preconditioning=preconditioning)
+        return _from_edm(path, found, hints)
     format = DIFFUSERS if any(name.startswith(("conv_in.", "down_blocks.")) for name in shapes) else OPENAI
     named, total = recognize(path), sum(math.prod(shape) for shape in shapes.values())
     known = named if named and math.isclose(total, named.parameters, rel_tol=_TOLERANCE) else None
@@ -165,6 +180,13 @@ def _read_pytorch(path: Path, file: Path, stored: dict[str, Any], hints: Checkpo
     if format is DIFFUSERS:
         check_agreement(file.parent / "config.json", network)
     return Source(path, _config(network, settings, known, ADM_TIME), params, format, tensors)
+
+
+def _from_edm(path: Path, found: edm.EDMCheckpoint, hints: CheckpointHints) -> Source:
+    if hints.heads or hints.image_size:
+        raise InputError(f"{path} determines its heads and image size; leave out --heads and --image-size.")
+    config = dataclasses.replace(found.config, num_levels=hints.num_levels or found.config.num_levels)
+    return Source(path, config, found.params, notes=found.notes)
 
 
 def _read_jcm(path: Path, hints: CheckpointHints) -> Source:
@@ -219,7 +241,13 @@ def _config(
         num_levels=num_levels,
         class_names=known.class_names if known and len(known.class_names) == network.classes else (),
         tuned_timesteps=(tuned,) if tuned else (),
+        consistency=_consistency(name),
     )
+
+
+def _consistency(name: PreconditioningName) -> bool | None:
+    """`ModelConfig.consistency` of a model with this preconditioning."""
+    return True if name == "edm-consistency" else None
 
 
 def _require(path: Path, questions: dict[str, Any], difference: str | None = None) -> None:

@@ -28,6 +28,13 @@ class Layout(enum.Enum):
     """A 1x1 convolution [out, in, 1, 1] <-> [in, out]."""
     CONVOLUTION = (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
     """[out, in, height, width] <-> [height, width, in, out]."""
+    INTERLEAVED = (
+        lambda a: a[:, :, 0, 0].reshape(-1, 3, a.shape[1]).transpose(2, 1, 0).reshape(a.shape[1], -1),
+        lambda a: a.reshape(a.shape[0], 3, -1).transpose(2, 1, 0).reshape(-1, a.shape[0])[:, :, None, None],
+    )
+    """Queries, keys and values [(channel, 3), in, 1, 1] <-> [in, (3, channel)], as in the EDM family."""
+    INTERLEAVED_BIAS = (lambda a: a.reshape(-1, 3).T.reshape(-1), lambda a: a.reshape(3, -1).T.reshape(-1))
+    """Their biases [(channel, 3)] <-> [(3, channel)]."""
     FLAX_POINTWISE = (lambda a: a[0, 0], lambda a: a[None, None])
     """A 1x1 convolution [1, 1, in, out] <-> [in, out]."""
     FLAX_HEAD = (lambda a: a[0, 0, :, 0], lambda a: a[None, None, :, None])
@@ -49,7 +56,7 @@ class Rule:
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of each source tensor for a parameter of `shape`."""
-        part = (*shape[:-1], shape[-1] // len(self.sources))
+        part = (*shape[:-1], shape[-1] // len(self.sources)) if shape else shape
         return self.layout.to_source(np.broadcast_to(np.float32(0), part)).shape
 
 
@@ -73,7 +80,7 @@ def from_source(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: 
         parts = [tensors[name].read() for name in rule.sources]
         not_finite += [name for name, part in zip(rule.sources, parts, strict=True) if not np.isfinite(part).all()]
         laid_out = [rule.layout.from_source(part) for part in parts]
-        flat[rule.path] = np.ascontiguousarray(laid_out[0] if len(parts) == 1 else np.concatenate(laid_out, axis=-1))
+        flat[rule.path] = np.asarray(laid_out[0] if len(parts) == 1 else np.concatenate(laid_out, axis=-1), order="C")
     check_finite(not_finite, source)
     return nested(flat)
 
@@ -83,7 +90,8 @@ def to_source(rules: list[Rule], params: Params) -> dict[str, np.ndarray]:
     flat = dict(leaves(params))
     result = {}
     for rule in rules:
-        parts = np.split(np.asarray(flat[rule.path]), len(rule.sources), axis=-1)
+        array, count = np.asarray(flat[rule.path]), len(rule.sources)
+        parts = np.split(array, count, axis=-1) if count > 1 else [array]
         for name, part in zip(rule.sources, parts, strict=True):
-            result[name] = np.ascontiguousarray(rule.layout.to_source(part))
+            result[name] = np.asarray(rule.layout.to_source(part), order="C")
     return result

@@ -27,14 +27,14 @@ _LARGEST_DESCRIPTION = 64 * 2**20
 """Bytes of the pickle that describes the tensors; 0.2 MB for a thousand tensors."""
 _LARGEST_RATIO = 20
 """Of unpacked to packed bytes. torch.save does not compress, and compressed weights stay near 1."""
-_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """Pickled magic number of torch.save before PyTorch 1.6."""
 
 
 def is_torch(path: Path) -> bool:
     """Whether a file starts with the bytes of a torch.save file."""
     with path.open("rb") as file:
-        return file.read(len(_LEGACY)).startswith((b"PK", _LEGACY))
+        return file.read(len(LEGACY)).startswith((b"PK", LEGACY))
 
 
 def read_torch(path: Path) -> dict[str, LazyTensor]:
@@ -44,7 +44,7 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     """
     with read_errors(path, "file of torch.save"):
         with path.open("rb") as file:
-            legacy = file.read(len(_LEGACY)) == _LEGACY
+            legacy = file.read(len(LEGACY)) == LEGACY
         content = _read_legacy(path) if legacy else _read_zip(path)
         if isinstance(content, Inert):
             content = dict(_module_tensors(content))
@@ -57,16 +57,16 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     return {str(name): tensor for name, tensor in content.items()}
 
 
-class _Storage(NamedTuple):
+class Storage(NamedTuple):
     key: str
     dtype: np.dtype
     numbers: int
 
 
-class _TensorUnpickler(RestrictedUnpickler):
+class TensorUnpickler(RestrictedUnpickler):
     """Builds LazyTensors, and TorchScript modules without their code; `read` returns the bytes of a storage."""
 
-    def __init__(self, path: Path, file: io.BufferedIOBase, read: Callable[[_Storage], bytes]) -> None:
+    def __init__(self, path: Path, file: io.BufferedIOBase, read: Callable[[Storage], bytes]) -> None:
         allowed = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
@@ -77,34 +77,41 @@ class _TensorUnpickler(RestrictedUnpickler):
         }
         super().__init__(path, file, allowed)
         self._read = read
-        self.storages: dict[str, _Storage] = {}
+        self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         return Inert if module.startswith("__torch__.") else super().find_class(module, name)
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, count, *views = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(count, int) or any(views):
             raise ValueError(f"storage {key} is not {count} numbers")
-        storage = _Storage(str(key), dtype, count)
+        storage = Storage(str(key), dtype, count)
         if self.storages.setdefault(storage.key, storage) != storage:
             raise ValueError(f"storage {key} has two descriptions")
         return storage
 
-    def _tensor(self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> LazyTensor:
-        shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
-        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and last >= storage.numbers):
-            raise ValueError(f"a tensor of shape {list(shape)} reaches outside its storage")
+    def _tensor(self, storage: Storage, offset: int, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+        return tensor_view(self._path, storage, offset, shape, strides, self._read)
 
-        def read() -> np.ndarray:
-            with read_errors(self._path, "file of torch.save"):
-                content = self._read(storage)
-            numbers = np.frombuffer(content, storage.dtype)
-            steps = [stride * storage.dtype.itemsize for stride in strides]
-            return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)
 
-        return LazyTensor(shape, storage.dtype, read)
+def tensor_view(
+    path: Path, storage: Storage, offset: int, shape: Any, strides: Any, read_storage: Callable[[Storage], bytes]
+) -> LazyTensor:
+    """A tensor in a storage of the file `path`. Raises ValueError where it reaches outside its storage."""
+    shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and last >= storage.numbers):
+        raise ValueError(f"a tensor of shape {list(shape)} reaches outside its storage")
+
+    def read() -> np.ndarray:
+        with read_errors(path, "file of torch.save"):
+            content = read_storage(storage)
+        numbers = np.frombuffer(content, storage.dtype)
+        steps = [stride * storage.dtype.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(numbers[offset:], shape, steps, writeable=False)
+
+    return LazyTensor(shape, storage.dtype, read)
 
 
 def _module_tensors(module: Inert, path: str = "") -> Iterator[tuple[str, LazyTensor]]:
@@ -135,11 +142,11 @@ def _read_zip(path: Path) -> Any:
             )
         instructions = archive.read(description)
 
-    def read(storage: _Storage) -> bytes:
+    def read(storage: Storage) -> bytes:
         with zipfile.ZipFile(path) as again:
             return again.read(f"{folder}data/{storage.key}")
 
-    unpickler = _TensorUnpickler(path, io.BytesIO(instructions), read)
+    unpickler = TensorUnpickler(path, io.BytesIO(instructions), read)
     content = unpickler.load()
     for key, dtype, count in unpickler.storages.values():
         if entries[f"{folder}data/{key}"].file_size != count * dtype.itemsize:
@@ -155,7 +162,7 @@ def _read_legacy(path: Path) -> Any:
     """
     places: dict[str, int] = {}
 
-    def read(storage: _Storage) -> bytes:
+    def read(storage: Storage) -> bytes:
         with path.open("rb") as again:
             again.seek(places[storage.key])
             return again.read(storage.numbers * storage.dtype.itemsize)
@@ -166,7 +173,7 @@ def _read_legacy(path: Path) -> Any:
             raise InputError(
                 f"Expected a little-endian torch.save file of version 1001 in {path}, got version {str(version)[:40]}."
             )
-        unpickler = _TensorUnpickler(path, file, read)
+        unpickler = TensorUnpickler(path, file, read)
         content = unpickler.load()
         for key in RestrictedUnpickler(path, file).load():
             storage = unpickler.storages[key]

@@ -1,4 +1,4 @@
-"""Writing a checkpoint in the native format, as OpenAI's .pt, or as a diffusers folder."""
+"""Writing a checkpoint: native, OpenAI's .pt, a diffusers folder, or a state dict in EDM's names."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Literal
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.conversion import edm
 from cm_jax.conversion.diffusers import model_index, scheduler_config, unet_config
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import write_torch
@@ -17,18 +18,27 @@ from cm_jax.io.atomic import atomic_write, write_errors
 from cm_jax.io.safetensors import write_safetensors
 from cm_jax.types import Params
 
-Kind = Literal["native", "openai", "diffusers"]
+Kind = Literal["native", "openai", "diffusers", "edm"]
 
 
 def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
-    """Write a model at `path`: a file for openai, and for native where `path` ends in .safetensors; else a folder.
+    """Write a model at `path`: a file for openai, edm, and native where `path` ends in .safetensors; else a folder.
 
+    edm: a state dict in the names of EDM's classes, as .pt or .safetensors.
     Values and precision of all parameters are preserved. The diffusers folder of a denoiser holds the network alone,
     because ConsistencyModelPipeline would sample from it as from a consistency model. Raises InputError where the
     format cannot represent the model, or `path` cannot be written.
     """
     if kind == "native":
         (native.save_file if path.suffix.lower() == ".safetensors" else native.save)(path, config, params)
+        return
+    if kind == "edm":
+        tensors = edm.write_state_dict(config, params)
+        with atomic_write(path) as beside, write_errors(path):
+            if path.suffix.lower() == ".safetensors":
+                write_safetensors(beside, tensors, {"format": "pt"})
+            else:
+                write_torch(beside, tensors)
         return
     network = config.adm
     _check_representable(kind, config)

@@ -9,6 +9,8 @@ import math
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from cm_jax.diffusion.noise_schedule import ADM_TIME, flow_time, model_time, trigflow_time
 from cm_jax.errors import InputError
@@ -35,6 +37,10 @@ class Preconditioning(abc.ABC):
 
     @abc.abstractmethod
     def c_noise(self, sigma: Sigmas) -> Sigmas: ...
+
+    def round_sigma(self, sigma: Sigmas) -> Sigmas:
+        """The nearest noise level at which the network is defined: sigma itself, unless levels are discrete."""
+        return sigma
 
     def blend(self, x: Images, sigma: Sigmas, raw: Images, sigma_min: float) -> Images:
         """c_skip(sigma) x + c_out(sigma) raw, for the network's output `raw`."""
@@ -129,4 +135,80 @@ class MeanFlowPreconditioning(Preconditioning):
         return self.time_factor * flow_time(sigma)
 
 
-AnyPreconditioning = EDMPreconditioning | TrigFlowPreconditioning | ConsistencyPreconditioning | MeanFlowPreconditioning
+class _UnitSkipPreconditioning(Preconditioning):
+    """D(x) = x + c_out F(c_in x): the preconditionings before EDM (EDM, table 1)."""
+
+    sigma_data: ClassVar[float] = 0.5  # type: ignore[override]  # a constant in place of the field
+    """For weightings and likelihoods; the coefficients do not use it."""
+
+    def c_in(self, sigma: Sigmas) -> Sigmas:
+        return 1 / jnp.sqrt(sigma**2 + 1)
+
+    def c_skip(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
+        return jnp.ones_like(sigma)
+
+    def c_out(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
+        return -sigma
+
+
+@dataclasses.dataclass(frozen=True)
+class VPPreconditioning(_UnitSkipPreconditioning):
+    """The variance-preserving diffusion of Song et al. 2021, with time t scaled by 999."""
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+
+    def c_noise(self, sigma: Sigmas) -> Sigmas:
+        """999 t(sigma), t = (sqrt(beta_min^2 + 2 beta_d ln(1 + sigma^2)) - beta_min) / beta_d."""
+        root = jnp.sqrt(self.beta_min**2 + 2 * self.beta_d * jnp.log(1 + sigma**2))
+        return 999 * (root - self.beta_min) / self.beta_d
+
+
+@dataclasses.dataclass(frozen=True)
+class VEPreconditioning(_UnitSkipPreconditioning):
+    """The variance-exploding diffusion of Song et al. 2021."""
+
+    def c_in(self, sigma: Sigmas) -> Sigmas:
+        return jnp.ones_like(sigma)
+
+    def c_out(self, sigma: Sigmas, sigma_min: float = 0.0) -> Sigmas:
+        return sigma
+
+    def c_noise(self, sigma: Sigmas) -> Sigmas:
+        """ln(sigma / 2)."""
+        return jnp.log(sigma / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class IDDPMPreconditioning(_UnitSkipPreconditioning):
+    """The 1000 discrete noise levels u_j of improved DDPM (Nichol and Dhariwal 2021; EDM, table 1)."""
+
+    def levels(self) -> np.ndarray:
+        """u_0 > u_1 > ... > u_1000 = 0, in float32, in which EDM's networks compute and store them."""
+        steps, c_1, c_2 = 1000, np.float32(0.001), np.float32(1.008)
+        cosine = np.sin(np.float32(0.5 * np.pi) * np.arange(steps + 1, dtype=np.float32) / np.float32(steps) / c_2) ** 2
+        levels = np.zeros(steps + 1, np.float32)
+        for j in range(steps, 0, -1):
+            levels[j - 1] = np.sqrt((levels[j] ** 2 + 1) / np.maximum(cosine[j - 1] / cosine[j], c_1) - 1)
+        return levels
+
+    def c_noise(self, sigma: Sigmas) -> Sigmas:
+        """999 minus the index of the nearest level."""
+        return 999.0 - self._nearest(sigma).astype(jnp.float32)
+
+    def round_sigma(self, sigma: Sigmas) -> Sigmas:
+        return jnp.asarray(self.levels(), jnp.float32)[self._nearest(sigma)]
+
+    def _nearest(self, sigma: Sigmas) -> Array:
+        return jnp.argmin(jnp.abs(sigma[..., None] - jnp.asarray(self.levels(), jnp.float32)), axis=-1)
+
+
+AnyPreconditioning = (
+    EDMPreconditioning
+    | TrigFlowPreconditioning
+    | ConsistencyPreconditioning
+    | MeanFlowPreconditioning
+    | VPPreconditioning
+    | VEPreconditioning
+    | IDDPMPreconditioning
+)

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cm_jax.networks.layers import NORM_GROUPS, Dense, Embedding, Style, parameter, sinusoid
+from cm_jax.networks.layers import NORM_GROUPS, Dense, Embedding, Style, augmented, class_embedding, parameter, sinusoid
 from cm_jax.networks.unet import UNet
 from cm_jax.types import Labels
 
@@ -33,6 +32,9 @@ class ADMUNet(UNet):
     """Number of attention heads on every level; None if `head_dim` is set."""
     resampling: Literal["residual", "convolution"] = "residual"
     """Resample in a residual block or with a 3x3 convolution."""
+    variant: Literal["openai", "edm"] = dataclasses.field(default="openai", kw_only=True)
+    """How narrow levels are built. openai: 32 norm groups, and attention everywhere asked for. edm: at least 4 channels
+    per norm group, and no attention on levels with fewer channels than head_dim."""
     classes: int | None = dataclasses.field(default=1000, kw_only=True)
 
     def _problems(self) -> Iterator[str]:
@@ -41,6 +43,8 @@ class ADMUNet(UNet):
             return
         if (self.head_dim if self.head_dim is not None else self.heads or 0) < 1:
             yield f"head_dim and heads must be positive (got {self.head_dim} and {self.heads})"
+            return
+        if self.variant == "edm":
             return
         for level, channels in enumerate(self.level_channels):
             if channels % NORM_GROUPS or not channels:
@@ -52,7 +56,7 @@ class ADMUNet(UNet):
 
     @property
     def style(self) -> Style:
-        return Style(resampling_unit=self.resampling)
+        return Style(min_group_size=4 if self.variant == "edm" else 1, resampling_unit=self.resampling)
 
     @property
     def stem_channels(self) -> int:
@@ -75,7 +79,7 @@ class ADMUNet(UNet):
             return np.full(uniform.shape, 1.0 if name == "scale" else 0.0, np.float32)
         if name == "table":
             return normal()
-        if layer in ("conv_2", "projection", "output"):
+        if layer in ("conv_2", "projection", "output") or name == "augment":
             return np.zeros(uniform.shape, np.float32)
         kernel = shapes[path.rsplit("/", 1)[0] + "/kernel"]
         return uniform / np.sqrt(np.prod(kernel.shape[:-1]), dtype=np.float32)
@@ -87,13 +91,17 @@ class _Embedding(nn.Module):
     config: ADMUNet
 
     @nn.compact
-    def __call__(self, c_noise: Float[Array, " b"], labels: Labels | None) -> Embedding:
+    def __call__(
+        self, c_noise: Float[Array, " b"], labels: Labels | None, augmentation: Float[Array, "b a"] | None
+    ) -> Embedding:
         channels = 4 * self.config.base_channels
-        hidden = Dense(channels, name="dense_1")(sinusoid(c_noise, self.config.base_channels))
+        features = sinusoid(c_noise, self.config.base_channels)
+        features = augmented(self, features, augmentation, self.config.augment_dim)
+        hidden = Dense(channels, name="dense_1")(features)
         embedding = Dense(channels, name="dense_2")(nn.silu(hidden))
         if labels is not None:
             table = parameter(self, "table", (self.config.classes or 0, channels))
-            embedding = embedding + jnp.take(table, labels, axis=0).astype(embedding.dtype)
+            embedding = embedding + class_embedding(table, labels)
         return embedding
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from cm_jax.errors import InputError
 from cm_jax.networks.operations import Implementation, attend, convolve_3x3, group_norm, multiply
-from cm_jax.types import Keys
+from cm_jax.types import Keys, Labels
 
 Features = Float[Array, "b h w c"]
 Outputs = Float[Array, "b h2 w2 c2"]
@@ -30,6 +30,8 @@ added to h before it. normalized: pnorm(s) norm(h) + pnorm(b), which bounds time
 
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-5
+UNCERTAINTY_FEATURES = 128
+"""Width of the time embedding of uncertainty heads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,11 @@ def pixel_norm(values: Float[Array, "b c"]) -> Float[Array, "b c"]:
     return values * jax.lax.rsqrt(jnp.square(values).mean(-1, keepdims=True) + 1e-8)
 
 
+def class_embedding(table: Float[Array, "k t"], labels: Labels) -> Float[Array, "b t"]:
+    """Rows of the table; zeros for the label k, which stands for no class."""
+    return jnp.take(table, labels, axis=0, mode="fill", fill_value=0)
+
+
 def dropout(x: Features, rate: float, keys: Keys | None, layer: int) -> Features:
     """Inverted dropout with one key per image; `layer` is folded into the keys. Without keys: the identity."""
     if keys is None or rate == 0:
@@ -149,12 +156,23 @@ class Dense(nn.Module):
 
     features: int
     dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = parameter(self, "kernel", (x.shape[-1], self.features))
-        bias = parameter(self, "bias", (self.features,))
-        return multiply(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        result = multiply(x.astype(self.dtype), kernel.astype(self.dtype))
+        return result + parameter(self, "bias", (self.features,)).astype(self.dtype) if self.use_bias else result
+
+
+def augmented(
+    module: nn.Module, features: Float[Array, "b t"], augmentation: Float[Array, "b a"] | None, augment_dim: int
+) -> Float[Array, "b t"]:
+    """Features plus the embedding of the augmentation parameters, where the network of this module has one (EDM)."""
+    if not augment_dim:
+        return features
+    kernel = parameter(module, "augment", (augment_dim, features.shape[1]))
+    return features if augmentation is None else features + multiply(augmentation, kernel)
 
 
 class Convolution(nn.Module):

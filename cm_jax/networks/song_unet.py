@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cm_jax.networks.layers import Dense, Embedding, Filter, Modulation, Style, parameter
+from cm_jax.networks.layers import Dense, Embedding, Filter, Modulation, Style, augmented, class_embedding, parameter
 from cm_jax.networks.unet import UNet
 from cm_jax.types import Labels
 
@@ -42,6 +42,8 @@ class SongUNet(UNet):
     """Filter for downsampling and upsampling."""
     pyramid: bool = True
     """Add the downsampled image to the features of every encoder level."""
+    label_embedding: Literal["table", "linear"] = dataclasses.field(default="table", kw_only=True)
+    """table: one vector per class. linear: a layer with bias of one-hot labels times sqrt(classes), as in EDM."""
     modulation: Modulation = dataclasses.field(default="additive", kw_only=True)
 
     def _problems(self) -> Iterator[str]:
@@ -106,15 +108,21 @@ class _Embedding(nn.Module):
     config: SongUNet
 
     @nn.compact
-    def __call__(self, c_noise: Float[Array, " b"], labels: Labels | None) -> Embedding:
+    def __call__(
+        self, c_noise: Float[Array, " b"], labels: Labels | None, augmentation: Float[Array, "b a"] | None
+    ) -> Embedding:
         config = self.config
         if config.embedding == "fourier":
             features = fourier(c_noise, parameter(self, "frequencies", (config.base_channels,)))
         else:
             features = positional(c_noise, config.base_channels)
-        if labels is not None:
-            table = parameter(self, "table", (config.classes or 0, features.shape[1]))
-            features = features + jnp.take(table, labels, axis=0).astype(features.dtype)
+        width, classes = features.shape[1], config.classes or 0
+        if labels is not None and config.label_embedding == "table":
+            features = features + class_embedding(parameter(self, "table", (classes, width)), labels)
+        elif labels is not None:
+            one_hot = jax.nn.one_hot(labels, classes) * np.float32(np.sqrt(classes))
+            features = features + Dense(width, name="label")(one_hot)
+        features = augmented(self, features, augmentation, config.augment_dim)
         hidden = Dense(4 * config.base_channels, name="dense_1")(features)
         return Dense(4 * config.base_channels, name="dense_2")(nn.silu(hidden))
 

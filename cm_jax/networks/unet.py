@@ -15,14 +15,17 @@ from jaxtyping import Array, Float, Key
 
 from cm_jax.errors import InputError
 from cm_jax.networks.layers import (
+    UNCERTAINTY_FEATURES,
     AttentionBlock,
     Convolution,
+    Dense,
     Embedding,
     Features,
     GroupNorm,
     Outputs,
     ResidualBlock,
     SmoothedConvolution,
+    sinusoid,
 )
 from cm_jax.networks.unet_config import Block, UNetConfig
 from cm_jax.types import Images, Keys, Labels, Params, Precision, leaves, nested
@@ -46,6 +49,10 @@ class UNet(UNetConfig):
         uniform: uniform in [-1, 1]. normal: a function that returns standard normal numbers.
         """
 
+    def module(self) -> nn.Module:
+        """The Flax module that applies the network."""
+        return UNetModule(self)
+
     def predict(
         self,
         params: Params,
@@ -54,25 +61,32 @@ class UNet(UNetConfig):
         labels: Labels | None = None,
         dropout_keys: Keys | None = None,
         length: Float[Array, " b"] | None = None,
+        augmentation: Float[Array, "b a"] | None = None,
     ) -> Images:
         """F(x, c_noise, labels): float32, in the shape of x.
 
-        dropout_keys: one key per image; None turns dropout off. length: second time input of a network with
-        interval_embedding; None means c_noise. Raises InputError for labels that are missing or given to an
-        unconditional network, and for images whose size or channels do not fit.
+        labels: classes, or `classes` for none. dropout_keys: one key per image; None turns dropout off. length: second
+        time input of a network with interval_embedding; None means c_noise. augmentation: the parameters of the
+        augmentation of each image, for a network with augment_dim. Raises InputError for labels that are missing or
+        given to an unconditional network, and for images whose size or channels do not fit.
         """
         self.check_input(x.shape, labels is not None)
         if length is not None and not self.interval_embedding:
             raise InputError("An interval length was given to a network without interval_embedding=True.")
-        inputs = (x, c_noise, labels, dropout_keys, length)
-        return UNetModule(self).apply({"params": params}, *inputs)  # type: ignore[return-value]
+        inputs = (x, c_noise, labels, dropout_keys, length, augmentation)
+        return self.module().apply({"params": params}, *inputs)  # type: ignore[return-value]
+
+    def log_variance(self, params: Params, c_noise: Float[Array, " b"]) -> Float[Array, " b"]:
+        """The uncertainty u(sigma) of a network with `uncertainty`, for the loss e^-u (D - x)^2 + u (EDM2, eq. 21)."""
+        head = params["uncertainty"]
+        return (sinusoid(c_noise, UNCERTAINTY_FEATURES) @ head["kernel"] + head["bias"])[:, 0]
 
     def inner_outputs(
         self, params: Params, x: Images, c_noise: Float[Array, " b"], labels: Labels | None = None
     ) -> dict[str, Array]:
         """Output of every unit by path ("down_0_0/residual"), in the order of `plan`, to compare networks."""
         self.check_input(x.shape, labels is not None)
-        _, state = UNetModule(self).apply(
+        _, state = self.module().apply(
             {"params": params}, x, c_noise, labels, None, capture_intermediates=True, mutable=["intermediates"]
         )
         found = dict(leaves(state["intermediates"]))  # type: ignore[index]
@@ -99,7 +113,7 @@ class UNet(UNetConfig):
         time = jax.ShapeDtypeStruct((1,), jnp.float32)
         labels = None if self.classes is None else jax.ShapeDtypeStruct((1,), jnp.int32)
         plain = dataclasses.replace(self, attention="plain", rematerialize=False)
-        initialized = functools.partial(UNetModule(plain).apply, {}, mutable=["params"])
+        initialized = functools.partial(plain.module().apply, {}, mutable=["params"])
         return jax.eval_shape(initialized, x, time, labels)[1]["params"]  # type: ignore[index]
 
     def parameter_count(self) -> int:
@@ -136,6 +150,10 @@ class UNet(UNetConfig):
 
         return nested({path: cast(path, leaf) for path, leaf in leaves(params)})
 
+    def constrain(self, params: Params) -> Params:
+        """Parameters as they must be before every training step; by default unchanged."""
+        return params
+
     def at_precision(self, precision: Precision) -> "UNet":
         """The same network with another compute precision."""
         return dataclasses.replace(self, precision=precision)
@@ -154,11 +172,14 @@ class UNetModule(nn.Module):
         labels: Labels | None,
         dropout_keys: Keys | None = None,
         length: Float[Array, " b"] | None = None,
+        augmentation: Float[Array, "b a"] | None = None,
     ) -> Images:
         config, plan = self.config, self.config.plan()
-        embedding = config.embedder()(c_noise, labels)
+        embedding = config.embedder()(c_noise, labels, augmentation)
         if config.interval_embedding:
-            embedding += config.embedder("length")(c_noise if length is None else length, None)
+            embedding += config.embedder("length")(c_noise if length is None else length, None, None)
+        if config.uncertainty:
+            Dense(1, name="uncertainty")(sinusoid(c_noise, UNCERTAINTY_FEATURES))
         numbers = itertools.count()
 
         def apply(block: Block, h: Features, pyramid: Pyramid) -> Outputs:
@@ -174,7 +195,7 @@ class UNetModule(nn.Module):
         h = apply(plan.middle, h, pyramid)
         for block in plan.decoder:
             h = apply(block, jnp.concatenate([h, skips.pop()], axis=-1), pyramid)
-        return _Head(config, name="head")(h.astype(jnp.float32))
+        return _Head(config, name="head")(h.astype(jnp.float32))[..., : config.image_channels]
 
 
 class _Block(nn.Module):
@@ -222,4 +243,4 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, h: Features) -> Outputs:
         h = GroupNorm(self.config.style, name="norm")(h, silu=True)
-        return Convolution(self.config.image_channels, name="output")(h)
+        return Convolution(self.config.head_channels, name="output")(h)

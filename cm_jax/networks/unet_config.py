@@ -63,6 +63,13 @@ class UNetConfig(abc.ABC):
     """Number of classes; None for an unconditional network."""
     interval_embedding: bool = dataclasses.field(default=False, kw_only=True)
     """Embed the length of a time interval as well, and add it to the time embedding (MeanFlow)."""
+    augment_dim: int = dataclasses.field(default=0, kw_only=True)
+    """Number of augmentation parameters that the network takes as input (EDM: 9). They are zero at sampling."""
+    output_channels: int | None = dataclasses.field(default=None, kw_only=True)
+    """Channels of the last convolution. Those beyond image_channels, learned variances, are not used. Default:
+    image_channels."""
+    uncertainty: bool = dataclasses.field(default=False, kw_only=True)
+    """Whether the network has a head for the uncertainty u(sigma), which only its training uses (EDM2, sCM)."""
     modulation: Modulation = dataclasses.field(default="scale_shift", kw_only=True)
     """How the embedding enters a residual block: scale_shift, additive, or normalized (sCM)."""
     dropout: float = dataclasses.field(default=0.0, kw_only=True)
@@ -108,6 +115,10 @@ class UNetConfig(abc.ABC):
     def _shared_problems(self) -> Iterator[str]:
         if not 0 <= self.dropout < 1:
             yield f"dropout must lie in [0, 1) (got {self.dropout})"
+        if not 0 <= self.augment_dim <= 64:
+            yield f"augment_dim must lie in [0, 64] (got {self.augment_dim})"
+        if not self.image_channels <= self.head_channels <= 2 * self.image_channels:
+            yield f"output_channels must lie in [image_channels, 2 image_channels] (got {self.output_channels})"
         if self.dropout_size is not None and self.dropout_size < 1:
             yield f"dropout_size must be positive, or None for every feature map (got {self.dropout_size})"
         if self.image_size % self.reduction:
@@ -141,7 +152,8 @@ class UNetConfig(abc.ABC):
         def units(level: int, channels: int, attends: bool = True) -> tuple[Unit, ...]:
             residual = Unit("residual", "residual", channels, widths[level])
             attention = Unit("attention", "attention", widths[level], widths[level])
-            return (residual, attention) if attends and 2**level in self.attention_factors else (residual,)
+            attends = attends and 2**level in self.attention_factors and self.heads_for(widths[level]) > 0
+            return (residual, attention) if attends else (residual,)
 
         channels, encoder, decoder = self.stem_channels, [], []
         for level, width in enumerate(widths):
@@ -154,11 +166,9 @@ class UNetConfig(abc.ABC):
                     down.append(Unit("pyramid", "pyramid", (self.image_channels, *widths)[level], width, "down"))
                 encoder.append(Block(f"down_{level}_{last}", tuple(down)))
 
-        middle = (
-            Unit("residual", "residual_1", channels, channels),
-            Unit("attention", "attention", channels, channels),
-            Unit("residual", "residual_2", channels, channels),
-        )
+        middle = [Unit("residual", f"residual_{number}", channels, channels) for number in (1, 2)]
+        if self.heads_for(channels) > 0:
+            middle.insert(1, Unit("attention", "attention", channels, channels))
 
         skips = [self.stem_channels, *(block.units[-1].channels_out for block in encoder)]
         for level, width in reversed(list(enumerate(widths))):
@@ -169,12 +179,17 @@ class UNetConfig(abc.ABC):
                 decoder.append(Block(f"up_{level}_{index}", up))
                 channels = width
 
-        return UNetPlan(tuple(encoder), Block("middle", middle), tuple(decoder))
+        return UNetPlan(tuple(encoder), Block("middle", tuple(middle)), tuple(decoder))
 
     @property
     def level_channels(self) -> tuple[int, ...]:
         """Channels of each level."""
         return tuple(round(multiplier * self.base_channels) for multiplier in self.channel_mult)
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of the last convolution."""
+        return self.output_channels or self.image_channels
 
     @property
     def reduction(self) -> int:

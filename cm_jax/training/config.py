@@ -10,7 +10,7 @@ from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import AnyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError, check_int, nearest
 from cm_jax.evaluation.evaluate import EvalConfig
-from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.networks import AnyNetwork, SongUNet
 from cm_jax.objectives import AnyObjective, Denoising
 from cm_jax.training.ema import AnyEMA, ConstantEMA, PowerEMA
 from cm_jax.training.optimizers import Adam, AnyOptimizer
@@ -68,7 +68,7 @@ class TrainConfig:
 
     data: AnyData = EmojiData()
     """Training images."""
-    network: SongUNet | ADMUNet = SongUNet()
+    network: AnyNetwork = SongUNet()
     """Network architecture."""
     preconditioning: AnyPreconditioning = EDMPreconditioning()
     """c_in, c_skip, c_out and c_noise."""

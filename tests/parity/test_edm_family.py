@@ -1,0 +1,214 @@
+"""Parity with recorded outputs of the networks of EDM, EDM2, ECT, TCM and sCM, read from their pickles."""
+
+import ast
+import functools
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm_jax.conversion import edm_names, read
+from cm_jax.conversion.edm import read_pickle, read_state_dict, write_state_dict
+from cm_jax.conversion.persistence import read_persistent
+from cm_jax.conversion.rules import source_shapes
+from cm_jax.errors import InputError
+from tests.support import DATA, nhwc, relative
+
+BOUND = 1e-5
+FOLDER = DATA / "edm"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.pkl"))
+SEGMENTS = "mscd_edm2_cond"
+"""The only network with a second time input, which the denoiser does not use."""
+KEYS = sorted((DATA / "keys").glob("edm_*.tsv"))
+PARAMETERS = {
+    "edm_cifar10_cond_vp": 55_735_299,
+    "edm_cifar10_uncond_ve": 56_397_827,
+    "edm_cifar10_uncond_vp": 55_733_891,
+    "edm_ect_img64_s": 280_209_253,
+    "edm_edm2_img512_s": 280_212_837,
+    "edm_edm2_img64_s": 280_209_381,
+    "edm_ffhq64_uncond_ve": 62_761_091,
+    "edm_ffhq64_uncond_vp": 61_805_571,
+    "edm_imagenet64_cond_adm": 295_899_267,
+    "edm_scm_cifar10": 60_067_844,
+    "edm_tcm_img64_s": 280_209_253,
+}
+"""Published numbers of parameters, without buffers."""
+HOSTILE = {
+    "class_unknown": "Backdoor",
+    "class_unknown_inner": "BackdoorConv",
+    "getattr_chain": "not callable",
+    "inner_stream_exec": "not a file of torch.save",
+    "outside_storage": "does not fit its storage",
+    "reduce_exec": "builtins.exec",
+    "reduce_print": "builtins.print",
+    "stride_bomb": "does not fit its storage",
+    "truncated": "exhausted",
+}
+
+
+@functools.cache
+def golden(name):
+    with np.load(FOLDER / f"{name}.npz") as recorded:
+        return dict(recorded)
+
+
+@functools.cache
+def checkpoint(name):
+    return read_pickle(FOLDER / f"{name}.pkl")
+
+
+def levels(name):
+    """(images, sigma, labels, recorded denoised images) of every recorded noise level, in this project's terms."""
+    recorded = golden(name)
+    for level, images in enumerate(nhwc(recorded["x"])):
+        if "t" in recorded:
+            time = float(recorded["t"][level])
+            sigma, images = 0.5 * np.tan(time), images / np.float32(np.cos(time))
+        else:
+            sigma = float(recorded["sigma"][level])
+        labels = jnp.asarray(recorded["labels"], jnp.int32) if "labels" in recorded else None
+        yield images, jnp.full(len(images), sigma, jnp.float32), labels, nhwc(recorded["D"][level])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != SEGMENTS])
+def test_denoised_images_match(name):
+    found = checkpoint(name)
+    params = found.config.network.prepare(found.params)
+    function = jax.jit(found.config.function)
+    for images, sigma, labels, expected in levels(name):
+        assert relative(function(params, jnp.asarray(images), sigma, labels), expected) < BOUND
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_network_outputs_match(name):
+    """Where angles reach 999 rad (VP), float32 itself deviates by more than 1e-5; its recorded error is the bound."""
+    recorded, found = golden(name), checkpoint(name)
+    network, sign = found.config.network, -1 if "t" in recorded else 1
+    params, predict = network.prepare(found.params), jax.jit(network.predict)
+    bound = max(BOUND, 2 * float(recorded["error_F"]))
+    coefficients = found.config.preconditioning
+    for level, (images, sigma, labels, _) in enumerate(levels(name)):
+        x = np.asarray(coefficients.c_in(sigma))[:, None, None, None] * images
+        time = jnp.full(len(images), recorded["c_noise"][level], jnp.float32)
+        length = jnp.full(len(images), recorded["t_k"][level], jnp.float32) if "t_k" in recorded else None
+        output = sign * predict(params, jnp.asarray(x), time, labels, None, length)
+        assert relative(output, nhwc(recorded["F"][level])[..., : network.image_channels]) < bound
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "D_no_label" in golden(name) and name != SEGMENTS])
+def test_label_beyond_the_classes_stands_for_no_label(name):
+    found = checkpoint(name)
+    network = found.config.network
+    images, sigma, labels, _ = list(levels(name))[1]
+    none = jnp.full(len(labels), network.classes, jnp.int32)
+    output = jax.jit(found.config.function)(network.prepare(found.params), jnp.asarray(images), sigma, none)
+    assert relative(output, nhwc(golden(name)["D_no_label"])) < BOUND
+
+
+@pytest.mark.parametrize("name", ["edm_ddpmpp_cond", "edm_ncsnpp_uncond"])
+def test_augmentation_parameters_enter_the_network(name):
+    recorded, found = golden(name), checkpoint(name)
+    network, coefficients = found.config.network, found.config.preconditioning
+    images, sigma, labels, _ = list(levels(name))[1]
+    x = np.asarray(coefficients.c_in(sigma))[:, None, None, None] * images
+    augmentation = jnp.asarray(recorded["augment_labels"], jnp.float32)
+    inputs = (jnp.asarray(x), coefficients.c_noise(sigma), labels, None, None, augmentation)
+    output = jax.jit(network.predict)(network.prepare(found.params), *inputs)
+    assert relative(coefficients.blend(jnp.asarray(images), sigma, output, 0.0), nhwc(recorded["D_augmented"])) < BOUND
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "logvar" in golden(name)])
+def test_uncertainty_matches(name):
+    recorded, found = golden(name), checkpoint(name)
+    network = found.config.network
+    for level, expected in enumerate(recorded["logvar"]):
+        time = jnp.full(1, recorded["c_noise"][level], jnp.float32)
+        assert network.log_variance(network.prepare(found.params), time) == pytest.approx(expected[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_survive_conversion_and_back(name):
+    """Bitwise, apart from iDDPM's table of levels, which is computed."""
+    found = checkpoint(name)
+    source = read_persistent(FOLDER / f"{name}.pkl")["ema"].tensors()
+    written = write_state_dict(found.config, found.params)
+    expected = {edm_prefix(key): tensor.read() for key, tensor in source.items() if key != "u"}
+    written = {edm_prefix(key): array for key, array in written.items()}
+    assert written.keys() == expected.keys()
+    for key, array in written.items():
+        np.testing.assert_array_equal(array, expected[key], err_msg=key)
+        assert array.shape == expected[key].shape
+
+
+def edm_prefix(name):
+    """The name without the prefix of the preconditioning, which differs between the programs."""
+    return name.removeprefix("model.").removeprefix("unet.")
+
+
+@pytest.mark.parametrize("path", KEYS, ids=lambda path: path.stem)
+def test_rules_cover_the_published_networks(path):
+    """All names and shapes of the published files follow from the network that is inferred from them."""
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    shapes = {edm_prefix(name): ast.literal_eval(shape) for name, shape, _ in rows}
+    network = edm_names.infer(shapes, path.name)
+    buffers = {name: array.shape for name, array in edm_names.buffers(network).items()}
+    assert source_shapes(edm_names.rules(network), network.shapes()) | buffers == shapes
+    parameters = sum(int(np.prod(ast.literal_eval(shape))) for _, shape, kind in rows if kind == "parameter")
+    assert parameters == PARAMETERS.get(path.stem, parameters)
+
+
+@pytest.mark.parametrize("name", ["ect_ddpmpp_uncond", "edm2_guide_cond"])
+def test_state_dict_is_the_same_model_as_its_pickle(name):
+    found = checkpoint(name)
+    tensors = read_persistent(FOLDER / f"{name}.pkl")["ema"].tensors()
+    kind = "consistency" if name.startswith("ect") else "edm"
+    head_dim = getattr(found.config.network, "head_dim", None)
+    again = read_state_dict(FOLDER / f"{name}.pth", tensors, head_dim=head_dim, preconditioning=kind)
+    assert again.config.preconditioning == found.config.preconditioning
+    assert again.config.schedule == found.config.schedule
+    assert again.config.network.shapes() == found.config.network.shapes()
+    with pytest.raises(InputError, match="--preconditioning"):
+        read_state_dict(FOLDER / f"{name}.pth", tensors)
+
+
+def test_ect_is_the_identity_at_its_sigma_min():
+    found = checkpoint("ect_ddpmpp_uncond")
+    images = jnp.asarray(nhwc(golden("ect_ddpmpp_uncond")["x"])[0])
+    params = found.config.network.prepare(found.params)
+    output = jax.jit(found.config.function)(params, images, jnp.full(len(images), 0.003, jnp.float32), None)
+    assert relative(output, images) < 1e-6
+
+
+def test_ect_and_tcm_are_told_apart():
+    assert type(checkpoint("ect_ddpmpp_uncond").config.preconditioning).__name__ == "ConsistencyPreconditioning"
+    assert type(checkpoint("tcm_ddpmpp_uncond").config.preconditioning).__name__ == "EDMPreconditioning"
+    assert checkpoint("tcm_ddpmpp_uncond").config.distilled
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused_and_run_nothing(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        read(FOLDER / "hostile" / f"{name}.pkl")
+    assert HOSTILE[name] in str(caught.value)
+    assert os.listdir(tmp_path) == []
+    assert capfd.readouterr().out == ""
+
+
+def test_source_text_in_a_pickle_is_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(FOLDER / "hostile" / "module_src_canary.pkl", tmp_path / "model.pkl")
+    found = read(tmp_path / "model.pkl")
+    assert os.listdir(tmp_path) == ["model.pkl"]
+    expected = checkpoint("edm2_guide_uncond")
+    assert found.config == expected.config
+    np.testing.assert_array_equal(found.params["stem"]["kernel"], expected.params["stem"]["kernel"])
+
+
+def test_missing_key_lists_the_networks():
+    with pytest.raises(InputError, match="--key: ema"):
+        read_pickle(FOLDER / "edm2_guide_cond.pkl", key="net")

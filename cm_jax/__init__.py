@@ -1,7 +1,7 @@
 """Consistency models in JAX.
 
 import cm_jax
-model = cm_jax.load("cd_imagenet64_lpips.pt")                  # or a diffusers folder, or a native checkpoint
+model = cm_jax.load("openai/diffusers-cd_imagenet64_lpips")    # an id of the Hugging Face Hub, a path, or a name
 images = model.sample(0, 4, labels="king penguin", steps=2)    # NHWC float32 in [-1, 1]
 """
 

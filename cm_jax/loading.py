@@ -11,17 +11,33 @@ from cm_jax.model import Model
 from cm_jax.types import Precision
 
 
-def load(path_or_name: str | Path = DEFAULT, *, precision: Precision = "float32") -> Model:
+def load(
+    path_or_name: str | Path = DEFAULT,
+    *,
+    precision: Precision = "float32",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    download: bool = False,
+) -> Model:
     """A model from a checkpoint.
 
-    path_or_name: a native checkpoint, OpenAI's `.pt`, a diffusers folder, a jcm checkpoint, the name of a bundled
-    checkpoint, the folder of a training run (its latest checkpoint), or RUN/best (the best of those evaluated).
+    path_or_name: a native checkpoint, OpenAI's `.pt`, a diffusers folder, a jcm checkpoint, the folder of a training
+    run (its latest checkpoint), RUN/best (the best of those evaluated), an id of the Hugging Face Hub ("owner/name"),
+    or the name of a bundled or published checkpoint.
 
     precision: computation precision inside the network. float32 is exact on every device; bfloat16 and float16 are
-    faster on accelerators and halve the memory. Raises InputError for a missing or damaged checkpoint.
+    faster on accelerators and halve the memory.
+
+    revision, cache_dir, local_files_only: for ids, as in `huggingface_hub`: a branch, tag or commit; the cache folder
+    (by default that of HF_HOME); whether to use the cache only. download: download a published checkpoint unless it is
+    stored already. Raises InputError for a missing or damaged checkpoint, and for a failed download.
     """
     if precision not in get_args(Precision):
         raise InputError(f"Expected precision {', '.join(get_args(Precision))}, got {precision!r}.")
-    source = conversion.read(resolve(path_or_name))
+    path = resolve(
+        path_or_name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, download=download
+    )
+    source = conversion.read(path)
     network = source.config.network.at_precision(precision)
     return Model(dataclasses.replace(source.config, network=network), network.prepare(source.params))

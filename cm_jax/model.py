@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
+from cm_jax.conversion import PushOptions, push
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batches, slerp_batches, variant_keys
 from cm_jax.editing.operators import Operator, Strokes
@@ -209,6 +210,10 @@ class Model:
     def save(self, directory: str | Path) -> None:
         """Write a native checkpoint in the current precision of the parameters."""
         native.save(Path(directory), self.config, self.params)
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Upload the model with a model card to "owner/name" on the Hugging Face Hub; returns the commit's address."""
+        return push(repo_id, self.config, self.params, **options)
 
     def _edit(
         self,

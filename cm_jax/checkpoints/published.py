@@ -10,11 +10,10 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
-from cm_jax.checkpoints import native
+from cm_jax.checkpoints import download, hub, native
 from cm_jax.errors import InputError, nearest
 
 _ASSETS = Path(str(importlib.resources.files("cm_jax.assets")))
-_URL = "https://openaipublic.blob.core.windows.net/consistency"
 _EMOJI_CLASSES = (
     "Smileys & Emotion/People & Body/Animals & Nature/Food & Drink/Travel & Places/Activities/Objects/Symbols/Flags"
 )
@@ -38,7 +37,7 @@ class Published:
     """Parameter count of its network; 0 if unchecked. A file of this name with another count is another checkpoint."""
     head_dim: int = 64
     class_names: tuple[str, ...] = ()
-    file: str = ""
+    path: str = ""
     """Path below the address of OpenAI's checkpoints; by default the name and ".pt"."""
 
     @property
@@ -46,8 +45,8 @@ class Published:
         return "edm" if self.name.startswith("edm_") else "consistency"
 
     @property
-    def url(self) -> str:
-        return f"{_URL}/{self.file or f'{self.name}.pt'}"
+    def file(self) -> str:
+        return self.path or f"{self.name}.pt"
 
 
 @functools.cache
@@ -88,7 +87,7 @@ def published_cifar10() -> dict[str, Published]:
 
     def entry(name: str, step: int | None = None, num_levels: int = 18, timesteps: tuple[int, ...] = ()) -> Published:
         file = f"jcm_checkpoints/{name}" + ("" if step is None else f"/checkpoints/checkpoint_{step}")
-        return Published(name, num_levels, timesteps, file=file)
+        return Published(name, num_levels, timesteps, path=file)
 
     known = [
         entry("edm_cifar10_ema"),
@@ -105,9 +104,17 @@ def published_cifar10() -> dict[str, Published]:
     return {entry.name: entry for entry in known}
 
 
+def remote() -> dict[str, Published]:
+    """OpenAI's checkpoints that can be downloaded, by name."""
+    return {name: entry for name, entry in published().items() if name not in BUNDLED} | published_cifar10()
+
+
 def recognize(path: Path) -> Published | None:
-    """The published checkpoint whose name a file or folder contains: "ct_cat256.pt", "diffusers-cd_cat256_l2"."""
-    stems = (path.name.removesuffix(".pt").removesuffix(".bin"), path.resolve().name.removesuffix(".pt"))
+    """The published checkpoint whose name a file or folder contains: "ct_cat256.pt", "diffusers-cd_cat256_l2".
+
+    For files and folders in the cache of the Hugging Face Hub, the id counts as well.
+    """
+    stems = (path.name.removesuffix(".pt").removesuffix(".bin"), path.resolve().name, hub.cached_id(path) or "")
     matches = [entry for name, entry in published().items() if any(name in stem for stem in stems)]
     return max(matches, key=lambda entry: len(entry.name), default=None)
 
@@ -121,15 +128,36 @@ def recognize_cifar10(path: Path) -> Published | None:
     return next((entry for name, entry in published_cifar10().items() if name in parts or name == path.stem), None)
 
 
-def resolve(path_or_name: str | Path) -> Path:
-    """The checkpoint of a path or of a bundled name.
+def resolve(
+    path_or_name: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    download: bool = False,
+) -> Path:
+    """The checkpoint of a path, of a bundled or published name, or of an id of the Hugging Face Hub.
 
-    The folder of a training run stands for its latest checkpoint, and RUN/best for the best of those evaluated. Raises
-    InputError where there is no such checkpoint.
+    The folder of a training run stands for its latest checkpoint, and RUN/best for the best of those evaluated. A path
+    has precedence. Ids ("owner/name", "owner/name@revision") are downloaded unless they are cached (see `hub.fetch` for
+    the options); published checkpoints only with `download`. Raises InputError where there is no such checkpoint.
     """
-    path, name = Path(path_or_name), str(path_or_name)
+    name, found = str(path_or_name), _local(path_or_name)
+    hub_id = hub.parse_id(path_or_name) if isinstance(path_or_name, str) and not found else None
+    if (revision or cache_dir) and not hub_id:
+        raise InputError(f"revision and cache_dir apply to ids of the Hugging Face Hub (owner/name), got {name}.")
+    if hub_id:
+        if revision and hub_id.revision not in (None, revision):
+            raise InputError(f"Expected one revision, got {name} and revision={revision!r}.")
+        hub_id = hub.HubId(hub_id.repo, revision or hub_id.revision)
+        return hub.fetch(hub_id, cache_dir=cache_dir, local_files_only=local_files_only)
+    return found or _named(name, fetch=download and not local_files_only)
+
+
+def _local(path_or_name: str | Path) -> Path | None:
+    """The checkpoint of a path, if it exists."""
     try:
-        path = path.expanduser()
+        path = Path(path_or_name).expanduser()
         if (path / "checkpoints").is_dir() and not native.is_checkpoint(path):
             found = native.run_checkpoints(path)
             if not found:
@@ -143,16 +171,26 @@ def resolve(path_or_name: str | Path) -> Path:
             if step not in found:
                 raise InputError(f"The best checkpoint of {run}, at step {step}, has been deleted; use {run} itself.")
             return found[step]
-        if path.is_file() or path.is_dir():
-            return path
+        if hub.is_cached_repo(path):
+            return hub.cached_snapshot(path)
+        return path if path.is_file() or path.is_dir() else None
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{name[:80]} cannot be a path: {error}.") from error
+        raise InputError(f"{str(path_or_name)[:80]} cannot be a path: {error}.") from error
+
+
+def _named(name: str, *, fetch: bool) -> Path:
+    """The checkpoint of a bundled or published name."""
     if name in BUNDLED:
         return BUNDLED[name]
-    remote = {name: entry for name, entry in published().items() if name not in BUNDLED} | published_cifar10()
-    if entry := remote.get(name.removesuffix(".pt")):
-        raise InputError(f"{name} is a published checkpoint: download {entry.url} and pass the path of the file.")
+    if entry := remote().get(name.removesuffix(".pt")):
+        if fetch or download.stored(entry.file).is_file():
+            return download.download(entry.file)
+        raise InputError(
+            f"{name} is a published checkpoint that has not been downloaded: run `cm-jax download {entry.name}`, or "
+            "cm_jax.load with download=True."
+        )
     raise InputError(
         f"There is no checkpoint {name}. Expected a .pt file, a diffusers folder, a jcm checkpoint, a native "
-        f"checkpoint or the name of a bundled one ({', '.join(BUNDLED)}).{nearest(name, BUNDLED | remote)}"
+        f"checkpoint, an id of the Hugging Face Hub (owner/name), or the name of a bundled ({', '.join(BUNDLED)}) or "
+        f"published checkpoint.{nearest(name, BUNDLED | remote())}"
     )

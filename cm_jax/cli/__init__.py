@@ -1,4 +1,7 @@
-"""The command line: `cm-jax sample`, `edit`, `convert`, `train`, `evaluate`, `tune`, `demo`. Most are scripts too."""
+"""The command line: `cm-jax sample`, `edit`, `convert`, `train`, `evaluate`, `tune`, `download`, `demo`.
+
+Most are scripts too.
+"""
 
 import importlib
 import platform
@@ -19,6 +22,7 @@ _COMMANDS = {
     "train": "Train a denoiser or a consistency model from a preset.",
     "evaluate": "Evaluate samples or a checkpoint: FID, sFID, KID, IS, precision and recall, bits per dimension.",
     "tune": "Search the noise levels of multistep sampling by FID, and store them in the checkpoint.",
+    "download": "Download a published checkpoint, or list them.",
     "demo": "Sample and edit in the browser.",
 }
 

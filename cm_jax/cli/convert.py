@@ -34,7 +34,8 @@ class Convert:
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A .pt file, a diffusers folder, a checkpoint of consistency_models_cifar10, a .pkl file of the EDM family, a
-    native checkpoint, a run folder (its latest checkpoint), or the name of a bundled model."""
+    native checkpoint, a run folder (its latest checkpoint), an id of the Hugging Face Hub (OWNER/NAME or
+    OWNER/NAME@REVISION), or the name of a bundled or downloaded model."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """File or folder to write. Only .pt and .safetensors files are overwritten."""
     to: Literal["native", "openai", "diffusers", "edm", "lpips", "inception"] | None = None
@@ -67,6 +68,13 @@ class Convert:
     """Store parameters in float16. Models loaded from it still compute in float32."""
     check: bool = False
     """Compare the PyTorch and JAX networks on the same inputs first; write only if they agree."""
+    push: str = ""
+    """Repository of the Hugging Face Hub, OWNER/NAME, to which the result is uploaded with a model card. Needs
+    HF_TOKEN. Default: no upload."""
+    private: bool | None = None
+    """For --push: whether a new repository is private. Default: as the account is configured."""
+    license: str = ""
+    """For --push: license of the model, such as apache-2.0. Default: none in the model card."""
 
 
 def main(prog: str, words: Sequence[str]) -> None:
@@ -88,6 +96,7 @@ def main(prog: str, words: Sequence[str]) -> None:
         advice = "give the name of a folder."
         raise InputError(f"{destination} looks like a file, and --to {kind} writes a folder: {advice}")
     check_writable(destination, folder=not file)
+    _check_push(args, kind)
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(conversion.CheckpointHints)}
     given["attention_factors"] = numbers("attention-factors", args.attention_factors, int)
     began = time.perf_counter()
@@ -110,11 +119,25 @@ def main(prog: str, words: Sequence[str]) -> None:
     params = to_float16(source.params, args.source) if args.fp16 else source.params
     conversion.write(destination, kind, config, params)
     say(f"Wrote {destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
+    if args.push:
+        options = conversion.UploadOptions(private=args.private, license=args.license)
+        say(f"Uploaded it: {conversion.upload(args.push, destination, config, params, **options)}")
     if kind == "diffusers" and not config.distilled:
         say("It contains the network without a pipeline, because ConsistencyModelPipeline does not support denoisers.")
     if kind == "native":
         labels = " --labels 0" if network.classes else ""
         say(f"Sample from it: cm-jax sample {shlex.quote(str(destination))}{labels}")
+
+
+def _check_push(args: Convert, kind: str) -> None:
+    """Raise InputError for an upload that cannot be loaded by its id, and for options without one."""
+    if not args.push:
+        if args.private is not None or args.license:
+            raise InputError("--private and --license apply to an upload: add --push OWNER/NAME, or omit them.")
+        return
+    conversion.check_repo_id(args.push)
+    if kind == "openai":
+        raise InputError("--push needs --to diffusers or --to native: a .pt file does not contain all settings.")
 
 
 def _convert_weights(args: Convert) -> None:

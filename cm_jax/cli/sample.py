@@ -30,7 +30,8 @@ class Sample(Sampling, Network):
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = DEFAULT
     """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint; RUN/best
-    is the best one), or the name of a bundled model."""
+    is the best one), an id of the Hugging Face Hub (OWNER/NAME or OWNER/NAME@REVISION), or the name of a bundled or
+    downloaded model."""
     count: int | None = None
     """Number of images. Default: 16, or 8 per label."""
     labels: str = ""

@@ -1,12 +1,13 @@
 """`tune`: search the noise levels of multistep sampling, and store them in the checkpoint."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from cm_jax.checkpoints import native
+from cm_jax.checkpoints import hub, native
 from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.options import Statistics
 from cm_jax.cli.parsing import parse
@@ -40,8 +41,8 @@ def main(prog: str, words: Sequence[str]) -> None:
     args = parse(Tune, prog, words)
     use_compilation_cache(args.compilation_cache)
     path = resolve(args.checkpoint)
-    if not native.is_checkpoint(path):
-        advice = "convert it to a native checkpoint first, with cm-jax convert."
+    if not native.is_checkpoint(path) or hub.cached_id(path):
+        advice = f"convert it to a native checkpoint first, with cm-jax convert {shlex.quote(args.checkpoint)} FOLDER."
         raise InputError(f"{args.checkpoint} cannot store tuned noise levels: {advice}")
     model = load(path)
     reference = of_dataset(open_images(args.reference, model.config.network.image_shape), args.reference)

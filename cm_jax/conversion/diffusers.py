@@ -14,6 +14,8 @@ from cm_jax.io.validation import check_value, read_json
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.layers import NORM_EPSILON, NORM_GROUPS
 
+EXTRAS = "cm_jax.json"
+"""File of this package in a diffusers folder; diffusers ignores it."""
 _VERSION = "0.42.1"
 _FIXED = {
     "act_fn": "silu",
@@ -98,10 +100,15 @@ def model_index() -> dict[str, Any]:
     }
 
 
-def read_settings(unet: Path, scheduler: Path) -> dict[str, Any]:
-    """Settings from both JSON files, by their names in CheckpointHints, with schedule and sigma_data.
+def extras(config: ModelConfig) -> dict[str, Any]:
+    """cm_jax.json: what the files of diffusers cannot hold; empty if there is nothing."""
+    return {name: value for name in ("class_names", "tuned_timesteps") if (value := getattr(config, name))}
 
-    Either file may be missing; missing keys take the defaults of diffusers. Raises InputError for values of the wrong
+
+def read_settings(unet: Path, scheduler: Path, extra: Path) -> dict[str, Any]:
+    """Settings from the JSON files, by their names in CheckpointHints, with schedule, sigma_data and `extras`.
+
+    Each file may be missing; missing keys take the defaults of diffusers. Raises InputError for values of the wrong
     type, and for networks or schedulers that consistency models do not use.
     """
     settings: dict[str, Any] = {}
@@ -128,6 +135,14 @@ def read_settings(unet: Path, scheduler: Path) -> dict[str, Any]:
         levels = value("num_train_timesteps", NUM_LEVELS)
         settings["num_levels"] = check_int(f"{scheduler}: num_train_timesteps", levels, 2, 2**20)
         settings |= {"sigma_data": value("sigma_data", 0.5), "preconditioning": "consistency"}
+    if extra.exists():
+        values, types = (
+            read_json(extra),
+            {"class_names": tuple[str, ...], "tuned_timesteps": tuple[tuple[int, ...], ...]},
+        )
+        settings |= {
+            name: check_value(values[name], kind, f"{extra}: {name}") for name, kind in types.items() if name in values
+        }
     return settings
 
 

@@ -1,15 +1,16 @@
 """Reading a checkpoint of any format: native, OpenAI's .pt, diffusers, jcm, or the EDM family."""
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import Any, Literal
 
-from cm_jax.checkpoints import native, serialization
+from cm_jax.checkpoints import hub, native, serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import Published, recognize, recognize_cifar10
 from cm_jax.conversion import edm, edm_names, jcm, persistence
-from cm_jax.conversion.diffusers import check_agreement, read_settings
+from cm_jax.conversion.diffusers import EXTRAS, check_agreement, read_settings
 from cm_jax.conversion.rules import Tensors, from_source
 from cm_jax.conversion.torch_files import read_torch
 from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI, UNetFormat
@@ -21,6 +22,7 @@ from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.layers import Filter
 from cm_jax.types import Params
 
+_log = logging.getLogger(__name__)
 _TOLERANCE = 2e-3
 """Share of its parameters by which a file with a published name may differ: such a file counts as a damaged copy, and
 the difference is reported. With a larger difference it counts as another checkpoint."""
@@ -140,7 +142,7 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
             f"(unet/diffusion_pytorch_model.safetensors or .bin), got {content}."
         )
     plain = [file for file in files if file.stem == "diffusion_pytorch_model"]
-    stored = read_settings(folder / "config.json", path / "scheduler" / "scheduler_config.json")
+    stored = read_settings(folder / "config.json", path / "scheduler" / "scheduler_config.json", path / EXTRAS)
     return _read_pytorch(path, (plain or files)[0], stored, hints)
 
 
@@ -179,7 +181,9 @@ def _read_pytorch(path: Path, file: Path, stored: dict[str, Any], hints: Checkpo
     params = from_source(format.rules(network), network.shapes(), tensors, source=str(file))
     if format is DIFFUSERS:
         check_agreement(file.parent / "config.json", network)
-    return Source(path, _config(network, settings, known, ADM_TIME), params, format, tensors)
+    config = _config(network, settings, known, ADM_TIME)
+    _report(known, config, hints, stored)
+    return Source(path, config, params, format, tensors)
 
 
 def _from_edm(path: Path, found: edm.EDMCheckpoint, hints: CheckpointHints) -> Source:
@@ -213,7 +217,9 @@ def _read_jcm(path: Path, hints: CheckpointHints) -> Source:
     _require(path, questions)
     (network,) = networks
     params = from_source(jcm.rules(network), network.shapes(), tensors, source=str(path))
-    return Source(path, _config(network, settings, known, EDM_TIME), params)
+    config = _config(network, settings, known, EDM_TIME)
+    _report(known, config, hints, {})
+    return Source(path, config, params)
 
 
 def _settings(hints: CheckpointHints, stored: dict[str, Any], known: Published | None) -> dict[str, Any]:
@@ -224,6 +230,8 @@ def _settings(hints: CheckpointHints, stored: dict[str, Any], known: Published |
         if source.keys() & {"head_dim", "heads"}:
             settings = {name: value for name, value in settings.items() if name not in ("head_dim", "heads")}
         settings |= source
+    if any(settings.get(name) != stored.get(name) for name in ("num_levels", "preconditioning")):
+        settings.pop("tuned_timesteps", None)
     # The sampling of a teacher does not depend on N; a consistency model must give it.
     return {"num_levels": NUM_LEVELS, **settings} if settings.get("preconditioning") == "edm" else settings
 
@@ -231,16 +239,20 @@ def _settings(hints: CheckpointHints, stored: dict[str, Any], known: Published |
 def _config(
     network: ADMUNet | SongUNet, settings: dict[str, Any], known: Published | None, time_factor: float
 ) -> ModelConfig:
-    """The config of a third-party checkpoint, with the class names and tuned timesteps of the published one."""
+    """The config of a third-party checkpoint; class names and tuned timesteps as stored, else of the published one."""
     name, num_levels = settings["preconditioning"], settings["num_levels"]
-    tuned = known.timesteps if known and known.num_levels == num_levels and name == "consistency" else ()
+    names, tuned = settings.get("class_names"), settings.get("tuned_timesteps")
+    if names is None:
+        names = known.class_names if known and len(known.class_names) == network.classes else ()
+    if tuned is None and known and known.timesteps and known.num_levels == num_levels and name == "consistency":
+        tuned = (known.timesteps,)
     return ModelConfig(
         network=network,
         preconditioning=_PRECONDITIONING[name](sigma_data=settings.get("sigma_data", 0.5), time_factor=time_factor),
         schedule=settings.get("schedule", KarrasSchedule()),
         num_levels=num_levels,
-        class_names=known.class_names if known and len(known.class_names) == network.classes else (),
-        tuned_timesteps=(tuned,) if tuned else (),
+        class_names=names,
+        tuned_timesteps=tuned or (),
         consistency=_consistency(name),
     )
 
@@ -248,6 +260,18 @@ def _config(
 def _consistency(name: PreconditioningName) -> bool | None:
     """`ModelConfig.consistency` of a model with this preconditioning."""
     return True if name == "edm-consistency" else None
+
+
+def _report(known: Published | None, config: ModelConfig, hints: CheckpointHints, stored: dict[str, Any]) -> None:
+    """Log what the name of a published checkpoint adds to its file."""
+    given = {*stored, *(name for name, value in vars(hints).items() if value is not None)}
+    if isinstance(config.network, SongUNet) or "heads" in given:
+        given.add("head_dim")
+    names = ("image_size", "head_dim", "preconditioning", "num_levels")
+    added = [name for name in names if name not in given]
+    added += [name for name in ("class_names", "tuned_timesteps") if getattr(config, name) and name not in given]
+    if known and added:
+        _log.info("%s of %s, by its name", ", ".join(added).replace("_", " "), known.name)
 
 
 def _require(path: Path, questions: dict[str, Any], difference: str | None = None) -> None:
@@ -258,7 +282,8 @@ def _require(path: Path, questions: dict[str, Any], difference: str | None = Non
     unknown = "\n  ".join(flag for flag, value in questions.items() if value is None)
     named = f"not the published checkpoint of this name ({difference})"
     if unknown:
+        name = hub.cached_id(path) or path.name
         raise InputError(
-            f"{path.name} is {named if difference else 'not the name of a published checkpoint'}, and its tensors do "
+            f"{name} is {named if difference else 'not the name of a published checkpoint'}, and its tensors do "
             f"not determine all settings. Convert it with cm-jax convert and these options:\n  {unknown}"
         )

@@ -7,7 +7,7 @@ from typing import Literal
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion import edm
-from cm_jax.conversion.diffusers import model_index, scheduler_config, unet_config
+from cm_jax.conversion.diffusers import EXTRAS, extras, model_index, scheduler_config, unet_config
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import write_torch
 from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI
@@ -50,6 +50,8 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
         files = {"unet/config.json": unet_config(network)}
         if config.distilled:
             files |= {"scheduler/scheduler_config.json": scheduler_config(config), "model_index.json": model_index()}
+        if added := extras(config):
+            files[EXTRAS] = added
         for name, content in files.items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             (beside / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -83,7 +83,8 @@ class TrainConfig:
     num_levels: int | None = None
     """N of the saved models, for an objective whose curriculum does not define it. Default: 40."""
     teacher: str = ""
-    """Denoiser to distill: a run folder, a native checkpoint, a .pt file or a diffusers folder."""
+    """Denoiser to distill: a run folder, a native checkpoint, a .pt file, a diffusers folder, or an id of the Hugging
+    Face Hub."""
     init_from: str = ""
     """Checkpoint to initialize the weights from, or "fresh" for random weights. Default: the teacher, if any."""
     batch_size: int = 128

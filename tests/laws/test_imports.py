@@ -38,6 +38,7 @@ FOLDERS = {
     "orbax": ("checkpoints/",),
     "tyro": ("cli/",),
     "gradio": ("demo/page.py",),
+    "huggingface_hub": ("checkpoints/hub", "conversion/push.py", "conversion/model_card.py"),
 }
 """Third-party packages, and where cm_jax may import them."""
 
@@ -110,7 +111,7 @@ def test_third_party_packages_are_imported_only_in_their_folders(package):
 def test_sampling_imports_no_optional_package():
     script = """
 import sys
-for name in ("torch", "tensorflow", "diffusers", "tyro", "tensorflow_datasets", "grain", "gradio"):
+for name in ("torch", "tensorflow", "diffusers", "tyro", "tensorflow_datasets", "grain", "gradio", "huggingface_hub"):
     sys.modules[name] = None
 import cm_jax
 images = cm_jax.load().sample(0, 2, steps=2)

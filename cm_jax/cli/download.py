@@ -1,0 +1,37 @@
+"""`download`: download a published checkpoint, or list them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from cm_jax.checkpoints import download, published
+from cm_jax.cli.parsing import parse
+from cm_jax.cli.running import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """Download a published checkpoint of OpenAI, or a model of the Hugging Face Hub; without a name, list them.
+
+    Afterwards the name alone loads it: `cm-jax sample NAME`. An interrupted download of a published checkpoint is
+    resumed by the same command. OpenAI's model card restricts its weights to research.
+    """
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
+    """Name of a published checkpoint, or OWNER/NAME on the Hub. Default: list the published checkpoints."""
+
+
+def main(prog: str, words: Sequence[str]) -> None:
+    """Download one checkpoint, or list all."""
+    name = parse(Download, prog, words).name
+    if name:
+        say(f"{name} is at {published.resolve(name, download=True)}")
+        return
+    say(f"Published checkpoints, stored in {download.stored('')} by `{prog} NAME`:")
+    for name, entry in published.remote().items():
+        path = download.stored(entry.file)
+        bytes_ = path.stat().st_size if path.is_file() else 4 * entry.parameters
+        size = f"{bytes_ / 1e9:.1f} GB" if bytes_ else ""
+        say(f"  {name:36}{size:>10}{'  downloaded' if path.is_file() else ''}".rstrip())

@@ -136,8 +136,8 @@ def _check_push(args: Convert, kind: str) -> None:
             raise InputError("--private and --license apply to an upload: add --push OWNER/NAME, or omit them.")
         return
     conversion.check_repo_id(args.push)
-    if kind == "openai":
-        raise InputError("--push needs --to diffusers or --to native: a .pt file does not contain all settings.")
+    if kind not in ("diffusers", "native"):
+        raise InputError(f"--push needs --to diffusers or --to native: {kind} files do not contain all settings.")
 
 
 def _convert_weights(args: Convert) -> None:

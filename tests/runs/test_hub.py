@@ -354,7 +354,7 @@ def test_models_that_diffusers_cannot_represent_are_pushed_in_the_native_format(
     assert b"diffusers" not in files["README.md"]
     assert b"library_name: cm_jax" in files["README.md"]
     assert cm_jax.load("me/emoji").config == emoji.config
-    with pytest.raises(InputError, match="PyTorch formats hold ADM U-Nets"):
+    with pytest.raises(InputError, match="diffusers hold ADM U-Nets"):
         emoji.push_to_hub("me/emoji", to="diffusers", token=TOKEN)
 
 

@@ -57,7 +57,7 @@ class _Edit(Network):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pictures(_Edit):
     pictures: Pictures
-    """Images to edit: png, jpg, webp, gif or bmp. The center square is resized to the model's size."""
+    """Images to edit. The center square is resized to the model's size."""
     variants: int = 4
     """Number of edits per image."""
     folder: Path | None = None

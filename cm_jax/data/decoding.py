@@ -4,12 +4,29 @@ import contextlib
 import io
 
 import numpy as np
-import PIL.WebPImagePlugin  # noqa: F401  Pillow registers its reader too late
+import PIL.TiffImagePlugin
+import PIL.WebPImagePlugin
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-"""Detected by content. Pillow's other readers are disabled: one of them starts another program."""
+from cm_jax.io.atomic import LFS_POINTER, LFS_REASON
+
+_FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
+}
+"""Suffixes of each format. Files are recognized by content. Pillow's other readers are disabled: one of them starts
+another program."""
+if features.check("avif"):
+    import PIL.AvifImagePlugin  # noqa: F401
+
+    _FORMATS["AVIF"] = (".avif",)
+SUFFIXES = tuple(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 _MAX_PIXELS = 2**26
 """Larger images are refused before decoding: a small file may claim any size."""
 
@@ -21,28 +38,44 @@ def decode(encoded: bytes, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"],
 
 
 def read_image(encoded: bytes) -> Image.Image:
-    """An 8-bit RGB image.
+    """An 8-bit RGB image: `open_image` with transparency blended with white and 16 bits reduced to 8."""
+    return on_white(open_image(encoded))
 
-    EXIF orientation is applied, transparency is blended with white, 16 bits are reduced to 8, and of an animation the
-    first frame is read. Raises any exception, as Pillow does for damaged files.
+
+def open_image(encoded: bytes) -> Image.Image:
+    """An image with its own kind of pixels: gray, palette, transparency, 8 or 16 bits.
+
+    EXIF orientation is applied, and of an animation or a TIFF file with several pages the first image is read. Raises
+    any exception, as Pillow does for damaged files.
     """
+    if encoded.startswith(LFS_POINTER):
+        raise ValueError(LFS_REASON)
     try:
-        opened = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        image = Image.open(io.BytesIO(encoded), formats=tuple(_FORMATS))
     except UnidentifiedImageError as error:
         raise ValueError(f"expected one of the formats {', '.join(_FORMATS)}") from error
-    with opened as image:
+    with image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {_MAX_PIXELS}")
         image.load()
         with contextlib.suppress(Exception):  # damaged EXIF data are ignored
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-            return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        return image
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The image in 8-bit RGB, with transparency blended with white. Raises ValueError for more than 16 bits."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        gray = np.asarray(image).astype(np.int64)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError(f"expected pixels of 8 or 16 bits, got values from {gray.min()} to {gray.max()}")
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("expected pixels of 8 or 16 bits, got floating-point numbers")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:

@@ -1,22 +1,30 @@
 """A folder of image files."""
 
+import collections
 import dataclasses
+import logging
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
+from cm_jax.data.decoding import SUFFIXES
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import user_path
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+log = logging.getLogger("cm_jax.data")
+
+_SPLIT = re.compile(r"(train|val|test|dev|eval|held)(ing|id|idation)?([-_ ]?out)?[-_ ]?[0-9]*", re.IGNORECASE)
+"""Folders with the usual names of data splits: train, val, validation, test, train2017, held_out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder(EncodedData):
-    """All jpg, jpeg, png, gif, webp and bmp files in a folder and its subfolders, center-cropped.
+    """All image files in a folder and its subfolders, center-cropped.
 
-    Hidden files and folders are ignored.
+    Formats: PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, PGM, and AVIF if Pillow has it. Other files are counted in the log;
+    hidden files and folders are ignored.
     """
 
     path: str
@@ -27,7 +35,17 @@ class ImageFolder(EncodedData):
 
     def encoded(self) -> Encoded:
         top = user_path(self.path)
-        files = image_files(top)
+        files, others = image_files(top)
+        if others:
+            suffixes = collections.Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in others)
+            counts = ", ".join(f"{_readable(suffix)}: {count}" for suffix, count in suffixes.most_common(8))
+            plural = "s that are" if len(others) != 1 else " that is"
+            log.warning(
+                f"{self.path}: left out {len(others):,} file{plural} not of a known image format ({counts}), such as "
+                f"{_readable(min(others))}."
+            )
+        if self.labels != "none":
+            _check_splits(files, self.path)
         names = _class_of_each(files, self.labels, self.path)
         numbers = {name: number for number, name in enumerate(sorted(set(names)))}
         labels = [numbers[name] for name in names]
@@ -52,8 +70,11 @@ class _Files(Encoded):
         return self.top.joinpath(*self.files[index]).read_bytes(), self.labels[index] if self.labels else 0
 
 
-def image_files(top: Path) -> list[tuple[str, ...]]:
-    """All image files below `top`, as parts of their relative paths, sorted. Raises InputError if there are none."""
+def image_files(top: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """All image files below `top`, as parts of their relative paths, sorted; and the names of other files.
+
+    Raises InputError if there are no images.
+    """
 
     def fail(error: OSError) -> None:
         raise InputError(f"{error.filename} cannot be read: {error.strerror or error}.") from error
@@ -71,13 +92,32 @@ def image_files(top: Path) -> list[tuple[str, ...]]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        images = [name for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
+        shown = [name for name in names if not name.startswith(".")]
+        images = [name for name in shown if name.lower().endswith(SUFFIXES)]
         files += [(*Path(folder).relative_to(top).parts, name) for name in images]
-        others += set(names).difference(images)
+        others += set(shown).difference(images)
     if not files:
         found = f"{len(others)} other files, such as {_readable(min(others))}" if others else "no files"
-        raise InputError(f"Expected images ({', '.join(_SUFFIXES)}) in {top}, found {found}.")
-    return sorted(files)
+        raise InputError(f"Expected images ({', '.join(SUFFIXES)}) in {top}, found {found}.")
+    return sorted(files), others
+
+
+def _check_splits(files: list[tuple[str, ...]], place: str) -> None:
+    """Raise InputError if the subfolders are data splits, whose names are not classes."""
+    above = os.path.commonprefix([file[:-1] for file in files])  # noqa: RUF071  of tuples
+    folders = sorted({file[len(above)] for file in files if len(file) > len(above) + 1})
+    splits = {name: match[1].lower() for name in folders if (match := _SPLIT.fullmatch(name))}
+    if len(set(splits.values())) > 1:
+        preferred = min(splits, key=lambda name: splits[name] != "train")
+        found, chosen = f"the data splits {' and '.join(splits)}", (*above, preferred)
+    elif len(folders) > 1 and above and _SPLIT.fullmatch(above[-1]):
+        found, chosen = f"the data split {above[-1]}", above
+    else:
+        return
+    raise InputError(
+        f"{place}: expected classes as subfolders, got {found}. Give one split: --data.path "
+        f"{_readable('/'.join((place.rstrip('/'), *chosen)))}; or all images without classes: labels: none."
+    )
 
 
 def _class_of_each(files: list[tuple[str, ...]], labels: str, place: str) -> list[str]:

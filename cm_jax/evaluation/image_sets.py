@@ -125,7 +125,7 @@ def _own_size(name: str) -> int:
             raise InputError("A TFDS data set has no image size and cannot be evaluated as samples: save it as .npz.")
         return 32
     sizes: dict[tuple[int, int], str] = {}
-    for file in image_files(top):
+    for file in image_files(top)[0]:
         try:
             with Image.open(top.joinpath(*file)) as image:
                 sizes.setdefault(image.size, "/".join(file))

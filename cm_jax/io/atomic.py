@@ -12,6 +12,9 @@ from cm_jax.errors import InputError
 
 UNFINISHED = ".cm_jax-"
 """Prefix of temporary names."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""First bytes of the small text file that Git LFS leaves in place of a file."""
+LFS_REASON = "it is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository, or download the file"
 
 
 def user_path(name: str | Path) -> Path:
@@ -65,10 +68,18 @@ def read_errors(path: Path, kind: str) -> Iterator[None]:
         raise
     except Exception as error:  # each library has its own kinds
         size = path.stat().st_size
+        if is_lfs_pointer(path):
+            raise InputError(f"{path} cannot be read: {LFS_REASON}.") from error
         raise InputError(
             f"{path} ({f'{size:,} bytes' if size else 'empty'}) is damaged: not a complete {kind} "
             f"({type(error).__name__}: {str(error)[:300]}). Download it again."
         ) from error
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is a pointer of Git LFS (its content was not downloaded)."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cm_jax.io.atomic import LFS_REASON, is_lfs_pointer
+
 
 def read_npz(path: Path, select: Callable[[list[str]], Iterable[str]]) -> dict[str, np.ndarray]:
     """The arrays with the names that `select` returns from the list of all names.
@@ -15,7 +17,7 @@ def read_npz(path: Path, select: Callable[[list[str]], Iterable[str]]) -> dict[s
     try:
         with path.open("rb") as stream:
             if not zipfile.is_zipfile(stream):
-                raise ValueError("it is not a complete .npz file")
+                raise ValueError(LFS_REASON if is_lfs_pointer(path) else "it is not a complete .npz file")
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in select(file.files)}

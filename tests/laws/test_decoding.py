@@ -140,5 +140,24 @@ def test_a_small_file_that_claims_many_pixels_is_refused():
 
 
 def test_only_image_formats_are_read_whatever_a_file_is_called():
-    with pytest.raises(ValueError, match="expected one of the formats BMP, GIF, JPEG, PNG, WEBP"):
+    with pytest.raises(ValueError, match="expected one of the formats PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", 8)
+    with pytest.raises(ValueError, match="Git LFS pointer, not the file itself; run `git lfs pull`"):
+        decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", 8)
+
+
+def test_pixels_of_more_than_16_bits_are_refused_with_their_values():
+    for pixels, found in ((np.full((4, 4), 70000, np.int32), "from 70000"), (np.ones((4, 4), "f4"), "floating")):
+        with pytest.raises(ValueError, match=f"expected pixels of 8 or 16 bits, got .*{found}"):
+            decode(png(pixels, "TIFF"), 4)
+
+
+def test_a_tiff_file_is_turned_once_and_gives_its_first_page_without_transparency():
+    pixels = np.zeros((4, 6, 4), np.uint8)
+    pixels[0, 0] = (9, 99, 199, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image, _ = decode(png(pixels, "TIFF", exif=exif, save_all=True, append_images=[Image.new("RGB", (2, 2))]), 4)
+    np.testing.assert_array_equal(image, 255)
+    image, _ = decode(png(pixels[:, :4], "TIFF", exif=exif), 4)
+    np.testing.assert_array_equal(image[3, 3], (9, 99, 199))

@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import PIL.features
 import pytest
 from PIL import Image
 
@@ -49,15 +50,50 @@ def test_a_folder_is_read_in_the_order_of_its_names_with_its_classes(folder):
 
 
 def test_every_kind_of_image_file_is_read_whatever_its_letters(tmp_path):
-    for index, name in enumerate(["a.PNG", "b.jpg", "c.JPeG", "d.gif", "e.webp", "f.bmp"]):
-        write(tmp_path / name, 40 * index)
-    write(tmp_path / "deep" / "er" / "g.png", 250)
+    names = ["a.PNG", "b.jpg", "c.JPeG", "d.gif", "e.webp", "f.bmp", "g.jfif", "h.TIF", "i.tiff", "j.ppm", "k.pgm"]
+    names += ["l.avif"] if PIL.features.check("avif") else []
+    for index, name in enumerate(names):
+        write(tmp_path / name, 20 * index)
+    write(tmp_path / "z" / "er" / "g.png", 250)
     write(tmp_path / ".hidden" / "h.png", 1)
     write(tmp_path / "._a.png", 1)
-    (tmp_path / "notes.txt").write_text("not an image")
     data = ImageFolder(str(tmp_path)).open(8)
-    assert levels(data) == [0, 40, 80, 120, 250, 160, 200]
+    np.testing.assert_allclose(levels(data), [*range(0, 20 * len(names), 20), 250], atol=1)
     assert data.classes is None
+
+
+def test_files_of_other_formats_are_counted_by_suffix_and_named(tmp_path, caplog):
+    write(tmp_path / "a.png", 1)
+    for name in ("b.HEIC", "c/d.heic", "e.txt", ".DS_Store"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert ImageFolder(str(tmp_path)).open(8).size == 1
+    assert "left out 3 files that are not of a known image format (.heic: 2, .txt: 1), such as b.HEIC." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "found", "advice"),
+    [
+        (["train/cat/1", "val/cat/1", "train/dog/1"], "splits train and val", "/train;"),
+        (["train2017/1", "val2017/1", "test2017/1"], "splits test2017 and train2017 and val2017", "/train2017;"),
+        (["Training/a/1", "Testing/a/1", "logo"], "splits Testing and Training", "/Training;"),
+        (["in/validation/a/1", "in/test/b/1", "in/rest/b/1"], "splits test and validation", "/in/test;"),
+        (["train/cat/1", "train/dog/1"], "the data split train", "/train;"),
+    ],
+)
+def test_data_splits_are_not_classes(tmp_path, files, found, advice):
+    for name in files:
+        write(tmp_path / f"{name}.png", 0)
+    for labels in ("auto", "folder", "prefix"):
+        with pytest.raises(InputError, match=f"{found}. Give one split: --data.path {tmp_path}{advice}"):
+            ImageFolder(f"{tmp_path}/", labels=labels).open(8)
+    assert ImageFolder(str(tmp_path), labels="none").open(8).size == len(files)
+
+
+def test_classes_with_the_name_of_a_split_are_classes(tmp_path):
+    for name in ("bus", "train", "car"):
+        write(tmp_path / name / "1.png", 0)
+    assert ImageFolder(str(tmp_path)).open(8).class_names == ("bus", "car", "train")
 
 
 def test_links_in_a_circle_end(folder):

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,8 +17,19 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cm_jax.networks.edm2_layers import (
+    Linear,
+    TimeFeatures,
+    Uncertainty,
+    Variant,
+    concatenate,
+    effective,
+    mix,
+    normalize,
+    silu,
+    time_features,
+)
 from cm_jax.networks.layers import (
-    UNCERTAINTY_FEATURES,
     Embedding,
     Features,
     Outputs,
@@ -27,16 +38,10 @@ from cm_jax.networks.layers import (
     parameter,
     resampled,
 )
-from cm_jax.networks.operations import Implementation, attend, convolve_3x3, multiply
+from cm_jax.networks.operations import Implementation, attend, multiply
 from cm_jax.networks.unet import UNet
 from cm_jax.networks.unet_config import Block, Unit
 from cm_jax.types import Images, Keys, Labels, Params, leaves, nested
-
-_EPSILON = 1e-4
-"""Added to root mean squares, not under the root."""
-
-Variant = Literal["edm2", "trigflow"]
-"""trigflow: sinusoids in place of random Fourier features, and modulation by a normalized scale and shift."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,81 +141,8 @@ class EDM2UNet(UNet):
     def log_variance(self, params: Params, c_noise: Float[Array, " b"]) -> Float[Array, " b"]:
         """The uncertainty u(sigma) of every noise level, for the loss e^-u (D - x)^2 + u (EDM2, equation 21)."""
         head = params["uncertainty"]
-        features = _time_features(self.variant, c_noise, head["frequencies"], head.get("phases"))
-        return multiply(features, _effective(head["output"]["kernel"]))[:, 0]
-
-
-def normalize(x: Array, axes: Any) -> Array:
-    """x / (1e-4 + rms(x)) in float32, with the root mean square over `axes`."""
-    x = x.astype(jnp.float32)
-    return x / (_EPSILON + jnp.sqrt(jnp.mean(jnp.square(x), axis=tuple(axes), keepdims=True)))
-
-
-def mix(a: Array, b: Array, share: float) -> Array:
-    """((1 - t) a + t b) / sqrt((1 - t)^2 + t^2), with the magnitude of a and b (EDM2, equation 88)."""
-    scale = math.hypot(1 - share, share)
-    return a * ((1 - share) / scale) + b * (share / scale)
-
-
-def concatenate(a: Features, b: Float[Array, "b h w d"], share: float) -> Float[Array, "b h w c3"]:
-    """Channels of a, then of b, scaled so that the share of b in the magnitude of both is t (EDM2, equation 103)."""
-    channels = a.shape[-1], b.shape[-1]
-    scale = math.sqrt(sum(channels)) / math.hypot(1 - share, share)
-    return jnp.concatenate(
-        [a * (scale * (1 - share) / math.sqrt(channels[0])), b * (scale * share / math.sqrt(channels[1]))], axis=-1
-    )
-
-
-def silu(x: Array) -> Array:
-    """SiLU divided by its root mean square for normal inputs (EDM2, equation 81)."""
-    return jax.nn.silu(x) / 0.596
-
-
-def _effective(kernel: Array, gain: Array | float = 1.0) -> Array:
-    """gain w / (1e-4 sqrt(n) + |w|) for every output channel with n inputs, in float32 (EDM2, equation 47)."""
-    inputs = math.prod(kernel.shape[:-1])
-    return normalize(kernel, range(kernel.ndim - 1)) * (gain / math.sqrt(inputs))
-
-
-def _time_features(variant: Variant, time: Array, frequencies: Array, phases: Array | None) -> Array:
-    """sqrt(2) cos(t w + p) with random w and p, or sqrt(2) [cos(t w), sin(t w)]; neither is trained."""
-    angles = time[:, None] * jax.lax.stop_gradient(frequencies).astype(jnp.float32)
-    if variant == "edm2":
-        assert phases is not None
-        return math.sqrt(2) * jnp.cos(angles + jax.lax.stop_gradient(phases).astype(jnp.float32))
-    return math.sqrt(2) * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
-
-
-class _Linear(nn.Module):
-    """x times a normalized kernel: over the last axis, or as a 3x3 convolution."""
-
-    features: int
-    window: Literal[1, 3] = 1
-    with_gain: bool = False
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        inputs = (x.shape[-1],) if self.window == 1 else (3, 3, x.shape[-1])
-        kernel = parameter(self, "kernel", (*inputs, self.features))
-        gain = parameter(self, "gain", ()) if self.with_gain else 1.0
-        effective = _effective(kernel, gain).astype(self.dtype)
-        x = x.astype(self.dtype)
-        return multiply(x, effective) if self.window == 1 else convolve_3x3(x, effective)
-
-
-class _TimeFeatures(nn.Module):
-    """Features of c_noise, with their frequencies and phases as parameters."""
-
-    width: int
-    variant: Variant
-
-    @nn.compact
-    def __call__(self, time: Float[Array, " b"]) -> Embedding:
-        random = self.variant == "edm2"
-        frequencies = parameter(self, "frequencies", (self.width if random else self.width // 2,))
-        phases = parameter(self, "phases", (self.width,)) if random else None
-        return _time_features(self.variant, time, frequencies, phases)
+        features = time_features(self.variant, c_noise, head["frequencies"], head.get("phases"))
+        return multiply(features, effective(head["output"]["kernel"]))[:, 0]
 
 
 class _Embedding(nn.Module):
@@ -222,28 +154,15 @@ class _Embedding(nn.Module):
     def __call__(self, time: Float[Array, " b"], labels: Labels | None, start: Float[Array, " b"] | None) -> Embedding:
         config = self.config
         noise_width, width = config.embedding_widths
-        features = _TimeFeatures(noise_width, config.variant, name="features")
-        embedding = _Linear(width, name="noise")(features(time))
+        features = TimeFeatures(noise_width, config.variant, name="features")
+        embedding = Linear(width, name="noise")(features(time))
         if config.interval_embedding:
             kernel = parameter(self, "interval", (noise_width, width))
             embedding += 0.0 if start is None else multiply(features(start), kernel)
         if config.classes is not None:
             one_hot = jax.nn.one_hot(labels, config.classes) * math.sqrt(config.classes)
-            embedding = mix(embedding, _Linear(width, name="label")(one_hot), config.label_balance)
+            embedding = mix(embedding, Linear(width, name="label")(one_hot), config.label_balance)
         return silu(embedding)
-
-
-class _Uncertainty(nn.Module):
-    """The parameters of `EDM2UNet.log_variance`."""
-
-    variant: Variant
-
-    @nn.compact
-    def __call__(self, time: Float[Array, " b"]) -> Array:
-        random = self.variant == "edm2"
-        frequencies = parameter(self, "frequencies", (UNCERTAINTY_FEATURES if random else UNCERTAINTY_FEATURES // 2,))
-        phases = parameter(self, "phases", (UNCERTAINTY_FEATURES,)) if random else None
-        return _Linear(1, name="output")(_time_features(self.variant, time, frequencies, phases))
 
 
 class _ResidualBlock(nn.Module):
@@ -260,22 +179,22 @@ class _ResidualBlock(nn.Module):
         dtype = jnp.dtype(config.precision)
 
         def skip(x: Features) -> Outputs:
-            return x if x.shape[-1] == width else _Linear(width, dtype=dtype, name="skip")(x)
+            return x if x.shape[-1] == width else Linear(width, dtype=dtype, name="skip")(x)
 
         x = resampled(x, self.unit.resample)
         if self.encoder:
             x = normalize(skip(x), (-1,)).astype(dtype)
-        h = _Linear(width, 3, dtype=dtype, name="conv_1")(silu(x))
+        h = Linear(width, 3, dtype=dtype, name="conv_1")(silu(x))
         if config.variant == "edm2":
-            scale = 1 + _Linear(width, with_gain=True, name="embedding")(embedding)
+            scale = 1 + Linear(width, with_gain=True, name="embedding")(embedding)
             h = silu(h * scale[:, None, None].astype(dtype))
         else:
-            scale, shift = jnp.split(_Linear(2 * width, name="embedding")(embedding), 2, axis=1)
+            scale, shift = jnp.split(Linear(2 * width, name="embedding")(embedding), 2, axis=1)
             scale, shift = (normalize(part, (-1,))[:, None, None] for part in (scale, shift))
             h = silu(normalize(h, (-1,)) * scale + shift).astype(dtype)
         if config.dropout_size is None or max(h.shape[1:3]) <= config.dropout_size:
             h = dropout(h, config.dropout, dropout_keys, self.dropout_layer)
-        h = _Linear(width, 3, dtype=dtype, name="conv_2")(h)
+        h = Linear(width, 3, dtype=dtype, name="conv_2")(h)
         return mix(x if self.encoder else skip(x), h, config.residual_balance)
 
 
@@ -290,10 +209,10 @@ class _AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Features) -> Features:
         b, h, w, c = x.shape
-        qkv = _Linear(3 * c, dtype=self.dtype, name="qkv")(x.reshape(b, h * w, c))
+        qkv = Linear(3 * c, dtype=self.dtype, name="qkv")(x.reshape(b, h * w, c))
         qkv = normalize(qkv.reshape(b, h * w, 3, self.heads, -1), (-1,)).astype(self.dtype)
         mixed = attend(qkv.reshape(b, h * w, 3 * c), self.heads, self.implementation).reshape(b, h, w, c)
-        return mix(x, _Linear(c, dtype=self.dtype, name="projection")(mixed), self.balance)
+        return mix(x, Linear(c, dtype=self.dtype, name="projection")(mixed), self.balance)
 
 
 class _Block(nn.Module):
@@ -341,14 +260,14 @@ class _EDM2Module(nn.Module):
         config, plan = self.config, self.config.plan()
         embedding = config.embedder()(c_noise, labels, length)
         if config.uncertainty:
-            _Uncertainty(config.variant, name="uncertainty")(c_noise)
+            Uncertainty(config.variant, name="uncertainty")(c_noise)
         numbers = itertools.count()
 
         def apply(block: Block, h: Features, encoder: bool) -> Outputs:
             return _Block(config, block, encoder, next(numbers), name=block.name)(h, embedding, dropout_keys)
 
         ones = jnp.ones((*x.shape[:-1], 1), x.dtype)
-        stem = _Linear(config.stem_channels, 3, dtype=config.precision, name="stem")
+        stem = Linear(config.stem_channels, 3, dtype=config.precision, name="stem")
         h = stem(jnp.concatenate([x, ones], axis=-1))
         skips = [h]
         for block in plan.encoder:
@@ -357,4 +276,4 @@ class _EDM2Module(nn.Module):
         h = apply(plan.middle, h, False)
         for block in plan.decoder:
             h = apply(block, concatenate(h, skips.pop(), config.concat_balance), False)
-        return _Linear(config.image_channels, 3, with_gain=True, name="head")(h.astype(jnp.float32))
+        return Linear(config.image_channels, 3, with_gain=True, name="head")(h.astype(jnp.float32))

@@ -61,7 +61,8 @@ class _Pictures(_Edit):
     variants: int = 4
     """Number of edits per image."""
     folder: Path | None = None
-    """Folder for the single edits, each pasted into its image at full size. Default: not written."""
+    """Folder for the single edits, each pasted into its image at full size, with its transparency. Default: not
+    written."""
 
     def hole(self, picture: Image.Image) -> np.ndarray | None:
         """The pixels to edit; None for all."""
@@ -86,7 +87,8 @@ class Inpaint(_Steps):
     """Inpaint a region, given by a mask or a box."""
 
     mask: Path | None = None
-    """Image of the same size, white where to inpaint. Default: --box."""
+    """Image of the same size, white where to inpaint, or a copy of the image with this part erased (transparent).
+    Default: --box."""
     box: str = ""
     """Region to inpaint in place of a mask: left,top,right,bottom in pixels of the image. Default: --mask."""
 
@@ -96,7 +98,9 @@ class Inpaint(_Steps):
 
     def hole(self, picture: Image.Image) -> np.ndarray:
         if self.mask is not None:
-            return photos.hole_from_mask(photos.read(self.mask), *picture.size)
+            hole = photos.hole_from_mask(photos.read_mask(self.mask), *picture.size)
+            say(f"{self.mask.name}: {hole.sum():,} of {hole.size:,} pixels to inpaint.")
+            return hole
         box = numbers("box", self.box, int)
         if box is None or len(box) != 4:
             raise InputError(f"--box must be left,top,right,bottom, got {self.box!r}.")

@@ -32,14 +32,9 @@ _MAX_PIXELS = 2**26
 
 
 def decode(encoded: bytes, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"], bool]:
-    """(center crop of `image_size`, whether the image was enlarged). Raises as `read_image`."""
-    whole = read_image(encoded)
+    """(center crop of `image_size`, whether the image was enlarged). Raises as `open_image`."""
+    whole = on_white(open_image(encoded))
     return np.asarray(center_crop(whole, image_size)), min(whole.size) < image_size
-
-
-def read_image(encoded: bytes) -> Image.Image:
-    """An 8-bit RGB image: `open_image` with transparency blended with white and 16 bits reduced to 8."""
-    return on_white(open_image(encoded))
 
 
 def open_image(encoded: bytes) -> Image.Image:

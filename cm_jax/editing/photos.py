@@ -1,23 +1,47 @@
 """Photos of any size: reading, cropping and resizing to a model's images, and pasting edits back."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from cm_jax.data import center_crop, read_image
+from cm_jax.data import center_crop, on_white, open_image
 from cm_jax.errors import InputError
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are exclusive."""
 
 _MAX_BYTES = 2**28
+_WHITE = 224
+"""Least value of red, green and blue in white paint."""
+_LEAST_SATURATION = 32
+"""Difference between the largest and the smallest of red, green and blue in a color."""
+_MOST_COLORED = 0.02
+"""Largest share of pixels with a color in a mask."""
+_MOST_UNCLEAR = 0.25
+"""Largest share of middle grays in a mask."""
 
 
 def read(path: Path) -> Image.Image:
-    """Read an image file. Raises InputError where that fails."""
+    """Read an image file as 8-bit RGB, or as RGBA if pixels are transparent. Raises InputError where that fails."""
+    return _decode(*_content(path), _rgb_or_rgba)
+
+
+def read_mask(path: Path) -> Image.Image:
+    """Read an image file for `hole_from_mask`, with its own values. Raises InputError where that fails."""
+    return _decode(*_content(path), lambda image: image if _is_gray(image) else _rgb_or_rgba(image))
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """Decode the bytes of an image file as 8-bit RGB; `name` identifies it in the InputError."""
+    return _decode(content, name, on_white)
+
+
+def _content(path: Path) -> tuple[bytes, str]:
+    """(content of a file, its name for messages)."""
     name = str(path)[:200]
     try:
         path = path.expanduser()
@@ -25,21 +49,31 @@ def read(path: Path) -> Image.Image:
             raise InputError(f"There is no picture {name}.")
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{name} cannot be read as a picture: it is larger than {_MAX_BYTES >> 20} MiB.")
-        content = path.read_bytes()
+        return path.read_bytes(), name
     except (OSError, RuntimeError) as error:
         raise InputError(f"{name} cannot be read as a picture: {error}.") from error
-    return decode(content, name)
 
 
-def decode(content: bytes, name: str) -> Image.Image:
-    """Decode the bytes of an image file with `cm_jax.data.picture`; `name` identifies it in the InputError."""
+def _decode(content: bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `picture` has a lower limit
-            return read_image(content)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` has a lower limit
+            return convert(open_image(content))
     except Exception as error:  # image formats raise many kinds
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise InputError(f"{name} cannot be read as a picture: {reason[:200]}.") from error
+
+
+def _is_gray(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+
+
+def _rgb_or_rgba(image: Image.Image) -> Image.Image:
+    if not _is_gray(image) and image.has_transparency_data:
+        layer = image.convert("RGBA")
+        if np.asarray(layer)[..., 3].min() < 255:
+            return layer
+    return on_white(image)
 
 
 def check_square(shape: tuple[int, int, int]) -> int:
@@ -58,8 +92,8 @@ def center_box(width: int, height: int) -> Box:
 
 
 def fit(image: Image.Image, size: int) -> Float[np.ndarray, "h w 3"]:
-    """The center square, resized to `size` pixels like training images; values in [-1, 1]."""
-    square = center_crop(image.crop(center_box(*image.size)), size)
+    """The center square on white, resized to `size` pixels like training images; values in [-1, 1]."""
+    square = center_crop(on_white(image).crop(center_box(*image.size)), size)
     return np.asarray(square, np.float32) / 127.5 - 1
 
 
@@ -82,15 +116,50 @@ def hole_from_box(box: Box, width: int, height: int) -> Bool[np.ndarray, "h w"]:
 
 
 def hole_from_mask(mask: Image.Image, width: int, height: int) -> Bool[np.ndarray, "h w"]:
-    """The white pixels of a mask. Raises InputError unless it has the size of the picture and some white pixels."""
+    """The pixels of a picture to inpaint: those where the mask is transparent or, if none is, white.
+
+    A transparent mask is a copy of the picture with an erased hole; if all its visible pixels are white, it is paint on
+    an empty layer, and the hole is the paint. Of a mask with two values the hole has the higher one. Raises InputError
+    unless the mask has the size of the picture, and for other values and empty holes.
+    """
     if mask.size != (width, height):
         raise InputError(
             f"Expected a mask of {width} x {height} pixels, the size of the picture; got {mask.width} x {mask.height}."
         )
-    hole = np.asarray(mask.convert("L")) >= 128
-    if not hole.any():
-        raise InputError("Expected a mask with white pixels, where the picture is inpainted; got a black mask.")
-    return hole
+    if not _is_gray(mask):
+        layer = np.asarray(mask.convert("RGBA"))
+        visible = layer[..., 3] >= 128
+        if not visible.any():
+            raise InputError("Expected a mask with visible pixels, got one that is transparent everywhere.")
+        if not visible.all():
+            painted = layer[visible][:, :3].min() >= _WHITE
+            return visible if painted else ~visible
+    return _white_pixels(mask)
+
+
+def _white_pixels(mask: Image.Image) -> Bool[np.ndarray, "h w"]:
+    """Values of at least half the maximum, or the higher of two values."""
+    values = np.asarray(mask if mask.mode.startswith(("I", "F")) else mask.convert("RGB").convert("L"))
+    levels, highest = np.unique(values), 65535 if mask.mode.startswith("I") else 255
+    if len(levels) == 2:
+        return values == levels[1]
+    if len(levels) == 1 and levels[0] in (0, highest):
+        if levels[0] == 0:
+            raise InputError("Expected a mask with white pixels, where the picture is inpainted; got a black mask.")
+        return np.ones(values.shape, bool)
+    share, is_colored = values / highest, False
+    if not _is_gray(mask):
+        saturation = np.ptp(np.asarray(mask.convert("RGB")), axis=-1)
+        is_colored = (saturation > _LEAST_SATURATION).mean() > _MOST_COLORED
+    unclear = ((share > 0.25) & (share < 0.75)).mean() > _MOST_UNCLEAR
+    if share.max() < 0.5 or len(levels) == 1 or is_colored or unclear:
+        few = ", ".join(f"{level:g}" for level in levels) if len(levels) <= 10 else f"{levels[0]:g} to {levels[-1]:g}"
+        raise InputError(
+            "Expected a mask that is black, and white where to inpaint, or has two values or a transparent hole; got "
+            f"{'colors of brightness' if is_colored else 'the gray values'} {few}. Make the pixels to inpaint white "
+            "and all others black."
+        )
+    return share >= 0.5
 
 
 def fit_hole(hole: Bool[np.ndarray, "h w"], size: int) -> Bool[np.ndarray, "s s"]:
@@ -105,11 +174,25 @@ def fit_hole(hole: Bool[np.ndarray, "h w"], size: int) -> Bool[np.ndarray, "s s"
 def paste_back(
     image: Image.Image, edited: UInt8[np.ndarray, "s s 3"], hole: Bool[np.ndarray, "h w"] | None = None
 ) -> Image.Image:
-    """The picture at its own size with the edited square in its center, or only the edited pixels of a hole."""
+    """The picture at its own size with the edited square in its center, or only the edited pixels of a hole.
+
+    A transparent picture (RGBA) keeps its transparency; the pixels of a hole become opaque.
+    """
     box = center_box(*image.size)
     side = box[2] - box[0]
     square = Image.fromarray(edited).resize((side, side), Image.Resampling.BICUBIC)
     whole = image.copy()
+    if hole is None and image.mode == "RGBA":
+        square = _behind(square, image.crop(box))
     mask = None if hole is None else Image.fromarray(hole.astype(np.uint8) * 255).crop(box)
-    whole.paste(square, box[:2], mask)
+    whole.paste(square.convert(image.mode), box[:2], mask)
     return whole
+
+
+def _behind(square: Image.Image, transparent: Image.Image) -> Image.Image:
+    """The RGBA image with the transparency of `transparent` that looks like `square` on white."""
+    before = np.asarray(transparent).astype(np.float32)
+    alpha = before[..., 3:] / 255
+    color = 255 - (255 - np.asarray(square, np.float32)) / np.maximum(alpha, 1 / 255)
+    kept = np.where(alpha > 0, np.clip(np.round(color), 0, 255), before[..., :3])
+    return Image.fromarray(np.concatenate([kept, before[..., 3:]], axis=-1).astype(np.uint8))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_edit
+from cm_jax.data import on_white
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.editing import photos
 from cm_jax.errors import InputError
@@ -148,6 +149,119 @@ def test_a_hole_covers_every_pixel_that_it_touches():
     touched = photos.fit_hole(hole, 8)
     assert np.argwhere(touched).tolist() == [[1, 3]]
     assert photos.fit_hole(np.ones((3, 3), bool), 8).all()
+
+
+HOLE = np.zeros((12, 10), bool)
+HOLE[2:7, 3:9] = True
+
+
+def photo():
+    return np.random.default_rng(1).integers(0, 256, (*HOLE.shape, 4), np.uint8)
+
+
+def erased(value=0):
+    """A copy of a picture whose hole is transparent."""
+    return Image.fromarray(np.where(HOLE[..., None], [value] * 3 + [0], photo() | [0, 0, 0, 255]).astype(np.uint8))
+
+
+def paint():
+    return Image.fromarray(np.where(HOLE[..., None], [255] * 4, [0] * 4).astype(np.uint8))
+
+
+def palette(colors, transparent=None):
+    image = Image.fromarray(HOLE.astype(np.uint8))
+    image.putpalette(np.ravel(colors).tolist())
+    if transparent is not None:
+        image.info["transparency"] = transparent
+    return image
+
+
+MASKS = {
+    "white": Image.fromarray((HOLE * 255).astype(np.uint8)),
+    "0 and 1": Image.fromarray(HOLE.astype(np.uint8)),
+    "one bit": Image.fromarray(HOLE),
+    "two grays": Image.fromarray(np.where(HOLE, 100, 30).astype(np.uint8)),
+    "16 bits": Image.fromarray((HOLE * 65535).astype(np.uint16)),
+    "16 bits, 0 and 1": Image.fromarray(HOLE.astype(np.uint16)),
+    "RGB": Image.fromarray(np.repeat(HOLE[..., None] * 255, 3, -1).astype(np.uint8)),
+    "palette of segmentation": palette([[0, 0, 0], [128, 0, 0]]),
+    "palette of black and white": palette([[0, 0, 0], [255, 255, 255]]),
+    "transparent color of a palette": palette([[9, 99, 0], [99, 9, 0]], transparent=1),
+    "erased, black below": erased(),
+    "erased, white below": erased(255),
+    "gray with transparency": erased().convert("LA"),
+    "white paint on an empty layer": paint(),
+    "black and white, opaque": Image.fromarray((HOLE * 255).astype(np.uint8)).convert("RGBA"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_is_its_transparent_or_white_pixels_or_the_higher_of_two_values(tmp_path, name):
+    MASKS[name].save(tmp_path / "mask.png")
+    hole = photos.hole_from_mask(photos.read_mask(tmp_path / "mask.png"), 10, 12)
+    np.testing.assert_array_equal(hole, HOLE)
+
+
+def test_a_mask_with_soft_or_compressed_edges_is_cut_at_half(tmp_path):
+    soft = Image.fromarray((HOLE * 255).astype(np.uint8)).resize((80, 96), Image.Resampling.BICUBIC)
+    for name in ("soft.png", "soft.jpg"):
+        soft.convert("RGB").save(tmp_path / name)
+        hole = photos.hole_from_mask(photos.read_mask(tmp_path / name), 80, 96)
+        assert (hole != HOLE.repeat(8, 0).repeat(8, 1)).mean() < 0.01
+    np.testing.assert_array_equal(hole[4::8, 4::8], HOLE)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            Image.fromarray((np.arange(120).reshape(12, 10) % 4).astype(np.uint8)),
+            "values 0, 1, 2, 3. Make",
+        ),
+        (Image.fromarray(photo()[..., :3]), "got colors of brightness"),
+        (Image.fromarray(photo()[..., 0]), "got the gray values 0 to 25"),
+        (Image.fromarray(np.full((12, 10), 7, np.uint8)), "got the gray values 7. Make"),
+        (Image.new("RGBA", (10, 12)), "transparent everywhere"),
+        (Image.new("I;16", (10, 12)), "got a black mask"),
+    ],
+)
+def test_masks_with_other_values_are_refused_with_what_they_have(tmp_path, mask, message):
+    mask.save(tmp_path / "mask.png")
+    with pytest.raises(InputError, match=message):
+        photos.hole_from_mask(photos.read_mask(tmp_path / "mask.png"), 10, 12)
+
+
+def test_a_transparent_picture_keeps_its_transparency(tmp_path):
+    pixels = photo()
+    pixels[:2, :, 3], pixels[2:4, :, 3] = 0, 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    picture = photos.read(tmp_path / "a.png")
+    edited = np.random.default_rng(2).integers(200, 256, (10, 10, 3), np.uint8)
+    whole = photos.paste_back(picture, edited)
+    after = np.asarray(whole)
+    np.testing.assert_array_equal(after[..., 3], pixels[..., 3])
+    np.testing.assert_array_equal(after[[0, 11]], pixels[[0, 11]])  # outside the square
+    shown, alpha = np.asarray(on_white(whole))[1:11].astype(int), pixels[1:11, :, 3:].astype(int)
+    reachable = 255 - edited.astype(int) <= alpha  # darker colors need more than this opacity
+    assert np.abs(shown - edited)[reachable].max() <= 1
+
+    inside = np.asarray(photos.paste_back(picture, edited, HOLE))
+    np.testing.assert_array_equal(inside[~HOLE], pixels[~HOLE])
+    np.testing.assert_array_equal(inside[HOLE][:, :3], edited[HOLE[1:11]])
+    assert (inside[HOLE][:, 3] == 255).all()
+    assert photos.decode((tmp_path / "a.png").read_bytes(), "a").mode == "RGB"
+
+
+def test_an_erased_copy_is_a_mask_on_the_command_line(checkpoint, tmp_path, capsys):
+    erased().save(tmp_path / "erased.png")
+    said = succeeded(
+        capsys, main_edit, "inpaint", tmp_path / "erased.png", "--checkpoint", checkpoint, "--mask",
+        tmp_path / "erased.png", "--steps", 2, "--output", tmp_path / "e.png", "--folder", tmp_path / "all",
+    )  # fmt: skip
+    assert "erased.png: 30 of 120 pixels to inpaint." in said
+    whole = np.asarray(Image.open(tmp_path / "all" / "000_erased_00.png"))
+    np.testing.assert_array_equal(whole[~HOLE], np.asarray(erased())[~HOLE])
+    assert (whole[..., 3] == 255).all()
 
 
 def test_small_pictures_become_patches():

@@ -164,7 +164,7 @@ def _read_picture(folder: Path, rng: random.Random) -> None:
 
 
 def _read_mask(folder: Path, rng: random.Random) -> None:
-    photos.fit_hole(photos.hole_from_mask(photos.read(folder / "mask.png"), 20, 24), 8)
+    photos.fit_hole(photos.hole_from_mask(photos.read_mask(folder / "mask.png"), 20, 24), 8)
 
 
 def _read_image_folder(folder: Path, rng: random.Random) -> None:

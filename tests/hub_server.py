@@ -47,6 +47,8 @@ class Hub:
     """Files outside of repositories, by path below the address."""
     md5: dict[str, str] = dataclasses.field(default_factory=dict)
     """Content-MD5 headers of these files, where the server states one."""
+    types: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Their Content-Type headers."""
     ranges: bool = True
     """Whether the server sends parts of files."""
     breaks: int = 0
@@ -83,8 +85,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(*found.groups())
         elif (name := path.removeprefix("/")) in self.hub.files:
-            md5 = {"Content-MD5": self.hub.md5[name]} if name in self.hub.md5 else {}
-            self._content(self.hub.files[name], md5)
+            known = {"Content-MD5": self.hub.md5, "Content-Type": self.hub.types}
+            headers = {header: values[name] for header, values in known.items() if name in values}
+            self._content(self.hub.files[name], headers)
         else:
             self._error(404)
 

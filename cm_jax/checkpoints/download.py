@@ -55,6 +55,8 @@ def download(file: str) -> Path:
 def _download(url: str, destination: Path) -> None:
     with _open(url, method="HEAD") as answer:
         headers = answer.headers
+    if headers.get_content_type() == "text/html" or not headers["Content-Length"]:
+        raise InputError(f"Expected a file at {url}, got a web page: check the address, or the login of your network.")
     size, version = int(headers["Content-Length"]), headers["ETag"] or headers["Last-Modified"] or ""
     # The name contains the version, because the part of another version must not be continued.
     part = destination.with_name(f"{destination.name}.{zlib.crc32(version.encode()):08x}.part")

@@ -4,6 +4,7 @@ The cache, the token, the address and offline mode are those of `huggingface_hub
 HF_HUB_OFFLINE. diffusers uses the same cache.
 """
 
+import contextlib
 import difflib
 import glob
 import logging
@@ -54,9 +55,10 @@ def parse_id(name: str) -> HubId | None:
     owner, _, second = found.repo.partition("/") if found else ("", "", "")
     if not found or second == "best" or owner in _LOCAL_FOLDERS or os.path.lexists(owner):
         return None
-    for folder in difflib.get_close_matches(owner, [entry.name for entry in Path().iterdir() if entry.is_dir()]):
-        if (Path(folder) / second).exists():
-            raise InputError(f"There is no checkpoint {name}. Did you mean {folder}/{second}?")
+    with contextlib.suppress(OSError):  # a working directory that cannot be listed
+        folders = [entry.name for entry in Path().iterdir() if (entry / second).exists()]
+        if close := difflib.get_close_matches(owner, folders, n=1):
+            raise InputError(f"There is no checkpoint {name}. Did you mean {close[0]}/{second}?")
     return found
 
 

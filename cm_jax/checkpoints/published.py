@@ -7,6 +7,7 @@ openai/consistency_models_cifar10, launch.sh and its notebook).
 import dataclasses
 import functools
 import importlib.resources
+import os
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,12 @@ def _named(name: str, *, fetch: bool) -> Path:
         raise InputError(
             f"{name} is a published checkpoint that has not been downloaded: run `cm-jax download {entry.name}`, or "
             "cm_jax.load with download=True."
+        )
+    owner = name.partition("/")[0]
+    if hub.split_id(name) and os.path.lexists(owner):
+        raise InputError(
+            f"There is no checkpoint {name}, and it is not an id of the Hugging Face Hub, because {owner} exists here. "
+            "Give an existing path, or run the command in another folder."
         )
     raise InputError(
         f"There is no checkpoint {name}. Expected a .pt file, a diffusers folder, a jcm checkpoint, a native "

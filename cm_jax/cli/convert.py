@@ -71,8 +71,8 @@ class Convert:
     push: str = ""
     """Repository of the Hugging Face Hub, OWNER/NAME, to which the result is uploaded with a model card. Needs
     HF_TOKEN. Default: no upload."""
-    private: bool | None = None
-    """For --push: whether a new repository is private. Default: as the account is configured."""
+    private: bool = False
+    """For --push: make a new repository private. Default: as the account is configured."""
     license: str = ""
     """For --push: license of the model, such as apache-2.0. Default: none in the model card."""
 
@@ -120,7 +120,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     conversion.write(destination, kind, config, params)
     say(f"Wrote {destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
     if args.push:
-        options = conversion.UploadOptions(private=args.private, license=args.license)
+        options = conversion.UploadOptions(private=args.private or None, license=args.license)
         say(f"Uploaded it: {conversion.upload(args.push, destination, config, params, **options)}")
     if kind == "diffusers" and not config.distilled:
         say("It contains the network without a pipeline, because ConsistencyModelPipeline does not support denoisers.")
@@ -132,7 +132,7 @@ def main(prog: str, words: Sequence[str]) -> None:
 def _check_push(args: Convert, kind: str) -> None:
     """Raise InputError for an upload that cannot be loaded by its id, and for options without one."""
     if not args.push:
-        if args.private is not None or args.license:
+        if args.private or args.license:
             raise InputError("--private and --license apply to an upload: add --push OWNER/NAME, or omit them.")
         return
     conversion.check_repo_id(args.push)

@@ -21,12 +21,16 @@ class Download:
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
     """Name of a published checkpoint, or OWNER/NAME on the Hub. Default: list the published checkpoints."""
+    force: bool = False
+    """Download a published checkpoint again, although it is stored already."""
 
 
 def main(prog: str, words: Sequence[str]) -> None:
     """Download one checkpoint, or list all."""
-    name = parse(Download, prog, words).name
-    if name:
+    args = parse(Download, prog, words)
+    if name := args.name:
+        if args.force and (entry := published.remote().get(name)):
+            download.stored(entry.file).unlink(missing_ok=True)
         say(f"{name} is at {published.resolve(name, download=True)}")
         return
     say(f"Published checkpoints, stored in {download.stored('')} by `{prog} NAME`:")

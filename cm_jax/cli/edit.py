@@ -29,8 +29,8 @@ Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metav
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Edit(Network):
     checkpoint: str = DEFAULT
-    """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint), or the
-    name of a bundled model."""
+    """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint), an id of
+    the Hugging Face Hub (OWNER/NAME), or the name of a bundled or downloaded model."""
     labels: str = ""
     """Classes by index or name, separated by commas: one for all images or one per image. Required for a
     class-conditional model. Default: none."""

@@ -58,6 +58,21 @@ def test_a_downloaded_checkpoint_loads_by_its_name_alone(server, capsys, monkeyp
     assert not server.requests
 
 
+def test_a_stored_file_is_replaced_when_asked(server, capsys):
+    resolve(NAME, download=True).write_bytes(b"damaged")
+    succeeded(capsys, main, "download", NAME)
+    assert download.stored(FILE).read_bytes() == b"damaged"
+    succeeded(capsys, main, "download", NAME, "--force")
+    assert download.stored(FILE).read_bytes() == CONTENT
+
+
+def test_a_web_page_is_not_stored(server):
+    server.types[FILE] = "text/html; charset=utf-8"
+    with pytest.raises(InputError, match=r"Expected a file at .*, got a web page"):
+        download.download(FILE)
+    assert not download.stored(FILE).exists()
+
+
 def test_load_downloads_when_asked(server):
     assert resolve(NAME, download=True) == download.stored(FILE)
     with pytest.raises(InputError, match="has not been downloaded"):

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import time
 
 import huggingface_hub.constants
 import jax
@@ -153,6 +154,7 @@ def test_a_broken_transfer_is_resumed_where_it_broke(server, pipeline, model, mo
 
 
 def test_an_interrupted_download_keeps_the_complete_files(server, pipeline, model, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
     server.repositories["me/tiny"] = Repository({"main": pipeline})
     server.breaks = 10**6
     with pytest.raises(InputError, match=r"The download of me/tiny was interrupted: .* load it again"):
@@ -241,7 +243,7 @@ def test_a_path_has_precedence_over_an_id(server, pipeline, tmp_path):
     shutil.copytree(resolve("me/tiny"), "me/tiny")
     assert str(resolve("me/tiny")) == "me/tiny"
     server.requests.clear()
-    with pytest.raises(InputError, match="There is no checkpoint me/tinny"):
+    with pytest.raises(InputError, match=r"There is no checkpoint me/tinny, and it is not an id .* because me exists"):
         resolve("me/tinny")
     assert not server.requests
 
@@ -314,7 +316,22 @@ def test_commands_take_ids(server, pipeline, tmp_path, capsys):
     assert np.load(output)["arr_0"].shape == (2, 8, 8, 3)
     succeeded(capsys, main, "convert", "me/tiny", tmp_path / "native")
     assert "is at" in succeeded(capsys, main, "download", "me/tiny")
+    unlabeled = failed(capsys, main, "edit", "interpolate", "--checkpoint", "me/tiny", "--seeds", "0,1")
+    assert "Expected labels in [0, 2]" in unlabeled
     assert "convert it to a native checkpoint first" in failed(capsys, main, "tune", "me/tiny", "emoji")
+    bits = failed(capsys, main, "evaluate", "me/tiny", "emoji", "--metrics", "bpd")
+    assert "denoiser" in bits
+    teacher = failed(capsys, main, "train", "emoji32-cd", "--teacher", "me/tiny", "--dry-run")
+    assert "Expected a denoiser as teacher, got the consistency model me/tiny" in teacher
+    assert "There is no checkpoint runs/emoji32-edm" in failed(capsys, main, "train", "emoji32-cd", "--dry-run")
+    assert server.count("runs/emoji32-edm") == 0
+
+
+def test_a_run_is_initialized_from_an_id(server, pipeline, tmp_path, capsys):
+    server.repositories["me/tiny"] = Repository({"main": pipeline})
+    words = ("train", "emoji32-ect", "--init-from", "me/tiny", "--run", tmp_path / "run", "--evaluation", "none")
+    assert "The network in" in failed(capsys, main, *words)  # it differs from that of the preset
+    assert server.count("^GET /me/tiny/resolve/")
 
 
 def test_a_pushed_model_loads_by_its_id_and_has_a_card(server, model, monkeypatch):
@@ -336,14 +353,6 @@ def test_a_pushed_model_loads_by_its_id_and_has_a_card(server, model, monkeypatc
     server.repositories["me/pushed"].revisions["main"]["README.md"] = b"mine"
     named.push_to_hub("me/pushed")
     assert server.repositories["me/pushed"].revisions["main"]["README.md"] == b"mine"
-
-
-def test_a_pushed_pipeline_samples_in_diffusers(server, model, monkeypatch, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    model.push_to_hub("me/pushed", token=TOKEN)
-    resolved = resolve("me/pushed")
-    pipeline = diffusers.ConsistencyModelPipeline.from_pretrained(resolved)
-    assert pipeline(num_inference_steps=1, class_labels=0, output_type="np").images.shape == (1, 8, 8, 3)
 
 
 def test_models_that_diffusers_cannot_represent_are_pushed_in_the_native_format(server, monkeypatch):

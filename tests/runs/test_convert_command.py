@@ -198,7 +198,7 @@ def outside(path):
         (lambda path: path.write_bytes(b""), "empty"),
         (lambda path: path.write_bytes(GOLDEN.read_bytes()[:100_000]), "not a complete file"),
         (lambda path: path.write_bytes(b"<html>not found</html>"), "not a complete file"),
-        (lambda path: path.write_bytes(pickle.dumps({"x": Payload()})), "not a complete file"),
+        (lambda path: path.write_bytes(pickle.dumps({"x": Payload()})), "runs posix.system when it is read"),
         (poisoned, r"runs posix.system when it is read"),
         (nested, "Expected one state dict"),
         (other_network, "an ADM U-Net in the"),

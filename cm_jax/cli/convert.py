@@ -165,4 +165,4 @@ def _convert_weights(args: Convert) -> None:
     known = "the published ones" if same else "NOT the published ones (retrained or damaged)"
     say(f"Read {args.source}: {what}; its weights are {known}.")
     file.save(args.destination, params)
-    say(f"Wrote {args.destination}. To use it: export {file.variable}={shlex.quote(str(args.destination))}")
+    say(f"Wrote {args.destination}. To use it: export {file.variable}={shlex.quote(str(args.destination.absolute()))}")

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 _TOLERANCE = 2e-3
 """Share of its parameters by which a file with a published name may differ: such a file counts as a damaged copy, and
 the difference is reported. With a larger difference it counts as another checkpoint."""
+_RUN_FILE = re.compile(r"(?P<kind>(target_|teacher_)?model|opt|ema_(?P<rate>0\.[0-9]+)_)(?P<step>[0-9]{6,})\.pt")
+"""Checkpoints of OpenAI's training code."""
 PreconditioningName = Literal["consistency", "edm", "edm-consistency"]
 _PRECONDITIONING = {
     "consistency": ConsistencyPreconditioning,
@@ -136,6 +139,7 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
     folder = path / "unet" if (path / "unet").is_dir() else path
     files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
     if not files:
+        _refuse_openai_run(path)
         content = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise InputError(
             f"{path} holds no weights. Expected a native checkpoint (config.json and params/) or a diffusers folder "
@@ -144,6 +148,26 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
     plain = [file for file in files if file.stem == "diffusion_pytorch_model"]
     stored = read_settings(folder / "config.json", path / "scheduler" / "scheduler_config.json", path / EXTRAS)
     return _read_pytorch(path, (plain or files)[0], stored, hints)
+
+
+def _refuse_openai_run(path: Path) -> None:
+    """Raise InputError that names the files to choose from if `path` is the folder of a training run of OpenAI's code.
+
+    Such a run writes model010000.pt, ema_0.9999_010000.pt, target_model010000.pt and opt010000.pt.
+    """
+    matches = [match for file in path.glob("*.pt") if (match := _RUN_FILE.fullmatch(file.name))]
+    last = max((int(match["step"]) for match in matches), default=0)
+    names = [
+        match[0]
+        for match in sorted(matches, key=lambda match: (-float(match["rate"] or 0), match["kind"]))
+        if int(match["step"]) == last and match["kind"] != "opt"
+    ]
+    if names:
+        raise InputError(
+            f"{path} is the folder of a training run of OpenAI's code: give one of its files. After {last:,} steps "
+            f"these are {', '.join(names)} (ema_RATE: exponential moving averages, for sampling; model: parameters "
+            f"without EMA). For example {path / names[0]}."
+        )
 
 
 def _read_native(path: Path, content: tuple[ModelConfig, Params], hints: CheckpointHints) -> Source:

@@ -49,12 +49,28 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
         if isinstance(content, Inert):
             content = dict(_module_tensors(content))
     if not (isinstance(content, dict) and content and all(isinstance(each, LazyTensor) for each in content.values())):
-        kind = type(content).__name__
-        found = f"a {kind} with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else f"a {kind}"
-        raise InputError(
-            f"Expected one state dict (tensors by name) in {path}, got {found}; save that part alone with torch.save."
-        )
+        raise InputError(f"Expected one state dict (tensors by name) in {path}, got {_not_tensors(content)}")
     return {str(name): tensor for name, tensor in content.items()}
+
+
+def _not_tensors(content: Any) -> str:
+    """What a file holds in place of a state dict, and what to do."""
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}; save the state dict alone with torch.save."
+    if {"state", "param_groups"} <= content.keys():
+        return "the state of an optimizer; give the file with the weights (model*.pt or ema_*.pt of an OpenAI run)."
+    tensors = sum(isinstance(value, LazyTensor) for value in content.values())
+    others = [f"{name} ({_described(value)})" for name, value in content.items() if not isinstance(value, LazyTensor)]
+    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    if not tensors:
+        return f"a dict with {shown or 'nothing'}; save the state dict alone with torch.save."
+    return f"{tensors:,} tensors and also {shown}; remove what is not a tensor, and save the rest with torch.save."
+
+
+def _described(value: Any) -> str:
+    """The value of a number or string, or the type."""
+    plain = isinstance(value, bool | int | float | str)
+    return f"{type(value).__name__} {str(value)[:20]}" if plain else type(value).__name__
 
 
 class Storage(NamedTuple):

@@ -144,6 +144,14 @@ def check(extractor: FeatureExtractor, samples: ImageSet, reference: Reference, 
             if isinstance(images, FeatureStatistics) and getattr(images, NEEDS[metric]) is None:
                 needed = {"fid": "mu and sigma", "sfid": "mu_s and sigma_s"}.get(metric, "images")
                 raise InputError(f"{metric} needs {needed} of the reference, which {images.name} does not have.")
+    if isinstance(reference, FeatureStatistics) and reference.count is None:  # from a file
+        for need in {NEEDS[metric] for metric in eval_config.metrics} & {"pool", "spatial"}:
+            found, expected = getattr(reference, need).mean.size, extractor.count(need, samples.shape)
+            if found != expected:
+                raise InputError(
+                    f"{reference.name} has statistics of {found} features, expected {expected} of {extractor.name}. "
+                    f"Compute them with all features (pytorch-fid: --dims {expected}), or give the images themselves."
+                )
     if {"pr", "prdc"} <= set(eval_config.metrics):
         raise InputError("pr and prdc both give precision and recall, with 3 and 5 neighbors: choose one of them.")
     if isinstance(reference, ImageSet) and reference.shape[:2] != samples.shape[:2]:

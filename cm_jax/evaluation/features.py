@@ -60,6 +60,11 @@ class FeatureExtractor:
         """SHA-256 of the weights."""
         return metric_networks.digest(self.params)
 
+    def count(self, need: str, shape: tuple[int, ...]) -> int:
+        """Number of features for "pool" or "spatial" of images [h, w, c]."""
+        images = jax.ShapeDtypeStruct((1, *shape[:2], 3), np.uint8)
+        return getattr(jax.eval_shape(self.extract, self.params, images), need).shape[-1]
+
     @property
     def published(self) -> bool:
         """Whether these are the published weights of Inception-V3."""

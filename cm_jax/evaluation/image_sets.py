@@ -83,7 +83,7 @@ def holds_images(name: str) -> bool:
         inside = ("checkpoints", "model_index.json", "unet", "config.json")
         return not native.is_checkpoint(path) and not any((path / each).exists() for each in inside)
     known = name.partition(":")[0] in ("emoji", "tfds") and not path.is_file()
-    return known or path.suffix.lower() == ".npz"
+    return known or path.suffix.lower() in (".npz", ".npy")
 
 
 def open_images(name: str, shape: tuple[int, int, int] | None = None) -> Dataset:
@@ -102,7 +102,19 @@ def open_images(name: str, shape: tuple[int, int, int] | None = None) -> Dataset
 
 def _data(name: str) -> Data:
     kind, _, rest = name.partition(":")
-    if user_path(name).exists():
+    path = user_path(name)
+    if path.is_file():
+        suffix, new = path.suffix.lower(), f"{path.stem}.npz"
+        advice = {
+            ".npy": f" Save it as .npz: numpy.savez({new!r}, arr_0=numpy.load({path.name!r})).",
+            ".pkl": f" If it holds mu and sigma, load it with its own program and call numpy.savez({new!r}, mu=..., "
+            "sigma=...).",
+        }
+        raise InputError(
+            f"{name} is a file{f' of type {suffix}' if suffix else ''}; expected an .npz file (images in arr_0, or mu "
+            f"and sigma) or a folder of images.{advice.get(suffix, '')}"
+        )
+    if path.exists():
         return ImageFolder(name, labels="none")
     if kind == "emoji":
         if rest not in ("", "all", "train", "held_out"):

@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from cm_jax.errors import InputError, indented_list, shape_complaints
-from cm_jax.io.atomic import atomic_write, user_path, write_errors
+from cm_jax.io.atomic import LFS_REASON, atomic_write, is_lfs_pointer, user_path, write_errors
 from cm_jax.types import Params, leaves, nested
 
 _FORMAT = "1"
@@ -61,6 +61,8 @@ class WeightFile:
                 metadata = archive.metadata() or {}
                 found = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118  not a dictionary
         except Exception as error:  # safetensors raises several kinds; all of them concern this file
+            if is_lfs_pointer(path):
+                raise InputError(f"{path} cannot be read: {LFS_REASON}.") from error
             raise InputError(
                 f"{path} ({path.stat().st_size:,} bytes) is not a complete weight file of {self.kind}: {error}. "
                 f"Convert it again:\n{self.recipe}"

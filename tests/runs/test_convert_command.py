@@ -176,6 +176,22 @@ def nested(path):
     torch.save({"model": {"a": torch.zeros(2)}, "step": 3}, path)
 
 
+def with_a_number(path):
+    torch.save({"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2), "step": 3}, path)
+
+
+def optimizer(path):
+    network = torch.nn.Linear(2, 2)
+    state = torch.optim.RAdam(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    state.step()
+    torch.save(state.state_dict(), path)
+
+
+def lfs_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n")
+
+
 def other_network(path):
     torch.save({"fc.weight": torch.zeros(2, 2)}, path)
 
@@ -201,10 +217,15 @@ def outside(path):
         (lambda path: path.write_bytes(pickle.dumps({"x": Payload()})), "runs posix.system when it is read"),
         (poisoned, r"runs posix.system when it is read"),
         (nested, "Expected one state dict"),
+        (with_a_number, "got 2 tensors and also step (int 3); remove what is not a tensor"),
+        (optimizer, "got the state of an optimizer; give the file with the weights"),
+        (lfs_pointer, "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
         (other_network, "an ADM U-Net in the"),
         (outside, "outside its storage"),
     ],
-    ids=["empty", "truncated", "html", "bare_pickle", "poisoned", "nested", "other_network", "outside"],
+    ids=(
+        "empty truncated html bare_pickle poisoned nested number optimizer lfs other_network outside".split()  # noqa: SIM905
+    ),
 )
 def test_files_that_are_no_checkpoints(tmp_path, capsys, make, message):
     make(tmp_path / "cd_imagenet64_l2.pt")
@@ -212,6 +233,31 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys, make, message):
     assert message in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cd_imagenet64_l2.pt"]
     assert not (ROOT / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a.pt", "a.pkl", "a.safetensors", "unet/diffusion_pytorch_model.bin", "params.msgpack"]
+)
+def test_git_lfs_pointers_are_named_whatever_the_format(tmp_path, capsys, name):
+    (tmp_path / "unet").mkdir()
+    lfs_pointer(tmp_path / name)
+    source = tmp_path if "/" in name else tmp_path / name
+    assert "run `git lfs pull`" in failed(capsys, main_convert, source, tmp_path / "out")
+    assert "run `git lfs pull`" in failed(
+        capsys, main_convert, tmp_path / name, tmp_path / "out.safetensors", "--to", "inception"
+    )
+
+
+def test_a_training_run_of_openai_is_refused_with_the_file_to_take(tmp_path, capsys):
+    for name in (
+        *("model005000.pt", "ema_0.9999_005000.pt", "model010000.pt", "ema_0.999_010000.pt", "ema_0.9999_010000.pt"),
+        *("opt010000.pt", "target_model010000.pt", "log.txt", "progress.csv"),
+    ):
+        (tmp_path / name).touch()
+    said = failed(capsys, main_convert, tmp_path, tmp_path / "out")
+    listed = "ema_0.9999_010000.pt, ema_0.999_010000.pt, model010000.pt, target_model010000.pt"
+    assert f"After 10,000 steps these are {listed} (" in said
+    assert f"For example {tmp_path}/ema_0.9999_010000.pt." in said
 
 
 def test_files_damaged_at_random_are_read_or_refused(tmp_path):

@@ -145,6 +145,16 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     np.savez(other, mu=np.zeros(24), sigma=np.eye(24))
     assert "it has no images or arr_0, but mu, sigma" in message(other, samples)
     assert "kid needs images of the reference" in message(samples, other, "--metrics", "fid,kid")
+    for suffix, advice in ((".npy", "Save it as .npz: numpy.savez("), (".pkl", "mu=..., sigma=...)"), (".txt", "")):
+        file = tmp_path / f"file{suffix}"
+        file.write_bytes(b"content")
+        said = message(samples, file)
+        assert f"is a file of type {suffix}; expected an .npz file" in said
+        assert advice in said
+    assert "numpy.savez('file.npz', arr_0=numpy.load('file.npy'))" in message(tmp_path / "file.npy", samples)
+    other.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    assert "run `git lfs pull`" in message(samples, other)
+    assert "run `git lfs pull`" in message(other, samples)
     other.write_bytes(samples.read_bytes()[:2000])
     assert "cannot be used as" in message(samples, other)
     assert "cannot be used as" in message(other, samples)
@@ -152,6 +162,17 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     for size in (16, 20):
         Image.new("RGB", (size, size)).save(tmp_path / "mixed" / f"{size}.png")
     assert "square samples of one size" in message(tmp_path / "mixed", samples)
+
+
+def test_statistics_of_other_features_are_refused_before_sampling(tmp_path, capsys, monkeypatch):
+    def sample(*_, **__):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(cm_jax.Model, "batches", sample)
+    np.savez(tmp_path / "dims64.npz", mu=np.zeros(64), sigma=np.eye(64))
+    said = failed(capsys, main_evaluate, "emoji16_cd", tmp_path / "dims64.npz", "--count", 8, *TOLD)
+    assert "has statistics of 64 features, expected 24 of a toy" in said
+    assert "pytorch-fid: --dims 24" in said
 
 
 def test_truncated_weights_and_samples_that_are_not_finite(samples, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """The exception for invalid input, and parts of its messages."""
 
 import difflib
-import numbers
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 _MOST_LINES = 40
@@ -28,13 +28,23 @@ def shape_complaints(expected: Mapping[str, tuple[int, ...]], found: Mapping[str
 
 
 def check_int(name: str, value: object, least: int, most: int) -> int:
-    """`value` as an int. Raises InputError unless it is an integer from `least` to `most`."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not least <= int(value) <= most:  # type: ignore[arg-type]
-        shown = repr(value)
-        shown = shown if len(shown) < 40 else shown[:36] + " ..."
-        raise InputError(f"{name} must be a whole number from {least} to {most}, got {shown}.")
-    return int(value)  # type: ignore[arg-type]
+    """`value` as an int. Raises InputError unless it is an integer from `least` to `most`.
+
+    Integers of NumPy and JAX and their arrays of shape [] are integers, too; bool is not.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise InputError(f"{name} must be a whole number from {least} to {most}, got {one_line(value)}.")
+    return number
+
+
+def one_line(value: object, most: int = 40) -> str:
+    """A value in messages: its repr in one line, cut after `most` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) < most else text[: most - 4] + " ..."
 
 
 def nearest(word: object, choices: Iterable[str]) -> str:

@@ -3,8 +3,8 @@
 import os
 import tempfile
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 import tests.typechecker  # noqa: F401  imported for the hook below
 
@@ -18,7 +18,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-install_import_hook("cm_jax", "tests.typechecker.checked")
+jaxtyping.install_import_hook("cm_jax", "tests.typechecker.checked")
 
 
 @pytest.fixture
@@ -29,6 +29,14 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def unchecked_types():
+    """Arguments of any type reach the code, as for users, who have no run-time type checker."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 LONG = (

@@ -1,15 +1,13 @@
 """The config of a model: everything but its parameters. Checkpoints store it as JSON."""
 
 import dataclasses
-import difflib
 import itertools
-import re
-from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from cm_jax.checkpoints import serialization
+from cm_jax.checkpoints import class_labels, serialization
+from cm_jax.checkpoints.class_labels import ClassLabels
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS, KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
@@ -24,9 +22,6 @@ from cm_jax.networks import ADMUNet, AnyNetwork
 
 FORMAT = 1
 """Version of the config format. A newer one is refused with the advice to upgrade."""
-
-ClassLabels = int | str | Sequence[int | str] | Int[Array | np.ndarray, " b"]
-"""Labels as users write them: numbers or names, one for all images or one per image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +100,7 @@ class ModelConfig:
             return None
         if labels is None:
             raise InputError(f"Expected labels in [0, {classes - 1}]: this model is class-conditional.")
-        given = [labels] if isinstance(labels, str) else np.ravel(np.asarray(labels)).tolist()
-        if len(given) not in (1, count):
-            raise InputError(f"Expected one label or {count}, one for each image; got {len(given)} labels.")
-        numbers = [_class_number(label, classes, self.class_names) for label in given]
-        return np.asarray(numbers * (count // len(numbers)), np.int32)
+        return class_labels.class_numbers(labels, count, classes, self.class_names)
 
     def to_json(self) -> str:
         return serialization.to_text(self, FORMAT)
@@ -118,28 +109,3 @@ class ModelConfig:
     def from_json(cls, text: str, source: str) -> "ModelConfig":
         """The inverse of `to_json`. Raises InputError for an invalid config; `source` names the file in messages."""
         return serialization.from_text(text, cls, FORMAT, source, "the config of a cm_jax checkpoint")
-
-
-def _class_number(label: int | str | float, classes: int, names: Sequence[str]) -> int:
-    if not isinstance(label, str):
-        return check_int("A label", label, 0, classes - 1)
-    label = label.strip()
-    if re.fullmatch(r"[+-]?[0-9]{1,9}", label):
-        return check_int("A label", int(label), 0, classes - 1)
-    folded = label.casefold()
-    exact = [i for i, name in enumerate(names) if folded == name.casefold()]
-    found = exact or [i for i, name in enumerate(names) if folded in name.casefold().split(", ")]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        choices = ", ".join(f"{i} ({names[i]})" for i in found)
-        raise InputError(f"Several classes are named {label!r}; use one of the numbers {choices}.")
-    words = [word for name in names for word in [name, *name.split(", ")]]
-    close = difflib.get_close_matches(label, words, n=1, cutoff=0.5)
-    if close:
-        hint = f"did you mean {close[0]!r}?"
-    elif names:
-        hint = f"its classes are {'; '.join(names[:10])}."
-    else:
-        hint = f"its classes have no names; use a number from 0 to {classes - 1}."
-    raise InputError(f"This model has no class {label!r}: {hint}")

@@ -12,6 +12,7 @@ import tyro
 from PIL import Image
 
 from cm_jax.checkpoints.published import DEFAULT, resolve
+from cm_jax.cli.labels import LabelTexts, read_labels
 from cm_jax.cli.options import LARGEST_GRID, Levels, Network
 from cm_jax.cli.parsing import choose, numbers, parse
 from cm_jax.cli.running import say, stopwatch, use_compilation_cache
@@ -31,9 +32,9 @@ class _Edit(Network):
     checkpoint: str = DEFAULT
     """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint), an id of
     the Hugging Face Hub (OWNER/NAME), or the name of a bundled or downloaded model."""
-    labels: str = ""
-    """Classes by index or name, separated by commas: one for all images or one per image. Required for a
-    class-conditional model. Default: none."""
+    labels: LabelTexts = ()
+    """Classes by index or name, separated by commas, as a JSON list, or by several --labels: one for all images or one
+    per image. Required for a class-conditional model. Default: none."""
     output: Path = Path("edited.png")
     """Grid of results. Each row shows an input at the model's size, its known part if that differs, and its edits."""
 
@@ -48,9 +49,9 @@ class _Edit(Network):
         model = load(resolve(self.checkpoint), precision=self.precision)
         return model, photos.check_square(model.config.network.image_shape)
 
-    def common(self) -> dict[str, Any]:
+    def common(self, model: Model) -> dict[str, Any]:
         """Arguments of every kind of edit."""
-        labels = [part.strip() for part in self.labels.split(",")] if self.labels else None
+        labels = read_labels(self.labels, model.config.class_names) or None
         return {"labels": labels, "batch_size": self.batch_size}
 
 
@@ -226,7 +227,7 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
     columns = check_int("variants", args.variants, 1, LARGEST_GRID // len(given))
     _print_notes(args.pictures, pictures, size)
     with stopwatch() as elapsed:
-        edits = model.edit(args.seed, given, operator, variants=columns, **args.common(), **args.levels)
+        edits = model.edit(args.seed, given, operator, variants=columns, **args.common(model), **args.levels)
     edits = quantize(edits).reshape(len(given), columns, *given.shape[1:])
     before, known = (quantize(np.asarray(shown))[:, None] for shown in (given, operator.preview(jnp.asarray(given))))
     parts = [before, edits] if np.array_equal(before, known) else [before, known, edits]
@@ -251,11 +252,11 @@ def _interpolate(args: Interpolate) -> None:
     pictures = [photos.read(path) for path in args.pictures]
     model, size = args.model()
     if seeds:
-        images = model.interpolate_noise(seeds[0], seeds[1], frames, **args.common(), sigmas=sigmas)
+        images = model.interpolate_noise(seeds[0], seeds[1], frames, **args.common(model), sigmas=sigmas)
     else:
         _print_notes(args.pictures, pictures, size)
         first, second = (photos.fit(picture, size) for picture in pictures)
-        images = model.interpolate_images(args.seed, first, second, frames, **args.common(), sigmas=sigmas)
+        images = model.interpolate_images(args.seed, first, second, frames, **args.common(model), sigmas=sigmas)
         images = np.stack([first, *images, second])
     save_grid(args.output, grid(quantize(images), len(images)))
     say(f"Wrote {args.output}, from left to right{'' if seeds else ', with the input images at both ends'}.")

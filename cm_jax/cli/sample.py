@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 
 from cm_jax.checkpoints.published import DEFAULT, resolve
+from cm_jax.cli.labels import LabelTexts, read_labels
 from cm_jax.cli.options import LARGEST_GRID, Network, Sampling
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import devices, progress, say, stopwatch, use_compilation_cache
@@ -34,9 +35,10 @@ class Sample(Sampling, Network):
     downloaded model."""
     count: int | None = None
     """Number of images. Default: 16, or 8 per label."""
-    labels: str = ""
-    """Classes by index or name, separated by commas ("145,king penguin"), or "all". Each gets the same number of
-    images. Default: random classes."""
+    labels: LabelTexts = ()
+    """Classes by index or name, separated by commas ("145,king penguin"), as a JSON list, or by several --labels; or
+    "all". A name may be a whole ImageNet name with commas or a synonym. Each class gets the same number of images.
+    Default: random classes."""
     output: Path = Path("samples.png")
     """NAME.png: a grid of all images. NAME.npz: arr_0 (images) and arr_1 (labels), as evaluators read them. Any other
     name: a folder of PNG files."""
@@ -71,7 +73,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     suffix = args.output.suffix.lower()
     if suffix == ".png":
         known = model.config.class_names
-        rows = labels[::columns] if args.labels and labels is not None else ()
+        rows = labels[::columns] if any(args.labels) and labels is not None else ()
         names = [known[label].split(",")[0] if known else f"class {label}" for label in rows]
         save_grid(args.output, grid(images, columns, names))
     else:
@@ -93,12 +95,12 @@ def _check_output(output: Path, count: int | None) -> None:
 
 def _labels_and_count(model: Model, args: Sample) -> tuple[np.ndarray | None, int, int]:
     """(labels, number of images, columns of the grid)."""
-    if not args.labels:
+    if not any(args.labels):
         count = 16 if args.count is None else check_int("count", args.count, 1, 10**9)
         return model.sample_labels(args.seed, count), count, max(1, round(count**0.5))
     classes = model.config.network.classes
-    every = args.labels.strip().lower() == "all" and classes is not None
-    wanted = [str(i) for i in range(classes or 0)] if every else args.labels.split(",")
+    every = [text.strip().lower() for text in args.labels] == ["all"] and classes is not None
+    wanted = list(range(classes or 0)) if every else read_labels(args.labels, model.config.class_names)
     numbers = model.class_numbers(wanted, len(wanted))
     assert numbers is not None
     count = 8 * len(numbers) if args.count is None else args.count

@@ -103,6 +103,25 @@ def test_a_folder_of_images_and_truncation(tmp_path, capsys):
     assert set(np.unique(rounded - truncated)) == {0, 1}
 
 
+def test_labels_as_names_with_commas_lists_and_repeated_options(tmp_path, capsys):
+    names = ("lion, Panthera leo", "2", "harp")
+    network = dataclasses.replace(SMALL, classes=3)
+    config = ModelConfig(network, ConsistencyPreconditioning(), class_names=names)
+    Model(config, network.prepare(random_params(network))).save(tmp_path / "model")
+
+    def labels(*texts):
+        options = [word for text in texts for word in ("--labels", text)]
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
+        said = succeeded(capsys, main_sample, tmp_path / "model", "--count", 6, *options, "--output", path)
+        return said, np.load(path)["arr_1"].tolist()
+
+    assert labels("harp,Lion, panthera leo, 1")[1] == [2, 2, 0, 0, 1, 1]
+    assert labels('["lion, Panthera leo", 1]', "harp")[1] == [0, 0, 1, 1, 2, 2]
+    said, found = labels("2")
+    assert "Label 2 was taken as an index: class 'harp'. The class named '2' has index 1." in said
+    assert found == [2] * 6
+
+
 @pytest.mark.parametrize(
     "how", [("--steps", "2"), ("--timesteps", "8,0"), ("--indices", "0,8,17"), ("--sigmas", "80,3.256821519765537")]
 )
@@ -123,6 +142,8 @@ def test_all_noise_level_options_give_the_same_images(tmp_path, capsys, how):
         (("--count", 10, "--labels", "1,2,3"), "use --count 9"),
         (("--labels", "9"), "from 0 to 8"),
         (("--labels", "Flagz"), "did you mean 'Flags'?"),
+        (("--labels", "[3"), "expected a JSON list"),
+        (("--labels", "Flags", "--labels", "all"), "no class 'all'"),
         (("--timesteps", "0,8"), "must descend to 0"),
         (("--timesteps", "40,0"), "0 to 39"),
         (("--timesteps", "8;0"), "whole numbers separated by commas"),

@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not (found := self._find(name, revision)):
             return
         if self.hub.repositories[name].gated and not self._authorized:
-            self._error(403, "GatedRepo")
+            self._error(403 if self.headers["Authorization"] else 401, "GatedRepo")
         elif path not in found[1]:
             self._error(404, "EntryNotFound")
         else:

@@ -37,5 +37,5 @@ def main(prog: str, words: Sequence[str]) -> None:
     for name, entry in published.remote().items():
         path = download.stored(entry.file)
         bytes_ = path.stat().st_size if path.is_file() else 4 * entry.parameters
-        size = f"{bytes_ / 1e9:.1f} GB" if bytes_ else ""
+        size = f"{bytes_ / 1e9:.1f} GB" if bytes_ else "unknown"
         say(f"  {name:36}{size:>10}{'  downloaded' if path.is_file() else ''}".rstrip())

@@ -73,11 +73,13 @@ def test_an_id_loads_the_model_and_only_its_files_are_downloaded(server, pipelin
     assert folder_files(snapshot) == pipeline
 
 
-def test_a_second_load_downloads_nothing_and_a_new_version_is_downloaded(server, pipeline, tmp_path):
+def test_a_second_load_downloads_nothing_and_a_new_version_is_downloaded(server, pipeline, capsys):
     server.repositories["me/tiny"] = Repository({"main": pipeline})
     first = resolve("me/tiny")
     downloads = server.count("^GET .*/resolve/")
+    assert "Fetching" in capsys.readouterr().err
     assert resolve("me/tiny") == first
+    assert not capsys.readouterr().err
     assert server.count("^GET .*/resolve/") == downloads
     server.repositories["me/tiny"].revisions["main"] = pipeline | {
         "unet/config.json": pipeline["unet/config.json"] + b" "
@@ -170,7 +172,6 @@ def test_an_interrupted_download_keeps_the_complete_files(server, pipeline, mode
     [
         (None, "There is no file or folder me/tiny, and no public repository"),
         (Repository({"main": {}}, private=True), "if the repository is private, set HF_TOKEN"),
-        (Repository({"main": {"unet/diffusion_pytorch_model.bin": b"x"}}, gated=True), "me/tiny is gated: accept its"),
         (Repository({"main": {"README.md": b"x"}}), "me/tiny has no checkpoint. Expected a diffusers folder"),
         (Repository({"main": {"a.pt": b"x", "b.safetensors": b"y"}}), "has 2 checkpoints: a.pt, b.safetensors"),
     ],
@@ -179,6 +180,16 @@ def test_repositories_that_cannot_be_loaded_give_one_message(server, repository,
     if repository:
         server.repositories["me/tiny"] = repository
     assert message in failed(capsys, main, "sample", "me/tiny")
+
+
+@pytest.mark.parametrize("token", ["", "hf_other"], ids=["401", "403"])
+def test_a_gated_repository_needs_a_token_with_access(server, pipeline, model, token, monkeypatch):
+    server.repositories["me/tiny"] = Repository({"main": pipeline}, gated=True)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(InputError, match=r"me/tiny is gated: accept its conditions at .*/me/tiny, and set HF_TOKEN"):
+        cm_jax.load("me/tiny")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert_same(cm_jax.load("me/tiny"), model)
 
 
 def test_a_full_disk_gives_one_message(server, pipeline, monkeypatch):

@@ -111,6 +111,8 @@ def fetch(hub_id: HubId, *, cache_dir: str | Path | None = None, local_files_onl
         return _cached(hub_id, cache, str(error))
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     chosen, commit = select(sizes, str(hub_id)), info.sha or ""
+    if chosen[-1].startswith("unet_ema/") and any(each.startswith("unet/") for each in sizes):
+        _log.info("%s: unet_ema, and not unet", hub_id.repo)
     snapshot = cache / f"models--{hub_id.repo.replace('/', '--')}" / "snapshots" / commit
     missing = [name for name in chosen if not (snapshot / name).exists()]
     _check_space(cache, sum(sizes[name] for name in missing), hub_id)
@@ -137,14 +139,9 @@ def select(files: Collection[str], name: str) -> list[str]:
     """
     for folder in ("unet_ema/", "unet/", ""):
         if weights := _diffusers_weights(files, folder):
-            configs = (
-                "model_index.json",
-                "cm_jax.json",
-                "scheduler/scheduler_config.json",
-                "unet/config.json",
-                f"{folder}config.json",
-            )
-            return [*(each for each in dict.fromkeys(configs) if each in files), *weights]
+            network = f"{folder}config.json"
+            configs = ("model_index.json", "cm_jax.json", "scheduler/scheduler_config.json", network)
+            return [*(each for each in configs if each in files), *weights]
     params = [each for each in files if each.startswith("params/")]
     if params and "config.json" in files:
         return [*(each for each in ("config.json", "checksums.json") if each in files), *params]

@@ -135,7 +135,7 @@ class Model:
         images = check_images(images, operator, self.config.network.image_shape)
         count = check_int("variants", variants, 1, 10**6)
         if not _given(levels):
-            sigmas = operator.default_sigmas(self.config.network.image_shape[0])
+            sigmas = operator.default_sigmas(self.config.network.image_shape)
             levels = NoiseLevelArgs(steps=EDIT_STEPS) if sigmas is None else NoiseLevelArgs(sigmas=sigmas)
         keys = variant_keys(_as_key(key), len(images), count)
         return self._edit(self.plan(**levels), operator, keys, images, labels, batch_size)
@@ -158,7 +158,7 @@ class Model:
         _check_editable(self.config)
         frames = check_int("frames", frames, 2, 10**6)
         pair = check_images(np.stack([first, second]), Strokes(), self.config.network.image_shape)
-        plan = self.plan(sigmas=Strokes().default_sigmas(pair.shape[1]) if sigmas is None else sigmas)
+        plan = self.plan(sigmas=Strokes().default_sigmas(pair.shape[1:]) if sigmas is None else sigmas)
         keys = jnp.repeat(variant_keys(_as_key(key), 1, 1), frames)
         return self._edit(plan, Strokes(), keys, blend(pair[0], pair[1], frames), labels, batch_size)
 
@@ -243,7 +243,7 @@ def _as_key(key: Seed) -> Key[Array, ""]:
 
 def _batch_size(given: int | None, config: ModelConfig) -> int:
     if given is None:
-        return default_batch_size(config.network.image_shape[0]) * len(jax.local_devices())
+        return default_batch_size(config.network.image_shape) * len(jax.local_devices())
     return check_int("batch_size", given, 1, 10**6)
 
 

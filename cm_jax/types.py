@@ -25,6 +25,9 @@ Denoiser = Callable[[Images, Sigmas], Images]
 NoiseSource = Callable[[Any], Images]
 """i -> the i-th batch of standard normal noise of a sampler; i may be traced."""
 
+ImageSize = int | tuple[int, int]
+"""Height and width of images in pixels, or one number for square images."""
+
 Precision = Literal["float32", "bfloat16", "float16"]
 """Compute precision inside a network."""
 
@@ -32,6 +35,17 @@ Precision = Literal["float32", "bfloat16", "float16"]
 def per_image(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
     """One value per image as [b, 1, 1, 1], to broadcast over pixels."""
     return values[:, None, None, None]
+
+
+def height_width(size: ImageSize) -> tuple[int, int]:
+    """(height, width) of a size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def in_pixels(shape: tuple[int, ...]) -> str:
+    """The size of images [height, width, ...] in words: "64 pixels", or "16 x 32 pixels (height x width)"."""
+    height, width = shape[:2]
+    return f"{height} pixels" if height == width else f"{height} x {width} pixels (height x width)"
 
 
 def normal_per_image(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:

@@ -96,14 +96,14 @@ def edits(model: Model, operator: Operator, known: str) -> Image.Image:
 
 def inpainted(model: Model) -> Image.Image:
     """Each picture with its lower half inpainted."""
-    size = model.config.network.image_size
+    size = model.config.network.image_shape[0]
     hole = photos.hole_from_box((size // 8, size // 2, size - size // 8, size), size, size)
     return edits(model, Mask(np.repeat(~hole[None, ..., None], len(PICTURES), 0)), "known")
 
 
 def strokes(model: Model) -> Image.Image:
     """Stroke-based edits of the sketches."""
-    size = model.config.network.image_size
+    size = model.config.network.image_shape[0]
     sketches = [photos.fit(photos.read(IMAGES / "emoji" / f"{name}.png"), size) for name in SKETCHES]
     edited = model.edit(0, np.stack(sketches), Strokes(), labels=list(SKETCHES.values()), variants=VARIANTS + 1)
     columns = [np.stack(sketches), *by_variant(edited, len(sketches))]
@@ -124,7 +124,7 @@ def denoised(model: Model) -> Image.Image:
 
 def emoji(codes: Iterable[str], model: Model) -> tuple[Images, list[int]]:
     """The Noto emoji of these code points at the model's size, and their classes."""
-    arrays, size = bundled_emoji(), model.config.network.image_size
+    arrays, size = bundled_emoji(), model.config.network.image_shape[0]
     found = [np.flatnonzero((arrays["unified"] == code) & (arrays["vendor"] == 0))[0] for code in codes]
     shown = [photos.fit(Image.fromarray(arrays["images"][index]), size) for index in found]
     return np.stack(shown), [int(arrays["labels"][index]) for index in found]
@@ -157,11 +157,11 @@ def sheet(images: Images, columns: int, row_names: Sequence[str] = (), headings:
 
 def check(model: Model, teacher: Model | None) -> None:
     """Raise InputError unless the model is a consistency model of the emoji and the teacher a denoiser of its size."""
-    config, size = model.config, model.config.network.image_size
+    config, size = model.config, model.config.network.image_shape[0]
     names = tuple(bundled_emoji()["class_names"].tolist())
     if not config.distilled or config.class_names != names or _SIDE % size:
         raise InputError("Expected a consistency model of the bundled emoji with 16, 32 or 48 pixels.")
-    if teacher is not None and (teacher.config.distilled or teacher.config.network.image_size != size):
+    if teacher is not None and (teacher.config.distilled or teacher.config.network.image_shape[0] != size):
         raise InputError(f"Expected a teacher that is a denoiser of {size} x {size} pixels.")
 
 

@@ -19,6 +19,7 @@ from cm_jax.conversion import PreconditioningName
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import check_writable, user_path
 from cm_jax.networks.layers import Filter
+from cm_jax.types import ImageSize, in_pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Convert:
     function with the coefficients of a denoiser (ECT, TCM, sCM). Default: from the checkpoint."""
     num_levels: int | None = None
     """Number of discretization steps N (CD: 40; CT: 201 or 151). Default: from the checkpoint."""
-    image_size: int | None = None
-    """Height and width of the images. Default: from the checkpoint."""
+    image_size: ImageSize | None = None
+    """Height and width of the images: 64, or 16,32. Default: from the checkpoint."""
     attention_factors: str = ""
     """For consistency_models_cifar10: downsampling factors with attention, "2" or "2,4". Default: from the
     checkpoint."""
@@ -105,7 +106,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
     model = "consistency model" if config.distilled else "EDM denoiser"
     classes = f"{network.classes} classes" if network.classes else "unconditional"
-    about = f"{model}, {network.image_shape[0]} pixels, {classes}, {config.num_levels} levels"
+    about = f"{model}, {in_pixels(network.image_shape)}, {classes}, {config.num_levels} levels"
     say(f"Read {args.source}: {about}; {parameters:,} parameters.")
     for note in source.notes:
         say(note)

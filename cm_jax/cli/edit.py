@@ -19,11 +19,13 @@ from cm_jax.cli.running import say, stopwatch, use_compilation_cache
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import atomic_write, check_writable
-from cm_jax.io.images import grid, quantize, save_grid
+from cm_jax.io.images import fits_png, grid, quantize, save_grid
 from cm_jax.loading import load
 from cm_jax.model import Model
 from cm_jax.samplers import NoiseLevelArgs
 
+Shape = tuple[int, int, int]
+"""Height, width and channels of a model's images."""
 Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
 
 
@@ -37,17 +39,27 @@ class _Edit(Network):
     per image. Required for a class-conditional model. Default: none."""
     output: Path = Path("edited.png")
     """Grid of results. Each row shows an input at the model's size, its known part if that differs, and its edits."""
+    rgba: bool = False
+    """Edit RGBA images with a model of 4 channels."""
 
     def check_output(self) -> None:
         if self.output.suffix.lower() != ".png":
             raise InputError(f"{self.output}: the grid must be a .png file; use --folder for single images.")
         check_writable(self.output, folder=False)
 
-    def model(self) -> tuple[Model, int]:
-        """The model, and the side of its images."""
+    def model(self) -> tuple[Model, Shape]:
+        """The model, and the shape of its images. Raises InputError if they are not gray, RGB or RGBA."""
         use_compilation_cache(self.compilation_cache)
         model = load(resolve(self.checkpoint), precision=self.precision)
-        return model, photos.check_square(model.config.network.image_shape)
+        shape = model.config.network.image_shape
+        channels = shape[2]
+        if self.rgba and channels != 4:
+            raise InputError(f"--rgba applies to models with 4 channels, this one has {channels}: leave it out.")
+        if not fits_png(channels, self.rgba):
+            advice = "if they are RGBA, give --rgba, else" if channels == 4 else "use"
+            expected = "Expected a model of gray or RGB images to edit pictures"
+            raise InputError(f"{expected}, got {channels} channels: {advice} Model.edit in Python.")
+        return model, shape
 
     def common(self, model: Model) -> dict[str, Any]:
         """Arguments of every kind of edit."""
@@ -58,7 +70,7 @@ class _Edit(Network):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pictures(_Edit):
     pictures: Pictures
-    """Images to edit. The center square is resized to the model's size."""
+    """Images to edit. The center, with the aspect ratio of the model, is resized to the model's size."""
     variants: int = 4
     """Number of edits per image."""
     folder: Path | None = None
@@ -69,12 +81,12 @@ class _Pictures(_Edit):
         """The pixels to edit; None for all."""
         return None
 
-    def fit(self, picture: Image.Image, size: int) -> np.ndarray:
-        return photos.fit(picture, size)
+    def fit(self, picture: Image.Image, shape: Shape) -> np.ndarray:
+        return photos.fit(picture, shape[:2], shape[2])
 
-    def images(self, pictures: Sequence[Image.Image], size: int) -> np.ndarray:
+    def images(self, pictures: Sequence[Image.Image], shape: Shape) -> np.ndarray:
         """The pictures at the model's size."""
-        return np.stack([self.fit(picture, size) for picture in pictures])
+        return np.stack([self.fit(picture, shape) for picture in pictures])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +119,8 @@ class Inpaint(_Steps):
             raise InputError(f"--box must be left,top,right,bottom, got {self.box!r}.")
         return photos.hole_from_box(box, *picture.size)
 
-    def operator(self, size: int, holes: Sequence[Any]) -> Operator:
-        return Mask(~np.stack([photos.fit_hole(hole, size) for hole in holes])[..., None])
+    def operator(self, shape: Shape, holes: Sequence[Any]) -> Operator:
+        return Mask(~np.stack([photos.fit_hole(hole, shape[:2]) for hole in holes])[..., None])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,14 +138,18 @@ class SuperResolve(_Steps):
     patch: int = 4
     """Scale factor: side of a patch in pixels."""
 
-    def operator(self, size: int, *_: Any) -> Operator:
+    def operator(self, shape: Shape, *_: Any) -> Operator:
         operator = PatchMean(self.patch)
-        operator.check((1, size, size, 3))
+        operator.check((1, *shape))
         return operator
 
-    def fit(self, picture: Image.Image, size: int) -> np.ndarray:
-        tiny = min(picture.size) <= size // self.patch
-        return photos.fit_patches(picture, size, self.patch) if tiny else photos.fit(picture, size)
+    def fit(self, picture: Image.Image, shape: Shape) -> np.ndarray:
+        height, width, channels = shape
+        left, top, right, bottom = photos.center_box(*picture.size, (height, width))
+        tiny = bottom - top <= height // self.patch and right - left <= width // self.patch
+        return (
+            photos.fit_patches(picture, (height, width), self.patch, channels) if tiny else super().fit(picture, shape)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,8 +186,8 @@ class Denoise(_Pictures):
     def operator(self, *_: Any) -> Operator:
         return Noisy()
 
-    def images(self, pictures: Sequence[Image.Image], size: int) -> np.ndarray:
-        images = super().images(pictures, size)
+    def images(self, pictures: Sequence[Image.Image], shape: Shape) -> np.ndarray:
+        images = super().images(pictures, shape)
         if not self.add:
             return images
         rng = np.random.default_rng(check_int("A seed", self.seed, 0, 2**32 - 1))
@@ -221,11 +237,11 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
         raise InputError(f"Expected 1 to {LARGEST_GRID} images, got {len(args.pictures)}.")
     pictures = [photos.read(path) for path in args.pictures]
     holes = [args.hole(picture) for picture in pictures]
-    model, size = args.model()
-    operator = args.operator(size, holes)
-    given = args.images(pictures, size)
+    model, shape = args.model()
+    operator = args.operator(shape, holes)
+    given = args.images(pictures, shape)
     columns = check_int("variants", args.variants, 1, LARGEST_GRID // len(given))
-    _print_notes(args.pictures, pictures, size)
+    _print_notes(args.pictures, pictures, shape[:2])
     with stopwatch() as elapsed:
         edits = model.edit(args.seed, given, operator, variants=columns, **args.common(model), **args.levels)
     edits = quantize(edits).reshape(len(given), columns, *given.shape[1:])
@@ -250,25 +266,27 @@ def _interpolate(args: Interpolate) -> None:
         raise InputError("Expected two images, or --seeds with two numbers.")
     frames = check_int("frames", args.frames, 2, LARGEST_GRID)
     pictures = [photos.read(path) for path in args.pictures]
-    model, size = args.model()
+    model, shape = args.model()
     if seeds:
         images = model.interpolate_noise(seeds[0], seeds[1], frames, **args.common(model), sigmas=sigmas)
     else:
-        _print_notes(args.pictures, pictures, size)
-        first, second = (photos.fit(picture, size) for picture in pictures)
+        _print_notes(args.pictures, pictures, shape[:2])
+        first, second = (photos.fit(picture, shape[:2], shape[2]) for picture in pictures)
         images = model.interpolate_images(args.seed, first, second, frames, **args.common(model), sigmas=sigmas)
         images = np.stack([first, *images, second])
     save_grid(args.output, grid(quantize(images), len(images)))
     say(f"Wrote {args.output}, from left to right{'' if seeds else ', with the input images at both ends'}.")
 
 
-def _print_notes(paths: Sequence[Path], pictures: Sequence[Image.Image], size: int) -> None:
+def _print_notes(paths: Sequence[Path], pictures: Sequence[Image.Image], size: tuple[int, int]) -> None:
     """Print how each picture is cropped and resized to the model's size."""
     for path, picture in zip(paths, pictures, strict=True):
-        side, notes = min(picture.size), []
-        if side != max(picture.size):
-            notes.append(f"center {side} x {side} of {picture.width} x {picture.height} pixels")
-        if side != size:
-            notes.append(f"{'reduced' if side > size else 'enlarged'} from {side} to {size} pixels")
+        left, top, right, bottom = photos.center_box(*picture.size, size)
+        part, wanted, notes = (right - left, bottom - top), (size[1], size[0]), []
+        if part != picture.size:
+            notes.append(f"center {part[0]} x {part[1]} of {picture.width} x {picture.height} pixels")
+        if part != wanted:
+            before, after = (f"{w} x {h}" if size[0] != size[1] else f"{w}" for w, h in (part, wanted))
+            notes.append(f"{'reduced' if part > wanted else 'enlarged'} from {before} to {after} pixels")
         if notes:
             say(f"{path.name}: {', '.join(notes)}.")

@@ -18,6 +18,7 @@ from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo, Struc
 
 from cm_jax.checkpoints.serialization import decode, encode, hints, kinds, may_be_none
 from cm_jax.errors import InputError, nearest
+from cm_jax.types import ImageSize
 
 T = TypeVar("T")
 O = TypeVar("O")  # noqa: E741
@@ -237,6 +238,29 @@ def _primitive(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         instance_from_str=read,
         is_instance=lambda value: value is None or value in choices or isinstance(value, kind),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
+    )
+
+
+@_REGISTRY.primitive_rule
+def _image_size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Image sizes: 64, or height and width as 16,32. A field that may be none reads one word, the others also 16 32."""
+    if info.type not in (ImageSize, ImageSize | None):
+        return None
+    one_word = info.type != ImageSize
+
+    def read(words: list[str]) -> ImageSize:
+        parts = [part for word in words for part in word.split(",")]
+        if not 1 <= len(parts) <= 2 or not all(part.isdecimal() for part in parts):
+            raise ValueError(f"expected a size such as 64, or height and width such as 16,32, got {' '.join(words)!r}.")
+        sides = tuple(map(int, parts))
+        return sides if len(sides) == 2 else sides[0]
+
+    return PrimitiveConstructorSpec(
+        nargs=1 if one_word else (1, 2),
+        metavar="SIZE",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, int | tuple),
+        str_from_instance=lambda value: [",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()],
     )
 
 

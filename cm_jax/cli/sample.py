@@ -16,10 +16,11 @@ from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import devices, progress, say, stopwatch, use_compilation_cache
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import check_writable
-from cm_jax.io.images import Quantization, grid, quantize, save_folder, save_grid, save_npz
+from cm_jax.io.images import Quantization, fits_png, grid, quantize, save_folder, save_grid, save_npz
 from cm_jax.loading import load
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import SAMPLERS
+from cm_jax.types import in_pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,9 @@ class Sample(Sampling, Network):
     Default: random classes."""
     output: Path = Path("samples.png")
     """NAME.png: a grid of all images. NAME.npz: arr_0 (images) and arr_1 (labels), as evaluators read them. Any other
-    name: a folder of PNG files."""
+    name: a folder of PNG files. Images of other than 1 or 3 channels are written as .npz."""
+    rgba: bool = False
+    """Write images of 4 channels as RGBA PNG files."""
     quantization: Quantization = "round"
     """Conversion to 8 bits: rounding, or truncation as in OpenAI's implementation."""
 
@@ -57,11 +60,12 @@ def main(prog: str, words: Sequence[str]) -> None:
     network = model.config.network
     plan = args.plan(model)
     labels, count, columns = _labels_and_count(model, args)
-    _check_output(args.output, count)
+    output = _output_for(args, network.image_shape[2])
+    _check_output(output, count)
     kind = "consistency model" if model.config.distilled else "EDM denoiser"
     classes = f", {network.classes} classes" if network.classes else ""
     named = path if Path(args.checkpoint) in path.parents else args.checkpoint
-    about = f"{named}: {kind}, {network.image_shape[0]} pixels{classes}, {args.precision}, on {devices()}"
+    about = f"{named}: {kind}, {in_pixels(network.image_shape)}{classes}, {args.precision}, on {devices()}"
     say(f"{about}; loaded in {time.perf_counter() - began:.1f} s.")
 
     with stopwatch() as elapsed:
@@ -70,15 +74,28 @@ def main(prog: str, words: Sequence[str]) -> None:
         images = np.concatenate([quantize(batch, args.quantization) for batch in progress(batches, count)])
     took = elapsed()
 
-    suffix = args.output.suffix.lower()
+    suffix = output.suffix.lower()
     if suffix == ".png":
         known = model.config.class_names
         rows = labels[::columns] if any(args.labels) and labels is not None else ()
         names = [known[label].split(",")[0] if known else f"class {label}" for label in rows]
-        save_grid(args.output, grid(images, columns, names))
+        save_grid(output, grid(images, columns, names))
     else:
-        (save_npz if suffix == ".npz" else save_folder)(args.output, images, labels)
-    say(f"Sampled {count} images in {took}. Wrote {args.output}.")
+        (save_npz if suffix == ".npz" else save_folder)(output, images, labels)
+    say(f"Sampled {count} images in {took}. Wrote {output}.")
+
+
+def _output_for(args: Sample, channels: int) -> Path:
+    """The output, or an .npz file in its place if PNG files cannot hold the images, which is printed."""
+    output, suffix = args.output, args.output.suffix.lower()
+    if args.rgba and channels != 4:
+        raise InputError(f"--rgba applies to models with 4 channels, this one has {channels}: leave it out.")
+    if suffix == ".npz" or fits_png(channels, args.rgba):
+        return output
+    output = output.with_suffix(".npz") if suffix == ".png" else output.with_name(f"{output.name}.npz")
+    advice = " (if they are RGBA, give --rgba)" if channels == 4 else ""
+    say(f"The images have {channels} channels, which PNG files do not hold{advice}: they are written to {output}.")
+    return output
 
 
 def _check_output(output: Path, count: int | None) -> None:

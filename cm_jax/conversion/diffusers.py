@@ -13,6 +13,7 @@ from cm_jax.errors import InputError, check_int
 from cm_jax.io.validation import check_value, read_json
 from cm_jax.networks import ADMUNet
 from cm_jax.networks.layers import NORM_EPSILON, NORM_GROUPS
+from cm_jax.types import ImageSize
 
 EXTRAS = "cm_jax.json"
 """File of this package in a diffusers folder; diffusers ignores it."""
@@ -68,7 +69,7 @@ def unet_config(network: ADMUNet) -> dict[str, Any]:
         "num_train_timesteps": None,
         "out_channels": network.image_channels,
         "resnet_time_scale_shift": "scale_shift" if network.modulation == "scale_shift" else "default",
-        "sample_size": network.image_size,
+        "sample_size": network.image_size if isinstance(network.image_size, int) else list(network.image_size),
         "time_embedding_dim": None,
         "up_block_types": ["AttnUpBlock2D" if here else plain[1] for here in reversed(attends)],
         "upsample_type": kind,
@@ -117,7 +118,7 @@ def read_settings(unet: Path, scheduler: Path, extra: Path) -> dict[str, Any]:
         _require(unet, config, {"_class_name": "UNet2DModel"})
         head_dim = check_value(config.get("attention_head_dim", 8), int | None, f"{unet}: attention_head_dim")
         settings |= {"heads": 1} if head_dim is None else {"head_dim": head_dim}
-        image_size = check_value(config.get("sample_size"), int | None, f"{unet}: sample_size")
+        image_size = check_value(config.get("sample_size"), ImageSize | None, f"{unet}: sample_size")
         settings |= {} if image_size is None else {"image_size": image_size}
     if scheduler.exists():
         config = read_json(scheduler)

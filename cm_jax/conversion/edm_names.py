@@ -43,6 +43,9 @@ def rules(network: AnyNetwork) -> list[Rule]:
 
     Raises InputError for networks that this family does not have.
     """
+    height, width, _ = network.image_shape
+    if height != width:
+        raise InputError(f"The EDM format has square networks only, got {height} x {width} pixels; use --to native.")
     if isinstance(network, EDM2UNet):
         return list(_edm2_rules(network))
     unsupported = {
@@ -64,7 +67,7 @@ def _layer(path: str, source: str, layout: Layout, *, norm: bool = False, bias: 
 
 
 def _rules(network: SongUNet | ADMUNet) -> Iterator[Rule]:
-    song, size = isinstance(network, SongUNet), network.image_size
+    song, size = isinstance(network, SongUNet), network.image_shape[0]
     if isinstance(network, SongUNet) and network.embedding == "fourier":
         yield Rule("embedding/frequencies", ("map_noise.freqs",), Layout.SAME)
     if song and network.classes:
@@ -99,7 +102,7 @@ def _rules(network: SongUNet | ADMUNet) -> Iterator[Rule]:
 
 
 def _edm2_rules(network: EDM2UNet) -> Iterator[Rule]:
-    size, random = network.image_size, network.variant == "edm2"
+    size, random = network.image_shape[0], network.variant == "edm2"
 
     def linear(path: str, source: str, layout: Layout = Layout.DENSE) -> Rule:
         return Rule(f"{path}/kernel", (f"{source}.weight",), layout)
@@ -137,7 +140,7 @@ def _edm2_rules(network: EDM2UNet) -> Iterator[Rule]:
 
 def _units(network: AnyNetwork) -> Iterator[tuple[str, Unit, str]]:
     """(parameter path, unit, source prefix) of every unit, in order."""
-    plan, per_level, size = network.plan(), network.blocks_per_level, network.image_size
+    plan, per_level, size = network.plan(), network.blocks_per_level, network.image_shape[0]
     deepest = len(network.channel_mult) - 1
 
     def at(level: int) -> str:

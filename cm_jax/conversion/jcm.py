@@ -19,7 +19,7 @@ from cm_jax.errors import InputError, indented_list, shape_complaints
 from cm_jax.io.atomic import read_errors
 from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import SongUNet
-from cm_jax.types import leaves
+from cm_jax.types import ImageSize, leaves
 
 _BRANCH = "params_ema"
 """The branch of a checkpoint that holds the EMA weights, which OpenAI samples with."""
@@ -112,7 +112,7 @@ def _rules(network: SongUNet) -> Iterator[Rule]:
     yield from layer("head/output", "Conv_1")
 
 
-def candidates(shapes: Shapes, source: str, *, image_size: int) -> list[SongUNet]:
+def candidates(shapes: Shapes, source: str, *, image_size: ImageSize) -> list[SongUNet]:
     """The networks that match these names and shapes best; they differ only in what tensors do not determine.
 
     That is which of several equally wide levels have attention, and the filter of a network without an input pyramid.

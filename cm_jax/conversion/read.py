@@ -21,7 +21,7 @@ from cm_jax.errors import InputError, check_int
 from cm_jax.io.safetensors import read_safetensors
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.networks.layers import Filter
-from cm_jax.types import Params
+from cm_jax.types import ImageSize, Params
 
 _log = logging.getLogger(__name__)
 _TOLERANCE = 2e-3
@@ -45,7 +45,7 @@ class CheckpointHints:
     heads: int | None = None
     preconditioning: PreconditioningName | None = None
     num_levels: int | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     attention_factors: tuple[int, ...] | None = None
     """For jcm checkpoints whose levels have equal widths: downsampling factors with attention."""
     resampling: Filter | None = None
@@ -56,8 +56,10 @@ class CheckpointHints:
     def __post_init__(self) -> None:
         limits = {"head_dim": (1, 4096), "heads": (1, 4096), "num_levels": (2, 2**20), "image_size": (1, 2**13)}
         for name, (least, most) in limits.items():
-            if getattr(self, name) is not None:
-                check_int(f"--{name.replace('_', '-')}", getattr(self, name), least, most)
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None:
+                    check_int(f"--{name.replace('_', '-')}", number, least, most)
 
     def override(self, config: ModelConfig, path: Any) -> ModelConfig:
         """The config of a native checkpoint with these settings. Raises InputError for other heads than it has."""
@@ -196,7 +198,7 @@ def _read_pytorch(path: Path, file: Path, stored: dict[str, Any], hints: Checkpo
     image_size = settings.get("image_size", 2**10)
     network = format.infer(shapes, str(file), image_size=image_size, head_dim=head_dim, heads=heads)
     questions = {
-        "--image-size N (height of the images)": settings.get("image_size"),
+        "--image-size N (or HEIGHT,WIDTH)": settings.get("image_size"),
         "--head-dim N (64 in the published networks) or --heads N": settings.get("head_dim", settings.get("heads")),
         "--preconditioning consistency (or edm, for a teacher)": settings.get("preconditioning"),
         "--num-levels N (40 for published CD checkpoints; 201 or 151 for CT)": settings.get("num_levels"),

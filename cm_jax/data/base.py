@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int32, Integer, UInt8
 
 from cm_jax.errors import InputError, check_int
+from cm_jax.types import ImageSize, in_pixels
 
 Progress = Callable[[int, int], None]
 """Called with (images, total) while a data set is opened."""
@@ -59,7 +60,8 @@ class Dataset(abc.ABC):
         self.image_shape: tuple[int, int, int] = shape  # type: ignore[assignment]
         self.classes, self.class_names = classes, names
         labels = f"{classes} classes" if classes else "no labels"
-        images = f"{size:,} image{'s' if size != 1 else ''} of {shape[0]} pixels"
+        images = f"{size:,} image{'s' if size != 1 else ''} of {in_pixels(shape)}"
+        images += {1: ", gray", 3: ""}.get(shape[2], f", {shape[2]} channels")
         self.description = f"{place}: {images}, {labels}, {how}"
 
     def indices(self, batch_size: int, seed: int, number: int) -> Int32[np.ndarray, " b"]:
@@ -141,10 +143,15 @@ class Data(abc.ABC):
     """A source of images: a frozen dataclass, and a component of TrainConfig."""
 
     @abc.abstractmethod
-    def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
-        """Open the data set with square images of `image_size` pixels. Raises InputError if it cannot be used."""
+    def open(self, image_size: ImageSize, progress: Progress | None = None, *, channels: int | None = None) -> Dataset:
+        """Open the data set with images of this size, resized and center-cropped.
+
+        channels: for image files 1 (gray), 3 (RGB, the default) or 4 (RGBA). Raises InputError if it cannot be used.
+        """
 
 
-def check_image_size(image_size: int, most: int = 4096) -> int:
-    """`image_size`, the height and width. Raises InputError if it is invalid."""
-    return check_int("The image size (pixels of a side)", image_size, 1, most)
+def check_image_size(image_size: ImageSize, most: int = 4096) -> tuple[int, int]:
+    """Height and width. Raises InputError if they are invalid."""
+    sides = image_size if isinstance(image_size, tuple) and len(image_size) == 2 else (image_size, image_size)
+    height, width = (check_int("The image size (pixels of a side)", side, 1, most) for side in sides)
+    return height, width

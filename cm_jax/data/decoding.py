@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from cm_jax.io.atomic import LFS_POINTER, LFS_REASON
+from cm_jax.types import ImageSize, height_width
 
 _FORMATS = {
     "PNG": (".png",),
@@ -31,10 +32,15 @@ _MAX_PIXELS = 2**26
 """Larger images are refused before decoding: a small file may claim any size."""
 
 
-def decode(encoded: bytes, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"], bool]:
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Channels of an image file -> Pillow's mode."""
+
+
+def decode(encoded: bytes, image_size: ImageSize, channels: int = 3) -> tuple[UInt8[np.ndarray, "h w c"], bool]:
     """(center crop of `image_size`, whether the image was enlarged). Raises as `open_image`."""
-    whole = on_white(open_image(encoded))
-    return np.asarray(center_crop(whole, image_size)), min(whole.size) < image_size
+    whole, (height, width) = with_channels(open_image(encoded), channels), height_width(image_size)
+    pixels = np.asarray(center_crop(whole, image_size)).reshape(height, width, channels)
+    return pixels, whole.width < width or whole.height < height
 
 
 def open_image(encoded: bytes) -> Image.Image:
@@ -73,14 +79,23 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-def center_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """Downsample by 2 with BOX while the shorter side is at least 2 `image_size`, resize with BICUBIC, and crop.
+def with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image in 8 bits: gray (1 channel) or RGB (3) on white, or RGBA (4). Raises as `on_white`."""
+    if channels == 4 and image.has_transparency_data and not image.mode.startswith("I"):
+        return image.convert("RGBA")
+    return on_white(image).convert(MODES[channels])
 
-    Pixel by pixel equal to the training data of the published models (openai/consistency_models, cm/image_datasets.py).
+
+def center_crop(image: Image.Image, image_size: ImageSize) -> Image.Image:
+    """Downsample by 2 with BOX while both sides are at least twice `image_size`, resize with BICUBIC, and crop.
+
+    Square images are pixel by pixel equal to the training data of the published models (openai/consistency_models,
+    cm/image_datasets.py).
     """
-    while min(image.size) >= 2 * image_size:
+    height, width = height_width(image_size)
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = image_size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return image.crop((left, top, left + image_size, top + image_size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import multiprocessing.connection
 import os
 import threading
@@ -14,12 +15,15 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cm_jax.data.base import Batches, Data, Dataset, InMemory, Progress, RawBatch, check_image_size
-from cm_jax.data.decoding import decode
+from cm_jax.data.decoding import MODES, decode
 from cm_jax.errors import InputError, indented_list
+from cm_jax.types import ImageSize, in_pixels
 
 log = logging.getLogger("cm_jax.data")
 
 THREADS = min(16, os.cpu_count() or 1)
+Shape = tuple[int, int, int]
+"""Height, width and channels of images."""
 _CHUNK = 64
 """Images that a thread decodes between progress reports."""
 
@@ -59,13 +63,16 @@ class EncodedData(Data):
         if not (self.in_memory_gib >= 0 and self.max_corrupt >= 0 and 0 <= self.workers <= 1024):
             raise InputError(f"Expected in_memory_gib >= 0, max_corrupt >= 0 and workers in [0, 1024], got {self}.")
 
-    def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
+    def open(self, image_size: ImageSize, progress: Progress | None = None, *, channels: int | None = None) -> Dataset:
         """In memory if it fits, else streamed."""
-        needed = check_image_size(image_size) ** 2 * 3
+        shape = (*check_image_size(image_size), channels or 3)
+        if shape[2] not in MODES:
+            problem = f"Expected 1 (gray), 3 (RGB) or 4 (RGBA) channels for image files, got {channels}"
+            raise InputError(f"{problem}: put images with other channels into an .npz file (NpzData).")
         encoded = self.encoded()
-        if len(encoded) * needed <= self.in_memory_gib * 2**30:
-            return decode_all(encoded, image_size, self.max_corrupt, progress)
-        return Streamed(encoded, image_size, self.max_corrupt, self.workers)
+        if len(encoded) * math.prod(shape) <= self.in_memory_gib * 2**30:
+            return decode_all(encoded, shape, self.max_corrupt, progress)
+        return Streamed(encoded, shape, self.max_corrupt, self.workers)
 
     @abc.abstractmethod
     def encoded(self) -> Encoded:
@@ -76,11 +83,11 @@ class UnreadableError(Exception):
     """An image cannot be used. args: its name and the reason."""
 
 
-def _load(encoded: Encoded, index: int, image_size: int) -> tuple[UInt8[np.ndarray, "h w 3"], int, bool]:
+def _load(encoded: Encoded, index: int, shape: Shape) -> tuple[UInt8[np.ndarray, "h w c"], int, bool]:
     """(pixels, class, whether the image was enlarged). Raises UnreadableError."""
     try:
         content, label = encoded.read(index)
-        pixels, enlarged = decode(content, image_size)
+        pixels, enlarged = decode(content, shape[:2], shape[2])
         if encoded.classes is not None and not 0 <= label < encoded.classes:
             raise ValueError(f"expected a label in [0, {encoded.classes - 1}], got {label}")
         return pixels, label, enlarged
@@ -109,13 +116,13 @@ def _report(encoded: Encoded, reasons: dict[str, str], new: dict[str, str], done
     raise InputError(f"{encoded.place}: {problem}:\n  {indented_list(complaints)}")
 
 
-def decode_all(encoded: Encoded, image_size: int, max_corrupt: int, progress: Progress | None = None) -> InMemory:
+def decode_all(encoded: Encoded, shape: Shape, max_corrupt: int, progress: Progress | None = None) -> InMemory:
     """All images, decoded by threads, in their order; those that cannot be read are named and left out.
 
     Raises InputError where there are more than `max_corrupt` of them, or no others.
     """
     count = len(encoded)
-    images = np.empty((count, image_size, image_size, 3), np.uint8)
+    images = np.empty((count, *shape), np.uint8)
     labels = np.empty(count, np.int32)
     good, small = np.zeros((2, count), bool)
     unreadable: dict[str, str] = {}
@@ -124,7 +131,7 @@ def decode_all(encoded: Encoded, image_size: int, max_corrupt: int, progress: Pr
         reasons = {}
         for index in range(first, min(first + _CHUNK, count)):
             try:
-                images[index], labels[index], small[index] = _load(encoded, index, image_size)
+                images[index], labels[index], small[index] = _load(encoded, index, shape)
                 good[index] = True
             except UnreadableError as error:
                 name, reason = error.args
@@ -141,7 +148,7 @@ def decode_all(encoded: Encoded, image_size: int, max_corrupt: int, progress: Pr
         pool.shutdown(cancel_futures=True)
     if small.any():
         where = f"{encoded.place}: {small.sum()} of {count}"
-        log.warning("Images smaller than %d pixels were enlarged. %s.", image_size, where)
+        log.warning("Images smaller than %s were enlarged. %s.", in_pixels(shape), where)
     kept = np.flatnonzero(good)
     if len(kept) < count:
         for place, index in enumerate(kept):  # in place, because a second copy might not fit
@@ -171,7 +178,7 @@ class Streamed(Dataset):
     and while iterating if more than `max_corrupt` images are unreadable.
     """
 
-    def __init__(self, encoded: Encoded, image_size: int, max_corrupt: int = 100, workers: int = 0) -> None:
+    def __init__(self, encoded: Encoded, shape: Shape, max_corrupt: int = 100, workers: int = 0) -> None:
         try:
             import grain  # noqa: F401
         except ImportError as error:
@@ -179,8 +186,8 @@ class Streamed(Dataset):
             raise InputError(f"{reason}: pip install grain, or raise in_memory_gib.") from error
         self.encoded, self.max_corrupt, self.workers = encoded, max_corrupt, workers
         by = f"{workers} process{'es' if workers != 1 else ''}" if workers else f"{THREADS} threads"
-        shape, classes, names = (image_size, image_size, 3), encoded.classes, encoded.class_names
-        super().__init__(encoded.place, len(encoded), shape, classes, names, f"streamed by {by}")
+        how = f"streamed by {by}"
+        super().__init__(encoded.place, len(encoded), shape, encoded.classes, encoded.class_names, how)
 
     def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         import grain
@@ -204,7 +211,7 @@ class Streamed(Dataset):
                 if part.enlarged and not warned:
                     warned = True
                     where = f"{self.encoded.place}: {part.enlarged} in one batch"
-                    log.warning("Images smaller than %d pixels are enlarged. %s.", self.image_shape[0], where)
+                    log.warning("Images smaller than %s are enlarged. %s.", in_pixels(self.image_shape), where)
                 yield part.batch
 
     def _share(self, batch_size: int, seed: int, rows: slice, number: int) -> _Share:
@@ -219,7 +226,7 @@ class Streamed(Dataset):
         for row, index in enumerate(indices):
             for candidate in range(index, index + min(self.size, self.max_corrupt + 1)):
                 try:
-                    loaded = _load(self.encoded, candidate % self.size, self.image_shape[0])
+                    loaded = _load(self.encoded, candidate % self.size, self.image_shape)
                     images[row], labels[row], small[row] = loaded
                     break
                 except UnreadableError as error:

@@ -14,7 +14,9 @@ from cm_jax.data.decoding import center_crop
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
 from cm_jax.io.npz import read_npz
+from cm_jax.types import ImageSize, height_width
 
+_USUAL_CHANNELS = (1, 2, 3, 4, 6)
 _USUAL_NAMES = {
     "images": ("images", "arr_0"),
     "labels": ("labels", "arr_1"),
@@ -32,12 +34,18 @@ class EmojiData(Data):
     split: Literal["train", "held_out", "all"] = "train"
     """train: 3,334 images; held_out: 431 images for evaluation; all: both."""
 
-    def open(self, image_size: int = 32, progress: Progress | None = None) -> Dataset:
+    def open(
+        self, image_size: ImageSize = 32, progress: Progress | None = None, *, channels: int | None = None
+    ) -> Dataset:
         check_image_size(image_size, most=32)
+        if channels not in (None, 1, 3):
+            raise InputError(f"The bundled emoji are RGB or gray images, got a network with {channels} channels.")
         arrays = bundled_emoji()
         held_out = arrays["held_out"]
         selected = {"train": ~held_out, "held_out": held_out, "all": slice(None)}[self.split]
         images = resized(arrays["images"][selected], image_size, progress)
+        if channels == 1:
+            images = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
         names, place = tuple(arrays["class_names"].tolist()), f"bundled emoji, {self.split.replace('_', ' ')}"
         return InMemory(images, arrays["labels"][selected], class_names=names, place=place)
 
@@ -54,9 +62,10 @@ def bundled_emoji() -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class NpzData(Data):
-    """An .npz file with uint8 images [n, height, width, channels], 3 channels or 1, and optional integer labels [n].
+    """An .npz file with uint8 images [n, height, width, channels] and optional integer labels [n].
 
-    Class names are read from class_names or label_names. Images of another size are center-cropped.
+    Class names are read from class_names or label_names. Images of another size are resized and center-cropped, each
+    channel on its own.
     """
 
     path: str
@@ -66,9 +75,9 @@ class NpzData(Data):
     labels: str = ""
     """Name of the array of labels, or "none". Default: labels or arr_1, if present."""
 
-    def open(self, image_size: int, progress: Progress | None = None) -> Dataset:
+    def open(self, image_size: ImageSize, progress: Progress | None = None, *, channels: int | None = None) -> Dataset:
         check_image_size(image_size)
-        images, labels, names = self._read()
+        images, labels, names = self._read(channels)
         return InMemory(resized(images, image_size, progress), labels, class_names=names, place=self.path)
 
     def unchanged(self) -> InMemory:
@@ -76,7 +85,7 @@ class NpzData(Data):
         images, labels, names = self._read()
         return InMemory(images, labels, class_names=names, place=self.path)
 
-    def _read(self) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
+    def _read(self, channels: int | None = None) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
         """(images, labels if there are several, class names or none). Pickled arrays are refused."""
         try:
             found = read_npz(user_path(self.path), lambda names: self._names(names).values())
@@ -93,7 +102,7 @@ class NpzData(Data):
             if self.labels:
                 raise InputError(f"{self.path}: all labels are equal; train without them (labels: none).")
             labels = None
-        images = _checked_images(self.path, found[used["images"]])
+        images = _checked_images(self.path, found[used["images"]], channels)
         return images, labels, () if names is None else tuple(names.tolist())
 
     def _names(self, available: list[str]) -> dict[str, str]:
@@ -113,32 +122,35 @@ class NpzData(Data):
 
 
 def resized(
-    images: UInt8[np.ndarray, "n h w c"], image_size: int, progress: Progress | None = None
-) -> UInt8[np.ndarray, "n r r c"]:
+    images: UInt8[np.ndarray, "n h w c"], image_size: ImageSize, progress: Progress | None = None
+) -> UInt8[np.ndarray, "n r s c"]:
     """Center crops of `image_size`; images of that size are returned unchanged."""
-    if images.shape[1:3] == (image_size, image_size):
+    size = height_width(image_size)
+    if images.shape[1:3] == size:
         return images
-    crops = np.empty((len(images), image_size, image_size, images.shape[3]), np.uint8)
+    crops = np.empty((len(images), *size, images.shape[3]), np.uint8)
     for index, image in enumerate(images):
-        picture = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
-        crops[index] = np.asarray(center_crop(picture, image_size)).reshape(crops.shape[1:])
+        for channel in range(images.shape[3]):
+            crops[index, ..., channel] = np.asarray(center_crop(Image.fromarray(image[..., channel]), size))
         if progress is not None and (index + 1) % 256 == 0:
             progress(index + 1, len(images))
     return crops
 
 
-def _checked_images(path: str, images: np.ndarray) -> np.ndarray:
+def _checked_images(path: str, images: np.ndarray, channels: int | None) -> np.ndarray:
+    usual = _USUAL_CHANNELS if channels is None else (channels,)
     advice = ""
     if images.dtype.kind == "f" and not np.isfinite(images).all():
         advice = " It has NaN or infinite pixels: sample the images again."
     elif images.dtype.kind == "f":
         advice = " Convert numbers in [-1, 1] by numpy.clip(numpy.round((x + 1) * 127.5), 0, 255).astype(numpy.uint8)."
-    elif images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+    elif images.ndim == 4 and images.shape[1] in usual and images.shape[3] not in usual:
         advice = " Channels come last: numpy.transpose(x, (0, 2, 3, 1))."
     elif images.ndim == 3:
         advice = " Gray images have one channel: x[..., None]."
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-        raise InputError(f"{path}: expected images uint8 [n, height, width, 3], got {_text(images)}.{advice}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in usual or not images.size:
+        expected = f"images uint8 [n, height, width, {channels or 'channels'}]"
+        raise InputError(f"{path}: expected {expected}, got {_text(images)}.{advice}")
     return images
 
 

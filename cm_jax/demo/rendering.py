@@ -14,7 +14,7 @@ from PIL import Image
 from cm_jax.data.npz import bundled_emoji
 from cm_jax.editing import Luma, Mask, Operator, PatchMean, photos
 from cm_jax.errors import InputError, check_int
-from cm_jax.io.images import grid, quantize
+from cm_jax.io.images import fits_png, grid, quantize
 from cm_jax.loading import load
 from cm_jax.model import Model
 
@@ -68,6 +68,10 @@ def sample_grids(
     """
     check_int("Steps", steps, 2, MAX_STEPS)
     check_int("Number of images", count, 1, MAX_IMAGES)
+    if not fits_png(channels := model.config.network.image_shape[2], rgba=False):
+        raise InputError(
+            f"The page shows gray and RGB images, got a model of {channels} channels: use `cm-jax sample`."
+        )
     one, several = (model.sample(seed, count, labels=label, steps=number) for number in (1, steps))
     levels = ", ".join(f"{level:.3g}" for level in model.plan(steps=steps).levels[:-1])
     return _grid(one), _grid(several), f"Noise levels of the {steps} steps: {levels}"
@@ -95,7 +99,7 @@ def example(name: str) -> tuple[Picture, str]:
 
 def canvas_image(model: Model, picture: Picture) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
     """The picture at the model's size, enlarged for painting, and a line about it. Raises InputError."""
-    side = photos.check_square(model.config.network.image_shape)
+    side = _side(model)
     width, height = picture.size
     pixels = _enlarge(quantize(photos.fit(picture.square, side)[None]), CANVAS)[0]
     part = "" if width == height else "center of "
@@ -110,13 +114,22 @@ def edit_grids(
 
     layers: paint on `canvas_image`, over the pixels to inpaint. Raises InputError.
     """
-    side = photos.check_square(model.config.network.image_shape)
+    side = _side(model)
     check_int("Steps", steps, 1, MAX_STEPS)
     check_int("Number of images", variants, 1, MAX_IMAGES)
     images, operator = photos.fit(picture.square, side)[None], KINDS[kind](layers, side)
     edits = model.edit(seed, images, operator, labels=label, steps=steps, variants=variants)
     known = np.asarray(operator.preview(jnp.asarray(images)))
     return _grid(np.concatenate([images, known]), columns=1), _grid(edits)
+
+
+def _side(model: Model) -> int:
+    """The side of a model's images. Raises InputError unless they are square RGB images."""
+    height, width, channels = model.config.network.image_shape
+    if height != width or channels != 3:
+        found = f"{height} x {width} pixels and {channels} channels"
+        raise InputError(f"The page edits square RGB images, got a model of {found}: use `cm-jax edit`.")
+    return height
 
 
 def painted_pixels(layers: Layers) -> Bool[np.ndarray, "h w"]:

@@ -41,8 +41,11 @@ class Operator(abc.ABC):
         """The known part as an image to display."""
         return self.project(images)
 
-    def default_sigmas(self, image_size: int) -> tuple[float, ...] | None:
-        """Default noise levels; None for steps from sigma_max. Raises InputError where the user must give them."""
+    def default_sigmas(self, shape: tuple[int, ...]) -> tuple[float, ...] | None:
+        """Default noise levels for images [h, w, c]; None for steps from sigma_max.
+
+        Raises InputError where the user must give them.
+        """
         return None
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -151,12 +154,12 @@ class Strokes(_Unconstrained):
     def start(self, images: Images, noise: Images) -> Images:
         return images + noise
 
-    def default_sigmas(self, image_size: int) -> tuple[float, ...]:
-        """The paper's 5.38 and 2.24 at 256 pixels (CM, appendix D), scaled with the image size.
+    def default_sigmas(self, shape: tuple[int, ...]) -> tuple[float, ...]:
+        """The paper's 5.38 and 2.24 at 256 pixels (CM, appendix D), scaled with the shorter side of the images.
 
         Noise hides details whose mean over an area it exceeds, and that area has fewer pixels in a smaller image.
         """
-        return tuple(sigma * image_size / 256 for sigma in (5.38, 2.24))
+        return tuple(sigma * min(shape[:2]) / 256 for sigma in (5.38, 2.24))
 
 
 @jax.tree_util.register_dataclass
@@ -167,5 +170,5 @@ class Noisy(_Unconstrained):
     def start(self, images: Images, noise: Images) -> Images:
         return images
 
-    def default_sigmas(self, image_size: int) -> tuple[float, ...]:
+    def default_sigmas(self, shape: tuple[int, ...]) -> tuple[float, ...]:
         raise InputError("Expected sigmas, e.g. (0.5,): the first is the noise level of the images.")

@@ -8,8 +8,10 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from cm_jax.data import center_crop, on_white, open_image
+from cm_jax.data import center_crop, on_white, open_image, with_channels
 from cm_jax.errors import InputError
+from cm_jax.io.images import picture_of
+from cm_jax.types import ImageSize, height_width
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are exclusive."""
@@ -76,30 +78,30 @@ def _rgb_or_rgba(image: Image.Image) -> Image.Image:
     return on_white(image)
 
 
-def check_square(shape: tuple[int, int, int]) -> int:
-    """The side of a model's images. Raises InputError unless they are square RGB images."""
-    height, width, channels = shape
-    if height != width or channels != 3:
-        raise InputError(f"Expected a model with square RGB images to edit photos, got images {list(shape)}.")
-    return height
+def center_box(width: int, height: int, size: ImageSize = 1) -> Box:
+    """The largest part in the center with the aspect ratio of `size`: by default a square."""
+    rows, columns = height_width(size)
+    if width * rows >= height * columns:
+        box_width, box_height = max(1, round(height * columns / rows)), height
+    else:
+        box_width, box_height = width, max(1, round(width * rows / columns))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
 
 
-def center_box(width: int, height: int) -> Box:
-    """The largest square in the center."""
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
+def fit(image: Image.Image, size: ImageSize, channels: int = 3) -> Float[np.ndarray, "h w c"]:
+    """The center with the aspect ratio of `size`, resized to it like training images; values in [-1, 1].
+
+    channels: 1 (gray on white), 3 (RGB on white) or 4 (RGBA).
+    """
+    part = center_crop(with_channels(image, channels).crop(center_box(*image.size, size)), size)
+    return np.asarray(part, np.float32).reshape(*height_width(size), -1) / 127.5 - 1
 
 
-def fit(image: Image.Image, size: int) -> Float[np.ndarray, "h w 3"]:
-    """The center square on white, resized to `size` pixels like training images; values in [-1, 1]."""
-    square = center_crop(on_white(image).crop(center_box(*image.size)), size)
-    return np.asarray(square, np.float32) / 127.5 - 1
-
-
-def fit_patches(image: Image.Image, size: int, patch: int) -> Float[np.ndarray, "h w 3"]:
-    """The center square at size / patch pixels, each repeated patch x patch times: the input of PatchMean(patch)."""
-    return fit(image, size // patch).repeat(patch, 0).repeat(patch, 1)
+def fit_patches(image: Image.Image, size: ImageSize, patch: int, channels: int = 3) -> Float[np.ndarray, "h w c"]:
+    """The center at size / patch pixels, each repeated patch x patch times: the input of PatchMean(patch)."""
+    height, width = height_width(size)
+    return fit(image, (height // patch, width // patch), channels).repeat(patch, 0).repeat(patch, 1)
 
 
 def hole_from_box(box: Box, width: int, height: int) -> Bool[np.ndarray, "h w"]:
@@ -162,30 +164,33 @@ def _white_pixels(mask: Image.Image) -> Bool[np.ndarray, "h w"]:
     return share >= 0.5
 
 
-def fit_hole(hole: Bool[np.ndarray, "h w"], size: int) -> Bool[np.ndarray, "s s"]:
-    """The pixels of the center square, at `size` pixels, that the hole touches. Raises InputError if there are none."""
-    whole = Image.fromarray(hole.astype(np.uint8)).convert("F").crop(center_box(hole.shape[1], hole.shape[0]))
-    touched = np.asarray(whole.resize((size, size), Image.Resampling.BOX)) > 0
+def fit_hole(hole: Bool[np.ndarray, "h w"], size: ImageSize) -> Bool[np.ndarray, "r s"]:
+    """The pixels of the center, at `size`, that the hole touches. Raises InputError if there are none."""
+    whole, (height, width) = Image.fromarray(hole.astype(np.uint8)).convert("F"), height_width(size)
+    part = whole.crop(center_box(*whole.size, size))
+    touched = np.asarray(part.resize((width, height), Image.Resampling.BOX)) > 0
     if not touched.any():
-        raise InputError("Expected a hole inside the center square, which the model edits; crop the picture first.")
+        center = "center square" if height == width else f"center {width} : {height}"
+        raise InputError(f"Expected a hole inside the {center}, which the model edits; crop the picture first.")
     return touched
 
 
 def paste_back(
-    image: Image.Image, edited: UInt8[np.ndarray, "s s 3"], hole: Bool[np.ndarray, "h w"] | None = None
+    image: Image.Image, edited: UInt8[np.ndarray, "r s c"], hole: Bool[np.ndarray, "h w"] | None = None
 ) -> Image.Image:
-    """The picture at its own size with the edited square in its center, or only the edited pixels of a hole.
+    """The picture at its own size with the edited part in its center, or only the edited pixels of a hole.
 
-    A transparent picture (RGBA) keeps its transparency; the pixels of a hole become opaque.
+    It has the channels of the edits. With gray or RGB edits, a transparent picture (RGBA) stays transparent; the pixels
+    of a hole become opaque.
     """
-    box = center_box(*image.size)
-    side = box[2] - box[0]
-    square = Image.fromarray(edited).resize((side, side), Image.Resampling.BICUBIC)
-    whole = image.copy()
-    if hole is None and image.mode == "RGBA":
-        square = _behind(square, image.crop(box))
+    left, top, right, bottom = box = center_box(*image.size, (edited.shape[0], edited.shape[1]))
+    part = picture_of(edited).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    transparent = image.mode == "RGBA" and part.mode != "RGBA"
+    whole = image.copy() if transparent else image.convert(part.mode)
+    if hole is None and transparent:
+        part = _behind(part.convert("RGB"), image.crop(box))
     mask = None if hole is None else Image.fromarray(hole.astype(np.uint8) * 255).crop(box)
-    whole.paste(square.convert(image.mode), box[:2], mask)
+    whole.paste(part.convert(whole.mode), (left, top), mask)
     return whole
 
 

@@ -154,6 +154,10 @@ def check(extractor: FeatureExtractor, samples: ImageSet, reference: Reference, 
                 )
     if {"pr", "prdc"} <= set(eval_config.metrics):
         raise InputError("pr and prdc both give precision and recall, with 3 and 5 neighbors: choose one of them.")
+    for images in (samples, reference):
+        if isinstance(images, ImageSet) and images.shape[2] not in (1, 3):
+            problem = f"{images.name} has images of {images.shape[2]} channels"
+            raise InputError(f"{problem}, and {extractor.name} takes RGB or gray images: evaluate those channels only.")
     if isinstance(reference, ImageSet) and reference.shape[:2] != samples.shape[:2]:
         sizes = [" x ".join(map(str, each.shape[:2])) for each in (samples, reference)]
         raise InputError(

@@ -11,11 +11,13 @@ from PIL import Image
 
 from cm_jax.checkpoints import native
 from cm_jax.data import Data, Dataset, EmojiData, ImageFolder, NpzData, TFDSData
+from cm_jax.data.decoding import MODES
 from cm_jax.data.image_folder import image_files
 from cm_jax.errors import InputError, check_int, indented_list, nearest
 from cm_jax.io.atomic import user_path
 from cm_jax.io.images import quantize
 from cm_jax.model import Model, SamplingPlan
+from cm_jax.types import ImageSize
 
 Watch = Callable[[Iterator[np.ndarray], int], Iterator[np.ndarray]]
 """(batches, number of images) -> the same batches, while showing progress."""
@@ -95,9 +97,8 @@ def open_images(name: str, shape: tuple[int, int, int] | None = None) -> Dataset
     path = user_path(name)
     if path.suffix.lower() == ".npz" and not path.is_dir():
         return NpzData(name).unchanged()
-    if shape is not None and shape[0] != shape[1]:
-        raise InputError(f"{name} is cropped to squares, but the samples have {shape[0]} x {shape[1]} pixels.")
-    return _data(name).open(shape[0] if shape else _own_size(name))
+    channels = shape[2] if shape and shape[2] in MODES else None
+    return _data(name).open(shape[:2] if shape else _own_size(name), channels=channels)
 
 
 def _data(name: str) -> Data:
@@ -129,8 +130,8 @@ def _data(name: str) -> Data:
     )
 
 
-def _own_size(name: str) -> int:
-    """The common size of all images. Raises InputError if sizes differ."""
+def _own_size(name: str) -> ImageSize:
+    """The common height and width of all images. Raises InputError if sizes differ."""
     top = user_path(name)
     if not top.is_dir():
         if name.startswith("tfds:"):
@@ -143,7 +144,8 @@ def _own_size(name: str) -> int:
                 sizes.setdefault(image.size, "/".join(file))
         except Exception as error:  # every image format raises its own exceptions for damaged files
             raise InputError(f"{top.joinpath(*file)} cannot be read as an image: {error}.") from error
-    if len(sizes) > 1 or any(width != height for width, height in sizes):
+    if len(sizes) > 1:
         lines = [f"{width} x {height}: {file}" for (width, height), file in sizes.items()]
-        raise InputError(f"Expected square samples of one size; {name} has:\n  {indented_list(lines)}")
-    return next(iter(sizes))[0]
+        raise InputError(f"Expected samples of one size; {name} has:\n  {indented_list(lines)}")
+    ((width, height),) = sizes
+    return height, width

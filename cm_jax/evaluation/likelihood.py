@@ -78,7 +78,7 @@ def bits_per_dimension(
     check_int("The number of steps", steps, 1, 100_000)
     chosen = model.class_numbers(labels, len(images))
     devices = jax.local_devices()
-    size = batch_size or default_batch_size(images.shape[1]) * len(devices)
+    size = batch_size or default_batch_size(images.shape[1:]) * len(devices)
     size = check_int("batch_size", size, 1, 10**6)
     key = jax.random.key(check_int("A seed", seed, 0, 2**32 - 1))
 
@@ -109,7 +109,7 @@ def evaluate_bits(
     conditional = model.config.network.classes is not None
     if conditional and dataset.classes is None:
         raise InputError(f"{names[0]} is class-conditional, but {names[1]} has no labels.")
-    size = batch_size or default_batch_size(dataset.image_shape[0]) * len(jax.local_devices())
+    size = batch_size or default_batch_size(dataset.image_shape) * len(jax.local_devices())
 
     def batches() -> Iterator[np.ndarray]:
         for start, (images, labels) in zip(range(0, count, size), dataset.first(count, size), strict=True):

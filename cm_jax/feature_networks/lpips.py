@@ -41,7 +41,9 @@ FILE = WeightFile(
 
 @dataclasses.dataclass(frozen=True)
 class LPIPS(Distance):
-    """LPIPS with VGG16 and the heads of version 0.1. Call `with_weights(load_weights())` to get the distance.
+    """LPIPS of RGB or gray images with VGG16 and the heads of version 0.1.
+
+    Call `with_weights(load_weights())` to get the distance.
 
     The defaults are CM's training loss: average pooling instead of max pooling (as in piq), at 224 pixels.
     LPIPS(pooling="max", size=0) is the metric of the paper and of the lpips package; LPIPS(pooling="max") is the loss
@@ -84,6 +86,8 @@ class _Weighted(Distance):
         pooling, precision, size = self.config.pooling, self.config.precision, self.config.size
         features = functools.partial(vgg16_features, self.params["vgg16"], pooling=pooling, precision=precision)
         distance = Perceptual(features, [self.params["heads"][tap] for tap in TAPS])
+        if x.shape[3] == 1:
+            x, y = (jnp.repeat(images, 3, axis=3) for images in (x, y))
         if size and x.shape[2] < _LARGE:
             x, y = resize_bilinear(x, size), resize_bilinear(y, size)
         return distance(x, y)

@@ -23,20 +23,31 @@ def quantize(images: Float[np.ndarray, "b h w c"], how: Quantization = "round") 
     return (np.round(scaled) if how == "round" else scaled).astype(np.uint8)
 
 
+def fits_png(channels: int, rgba: bool) -> bool:
+    """Whether a PNG file can hold images with this many channels. Four are not RGBA unless the user says so."""
+    return channels in (1, 3) or (channels == 4 and rgba)
+
+
+def picture_of(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:
+    """A gray, RGB or RGBA picture of 1, 3 or 4 channels."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def grid(
     images: UInt8[np.ndarray, "b h w c"], columns: int, row_names: Sequence[str] = (), gap: int = 2
 ) -> Image.Image:
-    """A grid of images with `columns` columns, and with names to the left of its rows."""
+    """A grid of images with `columns` columns, and with names to the left of its rows: RGB, or RGBA for 4 channels."""
     count, height, width, channels = images.shape
     zoom = max(1, math.ceil(_SMALLEST_SHOWN / max(height, width)))
     rows = math.ceil(count / columns)
     step_y, step_x = height * zoom + gap, width * zoom + gap
     font = ImageFont.load_default(size=max(12, min(20, step_y // 5)))
     margin = max((math.ceil(font.getlength(name)) + 12 for name in row_names), default=0)
-    sheet = Image.new("RGB", (margin + columns * step_x + gap, rows * step_y + gap), "white")
+    sheet = Image.new(
+        "RGBA" if channels == 4 else "RGB", (margin + columns * step_x + gap, rows * step_y + gap), "white"
+    )
     for index, picture in enumerate(images):
-        shown = Image.fromarray(np.repeat(picture, 3, axis=2) if channels == 1 else picture)
-        shown = shown.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        shown = picture_of(picture).convert(sheet.mode).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         sheet.paste(shown, (margin + gap + index % columns * step_x, gap + index // columns * step_y))
     pen = ImageDraw.Draw(sheet)
     for row, name in enumerate(row_names):
@@ -56,8 +67,7 @@ def save_folder(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np
         beside.mkdir()
         for index, picture in enumerate(images):
             suffix = "" if labels is None else f"_class{labels[index]}"
-            shown = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-            shown.save(beside / f"{index:06d}{suffix}.png")
+            picture_of(picture).save(beside / f"{index:06d}{suffix}.png")
 
 
 def save_npz(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"] | None) -> None:

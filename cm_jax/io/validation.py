@@ -28,8 +28,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_value(value: Any, hint: Any, place: str) -> Any:
     """`value` with lists as tuples, if it has the type `hint`.
 
-    hint: int, float, bool, str, Literal, X | None, tuple[X, ...] or tuple[X, Y]. Raises InputError with `place`, the
-    expected type and the value.
+    hint: int, float, bool, str, Literal, X | None, tuple[X, ...], tuple[X, Y] or int | tuple[int, int]. Raises
+    InputError with `place`, the expected type and the value.
     """
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
@@ -39,7 +39,8 @@ def check_value(value: Any, hint: Any, place: str) -> Any:
     elif origin in (types.UnionType, typing.Union):
         if value is None and type(None) in choices:
             return None
-        return check_value(value, next(choice for choice in choices if choice is not type(None)), place)
+        kinds = sorted(choices, key=lambda choice: (typing.get_origin(choice) is tuple) != isinstance(value, list))
+        return check_value(value, next(choice for choice in kinds if choice is not type(None)), place)
     elif origin is tuple:
         parts = [choices[0]] * len(value) if choices[1:] == (...,) and isinstance(value, list) else list(choices)
         if isinstance(value, list) and len(value) == len(parts):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from cm_jax.networks.layers import NORM_GROUPS, Dense, Embedding, Style, augmented, class_embedding, parameter, sinusoid
 from cm_jax.networks.unet import UNet
-from cm_jax.types import Labels
+from cm_jax.types import ImageSize, Labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ADMUNet(UNet):
     The defaults are the published ImageNet-64 network. Raises InputError for settings that cannot be built.
     """
 
-    image_size: int = 64
+    image_size: ImageSize = 64
     image_channels: int = 3
     base_channels: int = 192
     channel_mult: tuple[float, ...] = (1, 2, 3, 4)

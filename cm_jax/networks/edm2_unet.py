@@ -41,7 +41,7 @@ from cm_jax.networks.layers import (
 from cm_jax.networks.operations import Implementation, attend, multiply
 from cm_jax.networks.unet import UNet
 from cm_jax.networks.unet_config import Block, Unit
-from cm_jax.types import Images, Keys, Labels, Params, leaves, nested
+from cm_jax.types import Images, ImageSize, Keys, Labels, Params, leaves, nested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class EDM2UNet(UNet):
     Raises InputError for settings that cannot be built.
     """
 
-    image_size: int = 64
+    image_size: ImageSize = 64
     image_channels: int = 3
     base_channels: int = 192
     channel_mult: tuple[float, ...] = (1, 2, 3, 4)

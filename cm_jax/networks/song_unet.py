@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from cm_jax.networks.layers import Dense, Embedding, Filter, Modulation, Style, augmented, class_embedding, parameter
 from cm_jax.networks.unet import UNet
-from cm_jax.types import Labels
+from cm_jax.types import ImageSize, Labels
 
 TimeEmbedding = Literal["fourier", "positional"]
 
@@ -28,7 +28,7 @@ class SongUNet(UNet):
     Residual sums are divided by sqrt(2); attention has one head. Raises InputError for settings that cannot be built.
     """
 
-    image_size: int = 32
+    image_size: ImageSize = 32
     image_channels: int = 3
     base_channels: int = 128
     channel_mult: tuple[float, ...] = (2, 2, 2)

@@ -10,7 +10,7 @@ import flax.linen as nn
 from cm_jax.errors import InputError
 from cm_jax.networks.layers import Modulation, Resample, Style
 from cm_jax.networks.operations import Implementation
-from cm_jax.types import Precision
+from cm_jax.types import ImageSize, Precision, height_width
 
 
 class Unit(NamedTuple):
@@ -47,8 +47,9 @@ class UNetPlan(NamedTuple):
 class UNetConfig(abc.ABC):
     """Settings of a U-Net, and the plan of its blocks. Raises InputError for settings that cannot be built."""
 
-    image_size: int
-    """Height and width of the training images. The network accepts any multiple of 2^(levels - 1)."""
+    image_size: ImageSize
+    """Height and width of the training images, or one number for square images. The network accepts any multiples of
+    2^(levels - 1)."""
     image_channels: int
     """Channels of the images."""
     base_channels: int
@@ -84,6 +85,9 @@ class UNetConfig(abc.ABC):
     """Recompute activations in the backward pass instead of storing them."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.image_size, tuple | list):
+            sides = tuple(self.image_size)
+            object.__setattr__(self, "image_size", sides[0] if sides in [sides[:1] * 2] else sides)
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         object.__setattr__(self, "attention_factors", tuple(self.attention_factors))
         problems = list(self._size_problems()) or [*self._problems(), *self._shared_problems()]
@@ -92,14 +96,17 @@ class UNetConfig(abc.ABC):
 
     def _size_problems(self) -> Iterator[str]:
         """Sizes outside the allowed range, without which nothing else can be checked."""
-        sizes = {
-            "image_size": (self.image_size, 2**13),
-            "image_channels": (self.image_channels, 2**20),
-            "base_channels": (self.base_channels, 2**20),
-            "blocks_per_level": (self.blocks_per_level, 64),
-            "the number of levels": (len(self.channel_mult), 12),
-        }
-        for name, (size, most) in sizes.items():
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        if len(sides) != 2:
+            yield f"image_size must be one number, or height and width (got {self.image_size})"
+        sizes = [
+            *(("image_size", side, 2**13) for side in dict.fromkeys(sides)),
+            ("image_channels", self.image_channels, 2**20),
+            ("base_channels", self.base_channels, 2**20),
+            ("blocks_per_level", self.blocks_per_level, 64),
+            ("the number of levels", len(self.channel_mult), 12),
+        ]
+        for name, size, most in sizes:
             if not 1 <= size <= most:
                 yield f"{name} must lie in [1, {most}] (got {size})"
         if self.classes is not None and not 1 <= self.classes <= 2**20:
@@ -121,7 +128,7 @@ class UNetConfig(abc.ABC):
             yield f"output_channels must lie in [image_channels, 2 image_channels] (got {self.output_channels})"
         if self.dropout_size is not None and self.dropout_size < 1:
             yield f"dropout_size must be positive, or None for every feature map (got {self.dropout_size})"
-        if self.image_size % self.reduction:
+        if any(side % self.reduction for side in self.image_shape[:2]):
             yield (
                 f"{len(self.channel_mult)} levels halve the image {len(self.channel_mult) - 1} times, so its size must "
                 f"be a multiple of {self.reduction} (got {self.image_size})"
@@ -199,4 +206,4 @@ class UNetConfig(abc.ABC):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of the training images."""
-        return (self.image_size, self.image_size, self.image_channels)
+        return (*height_width(self.image_size), self.image_channels)

@@ -70,9 +70,9 @@ _sample = compile_programs(sample_images)
 _from_noise = jax.jit(images_from_noise, static_argnums=(0, 1))
 
 
-def default_batch_size(image_size: int) -> int:
+def default_batch_size(shape: tuple[int, ...]) -> int:
     """Images per device and batch: 64 up to 64 x 64 pixels, fewer above so that memory stays about the same."""
-    return max(1, 64 * 64**2 // max(image_size, 64) ** 2)
+    return max(1, 64 * 64**2 // max(shape[0] * shape[1], 64**2))
 
 
 def generate(

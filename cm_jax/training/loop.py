@@ -13,6 +13,7 @@ import jax
 from cm_jax.checkpoints import native, serialization
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import atomic_write
+from cm_jax.io.images import fits_png
 from cm_jax.training.config import PARAMETERS, TrainConfig
 from cm_jax.training.run.evaluation_hook import EvaluationHook, sample_grid
 from cm_jax.training.run.folder import Retention, RunFolder
@@ -162,6 +163,8 @@ def _summary(setup: TrainingSetup, done: int) -> Iterator[str]:
         yield f"Teacher: {setup.teacher.path}."
     if setup.evaluator is not None:
         yield f"Evaluation: {setup.evaluator.description}."
+    if not fits_png(channels := network.image_shape[2], rgba=False):
+        yield f"Note: images with {channels} channels do not fit into PNG files; samples are written as .npz."
     yield from map("Note: {}".format, unfinished_schedules(config))
     start = f"Resuming after batch {done:,}" if done else "Starting"
     yield f"{start}: {config.batches:,} batches of {config.batch_size} images."

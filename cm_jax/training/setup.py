@@ -106,7 +106,7 @@ def prepare(config: TrainConfig, progress: Callable[[int, int], None] | None = N
     step = make_step(config, function)
     if teacher is not None and not config.init_from:
         _check_initial_weights(config, teacher)
-    dataset = config.data.open(network.image_size, progress)
+    dataset = config.data.open(network.image_shape[:2], progress, channels=network.image_shape[2])
     _check_data(config, dataset)
     names = dataset.class_names if network.classes == len(dataset.class_names) else ()
     num_levels = objective.final_num_levels or config.num_levels or NUM_LEVELS
@@ -114,6 +114,9 @@ def prepare(config: TrainConfig, progress: Callable[[int, int], None] | None = N
     saved = ModelConfig(network, config.preconditioning, config.schedule, num_levels, names, consistency=consistency)
     evaluator = config.evaluation and make_evaluator(config.evaluation, saved, dataset)
     perceptual = objective.distance and objective.distance.load_weights()
+    if objective.distance is not None:  # raises InputError for images that the distance cannot compare
+        pixels = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+        jax.eval_shape(objective.distance.with_weights(perceptual), pixels, pixels)
     return TrainingSetup(config, dataset, saved, parallelism, step, teacher, perceptual, evaluator)
 
 

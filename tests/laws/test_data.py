@@ -38,7 +38,7 @@ def in_memory(count):
     return InMemory(images, np.arange(count, dtype=np.int32) % 3, class_names=("a", "b", "c"))
 
 
-KINDS = [in_memory, lambda count: Streamed(Files(count), 6)]
+KINDS = [in_memory, lambda count: Streamed(Files(count), (6, 6, 3))]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=["in memory", "streamed"])
 
 
@@ -109,7 +109,7 @@ def test_shares_of_hosts_make_up_the_batch(kind, hosts):
 
 
 def test_an_image_that_cannot_be_read_is_replaced_by_the_next_wherever_one_starts(caplog):
-    data = Streamed(Files(10, damaged=[3, 4, 9]), 6)
+    data = Streamed(Files(10, damaged=[3, 4, 9]), (6, 6, 3))
     substitute = np.array([0, 1, 2, 5, 5, 5, 6, 7, 8, 0])
     expected = substitute[np.stack([data.indices(4, 0, number) for number in range(8)])]
     np.testing.assert_array_equal(taken(data.batches(4), 8), expected)
@@ -119,16 +119,16 @@ def test_an_image_that_cannot_be_read_is_replaced_by_the_next_wherever_one_start
 
 
 def test_too_many_unreadable_images_end_the_stream():
-    batches = Streamed(Files(10, damaged=[1, 2, 3, 8]), 6, max_corrupt=3).batches(10)
+    batches = Streamed(Files(10, damaged=[1, 2, 3, 8]), (6, 6, 3), max_corrupt=3).batches(10)
     with pytest.raises(
         InputError, match=r"(?s)4 images cannot be read, more than max_corrupt = 3.*file 1:.*file 8:|file 8:"
     ):
         next(batches)
-    few = Streamed(Files(10, damaged=[1, 2, 3]), 6, max_corrupt=3).batches(10)
+    few = Streamed(Files(10, damaged=[1, 2, 3]), (6, 6, 3), max_corrupt=3).batches(10)
     assert sorted(next(few).images[:, 0, 0, 0]) == [0, 4, 4, 4, 4, 5, 6, 7, 8, 9]
     few.close()
     with pytest.raises(InputError, match="no image can be read"):
-        next(Streamed(Files(2, damaged=[0, 1]), 6, max_corrupt=3).batches(2))
+        next(Streamed(Files(2, damaged=[0, 1]), (6, 6, 3), max_corrupt=3).batches(2))
 
 
 def test_an_image_of_no_class_cannot_be_used():
@@ -136,10 +136,10 @@ def test_an_image_of_no_class_cannot_be_used():
         def read(self, index):
             return self.files[index], -1 if index == 2 else index % 3
 
-    data = decode_all(Unlabeled(5), 6, max_corrupt=1)
+    data = decode_all(Unlabeled(5), (6, 6, 3), max_corrupt=1)
     assert data.images[:, 0, 0, 0].tolist() == [0, 1, 3, 4]
     with pytest.raises(InputError, match=r"file 2: expected a label in \[0, 2\], got -1"):
-        decode_all(Unlabeled(5), 6, max_corrupt=0)
+        decode_all(Unlabeled(5), (6, 6, 3), max_corrupt=0)
 
 
 @pytest.mark.parametrize(

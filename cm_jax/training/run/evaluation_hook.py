@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from cm_jax.checkpoints import serialization
@@ -23,7 +24,7 @@ from cm_jax.evaluation.features import (
 )
 from cm_jax.evaluation.image_sets import of_dataset, of_model
 from cm_jax.io.atomic import user_cache
-from cm_jax.io.images import grid, quantize
+from cm_jax.io.images import fits_png, grid, quantize
 from cm_jax.io.validation import read_json
 from cm_jax.model import Model
 from cm_jax.training.config import BEST_METRICS, PeriodicEvaluation, TrainConfig
@@ -36,10 +37,11 @@ _DENOISER_STEPS = 18
 _GRID_ROWS, _GRID_COLUMNS, _GRID_SEED = 9, 10, 0
 
 
-def sample_grid(config: ModelConfig, params: Params) -> Image.Image:
+def sample_grid(config: ModelConfig, params: Params) -> Image.Image | UInt8[np.ndarray, "b h w c"]:
     """Ten samples per row: of a consistency model five in one step and five in two, of a denoiser in 18 Heun steps.
 
     Each row is a class, if there are classes: all of them, or nine evenly spaced ones. The noise is always the same.
+    Images that a PNG file cannot hold are returned as an array, row by row.
     """
     model = Model(config, params)
     classes = config.network.classes
@@ -51,8 +53,8 @@ def sample_grid(config: ModelConfig, params: Params) -> Image.Image:
         labels = np.repeat(rows, columns) if classes else None
         images = quantize(model.sample(_GRID_SEED, len(rows) * columns, labels=labels, steps=steps))
         blocks.append(images.reshape(len(rows), columns, *images.shape[1:]))
-    images = np.concatenate(blocks, axis=1)
-    return grid(images.reshape(-1, *images.shape[2:]), _GRID_COLUMNS, names)
+    images = np.concatenate(blocks, axis=1).reshape(-1, *config.network.image_shape)
+    return grid(images, _GRID_COLUMNS, names) if fits_png(images.shape[3], rgba=False) else images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

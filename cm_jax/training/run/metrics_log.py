@@ -17,11 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import atomic_write
-from cm_jax.io.images import save_grid
+from cm_jax.io.images import save_grid, save_npz
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.run.progress import Progress
 from cm_jax.training.step import Curves, columns
@@ -48,7 +49,7 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         if not self._writes:
             return
         self._tables = {name: _Table(run / name, batches) for name in (METRICS, EVALUATIONS)}
-        for image in (run / "samples").glob("*.png"):
+        for image in [*(run / "samples").glob("*.png"), *(run / "samples").glob("*.npz")]:
             if image.stem.isdecimal() and int(image.stem) > batches:
                 image.unlink()
         if tensorboard and importlib.util.find_spec("tensorboardX") is None:
@@ -71,11 +72,15 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         """Add a row to evaluations.csv."""
         self._add(EVALUATIONS, "evaluation/", batches, values)
 
-    def samples(self, batches: int, image: Image.Image) -> None:
-        """Save a grid of samples as RUN/samples/00001000.png."""
+    def samples(self, batches: int, image: Image.Image | UInt8[np.ndarray, "b h w c"]) -> None:
+        """Save a grid of samples as RUN/samples/00001000.png, or an array as 00001000.npz."""
         if not self._writes:
             return
-        save_grid(self._run / "samples" / f"{batches:08d}.png", image)
+        file = self._run / "samples" / f"{batches:08d}"
+        if isinstance(image, np.ndarray):
+            save_npz(file.with_suffix(".npz"), image, None)
+            return
+        save_grid(file.with_suffix(".png"), image)
         if self._events is not None:
             self._events.add_image("samples", np.asarray(image.convert("RGB")), batches, dataformats="HWC")
             self._events.flush()

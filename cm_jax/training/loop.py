@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,15 @@ from cm_jax.training.run.processes import StopSignal, in_any
 from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start
 from cm_jax.training.run.state_io import to_host
-from cm_jax.training.setup import TrainingSetup, prepare, unfinished_schedules
+from cm_jax.training.schedules import (
+    NEW_RUN,
+    check_learning_rate,
+    continuation,
+    extensible,
+    outrun_schedules,
+    unfinished_schedules,
+)
+from cm_jax.training.setup import TrainingSetup, prepare
 from cm_jax.training.step import TrainState
 from cm_jax.types import Params
 
@@ -44,15 +52,16 @@ def train(config: TrainConfig, folder: str | Path, print_line: Print = print, pr
     # Before the folder is created, so that an error leaves none.
     fresh = None if native.run_checkpoints(Path(folder)) else setup.initial_state()
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
-        _save_config(opened.path, config)
+        before, changes = _checked_config(opened, config)
         resumed = opened.resume(setup.abstract_state())
         done, state = resumed or (0, setup.parallelism.place_state(fresh or setup.initial_state()))
         del fresh
         hook = EvaluationHook(config, setup.evaluator, opened, done)
-        for line in _summary(setup, done):
+        notes = [*changes, *unfinished_schedules(config), *outrun_schedules(config, before, done)]
+        for line in _summary(setup, done, notes):
             print_line(line)
         if done >= config.batches and not hook.due(done):
-            print_line(f"{opened.path} is finished after {done} batches. Raise --images to continue.")
+            print_line(f"{opened.path} is finished after {done} batches. {continuation(config)}")
             return
         record_start(opened.path, done)
         hook.start()
@@ -128,30 +137,48 @@ def _sampled_params(setup: TrainingSetup, state: TrainState) -> Params:
     return to_host({name: branch for name, branch in params.items() if name not in extras})
 
 
-def _save_config(folder: Path, config: TrainConfig) -> None:
-    """Write RUN/config.json. Raises InputError if the folder holds a run with other settings."""
-    file, text = folder / "config.json", serialization.to_text(config, FORMAT)
-    if file.exists():
-        try:
-            found = file.read_text("utf-8", "replace")
-        except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
-        before = serialization.from_text(found, TrainConfig, FORMAT, str(file), "the config of a run")
+def _checked_config(folder: RunFolder, config: TrainConfig) -> tuple[TrainConfig | None, list[str]]:
+    """(former settings of the run, changes to report); writes RUN/config.json.
+
+    Raises InputError if the folder holds a run with other settings. Besides TrainConfig.MAY_CHANGE, the length of a
+    schedule that has not ended may change.
+    """
+    file, done = folder.path / "config.json", folder.latest() or 0
+    before, changes = _stored_config(file), []
+    if before is not None:
         same = dataclasses.replace(config, **{name: getattr(before, name) for name in TrainConfig.MAY_CHANGE})
-        complaints = serialization.differences(serialization.encode(before), serialization.encode(same))
+        found = serialization.differences(serialization.encode(before), serialization.encode(same))
+        allowed = extensible(before, done)
+        changes = [line for line in found if line.partition(":")[0] in allowed]
+        complaints = [line for line in found if line not in changes]
         if before.sampled_ema != config.sampled_ema:  # all checkpoints of a run must hold the same EMA
             complaints.append(f"evaluation.ema: {before.sampled_ema} in the folder, {config.sampled_ema} now")
         if complaints:
+            ended = extensible(before, 0).intersection(line.partition(":")[0] for line in complaints)
+            advice = f" The schedule of {', '.join(sorted(ended))} has ended: to train on, {NEW_RUN}." if ended else ""
             raise InputError(
-                f"{folder} holds a run with other settings:\n  {indented_list(complaints)}\n"
-                "Give the same settings or another folder."
+                f"{folder.path} holds a run with other settings:\n  {indented_list(complaints)}\n"
+                f"Give the same settings or another folder.{advice}"
             )
+        check_learning_rate(config, folder.path, done)
     if jax.process_index() == 0:
         with atomic_write(file) as fresh:
-            fresh.write_text(text, "utf-8")
+            fresh.write_text(serialization.to_text(config, FORMAT), "utf-8")
+    return before, [f"Changed after batch {done:,}: {line}." for line in changes]
 
 
-def _summary(setup: TrainingSetup, done: int) -> Iterator[str]:
+def _stored_config(file: Path) -> TrainConfig | None:
+    """The settings in RUN/config.json, if there is one."""
+    if not file.exists():
+        return None
+    try:
+        text = file.read_text("utf-8", "replace")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
+    return serialization.from_text(text, TrainConfig, FORMAT, str(file), "the config of a run")
+
+
+def _summary(setup: TrainingSetup, done: int, notes: Iterable[str]) -> Iterator[str]:
     config, network = setup.config, setup.config.network
     devices = setup.parallelism.devices
     yield setup.dataset.description
@@ -165,6 +192,6 @@ def _summary(setup: TrainingSetup, done: int) -> Iterator[str]:
         yield f"Evaluation: {setup.evaluator.description}."
     if not fits_png(channels := network.image_shape[2], rgba=False):
         yield f"Note: images with {channels} channels do not fit into PNG files; samples are written as .npz."
-    yield from map("Note: {}".format, unfinished_schedules(config))
+    yield from map("Note: {}".format, notes)
     start = f"Resuming after batch {done:,}" if done else "Starting"
     yield f"{start}: {config.batches:,} batches of {config.batch_size} images."

@@ -16,7 +16,6 @@ from cm_jax.checkpoints.published import resolve
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset, InMemory
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.curricula import StepSchedule
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS
 from cm_jax.errors import InputError, indented_list
 from cm_jax.objectives import Models
@@ -138,26 +137,6 @@ def make_step(config: TrainConfig, teacher: ConsistencyFunction | None) -> Train
         target_ema.check(objective.curriculum)
     accum, flip = config.grad_accum_steps, config.flip
     return TrainingStep(objective, models, config.optimizer, config.emas, target_ema, accum, flip)
-
-
-def unfinished_schedules(config: TrainConfig) -> Iterator[str]:
-    """A warning for every curriculum and learning rate that is longer than the run."""
-    for path, component in _components(config):
-        if isinstance(component, StepSchedule) and component.duration > config.batches:
-            field = component.LENGTH_FIELD.replace("_", "-")
-            yield (
-                f"--{path} takes {component.duration:,} steps, but the run has {config.batches:,}. "
-                f"Change --{path}.{field} or raise --images."
-            )
-
-
-def _components(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(flag, component) of all nested components."""
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value, path = getattr(config, field.name), prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            yield path, value
-            yield from _components(value, path + ".")
 
 
 def _check_data(config: TrainConfig, dataset: Dataset) -> None:

@@ -8,7 +8,8 @@ from cm_jax.diffusion.preconditioning import EDMPreconditioning, MeanFlowPrecond
 from cm_jax.networks import ADMUNet
 from cm_jax.objectives import MeanFlow
 from cm_jax.presets import PRESETS
-from cm_jax.training.setup import make_step, unfinished_schedules
+from cm_jax.training.schedules import extensible, outrun_schedules, unfinished_schedules
+from cm_jax.training.setup import make_step
 
 COUNTS = {
     "emoji32": 6_990_467,
@@ -37,7 +38,7 @@ def test_presets_match_their_names(name):
     curriculum = settings.objective.curriculum
     assert getattr(curriculum, "steps", steps) == steps
     assert settings.batches * settings.batch_size >= settings.images
-    assert list(unfinished_schedules(settings)) == []
+    assert list(unfinished_schedules(settings)) == list(outrun_schedules(settings)) == []
     if curriculum is not None:
         assert int(curriculum(steps)) == settings.objective.final_num_levels
 
@@ -59,6 +60,27 @@ def test_a_run_that_ends_before_its_curriculum_says_so(name, flags):
     for line, flag in zip(lines, flags, strict=True):
         assert f"Change {flag} or raise --images." in line
         assert "the run has 782" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "extended"),
+    [
+        ("emoji32-ct", "--objective.curriculum", "--objective.curriculum.steps"),
+        ("emoji32-ect", "--objective.gap", "--objective.gap.steps-per-stage"),
+    ],
+)
+def test_a_curriculum_that_a_raised_run_outruns_is_named(name, flag, extended):
+    before = PRESETS[name]()
+    raised = dataclasses.replace(before, images=4 * before.images)
+    assert not list(outrun_schedules(raised))  # a new run may keep the last value
+    assert not list(outrun_schedules(before, before))
+    (line,) = outrun_schedules(raised, before, before.batches // 3)
+    assert line.startswith(f"{flag} ends after ")
+    assert line.endswith(f"it keeps its last value for the rest. To extend it, raise {extended}.")
+    (line,) = outrun_schedules(raised, before, before.batches)
+    assert line.endswith("To extend it, start a new run from these weights (--init-from THIS_RUN, another --run).")
+    assert extensible(before, before.batches // 3) == {extended[2:].replace("-", "_")}
+    assert extensible(before, before.batches) == set()
 
 
 def test_every_objective_has_an_emoji_preset():

@@ -19,7 +19,7 @@ from cm_jax.networks import SongUNet
 from cm_jax.objectives import Denoising
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.loop import train
-from cm_jax.training.optimizers import Adam, ConstantRate
+from cm_jax.training.optimizers import Adam, ConstantRate, LinearDecay
 
 NETWORK = SongUNet(
     image_size=8,
@@ -154,6 +154,41 @@ def test_a_finished_run_continues_when_images_are_raised(teacher, tmp_path):
     assert "is finished after 4 batches. Raise --images to continue." in said[-1]
     train(dataclasses.replace(SMALL, images=8 * 12), run, said.append)
     np.testing.assert_array_equal(arrays(run, 12)["params/stem/kernel"], arrays(teacher[0], 12)["params/stem/kernel"])
+
+
+def decaying(batches, steps):
+    return dataclasses.replace(SMALL, images=8 * batches, optimizer=Adam(LinearDecay(1e-3, steps=steps)))
+
+
+def test_a_finished_run_whose_rate_is_zero_is_not_trained_on(tmp_path):
+    run, said = tmp_path / "run", []
+    train(decaying(4, 4), run, said.append)
+    assert not [line for line in said if "--optimizer" in line]
+    before = (run / "config.json").read_text()
+    train(decaying(4, 4), run, said.append)
+    assert "Its learning rate has decayed to 0: to train on, start a new run from these weights" in said[-1]
+    with pytest.raises(InputError, match=r"is 0 from step 4 on.*--optimizer.learning-rate has ended.*--init-from"):
+        train(decaying(8, 4), run, said.append)
+    with pytest.raises(
+        InputError, match=r"(?s)rate.steps: 4 in the folder, 8 now.*has ended: to train on, start a new"
+    ):
+        train(decaying(8, 8), run, said.append)
+    assert (run / "config.json").read_text() == before
+
+
+def test_a_decay_that_has_not_ended_may_be_extended_on_resuming(tmp_path):
+    run, said = tmp_path / "run", []
+    train(decaying(4, 6), run, said.append)
+    train(decaying(8, 6), run, said.append)
+    note = "--optimizer.learning-rate ends after 6 steps, but the run has 8: the learning rate is 0 for the rest."
+    assert f"Note: {note} To extend it, raise --optimizer.learning-rate.steps." in said
+    other, said = tmp_path / "other", []
+    train(decaying(4, 6), other, said.append)
+    train(decaying(8, 8), other, said.append)
+    assert "Note: Changed after batch 4: optimizer.learning_rate.steps: 6 in the folder, 8 now." in said
+    assert not [line for line in said if "ends after" in line]
+    rates = [float(row["learning_rate"]) for row in rows(other)]
+    np.testing.assert_allclose(rates, [1e-3 * (1 - k / n) for k, n in ((1, 6), (3, 6), (5, 8), (7, 8))], rtol=1e-5)
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(teacher):

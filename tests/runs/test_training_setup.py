@@ -19,7 +19,8 @@ from cm_jax.presets import PRESETS
 from cm_jax.training.loop import train
 from cm_jax.training.optimizers import Adam, LinearDecay
 from cm_jax.training.run.dry_run import report
-from cm_jax.training.setup import prepare, unfinished_schedules
+from cm_jax.training.schedules import unfinished_schedules
+from cm_jax.training.setup import prepare
 from tests.runs.test_training import NETWORK, SMALL, arrays
 
 STUDENT = dataclasses.replace(

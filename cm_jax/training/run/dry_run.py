@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from cm_jax import kernels
-from cm_jax.training.setup import TrainingSetup, unfinished_schedules
+from cm_jax.training.schedules import outrun_schedules, unfinished_schedules
+from cm_jax.training.setup import TrainingSetup
 from cm_jax.training.step import StepBatch
 
 _COMPONENTS = ("params", "optimizer", "target", "teacher", "ema")
@@ -24,7 +25,7 @@ def report(setup: TrainingSetup) -> Iterator[str]:
     parallelism = type(setup.parallelism).__name__
     yield f"batch       {config.batch_size} images over {len(devices)} x {devices[0].device_kind} ({parallelism})"
     yield f"length      {config.batches:,} batches, {config.batches * config.batch_size:,} images"
-    yield from (f"            {line}" for line in unfinished_schedules(config))
+    yield from (f"            {line}" for line in (*unfinished_schedules(config), *outrun_schedules(config)))
     if setup.evaluator is not None:
         yield f"evaluation  {setup.evaluator.description}"
     sizes = {name: _bytes(getattr(state, name)) for name in _COMPONENTS} | {"constants": _bytes(constants)}

@@ -1,0 +1,79 @@
+"""Schedules of a run against its length: those that end too late or too early, and those that may still be extended."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from cm_jax.diffusion.curricula import StepSchedule
+from cm_jax.errors import InputError
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.optimizers import LearningRate
+
+NEW_RUN = "start a new run from these weights (--init-from THIS_RUN, another --run)"
+"""Advice for a schedule that has ended."""
+
+
+def unfinished_schedules(config: TrainConfig) -> Iterator[str]:
+    """A warning for every curriculum and learning rate that is longer than the run."""
+    for place, schedule in _schedules(config):
+        if schedule.duration > config.batches:
+            yield (
+                f"{_flag(place)} takes {schedule.duration:,} steps, but the run has {config.batches:,}. "
+                f"Change {_flag(place, schedule)} or raise --images."
+            )
+
+
+def outrun_schedules(config: TrainConfig, before: TrainConfig | None = None, done: int = 0) -> Iterator[str]:
+    """A warning for every schedule that ends before the run does and was not meant to.
+
+    These are learning rates that decay to zero and, where a run with the settings `before` is continued after `done`
+    batches with more images, all schedules that spanned at least half of it.
+    """
+    former = before.batches if before is not None else config.batches
+    for place, schedule in _schedules(config):
+        is_rate = isinstance(schedule, LearningRate)
+        spanned = former < config.batches and 2 * schedule.duration >= former
+        if schedule.duration >= config.batches or not (is_rate or spanned):
+            continue
+        effect = "the learning rate is 0" if is_rate else "it keeps its last value"
+        advice = f"raise {_flag(place, schedule)}" if done < schedule.duration else NEW_RUN
+        yield (
+            f"{_flag(place)} ends after {schedule.duration:,} steps, but the run has {config.batches:,}: {effect} for "
+            f"the rest. To extend it, {advice}."
+        )
+
+
+def check_learning_rate(config: TrainConfig, folder: Path, done: int) -> None:
+    """Raise InputError if training after `done` batches would have a learning rate of zero."""
+    for place, schedule in _schedules(config):
+        if isinstance(schedule, LearningRate) and schedule.duration <= done < config.batches:
+            raise InputError(
+                f"The learning rate of {folder} is 0 from step {schedule.duration:,} on, so that more images change "
+                f"nothing: {_flag(place)} has ended. To train on, {NEW_RUN}."
+            )
+
+
+def continuation(config: TrainConfig) -> str:
+    """Advice for continuing a finished run."""
+    ended = any(isinstance(each, LearningRate) and each.duration <= config.batches for _, each in _schedules(config))
+    return f"Its learning rate has decayed to 0: to train on, {NEW_RUN}." if ended else "Raise --images to continue."
+
+
+def extensible(config: TrainConfig, done: int) -> set[str]:
+    """Fields that may change after `done` batches: the lengths of schedules that have not ended."""
+    return {f"{place}.{schedule.LENGTH_FIELD}" for place, schedule in _schedules(config) if done < schedule.duration}
+
+
+def _flag(place: str, schedule: StepSchedule | None = None) -> str:
+    """The option of a component, or of the length of a schedule."""
+    return f"--{place}{f'.{schedule.LENGTH_FIELD}' if schedule else ''}".replace("_", "-")
+
+
+def _schedules(config: object, prefix: str = "") -> Iterator[tuple[str, StepSchedule]]:
+    """(place, schedule) of all schedules among the nested components."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, place = getattr(config, field.name), prefix + field.name
+        if isinstance(value, StepSchedule):
+            yield place, value
+        if dataclasses.is_dataclass(value):
+            yield from _schedules(value, f"{place}.")

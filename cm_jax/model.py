@@ -8,21 +8,20 @@ from typing import Any, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
+from cm_jax.arguments import Seed, as_array, as_images, as_key
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
 from cm_jax.conversion import PushOptions, push
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batches, slerp_batches, variant_keys
 from cm_jax.editing.operators import Operator, Strokes
-from cm_jax.errors import InputError, check_int
+from cm_jax.errors import InputError, check_int, one_line
 from cm_jax.samplers import SAMPLERS, NoiseLevelArgs, Sampler, choose_levels
 from cm_jax.samplers.generation import default_batch_size, generate, replay, sample_labels
 from cm_jax.types import Keys, Params
 
-Seed = int | Key[Array, ""]
-"""A seed in [0, 2^32 - 1], or a JAX key."""
 ImageArray = Float[Array | np.ndarray, "b h w c"]
 
 TEACHER_STEPS = 40
@@ -61,13 +60,11 @@ class Model:
 
         images: clean images plus noise of standard deviation sigma. sigma: one level for all images or one per image.
         """
-        x = jnp.asarray(images, jnp.float32)
-        sigmas = np.asarray(sigma, np.float32)
+        x = jnp.asarray(as_images(images), jnp.float32)
+        sigmas = np.asarray(as_array("sigma", sigma), np.float32)
         self.config.network.check_input(x.shape, labels is not None)
         if sigmas.shape not in ((), (x.shape[0],)) or not np.all(np.isfinite(sigmas) & (sigmas >= 0)):
-            raise InputError(
-                f"Expected one sigma or {x.shape[0]}, finite and not negative; got {np.array2string(sigmas)}."
-            )
+            raise InputError(f"Expected one sigma or {x.shape[0]}, finite and not negative; got {one_line(sigma)}.")
         numbers = None if labels is None else jnp.asarray(self.class_numbers(labels, x.shape[0]), jnp.int32)
         return _denoise(self.config.function, self.params, x, jnp.broadcast_to(sigmas, x.shape[:1]), numbers)
 
@@ -90,7 +87,8 @@ class Model:
         """
         plan = self.plan(sampler=sampler, **levels)
         if noise is not None:
-            _check_noise(noise, (count, *self.config.network.image_shape), plan)
+            count = check_int("count", count, 1, 10**9)
+            noise = _checked_noise(noise, (count, *self.config.network.image_shape), plan)
             numbers = self.class_numbers(labels, count)
             return replay(self.config.function, plan.sampler, self.params, plan.levels, noise, numbers)
         return np.concatenate(list(self.batches(key, count, plan, labels=labels, batch_size=batch_size)))
@@ -111,7 +109,7 @@ class Model:
         count = check_int("count", count, 1, 10**9)
         numbers = self.sample_labels(key, count) if labels is None else self.class_numbers(labels, count)
         function, size = self.config.function, _batch_size(batch_size, self.config)
-        return generate(function, plan.sampler, self.params, plan.levels, _as_key(key), count, numbers, batch_size=size)
+        return generate(function, plan.sampler, self.params, plan.levels, as_key(key), count, numbers, batch_size=size)
 
     def edit(
         self,
@@ -132,12 +130,14 @@ class Model:
         Each edit depends on the key and on the numbers of its image and variant alone.
         """
         _check_editable(self.config)
+        if not isinstance(operator, Operator):
+            raise InputError(f"Expected an operator of cm_jax.editing, such as Luma(); got {one_line(operator)}.")
         images = check_images(images, operator, self.config.network.image_shape)
         count = check_int("variants", variants, 1, 10**6)
         if not _given(levels):
             sigmas = operator.default_sigmas(self.config.network.image_shape)
             levels = NoiseLevelArgs(steps=EDIT_STEPS) if sigmas is None else NoiseLevelArgs(sigmas=sigmas)
-        keys = variant_keys(_as_key(key), len(images), count)
+        keys = variant_keys(as_key(key), len(images), count)
         return self._edit(self.plan(**levels), operator, keys, images, labels, batch_size)
 
     def interpolate_images(
@@ -148,7 +148,7 @@ class Model:
         frames: int = 8,
         *,
         labels: ClassLabels | None = None,
-        sigmas: Sequence[float] | None = None,
+        sigmas: Sequence[float] | Float[Array | np.ndarray, " n"] | None = None,
         batch_size: int | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
         """`frames` images from `first` to `second`: linear blends of both, each edited as Strokes with the same noise.
@@ -157,9 +157,9 @@ class Model:
         """
         _check_editable(self.config)
         frames = check_int("frames", frames, 2, 10**6)
-        pair = check_images(np.stack([first, second]), Strokes(), self.config.network.image_shape)
+        pair = check_images(_pair(first, second), Strokes(), self.config.network.image_shape)
         plan = self.plan(sigmas=Strokes().default_sigmas(pair.shape[1:]) if sigmas is None else sigmas)
-        keys = jnp.repeat(variant_keys(_as_key(key), 1, 1), frames)
+        keys = jnp.repeat(variant_keys(as_key(key), 1, 1), frames)
         return self._edit(plan, Strokes(), keys, blend(pair[0], pair[1], frames), labels, batch_size)
 
     def interpolate_noise(
@@ -179,7 +179,7 @@ class Model:
         """
         plan = self.plan(sampler=sampler, **levels)
         frames = check_int("frames", frames, 2, 10**6)
-        ends, numbers = (_as_key(first), _as_key(second)), self.class_numbers(labels, frames)
+        ends, numbers = (as_key(first), as_key(second)), self.class_numbers(labels, frames)
         program = (self.config.function, plan.sampler, self.params, plan.levels)
         size = _batch_size(batch_size, self.config)
         parts = slerp_batches(*program, *ends, numbers, frames=frames, batch_size=size)
@@ -188,10 +188,11 @@ class Model:
     def plan(self, *, sampler: str | Sampler | None = None, **levels: Unpack[NoiseLevelArgs]) -> SamplingPlan:
         """The sampler and the noise levels of `sample` with these arguments."""
         consistency = self.config.distilled
-        sampler = sampler or ("consistency" if consistency else "heun")
+        if sampler is None:
+            sampler = "consistency" if consistency else "heun"
         if not isinstance(sampler, Sampler):
-            if sampler not in SAMPLERS:
-                raise InputError(f"Expected one of the samplers {', '.join(SAMPLERS)}; got {sampler!r}.")
+            if not isinstance(sampler, str) or sampler not in SAMPLERS:
+                raise InputError(f"Expected one of the samplers {', '.join(SAMPLERS)}; got {one_line(sampler)}.")
             sampler = SAMPLERS[sampler]
         if not _given(levels):
             levels = NoiseLevelArgs(steps=1 if consistency else TEACHER_STEPS)
@@ -201,7 +202,7 @@ class Model:
     def sample_labels(self, key: Seed, count: int) -> Int[np.ndarray, " n"] | None:
         """The class numbers that `sample` uses for this key by default; None for an unconditional model."""
         classes = self.config.network.classes
-        return None if classes is None else sample_labels(_as_key(key), count, classes)
+        return None if classes is None else sample_labels(as_key(key), count, classes)
 
     def class_numbers(self, labels: ClassLabels | None, count: int) -> Int[np.ndarray, " n"] | None:
         """Class numbers of `labels` for `count` images; None for an unconditional model."""
@@ -237,10 +238,6 @@ def _given(levels: Any) -> bool:
     return any(value is not None for value in levels.values())
 
 
-def _as_key(key: Seed) -> Key[Array, ""]:
-    return key if isinstance(key, jax.Array) else jax.random.key(check_int("A seed", key, 0, 2**32 - 1))
-
-
 def _batch_size(given: int | None, config: ModelConfig) -> int:
     if given is None:
         return default_batch_size(config.network.image_shape) * len(jax.local_devices())
@@ -252,11 +249,21 @@ def _check_editable(config: ModelConfig) -> None:
         raise InputError("Expected a consistency model for editing, got a denoiser; use a model distilled from it.")
 
 
-def _check_noise(noise: Float[Array | np.ndarray, "..."], images_shape: tuple[int, ...], plan: SamplingPlan) -> None:
-    steps = len(plan.levels) - 1
-    needed = plan.sampler.num_noise_samples(steps)
-    if noise.shape[1:] != images_shape or noise.shape[0] < needed:
+def _pair(first: Any, second: Any) -> Float[np.ndarray, "2 ..."]:
+    pair = [np.asarray(as_images(image)) for image in (first, second)]
+    if pair[0].shape != pair[1].shape:
         raise InputError(
-            f"Expected standard normal noise {[needed, *images_shape]} for {steps} steps of this sampler; got "
-            f"{list(noise.shape)}."
+            f"Expected two images of the same shape, got {' and '.join(str(list(p.shape)) for p in pair)}."
         )
+    return np.stack(pair)
+
+
+def _checked_noise(noise: Any, images_shape: tuple[int, ...], plan: SamplingPlan) -> Float[Array | np.ndarray, "..."]:
+    array, steps = as_array("noise", noise), len(plan.levels) - 1
+    needed = plan.sampler.num_noise_samples(steps)
+    if array.shape[1:] != images_shape or array.shape[0] < needed or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(
+            f"Expected standard normal noise, floats {[needed, *images_shape]} for {steps} steps of this sampler; got "
+            f"{array.dtype} {list(array.shape)}."
+        )
+    return array

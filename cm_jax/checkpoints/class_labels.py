@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Int, Integer
 
+from cm_jax.arguments import as_list
 from cm_jax.errors import InputError, check_int, one_line
 
 ClassLabels = int | str | Sequence[int | str] | Integer[Array | np.ndarray, "*b"]
@@ -26,7 +27,8 @@ _log = logging.getLogger("cm_jax.labels")
 
 def class_numbers(labels: ClassLabels, count: int, classes: int, names: tuple[str, ...]) -> Int[np.ndarray, " n"]:
     """Class indices for `count` images. Raises InputError for unknown and ambiguous labels, and for a wrong number."""
-    given = _as_list(labels)
+    listed = None if isinstance(labels, str) else as_list(labels)
+    given = [labels] if listed is None else listed
     if len(given) not in (1, count):
         raise InputError(f"Expected one label or {count}, one for each image; got {len(given)} labels.")
     numbers = [_class_number(label, classes, names) for label in given]
@@ -124,24 +126,6 @@ def _plain(name: str) -> str:
 
 def _folded(name: str) -> str:
     return _plain(name).casefold()
-
-
-def _as_list(labels: Any) -> list[Any]:
-    """One label or several as a list. Raises InputError for anything else."""
-    if isinstance(labels, str):
-        return [labels]
-    if hasattr(labels, "__array__"):
-        try:
-            array = np.asarray(labels)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"Expected class indices or names as labels, got {one_line(labels)}.") from error
-        if array.dtype.kind not in "iuUTO" or array.ndim > 1:
-            found = f"{array.dtype} {list(array.shape)}"
-            raise InputError(f"Expected labels to be integers or texts of shape [n], got {found}.")
-        return np.ravel(array).tolist()
-    if isinstance(labels, Sequence) and not isinstance(labels, bytes | bytearray | memoryview):
-        return list(labels)
-    return [labels]
 
 
 def _class_number(label: Any, classes: int, names: tuple[str, ...]) -> int:

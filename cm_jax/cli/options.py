@@ -56,7 +56,7 @@ class Levels:
     indices: str = ""
     """Timesteps in OpenAI's convention, increasing from 0 to N - 1: "0,22,39"."""
     sigmas: str = ""
-    """Noise levels, decreasing: "80,1.38"."""
+    """Noise levels, decreasing: "80,1.38". A closing 0, as in k-diffusion, is the sampler's final level."""
 
     @property
     def levels(self) -> NoiseLevelArgs:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from cm_jax.arguments import as_images
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.editing.operators import Noisy, Operator
 from cm_jax.errors import InputError
@@ -33,10 +34,8 @@ def check_images(
     images: Float[Array | np.ndarray, "..."], operator: Operator, shape: tuple[int, int, int]
 ) -> Float[np.ndarray, "b h w c"]:
     """The images as float32, if `operator` and a network with images of `shape` can process them; else InputError."""
-    array = np.asarray(images)
-    if array.dtype.kind != "f":
-        raise InputError(f"Expected float32 images in [-1, 1], got {array.dtype}; use images / 127.5 - 1 for uint8.")
-    if array.ndim != 4 or not len(array) or array.shape[1:] != shape:
+    array = np.asarray(as_images(images), np.float32)
+    if array.ndim != 4 or array.shape[1:] != shape:
         raise InputError(
             f"Expected images [b, {', '.join(map(str, shape))}], got {list(array.shape)}; crop and resize them "
             "first, as `cm-jax edit` does."
@@ -46,7 +45,7 @@ def check_images(
     if not isinstance(operator, Noisy) and np.abs(array).max() > 1.001:
         raise InputError(f"Expected images in [-1, 1], got values up to {np.abs(array).max():.4g}.")
     operator.check(array.shape)
-    return array.astype(np.float32)
+    return array
 
 
 def edited_denoiser(denoiser: Denoiser, operator: Operator, images: Images) -> Denoiser:

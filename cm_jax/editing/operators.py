@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from cm_jax.errors import InputError, check_int
+from cm_jax.errors import InputError, check_int, one_line
 from cm_jax.types import Images
 
 _LUMA = (0.2989, 0.587, 0.114)
@@ -108,6 +108,8 @@ class Mask(Operator):
     """Whether a pixel is known, for each image."""
 
     def __post_init__(self) -> None:
+        if not hasattr(self.known, "ndim"):
+            raise InputError(f"Expected a bool mask as an array [b, h, w, 1], got {one_line(self.known)}.")
         if self.known.ndim != 4 or self.known.shape[-1] != 1 or self.known.dtype != bool:
             raise InputError(
                 f"Expected a bool mask [b, h, w, 1], True for known pixels; got {self.known.dtype} "

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
+from cm_jax.arguments import as_array, as_list
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.errors import InputError, check_int
+from cm_jax.errors import InputError, check_int, nearest, one_line
 from cm_jax.types import Denoiser, Images, NoiseSource
 
 Levels = Float[Array, " n"]
@@ -68,12 +69,13 @@ class NoiseLevelArgs(TypedDict, total=False):
 
     steps: int | None
     """Number of steps: the tuned timesteps of this length if there are any, else the sampler's default levels."""
-    timesteps: Sequence[int] | None
+    timesteps: Sequence[int] | Integer[Array | np.ndarray, " n"] | None
     """Level indices, descending to 0, as in diffusers: (22, 0). The sampler's final level is added."""
-    indices: Sequence[int] | None
+    indices: Sequence[int] | Integer[Array | np.ndarray, " n"] | None
     """Level indices, ascending from 0 to the final level num_levels - 1, as in OpenAI's code: (0, 22, 39)."""
-    sigmas: Sequence[float] | None
-    """The levels themselves, descending: (80.0, 1.38). The sampler's final level is added."""
+    sigmas: Sequence[float] | Float[Array | np.ndarray, " n"] | None
+    """The levels themselves, descending: (80.0, 1.38). The sampler's final level is added; a closing 0, as in
+    k-diffusion, stands for it."""
 
 
 def choose_levels(
@@ -89,6 +91,8 @@ def choose_levels(
     `num_levels`: N of the level indices. `tuned`: tuned timesteps. Raises InputError for invalid levels.
     """
     given = {name: value for name, value in levels.items() if value is not None}
+    for name in given.keys() - NoiseLevelArgs.__annotations__:
+        raise InputError(f"There is no argument {name!r}.{nearest(name, NoiseLevelArgs.__annotations__)}")
     if len(given) != 1:
         raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(given) or 'none'}.")
     ((name, values),) = given.items()
@@ -129,35 +133,37 @@ _LOWEST = 1e-6
 
 def _indices(name: str, values: Any, num_levels: int) -> list[int]:
     """Level indices. Raises InputError for anything else."""
-    if not _is_list(values):
-        raise InputError(f"{name} must be a list of whole numbers, got {_shown(values)}.")
-    return [check_int(f"{name} (this model has {num_levels} levels)", each, 0, num_levels - 1) for each in values]
+    listed = as_list(values)
+    if listed is None:
+        raise InputError(f"{name} must be a list of whole numbers, got {one_line(values)}.")
+    return [check_int(f"{name} (this model has {num_levels} levels)", each, 0, num_levels - 1) for each in listed]
 
 
 def _sigmas(values: Any, schedule: KarrasSchedule, final: float) -> tuple[float, ...]:
-    """Levels above `final`. They are checked in single precision, as samplers use them; those below _LOWEST are 0."""
-    try:
-        if not _is_list(values):
-            raise TypeError
-        with np.errstate(over="ignore"):
-            singles = [float(np.float32(value)) for value in values]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"sigmas must be a list of numbers, got {_shown(values)}.") from error
-    rounded = [single if single >= _LOWEST else 0.0 for single in singles]
-    if not rounded or not all(np.float32(final) < sigma <= _HIGHEST for sigma in rounded):
+    """Levels above `final`, without a closing 0 or `final`.
+
+    They are checked in single precision, as samplers use them; those below _LOWEST are 0.
+    """
+    given = as_array("sigmas", values)
+    if given.ndim != 1:
+        raise InputError(f"sigmas must be a list of numbers, got {one_line(values)}.")
+    levels = np.asarray(given, np.float64)
+    with np.errstate(over="ignore"):
+        singles = levels.astype(np.float32)
+    if len(levels) > 1 and levels[-1] in (0, final):
+        levels, singles = levels[:-1], singles[:-1]
+    rounded = np.where(singles >= _LOWEST, singles, 0)
+    if not len(rounded) or not np.all((rounded > np.float32(final)) & (rounded <= _HIGHEST)):
         raise InputError(
             f"sigmas must be finite, greater than {final:g} and at most {_HIGHEST:g}; got {_shown(values)}."
         )
-    if any(a <= b for a, b in itertools.pairwise(rounded)):
+    if np.any(np.diff(rounded) >= 0):
         raise InputError(f"sigmas must descend, e.g. {schedule.sigma_max:g},1.38; got {_shown(values)}.")
-    return tuple(map(float, values))
-
-
-def _is_list(values: Any) -> bool:
-    return isinstance(values, Sequence | np.ndarray) and not isinstance(values, str)
+    return tuple(levels.tolist())
 
 
 def _shown(values: Any) -> str:
-    if not _is_list(values):
-        return repr(values)[:60]
-    return ",".join(str(value)[:20] for value in list(values)[:12]) or "an empty list"
+    listed = as_list(values)
+    if listed is None:
+        return one_line(values)
+    return ",".join(str(value)[:20] for value in listed[:12]) or "an empty list"

@@ -12,6 +12,7 @@ from tests.support import ROOT
 ORDER = [
     "errors",
     "types",
+    "arguments",
     "io",
     "data",
     "diffusion",

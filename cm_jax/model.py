@@ -264,6 +264,6 @@ def _checked_noise(noise: Any, images_shape: tuple[int, ...], plan: SamplingPlan
     if array.shape[1:] != images_shape or array.shape[0] < needed or not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(
             f"Expected standard normal noise, floats {[needed, *images_shape]} for {steps} steps of this sampler; got "
-            f"{array.dtype} {list(array.shape)}."
+            f"{list(array.shape)} of {array.dtype}."
         )
     return array

@@ -91,6 +91,12 @@ def test_only_images_narrower_than_256_pixels_are_resized(narrow):
     np.testing.assert_allclose(resized(*wide[:, :, :, :255]), expected, rtol=1e-5)
 
 
+def test_gray_images_are_compared_as_rgb(narrow):
+    distance = jax.jit(LPIPS(size=0).with_weights(narrow))
+    gray = X[..., :1], Y[..., :1]
+    np.testing.assert_allclose(distance(*gray), distance(*(jnp.repeat(each, 3, axis=3) for each in gray)), rtol=1e-6)
+
+
 def test_pooling_takes_the_maximum_or_the_mean_of_2_by_2_pixels():
     image = jnp.array([[1.0, 2, 7], [3, 6, 7], [7, 7, 7]])[None, :, :, None]
     assert _pooled(image, "max").tolist() == [[[[6.0]]]]
@@ -108,7 +114,7 @@ def test_weights_are_arguments_of_a_compiled_step_also_with_resizing(narrow):
 
 
 def test_unsupported_images_and_missing_weights_are_refused(narrow, monkeypatch):
-    for images in (X[..., :1], X[:, :15]):
+    for images in (X[..., :2], X[:, :15]):
         with pytest.raises(InputError, match="RGB images of at least 16 x 16"):
             LPIPS(size=0).with_weights(narrow)(images, images)
     with pytest.raises(InputError, match="at least 16, or 0"):

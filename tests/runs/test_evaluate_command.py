@@ -141,7 +141,9 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     np.savez(other, arr_0=np.full((30, 16, 16, 3), np.nan, np.float32))
     assert "NaN or infinite" in message(other, samples)
     np.savez(other, arr_0=np.zeros((30, 16, 16, 3), np.float32))
-    assert "expected images uint8 [n, height, width, 3], got float32" in message(other, samples)
+    assert "expected images uint8 [n, height, width, channels], got float32" in message(other, samples)
+    np.savez(other, arr_0=np.zeros((30, 16, 16, 6), np.uint8))
+    assert "has images of 6 channels" in message(other, samples)
     np.savez(other, mu=np.zeros(24), sigma=np.eye(24))
     assert "it has no images or arr_0, but mu, sigma" in message(other, samples)
     assert "kid needs images of the reference" in message(samples, other, "--metrics", "fid,kid")
@@ -161,7 +163,7 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     (tmp_path / "mixed").mkdir()
     for size in (16, 20):
         Image.new("RGB", (size, size)).save(tmp_path / "mixed" / f"{size}.png")
-    assert "square samples of one size" in message(tmp_path / "mixed", samples)
+    assert "Expected samples of one size" in message(tmp_path / "mixed", samples)
 
 
 def test_statistics_of_other_features_are_refused_before_sampling(tmp_path, capsys, monkeypatch):

@@ -18,12 +18,13 @@ from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.editing import Luma, Mask, PatchMean
 from cm_jax.errors import InputError
+from cm_jax.feature_networks.lpips import LPIPS, TAPS
 from cm_jax.model import Model
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.objectives import ConsistencyTraining
 from cm_jax.presets import PRESETS
+from cm_jax.training import loop
 from cm_jax.training.config import TrainConfig
-from cm_jax.training.loop import train
 from cm_jax.training.optimizers import Adam, ConstantRate
 from tests.runs.test_commands import failed, succeeded
 from tests.support import random_params
@@ -76,8 +77,10 @@ def trained(request, tmp_path_factory):
     """(shape, run folder, printed lines) of a run that was resumed after 12 of 20 batches."""
     folder, said = tmp_path_factory.mktemp("shape"), []
     config = settings(request.param, folder)
-    train(dataclasses.replace(config, images=4 * 12), folder / "run", said.append)
-    train(config, folder / "run", said.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot", lambda folder: None)  # takes a fifth of the time
+        for images in (4 * 12, 4 * 20):
+            loop.train(dataclasses.replace(config, images=images), folder / "run", said.append)
     return request.param, folder / "run", said
 
 
@@ -141,6 +144,16 @@ def test_the_format_of_samples_is_announced_before_sampling(trained, tmp_path, c
     else:
         said = failed(capsys, main_sample, run, "--rgba", "--output", tmp_path / "x.png")
         assert f"models with 4 channels, this one has {channels}" in said
+
+
+def test_images_that_a_distance_cannot_compare_are_refused_before_the_run(tmp_path, monkeypatch):
+    weights = {"vgg16": {}, "heads": dict.fromkeys(TAPS, np.zeros(1))}
+    monkeypatch.setattr(LPIPS, "load_weights", lambda self: weights)
+    config = settings((4, 4, 4), tmp_path)
+    config = dataclasses.replace(config, objective=ConsistencyTraining(distance=LPIPS()))
+    with pytest.raises(InputError, match=r"expects RGB images .* with 4 channels"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_size_is_one_number_or_height_and_width():

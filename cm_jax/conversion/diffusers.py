@@ -27,8 +27,6 @@ _FIXED = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "mid_block_scale_factor": 1,
-    "norm_eps": NORM_EPSILON,
-    "norm_num_groups": NORM_GROUPS,
     "time_embedding_type": "positional",
 }
 """Fields of UNet2DModel with the same value in every ADM U-Net."""
@@ -57,7 +55,7 @@ def unet_config(network: ADMUNet) -> dict[str, Any]:
         "_diffusers_version": _VERSION,
         **_FIXED,
         "attention_head_dim": head_dims.pop(),
-        "attn_norm_num_groups": NORM_GROUPS,
+        "attn_norm_num_groups": network.norm_groups,
         "block_out_channels": list(network.level_channels),
         "down_block_types": ["AttnDownBlock2D" if here else plain[0] for here in attends],
         "downsample_type": kind,
@@ -65,6 +63,8 @@ def unet_config(network: ADMUNet) -> dict[str, Any]:
         "in_channels": network.image_channels,
         "layers_per_block": network.blocks_per_level,
         "mid_block_type": "UNetMidBlock2D",
+        "norm_eps": network.norm_epsilon,
+        "norm_num_groups": network.norm_groups,
         "num_class_embeds": network.classes,
         "num_train_timesteps": None,
         "out_channels": network.image_channels,
@@ -116,6 +116,13 @@ def read_settings(unet: Path, scheduler: Path, extra: Path) -> dict[str, Any]:
     if unet.exists():
         config = read_json(unet)
         _require(unet, config, {"_class_name": "UNet2DModel"})
+        groups = check_value(config.get("norm_num_groups", NORM_GROUPS), int, f"{unet}: norm_num_groups")
+        epsilon = check_value(config.get("norm_eps", NORM_EPSILON), float, f"{unet}: norm_eps")
+        settings |= {"norm_groups": groups, "norm_epsilon": epsilon}
+        middle = {} if config.get("attn_norm_num_groups") is None else {"attn_norm_num_groups": groups}
+        if unsupported := _differences(config, _FIXED | middle):
+            lines = "\n  ".join(unsupported)
+            raise InputError(f"{unet} has settings of UNet2DModel that are not supported:\n  {lines}")
         head_dim = check_value(config.get("attention_head_dim", 8), int | None, f"{unet}: attention_head_dim")
         settings |= {"heads": 1} if head_dim is None else {"head_dim": head_dim}
         image_size = check_value(config.get("sample_size"), ImageSize | None, f"{unet}: sample_size")
@@ -156,11 +163,20 @@ def _require(path: Path, config: dict[str, Any], fixed: dict[str, Any]) -> None:
             )
 
 
+def _differences(config: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """A line for every field of `config` that differs."""
+    return [
+        f"{name}: expected {json.dumps(value)}, got {json.dumps(config[name])[:60]}"
+        for name, value in expected.items()
+        if name in config and config[name] != value
+    ]
+
+
 def check_agreement(path: Path, network: ADMUNet) -> None:
     """Raise InputError where a unet/config.json, if there is one, contradicts the network that its tensors form.
 
-    Missing keys are ignored, because old configs lack many. So is attn_norm_num_groups: the norm of the middle
-    attention is used wherever its tensors exist (diffusers issue 4414).
+    Missing keys are ignored, because old configs lack many. So is a missing attn_norm_num_groups: the norm of the
+    middle attention is used wherever its tensors exist (diffusers issue 4414).
     """
     if not path.exists():
         return
@@ -171,12 +187,8 @@ def check_agreement(path: Path, network: ADMUNet) -> None:
         expected = unet_config(network)
     except InputError:
         expected = dict(_FIXED)
-    implied = {"time_embedding_dim": 4 * network.base_channels}
-    complaints = [
-        f"{name}: expected {json.dumps(value)}, got {json.dumps(config[name])[:60]}"
-        for name, value in expected.items()
-        if name in config and name not in ignored and config[name] not in (value, implied.get(name, value))
-    ]
-    if complaints:
+    if config.get("time_embedding_dim") == 4 * network.base_channels:
+        ignored.add("time_embedding_dim")
+    if complaints := _differences(config, {name: expected[name] for name in expected if name not in ignored}):
         lines = "\n  ".join(complaints)
         raise InputError(f"{path} contradicts the weights; use the config of the same checkpoint:\n  {lines}")

@@ -196,7 +196,8 @@ def _read_pytorch(path: Path, file: Path, stored: dict[str, Any], hints: Checkpo
     settings = _settings(hints, stored, known)
     head_dim, heads = settings.get("head_dim"), settings.get("heads", None if "head_dim" in settings else 1)
     image_size = settings.get("image_size", 2**10)
-    network = format.infer(shapes, str(file), image_size=image_size, head_dim=head_dim, heads=heads)
+    norms = {name: settings[name] for name in ("norm_groups", "norm_epsilon") if name in settings}
+    network = format.infer(shapes, str(file), image_size=image_size, head_dim=head_dim, heads=heads, **norms)
     questions = {
         "--image-size N (or HEIGHT,WIDTH)": settings.get("image_size"),
         "--head-dim N (64 in the published networks) or --heads N": settings.get("head_dim", settings.get("heads")),

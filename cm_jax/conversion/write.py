@@ -16,6 +16,7 @@ from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import atomic_write, write_errors
 from cm_jax.io.safetensors import write_safetensors
+from cm_jax.networks.layers import NORM_EPSILON, NORM_GROUPS
 from cm_jax.types import Params
 
 Kind = Literal["native", "openai", "diffusers", "edm"]
@@ -69,5 +70,7 @@ def _check_representable(kind: Kind, config: ModelConfig) -> None:
         lost.append("a consistency model with EDM preconditioning")
     if kind == "openai" and (preconditioning.sigma_data, config.schedule) != (0.5, KarrasSchedule()):
         lost.append("other sigma_data, sigma_min, sigma_max or rho than 0.5, 0.002, 80 and 7")
+    if kind == "openai" and (config.adm.norm_groups, config.adm.norm_epsilon) != (NORM_GROUPS, NORM_EPSILON):
+        lost.append(f"other group norms than of {NORM_GROUPS} groups with epsilon {NORM_EPSILON}")
     if lost:
         raise InputError(f"The {kind} format cannot represent {' nor '.join(lost)}; use --to native.")

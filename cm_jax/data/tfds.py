@@ -13,13 +13,17 @@ from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
 from cm_jax.io.validation import read_json
 
+_VERSION = r"(?:\d+|\*)\.(?:\d+|\*)\.(?:\d+|\*)"
+"""A version of a data set, as TFDS writes it: 3.0.1 or 3.*.*."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TFDSData(EncodedData):
     """A prepared data set of TensorFlow Datasets: cifar10, imagenet_resized/64x64, or your own. See docs/data.md."""
 
     name: str = "cifar10"
-    """Name in the catalog, with its configuration if it has any."""
+    """Name in the catalog, with its configuration if it has any, and optionally a version: mnist:3.0.1,
+    imagenet_resized/64x64:0.1.0. Default: the newest prepared version."""
     split: str = "train"
     """Split: "train", "train[:90%]", "train+test"."""
     data_dir: str | None = None
@@ -67,13 +71,21 @@ class TFDSData(EncodedData):
         top = user_path(self.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
         if (top / "dataset_info.json").is_file():
             return top
-        if not re.fullmatch(r"\w+(/[\w.+-]+)?", self.name):
-            raise InputError(f"Expected a data set such as cifar10 or name/configuration, got {self.name!r}.")
-        if found := [path.parent for path in top.glob(f"{self.name}/*/dataset_info.json")]:
-            return max(found, key=lambda folder: [int(part) for part in folder.name.split(".") if part.isdigit()])
-        if configured := sorted({path.parts[-3] for path in top.glob(f"{self.name}/*/*/dataset_info.json")}):
-            names, first = ", ".join(configured), f"{self.name}/{configured[0]}"
-            raise InputError(f"{self.name} in {top} has the configurations {names}: give one, such as {first}.")
+        if not re.fullmatch(rf"\w+(/[\w.+-]+)?(:{_VERSION})?", self.name):
+            raise InputError(
+                f"Expected a data set such as cifar10, name/configuration or mnist:3.0.1, got {self.name!r}."
+            )
+        name, _, version = self.name.partition(":")
+        pattern = re.compile(re.escape(version).replace(r"\*", r"\d+"))  # 3.*.* is any version 3
+        if prepared := {path.parent.name: path.parent for path in top.glob(f"{name}/*/dataset_info.json")}:
+            versions = sorted(prepared, key=lambda each: [int(part) for part in each.split(".") if part.isdigit()])
+            found = [each for each in versions if not version or pattern.fullmatch(each)]
+            if not found:
+                raise InputError(f"{name} in {top} has no version {version}; it has {', '.join(versions)}.")
+            return prepared[found[-1]]
+        if configured := sorted({path.parts[-3] for path in top.glob(f"{name}/*/*/dataset_info.json")}):
+            names, first = ", ".join(configured), f"{name}/{configured[0]}"
+            raise InputError(f"{name} in {top} has the configurations {names}: give one, such as {first}.")
         raise InputError(_how_to_prepare(self.name, top))
 
 
@@ -133,17 +145,18 @@ def _how_to_prepare(name: str, top: Path) -> str:
     except DatasetNotFoundError as error:
         known = re.findall(r"^\s*- (\w+)$", str(error), re.MULTILINE)
         prepared = [path.parent.parent.name for path in top.glob("*/*/dataset_info.json")]
-        near = difflib.get_close_matches(name.split("/")[0], [*prepared, *known], n=3)
+        near = difflib.get_close_matches(re.split("[/:]", name)[0], [*prepared, *known], n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         return f"{name} is neither a TFDS data set nor a folder in {top}.{hint}"
     except (ImportError, AttributeError):
         pass  # its module needs TensorFlow
     except ValueError as error:
         return f"{name}: {str(error)[:500]}"
+    folder = name.partition(":")[0].partition("/")[0]
     return (
         f"{name} is not prepared in {top}. Prepare it on a machine with network access (and TensorFlow, if required):\n"
         "  pip install tensorflow-datasets array-record\n"
         f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}')"
         ".download_and_prepare(file_format='array_record')\"\n"
-        f"and copy ~/tensorflow_datasets/{name.split('/')[0]} to {top}."
+        f"and copy ~/tensorflow_datasets/{folder} to {top}."
     )

@@ -123,6 +123,9 @@ def _data(name: str) -> Data:
         return EmojiData(rest or "train")  # type: ignore[arg-type]
     if kind == "tfds" and rest:
         data, _, split = rest.partition(":")
+        if split[:1].isdigit() or split.startswith("*"):  # a version of the data set
+            version, _, split = split.partition(":")
+            data = f"{data}:{version}"
         return TFDSData(name=data, split=split or "train")
     raise InputError(
         f"There are no images {name}: expected an .npz file, a folder, emoji, emoji:held_out or tfds:NAME."

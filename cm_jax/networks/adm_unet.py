@@ -8,7 +8,17 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
-from cm_jax.networks.layers import NORM_GROUPS, Dense, Embedding, Style, augmented, class_embedding, parameter, sinusoid
+from cm_jax.networks.layers import (
+    NORM_EPSILON,
+    NORM_GROUPS,
+    Dense,
+    Embedding,
+    Style,
+    augmented,
+    class_embedding,
+    parameter,
+    sinusoid,
+)
 from cm_jax.networks.unet import UNet
 from cm_jax.types import ImageSize, Labels
 
@@ -36,6 +46,10 @@ class ADMUNet(UNet):
     """How narrow levels are built. openai: 32 norm groups, and attention everywhere asked for. edm: at least 4 channels
     per norm group, and no attention on levels with fewer channels than head_dim."""
     classes: int | None = dataclasses.field(default=1000, kw_only=True)
+    norm_groups: int = dataclasses.field(default=NORM_GROUPS, kw_only=True)
+    """Number of groups of every group norm: 32, or another one for networks of diffusers."""
+    norm_epsilon: float = dataclasses.field(default=NORM_EPSILON, kw_only=True)
+    """Term added to the variance in every group norm."""
 
     def _problems(self) -> Iterator[str]:
         if (self.head_dim is None) == (self.heads is None):
@@ -44,11 +58,16 @@ class ADMUNet(UNet):
         if (self.head_dim if self.head_dim is not None else self.heads or 0) < 1:
             yield f"head_dim and heads must be positive (got {self.head_dim} and {self.heads})"
             return
+        if self.norm_groups < 1 or not self.norm_epsilon > 0:
+            yield f"norm_groups and norm_epsilon must be positive (got {self.norm_groups} and {self.norm_epsilon})"
+            return
         if self.variant == "edm":
+            if (self.norm_groups, self.norm_epsilon) != (NORM_GROUPS, NORM_EPSILON):
+                yield f"the variant edm has norm_groups {NORM_GROUPS} and norm_epsilon {NORM_EPSILON}"
             return
         for level, channels in enumerate(self.level_channels):
-            if channels % NORM_GROUPS or not channels:
-                yield f"level {level} has {channels} channels, not a multiple of the {NORM_GROUPS} norm groups"
+            if channels % self.norm_groups or not channels:
+                yield f"level {level} has {channels} channels, not a multiple of the {self.norm_groups} norm groups"
             attends = 2**level in self.attention_factors or level == len(self.channel_mult) - 1
             if attends and channels % (self.head_dim or self.heads or 1):
                 heads = f"heads of {self.head_dim} channels" if self.head_dim else f"{self.heads} heads"
@@ -56,7 +75,8 @@ class ADMUNet(UNet):
 
     @property
     def style(self) -> Style:
-        return Style(min_group_size=4 if self.variant == "edm" else 1, resampling_unit=self.resampling)
+        smallest = 4 if self.variant == "edm" else 1
+        return Style(smallest, self.norm_groups, self.norm_epsilon, resampling_unit=self.resampling)
 
     @property
     def stem_channels(self) -> int:

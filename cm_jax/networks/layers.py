@@ -39,7 +39,9 @@ class Style:
     """Settings that differ between families of U-Nets. The defaults are those of the ADM U-Net."""
 
     min_group_size: int = 1
-    """Smallest number of channels in a norm group; there are at most 32 groups."""
+    """Smallest number of channels in a norm group."""
+    max_groups: int = NORM_GROUPS
+    """Largest number of norm groups."""
     epsilon: float = NORM_EPSILON
     residual_scale: float = 1.0
     """Factor applied to the sum of skip and residual branch."""
@@ -54,7 +56,7 @@ class Style:
     """Whether a resampling block has a 1x1 convolution on its skip even if the channels stay the same."""
 
     def groups(self, channels: int) -> int:
-        return min(NORM_GROUPS, channels // self.min_group_size)
+        return min(self.max_groups, channels // self.min_group_size)
 
 
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Array:

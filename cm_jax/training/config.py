@@ -109,7 +109,7 @@ class TrainConfig:
     max_consecutive_skips: int = 50
     """Stop after this many consecutive steps with gradients that are not finite. Fewer are skipped."""
     log_every: int = 50
-    """Batches between rows of metrics.csv."""
+    """Batches between rows of metrics.csv. The first and the last batch have a row, too."""
     sample_every: int = 2_000
     """Batches between grids of samples."""
     checkpoint_every: int = 2_000

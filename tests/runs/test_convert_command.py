@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+import cm_jax
 from cm_jax import conversion
 from cm_jax.cli import main, main_convert, main_sample
 from cm_jax.conversion import CheckpointHints, read
@@ -309,6 +310,22 @@ def test_missing_extra_and_misshapen_tensors_in_one_message(tmp_path, capsys):
     assert "not part of the network: ema.decay [1]" in message
 
 
+def test_other_group_norms_of_diffusers_agree_with_diffusers(folder, tmp_path, capsys):
+    """norm_num_groups and norm_eps change the images and no tensor; the check compares with UNet2DModel itself."""
+    copy = broken_folder(
+        folder, tmp_path, lambda unet: rewrite(unet, norm_num_groups=8, norm_eps=1e-2, attn_norm_num_groups=None)
+    )
+    succeeded(capsys, main_convert, copy, tmp_path / "native", "--check")
+    network = cm_jax.load(tmp_path / "native").config.network
+    assert (network.norm_groups, network.norm_epsilon) == (8, 0.01)
+    succeeded(capsys, main_convert, tmp_path / "native", tmp_path / "again", "--to", "diffusers")
+    config = json.loads((tmp_path / "again" / "unet" / "config.json").read_text())
+    assert (config["norm_num_groups"], config["norm_eps"], config["attn_norm_num_groups"]) == (8, 0.01, 8)
+    plain, other = (cm_jax.load(path).sample(0, 1, labels=0) for path in (folder, copy))
+    assert np.abs(plain - other).max() > 0.01
+    assert "other group norms" in failed(capsys, main_convert, copy, tmp_path / "x.pt", "--to", "openai")
+
+
 def broken_folder(folder, tmp_path, edit):
     copy = tmp_path / "emoji16_cd"
     shutil.copytree(folder, copy)
@@ -349,6 +366,12 @@ def spoil(unet, factor):
         ),
         (lambda unet: rewrite(unet, resnet_time_scale_shift="default"), "contradicts"),
         (lambda unet: rewrite(unet, act_fn="gelu"), 'act_fn: expected "silu", got "gelu"'),
+        (
+            lambda unet: rewrite(unet, norm_num_groups=16, attn_norm_num_groups=32),
+            "not supported:\n  attn_norm_num_groups: expected 16, got 32",
+        ),
+        (lambda unet: rewrite(unet, norm_eps="small"), "norm_eps must be a finite number"),
+        (lambda unet: rewrite(unet, class_embed_type="timestep"), 'class_embed_type: expected null, got "timestep"'),
         (lambda unet: rewrite(unet, attention_head_dim=48), "do not split"),
         (lambda unet: rewrite(unet, sample_size=15), "multiple of 4"),
         (lambda unet: rewrite(unet, sample_size="16"), 'sample_size must be a whole number, got "16"'),

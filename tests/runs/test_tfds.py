@@ -11,6 +11,7 @@ from PIL import Image
 
 from cm_jax.data import TFDSData
 from cm_jax.errors import InputError
+from cm_jax.evaluation.image_sets import open_images
 from tests.runs.test_image_folder import levels
 
 
@@ -111,6 +112,21 @@ def test_the_newest_version_is_taken(tmp_path, prepared):
         (tmp_path / "tiny" / version).mkdir(parents=True)
         (tmp_path / "tiny" / version / "dataset_info.json").write_text("{}")
     assert TFDSData("tiny", data_dir=str(tmp_path))._folder().name == "1.10.0"
+
+
+def test_a_name_may_have_a_version(prepared, tmp_path, monkeypatch):
+    for version in ("1.2.0", "1.9.0", "2.0.0"):
+        (tmp_path / "tiny" / version).mkdir(parents=True)
+        (tmp_path / "tiny" / version / "dataset_info.json").write_text("{}")
+    for asked, found in (("1.9.0", "1.9.0"), ("1.*.*", "1.9.0"), ("*.*.*", "2.0.0")):
+        assert TFDSData(f"tiny:{asked}", data_dir=str(tmp_path))._folder().name == found
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    assert open_images("tfds:tiny:1.2.0:test", (8, 8, 3)).size == 5
+    assert open_images("tfds:tiny:1.2.0", (8, 8, 3)).size == 20
+    with pytest.raises(InputError, match=r"tiny in .* has no version 3.0.1; it has 1.2.0\."):
+        TFDSData("tiny:3.0.1").open(8)
+    with pytest.raises(InputError, match=r"mnist:3.0.1 is not prepared.*(?s:.*)copy ~/tensorflow_datasets/mnist to"):
+        TFDSData("mnist:3.0.1").open(8)
 
 
 @pytest.fixture

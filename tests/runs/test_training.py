@@ -71,7 +71,7 @@ def assert_same_run(one, other, batches):
 def test_a_run_leaves_all_that_it_promises(teacher):
     folder, said = teacher
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["00000008", "00000012"]  # keep_last=2
-    assert [row["batches"] for row in rows(folder)] == ["2", "4", "6", "8", "10", "12"]
+    assert [row["batches"] for row in rows(folder)] == ["1", "2", "4", "6", "8", "10", "12"]
     assert {"loss", "loss_sigma_0", "gradient_norm", "learning_rate", "images", "skipped"} <= rows(folder)[0].keys()
     for name in ("config.json", "run.json", "loss.png", "samples/00000012.png"):
         assert (folder / name).stat().st_size > 100, name
@@ -80,6 +80,15 @@ def test_a_run_leaves_all_that_it_promises(teacher):
     assert "3,334 images" in said[0]
     assert "parameters" in said[1]
     assert said[-1] == f"Finished: 12 batches. Sample from it: cm-jax sample {folder}"
+
+
+def test_a_run_shorter_than_log_every_has_rows_of_its_first_and_last_batch(teacher, tmp_path):
+    train(dataclasses.replace(SMALL, images=8 * 4, log_every=50), tmp_path / "run", lambda line: None)
+    first, last = rows(tmp_path / "run")
+    assert (first["batches"], last["batches"]) == ("1", "4")
+    assert first == rows(teacher[0])[0]
+    means = [float(row["loss"]) for row in rows(teacher[0])[1:3]]  # of batches 1 and 2, and of 3 and 4
+    assert float(last["loss"]) == pytest.approx(np.mean(means), rel=1e-6)
 
 
 def test_ema_weights_load_as_a_model(teacher):
@@ -188,7 +197,9 @@ def test_a_decay_that_has_not_ended_may_be_extended_on_resuming(tmp_path):
     assert "Note: Changed after batch 4: optimizer.learning_rate.steps: 6 in the folder, 8 now." in said
     assert not [line for line in said if "ends after" in line]
     rates = [float(row["learning_rate"]) for row in rows(other)]
-    np.testing.assert_allclose(rates, [1e-3 * (1 - k / n) for k, n in ((1, 6), (3, 6), (5, 8), (7, 8))], rtol=1e-5)
+    np.testing.assert_allclose(
+        rates, [1e-3 * (1 - k / n) for k, n in ((0, 6), (1, 6), (3, 6), (5, 8), (7, 8))], rtol=1e-5
+    )
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(teacher):

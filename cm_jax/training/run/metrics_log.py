@@ -158,7 +158,10 @@ def _encode(lines: list[list[str]]) -> bytes:
 
 
 class MetricsWindow:
-    """Averages step metrics over `log_every` batches. Those of a dispatch are fetched while the next one runs."""
+    """Averages step metrics over `log_every` batches, and logs the first step too.
+
+    Metrics of a dispatch are fetched while the next one runs.
+    """
 
     def __init__(self, config: TrainConfig, log: MetricsLog, progress: Progress, done: int) -> None:
         self._config, self._log, self._progress, self._done = config, log, progress, done
@@ -178,6 +181,8 @@ class MetricsWindow:
                 self._values.setdefault(name, []).append(float(values[index]))
             if self._done % self._config.log_every == 0:
                 self._write()
+            elif self._done == 1:
+                self._write(keep=True)
         self._progress.update(self._done, float(host["loss"][-1]))
         skips = int(host["consecutive_skips"].max())
         if skips >= self._config.max_consecutive_skips:
@@ -195,7 +200,8 @@ class MetricsWindow:
         if write and self._values:
             self._write()
 
-    def _write(self) -> None:
+    def _write(self, keep: bool = False) -> None:
+        """Log the means of the window, and begin a new one unless `keep`."""
         row = {name: _mean(values) for name, values in self._values.items() if name not in _COUNTERS}
         skipped = int(self._values["skipped"][-1])
         learning_rate = float(np.asarray(self._learning_rate(self._done - skipped - 1)))
@@ -203,7 +209,8 @@ class MetricsWindow:
         if self._progress.images_per_second:
             row["images_per_second"] = self._progress.images_per_second
         self._log.metrics(self._done, {"images": self._done * self._config.batch_size} | row)
-        self._values = {}
+        if not keep:
+            self._values = {}
 
 
 def _mean(values: list[float]) -> float:

@@ -136,7 +136,8 @@ def _draw(axes: Any, batches: np.ndarray, panel: _Panel) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     for values, style in panel.lines:
-        axes.plot(batches, values, **style)
+        single = {"marker": "o"} if np.isfinite(values).sum() == 1 else {}
+        axes.plot(batches, values, **style | single)
     if panel.legend is not None:
         axes.legend(fontsize=8, framealpha=0.7, **panel.legend)
     shown = np.concatenate([values for values, _ in panel.lines])

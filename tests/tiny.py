@@ -70,6 +70,9 @@ class Tiny:
     def prepare(self, params):
         return params
 
+    def constrain(self, params):
+        return params
+
     def at_precision(self, precision):
         return self
 

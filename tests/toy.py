@@ -41,6 +41,9 @@ class ToyNetwork:
     def prepare(self, params):
         return params
 
+    def constrain(self, params):
+        return params
+
     def at_precision(self, precision):
         return dataclasses.replace(self, precision=precision)
 

@@ -14,13 +14,17 @@ from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import decay_for_half_life
 from cm_jax.training.optimizers import Adam, ConstantRate, RAdam
 
+_EDM = "edm-cifar10-32x32-uncond-vp.pkl"
+"""Published by the authors of EDM: see docs/conversion.md."""
+_EDM_NETWORK = replace(DDPMPP, label_embedding="linear", augment_dim=9)
+"""The network of this file."""
 _config = functools.partial(
     TrainConfig, data=TFDSData("cifar10"), sample_every=5_000, checkpoint_every=5_000, keep_every=50_000
 )
 
 
 def cifar10_edm() -> TrainConfig:
-    """Denoiser with NCSN++, the teacher of cifar10-cd (EDM: FID 1.98)."""
+    """Denoiser with NCSN++, the teacher in CM (EDM: FID 1.98)."""
     return _config(
         network=replace(NCSNPP, dropout=0.13),
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
@@ -34,18 +38,21 @@ def cifar10_edm() -> TrainConfig:
 
 
 def cifar10_edm_ddpmpp() -> TrainConfig:
-    """Denoiser with DDPM++, the initialization of ECT and sCM (EDM: FID 1.97)."""
+    """Denoiser with DDPM++, the initialization of cifar10-sct and cifar10-scd (EDM: FID 1.97)."""
     return replace(cifar10_edm(), network=replace(DDPMPP, dropout=0.13))
 
 
 def cifar10_cd() -> TrainConfig:
-    """Distillation of runs/cifar10-edm with the squared distance (CM with LPIPS: FID 3.55, in two steps 2.93)."""
+    """Distillation of EDM's edm-cifar10-32x32-uncond-vp.pkl with the squared distance (CM with LPIPS, from NCSN++: FID
+    3.55, in two steps 2.93).
+    """
     return _config(
-        network=NCSNPP,
+        network=_EDM_NETWORK,
+        inherit_network=True,
         preconditioning=ConsistencyPreconditioning(time_factor=EDM_TIME),
         objective=objectives.ConsistencyDistillation(curricula.Constant(18)),
         optimizer=RAdam(ConstantRate(4e-4)),
-        teacher="runs/cifar10-edm",
+        teacher=_EDM,
         batch_size=512,
         images=800_000 * 512,
     )
@@ -78,14 +85,17 @@ def cifar10_ict() -> TrainConfig:
 
 
 def cifar10_ect() -> TrainConfig:
-    """Consistency tuning of runs/cifar10-edm-ddpmpp (ECT with these 51 million images: FID 3.60, in two steps 2.11)."""
+    """Consistency tuning of EDM's edm-cifar10-32x32-uncond-vp.pkl (ECT with these 51 million images: FID 3.60, in two
+    steps 2.11).
+    """
     return _config(
-        network=replace(DDPMPP, dropout=0.2),
+        network=replace(_EDM_NETWORK, dropout=0.2),
+        inherit_network=True,
         preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
         objective=objectives.EasyConsistencyTuning(gap=curricula.ShrinkingGap(steps_per_stage=25_000)),
         optimizer=RAdam(ConstantRate(1e-4)),
         num_levels=18,
-        init_from="runs/cifar10-edm-ddpmpp",
+        init_from=_EDM,
         batch_size=128,
         images=400_000 * 128,
         flip=False,

@@ -1,4 +1,4 @@
-"""Class-conditional ImageNet at 64 pixels, with OpenAI's network."""
+"""Class-conditional ImageNet at 64 pixels, with OpenAI's network, or from EDM2's (ECT and sCM)."""
 
 import functools
 from dataclasses import replace
@@ -8,13 +8,19 @@ from cm_jax.data import TFDSData
 from cm_jax.diffusion import curricula
 from cm_jax.diffusion.losses import Karras, PseudoHuber
 from cm_jax.diffusion.noise_distributions import LogNormal
+from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
+from cm_jax.networks import EDM2UNet
 from cm_jax.networks.adm_unet import IMAGENET64
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.ema import decay_for_half_life
 from cm_jax.training.optimizers import Adam, ConstantRate, InverseRootDecay, RAdam
 
 _NETWORK = replace(IMAGENET64, precision="bfloat16")
+_EDM2 = "edm2-img64-s-1073741-0.075.pkl"
+"""EDM2-S, published by its authors: see docs/conversion.md."""
+_EDM2_NETWORK = EDM2UNet(precision="bfloat16")
+"""The network of this file."""
 _config = functools.partial(
     TrainConfig,
     data=TFDSData("imagenet_resized/64x64"),
@@ -81,53 +87,60 @@ def imagenet64_ict() -> TrainConfig:
 
 
 def imagenet64_ect() -> TrainConfig:
-    """Consistency tuning of edm_imagenet64_ema.pt with ECT's settings for ImageNet (ECT, from an EDM2 network: FID 4.05
-    to 2.49 by its size, in two steps 2.79 to 1.67).
+    """Consistency tuning of EDM2-S, edm2-img64-s-1073741-0.075.pkl (ECT: FID 5.51, in two steps 3.18).
+
+    For a larger network, give its file with --init-from, dropout 0.5 and a lower learning rate (XL: 7e-4).
     """
     return _config(
-        network=replace(_NETWORK, dropout=0.4, dropout_size=16),
-        preconditioning=EDMPreconditioning(),
+        network=replace(_EDM2_NETWORK, dropout=0.4, dropout_size=16),
+        inherit_network=True,
+        preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
         objective=objectives.EasyConsistencyTuning(
             LogNormal(-0.8, 1.6),
             curricula.ShrinkingGap(ratio=4.0, steps_per_stage=25_000, stages=4),
             weighting=Karras(),
             distance=PseudoHuber(0.06 / (64 * 64 * 3) ** 0.5),
         ),
-        optimizer=Adam(InverseRootDecay(1e-4, steps=2_000), beta2=0.99),
-        init_from="edm_imagenet64_ema.pt",
+        optimizer=Adam(InverseRootDecay(1e-3, steps=2_000), beta2=0.99),
+        init_from=_EDM2,
         batch_size=128,
         images=100_000 * 128,
+        ema_decay=(),
         power_ema=(0.1,),
     )
 
 
 def imagenet64_sct() -> TrainConfig:
-    """Continuous-time consistency training from edm_imagenet64_ema.pt (sCT, from a TrigFlow network: FID 2.04, in two
-    steps 1.48).
+    """Continuous-time consistency training of EDM2-S, edm2-img64-s-1073741-0.075.pkl (sCT with XL, trained with TrigFlow
+    first: FID 2.04, in two steps 1.48).
     """
     return _config(
-        network=replace(_NETWORK, dropout=0.45, dropout_size=16, attention="plain"),
-        preconditioning=EDMPreconditioning(),
+        network=replace(_EDM2_NETWORK, dropout=0.45, dropout_size=16, attention="plain"),
+        inherit_network=True,
+        preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
         objective=objectives.ContinuousTraining(LogNormal(-1.0, 1.6), adaptive=objectives.AdaptiveWeight()),
         optimizer=Adam(InverseRootDecay(1e-4, steps=35_000), beta2=0.99, epsilon=1e-11),
-        init_from="edm_imagenet64_ema.pt",
+        init_from=_EDM2,
         batch_size=2048,
         images=400_000 * 2048,
+        ema_decay=(),
         power_ema=(0.05,),
     )
 
 
 def imagenet64_scd() -> TrainConfig:
-    """Continuous-time consistency distillation of edm_imagenet64_ema.pt (sCD, from a TrigFlow network: FID 2.44, in two
-    steps 1.66).
+    """Continuous-time consistency distillation of EDM2-S, edm2-img64-s-1073741-0.075.pkl (sCD with XL, trained with
+    TrigFlow first: FID 2.44, in two steps 1.66).
     """
     return _config(
-        network=replace(_NETWORK, attention="plain"),
-        preconditioning=EDMPreconditioning(),
+        network=replace(_EDM2_NETWORK, attention="plain"),
+        inherit_network=True,
+        preconditioning=EDMPreconditioning(time_factor=EDM_TIME),
         objective=objectives.ContinuousDistillation(LogNormal(-1.0, 1.6), adaptive=objectives.AdaptiveWeight()),
         optimizer=Adam(InverseRootDecay(1e-4, steps=35_000), beta2=0.99, epsilon=1e-11),
-        teacher="edm_imagenet64_ema.pt",
+        teacher=_EDM2,
         batch_size=2048,
         images=400_000 * 2048,
+        ema_decay=(),
         power_ema=(0.05,),
     )

@@ -87,6 +87,9 @@ class TrainConfig:
     Face Hub."""
     init_from: str = ""
     """Checkpoint to initialize the weights from, or "fresh" for random weights. Default: the teacher, if any."""
+    inherit_network: bool = False
+    """Take the architecture from the checkpoint of --init-from or --teacher. Of --network, only dropout, dropout-size,
+    precision, attention and rematerialize are used."""
     batch_size: int = 128
     """Images per training step, over all devices and processes."""
     images: int = 10_000_000
@@ -152,6 +155,11 @@ class TrainConfig:
     def batches(self) -> int:
         """Batches of the whole run."""
         return -(-self.images // self.batch_size)
+
+    @property
+    def initial_checkpoint(self) -> str:
+        """The checkpoint that the weights come from; empty for random weights."""
+        return "" if self.init_from == "fresh" else self.init_from or self.teacher
 
     @property
     def function(self) -> ConsistencyFunction:

@@ -12,7 +12,7 @@ import jax
 
 from cm_jax.checkpoints import native, serialization
 from cm_jax.errors import InputError, indented_list
-from cm_jax.io.atomic import atomic_write
+from cm_jax.io.atomic import atomic_write, user_path
 from cm_jax.io.images import fits_png
 from cm_jax.training.config import PARAMETERS, TrainConfig
 from cm_jax.training.run.evaluation_hook import EvaluationHook, sample_grid
@@ -48,7 +48,9 @@ def train(config: TrainConfig, folder: str | Path, print_line: Print = print, pr
 
     Raises InputError if the settings contradict each other or those in the folder.
     """
-    setup = prepare(config, progress)
+    stored = _stored_config(user_path(folder) / "config.json")
+    setup = prepare(config, progress, stored and stored.network)
+    config = setup.config
     # Before the folder is created, so that an error leaves none.
     fresh = None if native.run_checkpoints(Path(folder)) else setup.initial_state()
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
@@ -188,6 +190,7 @@ def _summary(setup: TrainingSetup, done: int, notes: Iterable[str]) -> Iterator[
     )
     if setup.teacher is not None:
         yield f"Teacher: {setup.teacher.path}."
+    yield from setup.notes
     if setup.evaluator is not None:
         yield f"Evaluation: {setup.evaluator.description}."
     if not fits_png(channels := network.image_shape[2], rgba=False):

@@ -18,6 +18,7 @@ from cm_jax.data import Dataset, InMemory
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS
 from cm_jax.errors import InputError, indented_list
+from cm_jax.networks import AnyNetwork, SongUNet
 from cm_jax.objectives import Models
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.parallelism import OneDevice, Parallelism, Pmap, Sharded, check_batch_size
@@ -25,6 +26,8 @@ from cm_jax.training.run.evaluation_hook import Evaluator, make_evaluator
 from cm_jax.training.step import Constants, Curves, StepBatch, TrainingStep, TrainState
 from cm_jax.types import Params
 
+RUNTIME_FIELDS = ("dropout", "dropout_size", "precision", "attention", "rematerialize")
+"""Fields of a network that do not change the meaning of its parameters."""
 MAX_RESIDENT_BYTES = 512 * 2**20
 """Larger data sets are not copied to the devices."""
 
@@ -43,6 +46,8 @@ class TrainingSetup:
     perceptual: Params | None
     """Weights of a perceptual distance (LPIPS)."""
     evaluator: Evaluator | None = None
+    notes: tuple[str, ...] = ()
+    """What the user should know about the checkpoint that the network comes from."""
 
     @property
     def resident(self) -> InMemory | None:
@@ -95,10 +100,19 @@ class TrainingSetup:
         return self.parallelism.compile(functools.partial(self.step.run_steps, self.parallelism), self.abstract_state())
 
 
-def prepare(config: TrainConfig, progress: Callable[[int, int], None] | None = None) -> TrainingSetup:
-    """Set up a run. `progress` is called with (images, total) while data are decoded. Raises InputError."""
-    parallelism, network, objective = make_parallelism(config), config.network, config.objective
-    teacher, function = _read_teacher(config), None
+def prepare(
+    config: TrainConfig, progress: Callable[[int, int], None] | None = None, stored: AnyNetwork | None = None
+) -> TrainingSetup:
+    """Set up a run. Raises InputError.
+
+    progress: called with (images, total) while data are decoded. stored: the network of a run that resumes, if it
+    inherits one, so that the checkpoint is not needed again.
+    """
+    parallelism, objective = make_parallelism(config), config.objective
+    teacher, function, notes = _read_teacher(config), None, ()
+    if config.inherit_network and config.initial_checkpoint:
+        config, notes = _inherit_network(config, stored, teacher)
+    network = config.network
     if teacher is not None:
         at_precision = teacher.config.network.at_precision(network.precision)
         function = dataclasses.replace(teacher.config.function, network=at_precision)
@@ -116,7 +130,7 @@ def prepare(config: TrainConfig, progress: Callable[[int, int], None] | None = N
     if objective.distance is not None:  # raises InputError for images that the distance cannot compare
         pixels = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
         jax.eval_shape(objective.distance.with_weights(perceptual), pixels, pixels)
-    return TrainingSetup(config, dataset, saved, parallelism, step, teacher, perceptual, evaluator)
+    return TrainingSetup(config, dataset, saved, parallelism, step, teacher, perceptual, evaluator, notes)
 
 
 def make_parallelism(config: TrainConfig) -> Parallelism:
@@ -179,12 +193,30 @@ def _read_checkpoint(name: str, flag: str) -> Source:
         raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
 
+def _inherit_network(
+    config: TrainConfig, stored: AnyNetwork | None, teacher: Source | None
+) -> tuple[TrainConfig, tuple[str, ...]]:
+    """The config with the network of the initial checkpoint, and notes for the user."""
+    notes: tuple[str, ...] = ()
+    if stored is None:
+        source = teacher if teacher and not config.init_from else _read_checkpoint(config.init_from, "init-from")
+        stored, notes = source.config.network, source.notes
+    network = _with_runtime_fields(stored, config.network)
+    given, found = serialization.encode(config.network), serialization.encode(network)
+    if changes := serialization.differences(given, found, "network", there="given"):
+        notes += (f"The network is that of {config.initial_checkpoint}:\n  {indented_list(changes)}",)
+    return dataclasses.replace(config, network=network), notes
+
+
+def _with_runtime_fields(network: AnyNetwork, given: AnyNetwork) -> AnyNetwork:
+    return dataclasses.replace(network, **{name: getattr(given, name) for name in RUNTIME_FIELDS})
+
+
 def _check_initial_weights(config: TrainConfig, source: Source) -> None:
     """Raise InputError if the student cannot be initialized from a checkpoint."""
-    found, expected = source.config.network, config.network
-    if type(found) is type(expected):  # these fields do not change the meaning of the parameters
-        runtime = ("dropout", "precision", "attention", "rematerialize")
-        found = dataclasses.replace(found, **{name: getattr(expected, name) for name in runtime})  # type: ignore[type-var]
+    found, expected = _with_runtime_fields(source.config.network, config.network), config.network
+    if isinstance(found, SongUNet) and isinstance(expected, SongUNet):  # a setting of the random weights alone
+        found = dataclasses.replace(found, fourier_scale=expected.fourier_scale)
     encoded = serialization.encode(found), serialization.encode(expected)
     complaints = serialization.differences(*encoded, there="in the checkpoint")
     sigma, theirs, ours = jnp.full(1, 2.0), source.config.preconditioning, config.preconditioning
@@ -193,5 +225,5 @@ def _check_initial_weights(config: TrainConfig, source: Source) -> None:
     if complaints:
         raise InputError(
             f"The network in {source.path} differs from this run's:\n  {indented_list(complaints)}\n"
-            "Give --network and --preconditioning the checkpoint's values, or --init-from fresh."
+            "Take its network with --inherit-network and give --preconditioning its values, or use --init-from fresh."
         )

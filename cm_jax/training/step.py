@@ -107,6 +107,7 @@ class TrainingStep:
         self, state: TrainState, constants: Constants, batch: StepBatch, key: Key[Array, ""], parallelism: Parallelism
     ) -> tuple[TrainState, Metrics]:
         """One step. `batch` is this device's share of the global batch; `key` is the same for the whole run."""
+        state = state._replace(params=self.models.student.network.constrain(state.params))
         keys = image_keys(key, state.batches, parallelism.image_indices(len(jax.tree.leaves(batch)[0])))
         teacher = constants.teacher if state.teacher is None else state.teacher
         frozen = FrozenParams(parallelism.gather(state.target), parallelism.gather(teacher), constants.perceptual)

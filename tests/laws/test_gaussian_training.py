@@ -94,6 +94,9 @@ class Affine:
     def prepare(self, params):
         return params
 
+    def constrain(self, params):
+        return params
+
     def at_precision(self, precision):
         return self
 

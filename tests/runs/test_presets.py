@@ -15,6 +15,9 @@ COUNTS = {
     "emoji32": 6_990_467,
     "cifar10": 0,
     "imagenet64": 295_899_267,
+    **dict.fromkeys(
+        ("imagenet64-ect", "imagenet64-sct", "imagenet64-scd"), 280_210_021
+    ),  # EDM2-S and 640 numbers of its Fourier features
     "lsun256": 526_304_771,
 }
 
@@ -33,7 +36,7 @@ def test_presets_match_their_names(name):
     make_step(settings, teacher)
     family = name.split("-")[0]
     if COUNTS[family] and not settings.network.interval_embedding:
-        assert settings.network.parameter_count() == COUNTS[family]
+        assert settings.network.parameter_count() == COUNTS.get(name, COUNTS[family])
     steps = settings.images // settings.batch_size
     curriculum = settings.objective.curriculum
     assert getattr(curriculum, "steps", steps) == steps

@@ -208,6 +208,12 @@ class Model:
         """Class numbers of `labels` for `count` images; None for an unconditional model."""
         return self.config.class_numbers(labels, count)
 
+    def vae_latents(self, images: ImageArray) -> Float[np.ndarray, "b h w c"]:
+        """Samples of a model of latents (EDM2 at 512 pixels) as its autoencoder's decoder expects them, NHWC."""
+        if self.config.latents is None:
+            raise InputError("Expected a model of latents, got one of images: its samples need no decoder.")
+        return self.config.latents.decodable(np.asarray(images, np.float32))
+
     def save(self, directory: str | Path) -> None:
         """Write a native checkpoint in the current precision of the parameters."""
         native.save(Path(directory), self.config, self.params)

@@ -1,4 +1,4 @@
-"""Download of OpenAI's published checkpoints into the user's cache: resumable, with size and checksum verified."""
+"""Download of published checkpoints into the user's cache: resumable, with size and checksum verified."""
 
 import base64
 import contextlib
@@ -18,15 +18,15 @@ from cm_jax.errors import InputError
 from cm_jax.io.atomic import fsync_path, user_cache
 
 URL = "https://openaipublic.blob.core.windows.net/consistency"
-"""Address of the files of openai/consistency_models; the environment variable CM_JAX_CHECKPOINT_URL replaces it."""
+"""Address of the files of openai/consistency_models."""
 _CHUNK = 2**20
 _TIMEOUT = 30.0
 """Seconds without an answer or data after which a connection counts as interrupted."""
 
 
-def url_of(file: str) -> str:
-    """The address of a published file."""
-    return f"{os.environ.get('CM_JAX_CHECKPOINT_URL', URL).rstrip('/')}/{file}"
+def url_of(file: str, address: str = URL) -> str:
+    """The URL of a published file. The environment variable CM_JAX_CHECKPOINT_URL replaces all addresses."""
+    return f"{os.environ.get('CM_JAX_CHECKPOINT_URL', address).rstrip('/')}/{file}"
 
 
 def stored(file: str) -> Path:
@@ -34,14 +34,14 @@ def stored(file: str) -> Path:
     return user_cache("checkpoints") / file
 
 
-def download(file: str) -> Path:
-    """Download a published file unless it is stored already; return its path.
+def download(file: str, address: str = URL) -> Path:
+    """Download a published file, the part of its URL after `address`, unless it is stored already; return its path.
 
     An interrupted download leaves a .part file and is resumed by the next call. The file gets its name only after its
     size, and its MD5 where the server states one, have been verified. Raises InputError if the server cannot be
     reached, has no such file or breaks the connection, for a wrong checksum, and for a full disk.
     """
-    url, destination = url_of(file), stored(file)
+    url, destination = url_of(file, address), stored(file)
     if destination.is_file():
         return destination
     with _errors(url, destination):

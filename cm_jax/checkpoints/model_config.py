@@ -2,9 +2,10 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from cm_jax.checkpoints import class_labels, serialization
 from cm_jax.checkpoints.class_labels import ClassLabels
@@ -22,6 +23,27 @@ from cm_jax.networks import ADMUNet, AnyNetwork
 
 FORMAT = 1
 """Version of the config format. A newer one is refused with the advice to upgrade."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """The latents of an autoencoder that a model samples in place of images: x = scale * latent + bias (EDM2)."""
+
+    autoencoder: str
+    """Its name on the Hugging Face Hub."""
+    scale: tuple[float, ...]
+    """One for each channel, as is bias."""
+    bias: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", tuple(self.scale))
+        object.__setattr__(self, "bias", tuple(self.bias))
+        if not (all(map(math.isfinite, self.scale + self.bias)) and all(self.scale)):
+            raise InputError(f"Expected finite scales and biases of latents, and no scale of 0, got {self}.")
+
+    def decodable(self, x: Float[np.ndarray, "... c"]) -> Float[np.ndarray, "... c"]:
+        """(x - bias) / scale, the input of the autoencoder's decoder."""
+        return (x - np.asarray(self.bias, np.float32)) / np.asarray(self.scale, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +65,8 @@ class ModelConfig:
     consistency: bool | None = None
     """Whether it is a consistency function; None: as the preconditioning implies. ECT and sCM train consistency
     functions with the preconditioning of a denoiser."""
+    latents: Latents | None = None
+    """For a model of latents in place of images."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -50,6 +74,8 @@ class ModelConfig:
         check_int("num_levels", self.num_levels, 2, 2**20)
         if self.class_names and len(self.class_names) != self.network.classes:
             raise InputError(f"{len(self.class_names)} class names for {self.network.classes} classes.")
+        if self.latents and not len(self.latents.scale) == len(self.latents.bias) == self.network.image_channels:
+            raise InputError(f"Expected {self.network.image_channels} scales and biases, got {self.latents}.")
         for steps in self.tuned_timesteps:
             if any(a <= b for a, b in itertools.pairwise((self.num_levels, *steps))) or steps[-1:] != (0,):
                 expected = f"tuned timesteps that descend from below num_levels={self.num_levels} to 0"
@@ -85,6 +111,14 @@ class ModelConfig:
         if self.consistency is not None:
             return self.consistency
         return isinstance(self.preconditioning, ConsistencyPreconditioning | MeanFlowPreconditioning)
+
+    def check_pixels(self) -> None:
+        """Raise InputError for a model of latents, whose samples only its autoencoder turns into images."""
+        if self.latents is not None:
+            raise InputError(
+                f"Expected a model of images, got one of latents of {self.latents.autoencoder}: sample them into an "
+                ".npz file, and decode them with that autoencoder."
+            )
 
     def class_numbers(self, labels: ClassLabels | None, count: int) -> Int[np.ndarray, " n"] | None:
         """Class numbers for `count` images; None for an unconditional model.

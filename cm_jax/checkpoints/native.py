@@ -129,7 +129,7 @@ def is_single_file(path: Path) -> bool:
 
 def save_file(path: Path, config: ModelConfig, params: Params) -> None:
     """Write a single file in the precision of the parameters. Raises InputError where `path` cannot be written."""
-    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in leaves(params)}
+    tensors = {name: np.asarray(leaf, order="C") for name, leaf in leaves(params)}
     text = config.to_json()
     with atomic_write(path) as beside, write_errors(path):
         write_safetensors(beside, tensors, {_CONFIG: text, _CHECKSUM: _file_checksum(text, tensors)})

@@ -1,13 +1,15 @@
 """Published and bundled checkpoints by name: their settings, and their files.
 
 N and tuned timesteps are those of OpenAI's sampling commands (openai/consistency_models, scripts/launch.sh;
-openai/consistency_models_cifar10, launch.sh and its notebook).
+openai/consistency_models_cifar10, launch.sh and its notebook). The names of EDM's and EDM2's files are those of
+NVlabs/edm and NVlabs/edm2.
 """
 
 import dataclasses
 import functools
 import importlib.resources
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from cm_jax.checkpoints import download, hub, native
 from cm_jax.errors import InputError, nearest
 
 _ASSETS = Path(str(importlib.resources.files("cm_jax.assets")))
+_EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
+_EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
+_EDM_LICENSE = "CC BY-NC-SA 4.0, for non-commercial use"
 _EMOJI_CLASSES = (
     "Smileys & Emotion/People & Body/Animals & Nature/Food & Drink/Travel & Places/Activities/Objects/Symbols/Flags"
 )
@@ -39,7 +44,9 @@ class Published:
     head_dim: int = 64
     class_names: tuple[str, ...] = ()
     path: str = ""
-    """Path below the address of OpenAI's checkpoints; by default the name and ".pt"."""
+    """Path of the file below `address`; by default the name and ".pt"."""
+    address: str = download.URL
+    license: str = ""
 
     @property
     def preconditioning(self) -> str:
@@ -48,6 +55,10 @@ class Published:
     @property
     def file(self) -> str:
         return self.path or f"{self.name}.pt"
+
+    @property
+    def url(self) -> str:
+        return download.url_of(self.file, self.address)
 
 
 @functools.cache
@@ -105,9 +116,41 @@ def published_cifar10() -> dict[str, Published]:
     return {entry.name: entry for entry in known}
 
 
+@functools.cache
+def published_edm() -> dict[str, Published]:
+    """The checkpoints of EDM, and of EDM2 those with the best FIDs, by name. `edm2` knows the others."""
+
+    def entry(name: str, parameters: int) -> Published:
+        path = f"baseline/{name}.pkl" if name.startswith("baseline-") else f"{name}.pkl"
+        return Published(name, parameters=parameters, path=path, address=_EDM_URL, license=_EDM_LICENSE)
+
+    names = {
+        **{f"edm-cifar10-32x32-{kind}": 55_700_000 for kind in ("cond-vp", "cond-ve", "uncond-vp", "uncond-ve")},
+        **{f"edm-{data}-64x64-uncond-{kind}": 61_800_000 for data in ("ffhq", "afhqv2") for kind in ("vp", "ve")},
+        **{f"{kind}-imagenet-64x64-cond-adm": 295_900_000 for kind in ("edm", "baseline")},
+        **{f"baseline-cifar10-32x32-{kind}": 61_800_000 for kind in ("cond-vp", "uncond-vp", "uncond-ve")},
+        **{f"baseline-{data}-64x64-uncond-ve": 62_800_000 for data in ("ffhq", "afhqv2")},
+    }
+    best = (
+        *("64-s-1073741-0.075", "64-m-2147483-0.060", "64-l-1073741-0.040", "64-xl-0671088-0.040"),
+        *("512-xs-2147483-0.135", "512-s-2147483-0.130", "512-m-2147483-0.100", "512-l-1879048-0.085"),
+        *("512-xl-1342177-0.085", "512-xxl-0939524-0.070", "512-xs-uncond-2147483-0.045"),
+    )
+    found = [entry(*item) for item in names.items()] + [edm2(f"edm2-img{name}") for name in best]
+    return {entry.name: entry for entry in found if entry}
+
+
+def edm2(name: str) -> Published | None:
+    """EDM2's checkpoint of this name, edm2-DATA-SIZE[-uncond]-KIMG-STD: thousands of training images, width of the EMA."""
+    if not re.fullmatch(r"edm2-img(64|512)-(xs|s|m|l|xl|xxl)(-uncond)?-\d{7}-0\.\d{3}", name):
+        return None
+    return Published(name, path=f"{name}.pkl", address=_EDM2_URL, license=_EDM_LICENSE)
+
+
 def remote() -> dict[str, Published]:
-    """OpenAI's checkpoints that can be downloaded, by name."""
-    return {name: entry for name, entry in published().items() if name not in BUNDLED} | published_cifar10()
+    """Checkpoints that can be downloaded, by name."""
+    openai = {name: entry for name, entry in published().items() if name not in BUNDLED}
+    return openai | published_cifar10() | published_edm()
 
 
 def recognize(path: Path) -> Published | None:
@@ -183,12 +226,14 @@ def _named(name: str, *, fetch: bool) -> Path:
     """The checkpoint of a bundled or published name."""
     if name in BUNDLED:
         return BUNDLED[name]
-    if entry := remote().get(name.removesuffix(".pt")):
+    stem = name.removesuffix(".pt").removesuffix(".pkl")
+    if entry := remote().get(stem) or edm2(stem):
         if fetch or download.stored(entry.file).is_file():
-            return download.download(entry.file)
+            return download.download(entry.file, entry.address)
+        license = f" License: {entry.license}." if entry.license else ""
         raise InputError(
             f"{name} is a published checkpoint that has not been downloaded: run `cm-jax download {entry.name}`, or "
-            "cm_jax.load with download=True."
+            f"cm_jax.load with download=True. It is at {entry.url}.{license}"
         )
     owner = name.partition("/")[0]
     if hub.split_id(name) and os.path.lexists(owner):

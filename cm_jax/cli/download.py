@@ -13,10 +13,11 @@ from cm_jax.cli.running import say
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """Download a published checkpoint of OpenAI, or a model of the Hugging Face Hub; without a name, list them.
+    """Download a published checkpoint of OpenAI, EDM or EDM2, or a model of the Hugging Face Hub.
 
     Afterwards the name alone loads it: `cm-jax sample NAME`. An interrupted download of a published checkpoint is
-    resumed by the same command. OpenAI's model card restricts its weights to research.
+    resumed by the same command. OpenAI's model card restricts its weights to research; those of EDM and EDM2 are
+    licensed under CC BY-NC-SA 4.0, for non-commercial use.
     """
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""

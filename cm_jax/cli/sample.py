@@ -1,6 +1,7 @@
 """`sample`: sample images from a checkpoint."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.labels import LabelTexts, read_labels
 from cm_jax.cli.options import LARGEST_GRID, Network, Sampling
@@ -42,7 +44,7 @@ class Sample(Sampling, Network):
     Default: random classes."""
     output: Path = Path("samples.png")
     """NAME.png: a grid of all images. NAME.npz: arr_0 (images) and arr_1 (labels), as evaluators read them. Any other
-    name: a folder of PNG files. Images of other than 1 or 3 channels are written as .npz."""
+    name: a folder of PNG files. Images of other than 1 or 3 channels, and latents, are written as .npz."""
     rgba: bool = False
     """Write images of 4 channels as RGBA PNG files."""
     quantization: Quantization = "round"
@@ -60,7 +62,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     network = model.config.network
     plan = args.plan(model)
     labels, count, columns = _labels_and_count(model, args)
-    output = _output_for(args, network.image_shape[2])
+    output = _output_for(args, model.config)
     _check_output(output, count)
     kind = "consistency model" if model.config.distilled else "EDM denoiser"
     classes = f", {network.classes} classes" if network.classes else ""
@@ -71,7 +73,8 @@ def main(prog: str, words: Sequence[str]) -> None:
     with stopwatch() as elapsed:
         batches = model.batches(args.seed, count, plan, labels=labels, batch_size=args.batch_size)
         say(f"Sampling {count} images: {_described(plan)}, seed {args.seed}.")
-        images = np.concatenate([quantize(batch, args.quantization) for batch in progress(batches, count)])
+        convert = model.vae_latents if model.config.latents else functools.partial(quantize, how=args.quantization)
+        images = np.concatenate([convert(batch) for batch in progress(batches, count)])
     took = elapsed()
 
     suffix = output.suffix.lower()
@@ -85,11 +88,17 @@ def main(prog: str, words: Sequence[str]) -> None:
     say(f"Sampled {count} images in {took}. Wrote {output}.")
 
 
-def _output_for(args: Sample, channels: int) -> Path:
+def _output_for(args: Sample, config: ModelConfig) -> Path:
     """The output, or an .npz file in its place if PNG files cannot hold the images, which is printed."""
-    output, suffix = args.output, args.output.suffix.lower()
-    if args.rgba and channels != 4:
-        raise InputError(f"--rgba applies to models with 4 channels, this one has {channels}: leave it out.")
+    output, suffix, channels = args.output, args.output.suffix.lower(), config.network.image_channels
+    if args.rgba and (channels != 4 or config.latents):
+        found = "latents" if config.latents else channels
+        raise InputError(f"--rgba applies to models with 4 channels, this one has {found}: leave it out.")
+    if config.latents:
+        output = output.with_name(output.name.removesuffix(".png").removesuffix(".npz") + ".npz")
+        decoder = config.latents.autoencoder
+        say(f"The samples are latents of {decoder}: they are written to {output}, in float32, for its decoder.")
+        return output
     if suffix == ".npz" or fits_png(channels, args.rgba):
         return output
     output = output.with_suffix(".npz") if suffix == ".png" else output.with_name(f"{output.name}.npz")

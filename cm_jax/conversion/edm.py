@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.model_config import Latents, ModelConfig
 from cm_jax.checkpoints.published import imagenet_classes
 from cm_jax.conversion import edm_names
 from cm_jax.conversion.persistence import Record, read_persistent
+from cm_jax.conversion.pickles import pickled_array
 from cm_jax.conversion.rules import Tensors, from_source, to_source
 from cm_jax.diffusion.noise_schedule import EDM_TIME, NUM_LEVELS, KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
@@ -26,6 +27,7 @@ from cm_jax.diffusion.preconditioning import (
     VPPreconditioning,
 )
 from cm_jax.errors import InputError
+from cm_jax.io.atomic import read_errors
 from cm_jax.networks import AnyNetwork, EDM2UNet
 from cm_jax.types import Params, leaves, nested
 
@@ -100,13 +102,13 @@ def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | No
     network = _with_attributes(path, network, arguments, inner, modules)
     trained = preconditioning or _kind(content, outer, inner, arguments, tensors)
     config = _config(path, network, outer, trained, _class_names(network.classes, content))
-    notes = (_LICENSE,) if outer.kind != "Precond" or network.image_channels != 4 else (_LICENSE, _LATENT_NOTE)
+    config = dataclasses.replace(config, latents=_latents(path, content))
+    notes = (_LICENSE, _LATENT_NOTE) if config.latents else (_LICENSE,)
     return _finished(path, config, tensors, prefix, notes)
 
 
 _LATENT_NOTE = (
-    "This model samples latents of stabilityai/sd-vae-ft-mse, not images: write them as .npz and decode them with that "
-    "VAE."
+    "This model samples latents of an autoencoder, not images: `sample` writes them to an .npz file for its decoder."
 )
 
 
@@ -204,6 +206,16 @@ def _with_attributes(
         if heads and isinstance(channels, int) and network.heads_for(channels) != heads:
             raise InputError(f"{path} has {heads} attention heads at {channels} channels, which is not supported.")
     return network
+
+
+def _latents(path: Path, content: dict[str, Any]) -> Latents | None:
+    """The latents that the network was trained on; None for images."""
+    encoder = content.get("encoder")
+    if not isinstance(encoder, Record) or encoder.kind != "StabilityVAEEncoder":
+        return None
+    with read_errors(path, "pickle of the EDM family"):
+        scale, bias = (pickled_array(encoder.state[name]).read().ravel().tolist() for name in ("scale", "bias"))
+    return Latents(str(encoder.state.get("vae_name"))[:100], tuple(scale), tuple(bias))
 
 
 def _number(path: Path, values: dict[str, Any], name: str, default: Any, least: float, most: float) -> Any:

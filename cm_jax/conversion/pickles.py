@@ -78,10 +78,11 @@ def read_arrays(path: Path) -> dict[str, LazyTensor]:
     allowed = {("numpy", "ndarray"): None, **dict.fromkeys([("numpy", "dtype"), *reconstruct], Inert)}
     with read_errors(path, "pickle of NumPy arrays"):
         tree = RestrictedUnpickler(path, io.BytesIO(path.read_bytes()), allowed).load()
-        return {name: _array(leaf) for name, leaf in leaves(tree)}
+        return {name: pickled_array(leaf) for name, leaf in leaves(tree)}
 
 
-def _array(pickled: Inert) -> LazyTensor:
+def pickled_array(pickled: Inert) -> LazyTensor:
+    """A pickled NumPy array. Raises ValueError for one that does not hold floating-point numbers."""
     _, shape, dtype, column_major, content = pickled.state
     array = np.frombuffer(content, number_type(dtype)).reshape(shape, order="F" if column_major else "C")
     return LazyTensor(array.shape, array.dtype, lambda: array)

@@ -66,6 +66,7 @@ def sample_grids(
 
     label None: a random class for each image. Raises InputError.
     """
+    model.config.check_pixels()
     check_int("Steps", steps, 2, MAX_STEPS)
     check_int("Number of images", count, 1, MAX_IMAGES)
     if not fits_png(channels := model.config.network.image_shape[2], rgba=False):

@@ -57,6 +57,7 @@ def of_model(
 ) -> ImageSet:
     """Samples of a model: images 0 ... count - 1 of `seed` with random classes, rounded to 8 bits."""
     check_int("The number of images", count, 1, 10**9)
+    model.config.check_pixels()
 
     def batches() -> Iterator[np.ndarray]:
         for images in model.batches(seed, count, plan, batch_size=batch_size):

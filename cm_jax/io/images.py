@@ -70,8 +70,14 @@ def save_folder(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np
             picture_of(picture).save(beside / f"{index:06d}{suffix}.png")
 
 
-def save_npz(path: Path, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"] | None) -> None:
-    """Write the archive that OpenAI's evaluator reads: arr_0, uint8 NHWC images; arr_1, int64 labels if given."""
+def save_npz(
+    path: Path,
+    images: UInt8[np.ndarray, "b h w c"] | Float[np.ndarray, "b h w c"],
+    labels: Int[np.ndarray, " b"] | None,
+) -> None:
+    """Write the archive that OpenAI's evaluator reads: arr_0, NHWC images (uint8; float32 for latents); arr_1, int64
+    labels if given.
+    """
     with atomic_write(path) as beside:
         arrays = [images] if labels is None else [images, labels.astype(np.int64)]
         with beside.open("wb") as file:

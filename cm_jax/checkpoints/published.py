@@ -141,7 +141,7 @@ def published_edm() -> dict[str, Published]:
 
 
 def edm2(name: str) -> Published | None:
-    """EDM2's checkpoint of this name, edm2-DATA-SIZE[-uncond]-KIMG-STD: thousands of training images, width of the EMA."""
+    """EDM2's checkpoint of this name, edm2-DATA-SIZE[-uncond]-KIMG-STD: thousands of images, width of the EMA."""
     if not re.fullmatch(r"edm2-img(64|512)-(xs|s|m|l|xl|xxl)(-uncond)?-\d{7}-0\.\d{3}", name):
         return None
     return Published(name, path=f"{name}.pkl", address=_EDM2_URL, license=_EDM_LICENSE)

@@ -111,8 +111,8 @@ def imagenet64_ect() -> TrainConfig:
 
 
 def imagenet64_sct() -> TrainConfig:
-    """Continuous-time consistency training of EDM2-S, edm2-img64-s-1073741-0.075.pkl (sCT with XL, trained with TrigFlow
-    first: FID 2.04, in two steps 1.48).
+    """Continuous-time consistency training of EDM2-S, edm2-img64-s-1073741-0.075.pkl (sCT with XL, trained with
+    TrigFlow first: FID 2.04, in two steps 1.48).
     """
     return _config(
         network=replace(_EDM2_NETWORK, dropout=0.45, dropout_size=16, attention="plain"),

@@ -12,11 +12,15 @@ from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA, Halving, Progressive
 from cm_jax.diffusion.losses import PseudoHuber
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
-from cm_jax.networks import ADMUNet
+from cm_jax.errors import InputError
+from cm_jax.networks import ADMUNet, EDM2UNet
 from cm_jax.objectives import (
+    AdaptiveWeight,
+    Batch,
     ConsistencyDistillation,
     ConsistencyTraining,
     Denoising,
+    FrozenParams,
     Models,
     ProgressiveDistillation,
 )
@@ -24,6 +28,7 @@ from cm_jax.training.ema import ConstantEMA, PowerEMA
 from cm_jax.training.optimizers import Adam, ConstantRate, RAdam
 from cm_jax.training.parallelism import OneDevice, Pmap, Sharded
 from cm_jax.training.step import Constants, StepBatch, TrainingStep, image_keys, load_batch
+from cm_jax.types import leaves
 from tests.toy import ToyNetwork
 
 TOY = ToyNetwork()
@@ -253,3 +258,63 @@ def test_pseudo_huber_pairs_train_too():
     objective = ConsistencyTraining(Constant(6), distance=PseudoHuber())
     _, metrics = run(distilling(TOY, objective=objective, target_ema=None), TOY, OneDevice(), raw_batches(TOY, 3, 4))
     assert np.isfinite(metrics["loss"]).all()
+
+
+EDM2 = EDM2UNet(
+    image_size=8,
+    base_channels=16,
+    channel_mult=(1, 2),
+    blocks_per_level=1,
+    attention_factors=(),
+    head_dim=16,
+    classes=3,
+)
+
+
+def test_edm2_kernels_are_normalized_before_each_gradient():
+    """With a learning rate of zero, a step returns the parameters at which it takes the gradient."""
+    start = jax.tree.map(lambda leaf: 3 * leaf + 0.1, EDM2.initialize(jax.random.key(1)))
+    models = Models(ConsistencyFunction(EDM2, EDMPreconditioning()))
+    step = TrainingStep(Denoising(uncertainty=True), models, Adam(ConstantRate(1e-30)))
+    across, batches = OneDevice(), raw_batches(EDM2, 1, 2)
+    state = across.place_state(step.initial_state(start))
+    program = across.compile(functools.partial(step.run_steps, across), state)
+    after, metrics = program(state, Constants(), across.place_batches(batches), KEY)
+    for path, leaf in leaves(after.params):
+        if path.endswith("/kernel"):
+            rms = np.sqrt(np.square(leaf).mean(tuple(range(leaf.ndim - 1))))
+            np.testing.assert_allclose(rms, 1, rtol=2e-4, err_msg=path)
+    assert np.isfinite(metrics["loss"]).all()
+    assert float(metrics["gradient_norm"][0]) > 0
+
+
+def test_normalizing_edm2_kernels_keeps_the_function():
+    params = jax.tree.map(lambda leaf: 3 * leaf + 0.1, EDM2.initialize(jax.random.key(1)))
+    x, labels = jax.random.normal(KEY, (2, 8, 8, 3)), jnp.arange(2)
+    predict = jax.jit(EDM2.predict)
+    before, after = (predict(each, x, jnp.ones(2), labels) for each in (params, EDM2.constrain(params)))
+    assert float(jnp.abs(before).max()) > 0.01
+    np.testing.assert_allclose(after, before, atol=1e-3 * float(jnp.abs(before).max()))
+    assert UNET.constrain(params) is params
+
+
+def test_the_uncertainty_weights_the_loss_of_a_denoiser():
+    """e^-u loss + u, for networks with an uncertainty head and without another learned weight."""
+    function = ConsistencyFunction(EDM2, EDMPreconditioning())
+    params, batch = EDM2.initialize(jax.random.key(1)), Batch(jnp.ones((2, 8, 8, 3)), jnp.arange(2))
+    keys = jax.random.split(KEY, 2)
+
+    def evaluate(objective, params):
+        return objective(Models(function), params, FrozenParams(), batch, keys, jnp.int32(0))
+
+    plain, metrics = evaluate(Denoising(), params)
+    weighted, _ = evaluate(Denoising(uncertainty=True), params)
+    u = EDM2.log_variance(params, EDMPreconditioning().c_noise(metrics["sigma"]))
+    np.testing.assert_allclose(weighted, np.exp(-u) * plain + u, rtol=1e-5)
+    assert float(jnp.abs(u).max()) > 0.01
+    for objective, network in (
+        (Denoising(uncertainty=True), UNET),
+        (Denoising(uncertainty=True, adaptive=AdaptiveWeight()), EDM2),
+    ):
+        with pytest.raises(InputError, match="uncertainty"):
+            objective.check(Models(ConsistencyFunction(network, EDMPreconditioning())))

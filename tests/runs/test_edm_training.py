@@ -155,7 +155,7 @@ def test_a_model_of_latents_samples_into_an_npz_file_for_the_decoder(tmp_path, c
     said = succeeded(
         capsys, main, "sample", str(LATENTS), "--count", "2", "--steps", "1", "--output", str(tmp_path / "x.png")
     )
-    assert "latents of stabilityai/sd-vae-ft-mse: writing" in said
+    assert "latents of stabilityai/sd-vae-ft-mse: they are written to" in said
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
     model = cm_jax.load(LATENTS)
     with np.load(tmp_path / "x.npz") as written:

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from cm_jax import cli
 from cm_jax.checkpoints import native
 from cm_jax.conversion import read
+from cm_jax.conversion.torch_files import LEGACY
 from cm_jax.data import NpzData
 from cm_jax.errors import InputError
 from cm_jax.evaluation.features import read_statistics
-from cm_jax.presets import PRESETS
 from cm_jax.training import loop
 from cm_jax.training.run import state_io
 from cm_jax.training.run.processes import DamagedError
@@ -204,14 +204,25 @@ def test_keys_of_another_shape_are_refused(good, tmp_path):
         state_io.read(tmp_path / "state.npz", seeds.STATE)
 
 
+def test_code_in_a_storage_of_an_edm_pickle_is_refused(tmp_path, good, monkeypatch):
+    """A storage is a pickle within the pickle; code in it creates CANARY if it runs."""
+    monkeypatch.chdir(tmp_path)
+    content, payload = (good / "edm.pkl").read_bytes(), pickle.dumps(payloads._Calls(exec, "open('CANARY', 'w')"), 2)
+    place = content.index(LEGACY)
+    Path("edm.pkl").write_bytes(content[:place] + payload + content[place + len(payload) :])
+    with pytest.raises(InputError, match="edm"):
+        read(Path("edm.pkl"))
+    assert not Path("CANARY").exists()
+
+
 def test_a_run_config_that_is_not_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(InputError, match="is not the config of a run"):
-        loop._save_config(tmp_path, PRESETS["emoji32-edm"]())
+        loop._stored_config(tmp_path / "config.json")
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
-        loop._save_config(tmp_path, PRESETS["emoji32-edm"]())
+        loop._stored_config(tmp_path / "config.json")
 
 
 LONG = "x" * 300

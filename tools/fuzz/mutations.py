@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from cm_jax.conversion.torch_files import LEGACY
 from tools.fuzz import payloads
 from tools.fuzz.damage import Damage, damaged, json_damaged, npy_damaged, safetensors_damaged, zip_damaged
 
@@ -77,6 +78,16 @@ def legacy_pickle(content: bytes, rng: random.Random) -> bytes:
     """A payload instead of one of the five pickles at the beginning."""
     end = content.index(b".", rng.choice([0, 30, 40, 60, 200])) + 1
     return content[:end] + rng.choice(_pickles()) + content[end:] if rng.random() < 0.5 else injected(content, rng)
+
+
+def persistence_pickle(content: bytes, rng: random.Random) -> bytes:
+    """A pickle of the EDM family with a payload in place of a storage, which is a pickle in itself, or with a cut."""
+    starts = [place for place in range(len(content)) if content.startswith(LEGACY, place)]
+    place = rng.choice(starts)
+    if rng.random() < 0.3:
+        return content[: rng.randrange(len(content))]
+    payload = rng.choice(_pickles())[: rng.choice([40, 200, 2000])]
+    return content[:place] + payload + content[place + len(payload) :]
 
 
 def bomb(content: bytes, rng: random.Random) -> bytes:

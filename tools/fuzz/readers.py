@@ -22,7 +22,6 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation import features
 from cm_jax.evaluation.image_sets import open_images
 from cm_jax.feature_networks import lpips
-from cm_jax.presets import PRESETS
 from cm_jax.training import loop
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.run.folder import RunFolder
@@ -40,6 +39,7 @@ from tools.fuzz.mutations import (
     legacy_pickle,
     npz,
     one_of,
+    persistence_pickle,
     png,
     zipped_pickle,
 )
@@ -92,6 +92,10 @@ def _read_jcm(folder: Path, rng: random.Random) -> None:
     read(folder / "jcm", _hints(rng, _JCM_HINTS))
 
 
+def _read_edm(folder: Path, rng: random.Random) -> None:
+    read(folder / "edm.pkl")
+
+
 def _read_run(folder: Path, rng: random.Random) -> None:
     """Every way to resume a run or to load from it."""
     run = folder / "run"
@@ -101,7 +105,7 @@ def _read_run(folder: Path, rng: random.Random) -> None:
         lambda: read_metrics(run / METRICS),
         lambda: read_metrics(run / EVALUATIONS),
         lambda: record_start(run, 10, ["train.py"]),
-        lambda: loop._save_config(run, PRESETS["emoji32-edm"]()),
+        lambda: loop._stored_config(run / "config.json"),
         lambda: _resume(run),
         lambda: MetricsLog(run, 5).close(),
     ]
@@ -254,6 +258,12 @@ READERS: tuple[Target, ...] = (
         _is_run_record,
     ),
     Target("config of a run", _read_train_config, ("training.json",), in_file("training.json", json_damaged)),
+    Target(
+        "EDM family (persistence pickle)",
+        _read_edm,
+        ("edm.pkl",),
+        in_file("edm.pkl", damaged, injected, persistence_pickle),
+    ),
     Target("jcm (MessagePack)", _read_jcm, ("jcm",), in_file("jcm", damaged)),
     Target(
         "weights of a metric network",

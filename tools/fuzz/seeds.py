@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ CONFIG = ModelConfig(
 JCM_NETWORK = SongUNet(image_size=8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1)
 WEIGHTS = {"vgg16": {"conv1_1": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}, "heads": {}}
 """Instead of the 58 MB of VGG16, which would be written for each input."""
+_EDM_PICKLE = Path(__file__).parents[2] / "tests" / "data" / "edm" / "edm2_guide_uncond.pkl"
 STATE = {"params": {"kernel": jnp.ones((4, 8)), "half": jnp.ones(8, jnp.bfloat16)}, "key": jax.random.key(0)}
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
 
@@ -53,6 +55,7 @@ def write(top: Path) -> None:
     tensors = to_source(OPENAI.rules(NETWORK), params)
     write_torch(top / "openai.pt", tensors)
     _torch_files(top, tensors)
+    shutil.copyfile(_EDM_PICKLE, top / "edm.pkl")
     _run(top / "run", params)
     _flax_files(top)
     lpips.FILE.save(top / "weights.safetensors", jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), WEIGHTS))

@@ -81,6 +81,8 @@ class Model:
     ) -> Float[np.ndarray, "b h w c"]:
         """`count` images, NHWC float32 in [-1, 1]. Image i depends on the key, on i and on its label alone.
 
+        Models of the EDM family do not clip: values may slightly exceed [-1, 1].
+
         labels: None samples them from the key (see `sample_labels`). levels: by default one step, or 40 for a denoiser.
         sampler: a sampler or its name in cm_jax.samplers.SAMPLERS; by default consistency, or heun for a denoiser.
         noise: standard normal noise to use instead of the key's: the initial noise, then one sample for each step.
@@ -185,8 +187,13 @@ class Model:
         parts = slerp_batches(*program, *ends, numbers, frames=frames, batch_size=size)
         return np.concatenate(list(parts))
 
-    def plan(self, *, sampler: str | Sampler | None = None, **levels: Unpack[NoiseLevelArgs]) -> SamplingPlan:
-        """The sampler and the noise levels of `sample` with these arguments."""
+    def plan(
+        self, *, sampler: str | Sampler | None = None, clip: bool | None = None, **levels: Unpack[NoiseLevelArgs]
+    ) -> SamplingPlan:
+        """The sampler and the noise levels of `sample` with these arguments.
+
+        clip: clip denoised images to [-1, 1]; by default as the sampler and the config's `clip_denoised` say.
+        """
         consistency = self.config.distilled
         if sampler is None:
             sampler = "consistency" if consistency else "heun"
@@ -196,8 +203,26 @@ class Model:
             sampler = SAMPLERS[sampler]
         if not _given(levels):
             levels = NoiseLevelArgs(steps=1 if consistency else TEACHER_STEPS)
-        schedule, num_levels, tuned = self.config.schedule, self.config.num_levels, self.config.tuned_timesteps
-        return SamplingPlan(sampler, choose_levels(sampler, schedule, num_levels, tuned=tuned, **levels))
+        if clip is not None or (sampler.clip is None and not self.config.clip_denoised):
+            sampler = dataclasses.replace(sampler, clip=bool(clip))
+        return SamplingPlan(sampler.for_model(self.config.function), self._levels(sampler, levels))
+
+    def _levels(self, sampler: Sampler, levels: NoiseLevelArgs) -> tuple[float, ...]:
+        """The noise levels of a sampler, rounded to those of the network; equal levels become one."""
+        config, schedule = self.config, self.config.schedule
+        chosen = choose_levels(
+            sampler,
+            schedule,
+            config.num_levels,
+            boundary=config.preconditioning.boundary(schedule.sigma_min),
+            tuned=config.tuned_timesteps,
+            tuned_sigmas=config.tuned_sigmas,
+            **levels,
+        )
+        rounded = tuple(dict.fromkeys(map(float, config.preconditioning.round_sigma(np.asarray(chosen)))))
+        if len(rounded) < 2:
+            raise InputError(f"Expected sigmas from {schedule.sigma_min:g}, the lowest level of this model.")
+        return rounded
 
     def sample_labels(self, key: Seed, count: int) -> Int[np.ndarray, " n"] | None:
         """The class numbers that `sample` uses for this key by default; None for an unconditional model."""

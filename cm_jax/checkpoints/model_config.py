@@ -62,6 +62,11 @@ class ModelConfig:
     """Names of class 0, 1, ...; empty for a model without classes or names."""
     tuned_timesteps: tuple[tuple[int, ...], ...] = ()
     """Tuned level indices, descending to 0 as diffusers writes them: ((22, 0),) for two steps."""
+    tuned_sigmas: tuple[tuple[float, ...], ...] = ()
+    """Tuned noise levels, descending: ((80.0, 0.821),) for two steps. A number of steps has either these or tuned
+    timesteps."""
+    clip_denoised: bool = True
+    """Whether samplers clip denoised images to [-1, 1] by default. False for models of the EDM family."""
     consistency: bool | None = None
     """Whether it is a consistency function; None: as the preconditioning implies. ECT and sCM train consistency
     functions with the preconditioning of a denoiser."""
@@ -70,7 +75,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
-        object.__setattr__(self, "tuned_timesteps", tuple(map(tuple, self.tuned_timesteps)))
+        for name in ("tuned_timesteps", "tuned_sigmas"):
+            object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
         check_int("num_levels", self.num_levels, 2, 2**20)
         if self.class_names and len(self.class_names) != self.network.classes:
             raise InputError(f"{len(self.class_names)} class names for {self.network.classes} classes.")
@@ -80,6 +86,12 @@ class ModelConfig:
             if any(a <= b for a, b in itertools.pairwise((self.num_levels, *steps))) or steps[-1:] != (0,):
                 expected = f"tuned timesteps that descend from below num_levels={self.num_levels} to 0"
                 raise InputError(f"Expected {expected}, got {steps}.")
+        for sigmas in self.tuned_sigmas:
+            if not sigmas or any(not a > b for a, b in itertools.pairwise((math.inf, *sigmas, 0))):
+                raise InputError(f"Expected positive, finite tuned sigmas that descend, got {sigmas}.")
+        both = set(map(len, self.tuned_timesteps)) & set(map(len, self.tuned_sigmas))
+        if both:
+            raise InputError(f"Expected tuned timesteps or tuned sigmas for {min(both)} steps, got both; keep one.")
 
     @property
     def function(self) -> ConsistencyFunction:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from cm_jax.cli.parsing import numbers
+from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_cache
 from cm_jax.model import Model, SamplingPlan
-from cm_jax.samplers import NoiseLevelArgs
+from cm_jax.samplers import DPM, SAMPLERS, Churn, Heun, NoiseLevelArgs, Sampler
 from cm_jax.types import Precision
 
 LARGEST_GRID = 4096
@@ -70,8 +71,26 @@ class Levels:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Levels):
-    sampler: Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist"] | None = None
+    sampler: Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist", "segments", "vp", "ve"] | None = (
+        None
+    )
     """Sampling algorithm. Default: consistency; heun for a denoiser."""
+    churn: str = ""
+    """Noise added in each step of heun or dpm: S_churn[,S_min,S_max,S_noise], e.g. "40,0.05,50,1.003"."""
+    clip: Literal["on", "off"] | None = None
+    """Clip denoised images to [-1, 1]. Default: on; off for models of the EDM family."""
 
     def plan(self, model: Model) -> SamplingPlan:
-        return model.plan(sampler=self.sampler, **self.levels)
+        clip = None if self.clip is None else self.clip == "on"
+        return model.plan(sampler=self._churned(model), clip=clip, **self.levels)
+
+    def _churned(self, model: Model) -> str | Sampler | None:
+        values = numbers("churn", self.churn, float)
+        if values is None:
+            return self.sampler
+        sampler = SAMPLERS[self.sampler or ("consistency" if model.config.distilled else "heun")]
+        if not isinstance(sampler, Heun | DPM):
+            raise InputError("--churn needs --sampler heun or dpm.")
+        if len(values) > 4:
+            raise InputError(f"Expected --churn S_churn[,S_min,S_max,S_noise], got {self.churn!r}.")
+        return dataclasses.replace(sampler, churn=Churn(*values))

@@ -140,6 +140,7 @@ def _labels_and_count(model: Model, args: Sample) -> tuple[np.ndarray | None, in
 
 def _described(plan: SamplingPlan) -> str:
     steps = len(plan.levels) - 1
-    name = next((name for name, sampler in SAMPLERS.items() if sampler == plan.sampler), type(plan.sampler).__name__)
+    kind = type(plan.sampler)
+    name = next((name for name, sampler in SAMPLERS.items() if type(sampler) is kind), kind.__name__)
     shown = ", ".join(f"{level:.4g}" for level in plan.levels[:-1][:4]) + (", ..." if steps > 4 else "")
     return f"{name} sampler in {steps} step{'s' if steps > 1 else ''} (sigma {shown})"

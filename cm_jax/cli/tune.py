@@ -57,7 +57,8 @@ def main(prog: str, words: Sequence[str]) -> None:
     found = tune(extractor, model, reference, on_probe=on_probe, **size)
     others = [kept for kept in model.config.tuned_timesteps if len(kept) != len(found.timesteps)]
     tuned = tuple(sorted([*others, found.timesteps], key=len))
-    native.rewrite_config(path, dataclasses.replace(model.config, tuned_timesteps=tuned))
+    sigmas = tuple(kept for kept in model.config.tuned_sigmas if len(kept) != len(found.timesteps))
+    native.rewrite_config(path, dataclasses.replace(model.config, tuned_timesteps=tuned, tuned_sigmas=sigmas))
     best = f"Best of {len(found.probes)} candidates: --timesteps {','.join(map(str, found.timesteps))}"
     sets = f"[N = {args.count:,} against {reference.count:,} of {args.reference}]"
     say(f"{best} with FID {found.score:.4g} {sets}; stored in {path / 'config.json'}.")

@@ -85,6 +85,7 @@ class CheckpointHints:
             preconditioning=preconditioning,
             num_levels=num_levels,
             tuned_timesteps=config.tuned_timesteps if same else (),
+            tuned_sigmas=config.tuned_sigmas if preconditioning == config.preconditioning else (),
             consistency=_consistency(self.preconditioning) if self.preconditioning else config.consistency,
         )
 

@@ -20,13 +20,24 @@ class ConsistencyFunction:
     schedule: KarrasSchedule = KarrasSchedule()
 
     def __call__(
-        self, params: Params, x: Images, sigma: Sigmas, labels: Labels | None = None, dropout_keys: Keys | None = None
+        self,
+        params: Params,
+        x: Images,
+        sigma: Sigmas,
+        labels: Labels | None = None,
+        dropout_keys: Keys | None = None,
+        until: Sigmas | None = None,
     ) -> Images:
-        """Images x with noise of standard deviation sigma, one level per image -> estimates of the clean images."""
+        """Images x with noise of standard deviation sigma, one level per image -> estimates of the clean images.
+
+        until: for a network with interval_embedding, the level to which an Euler step with the result leads along the
+        trajectory of the probability-flow ODE; None: the whole way to the data.
+        """
         c_in, c_noise = self.preconditioning.c_in(sigma), self.preconditioning.c_noise(sigma)
-        raw = self.network.predict(params, per_image(c_in) * x, c_noise, labels, dropout_keys)
+        length = None if until is None else self.preconditioning.c_interval(sigma, until)
+        raw = self.network.predict(params, per_image(c_in) * x, c_noise, labels, dropout_keys, length)
         return self.preconditioning.blend(x, sigma, raw, self.schedule.sigma_min)
 
     def denoiser(self, params: Params, labels: Labels | None = None, dropout_keys: Keys | None = None) -> Denoiser:
-        """(x, sigma) -> f(params, x, sigma, labels), with everything else closed over."""
-        return lambda x, sigma: self(params, x, sigma, labels, dropout_keys)
+        """(x, sigma) -> f(params, x, sigma, labels), with everything else closed over; `until` is an optional third."""
+        return lambda x, sigma, until=None: self(params, x, sigma, labels, dropout_keys, until)

@@ -10,11 +10,14 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from cm_jax.diffusion.noise_schedule import ADM_TIME, flow_time, model_time, trigflow_time
 from cm_jax.errors import InputError
 from cm_jax.types import Images, Sigmas, per_image
+
+AnyLevels = Float[Array | np.ndarray, "*n"]
+"""Noise levels of any shape, also on the host."""
 
 
 class Preconditioning(abc.ABC):
@@ -38,9 +41,17 @@ class Preconditioning(abc.ABC):
     @abc.abstractmethod
     def c_noise(self, sigma: Sigmas) -> Sigmas: ...
 
-    def round_sigma(self, sigma: Sigmas) -> Sigmas:
+    def c_interval(self, sigma: Sigmas, until: Sigmas) -> Sigmas:
+        """The conditioning on the interval from sigma to `until`: the time of its lower end (multi-segment sCD)."""
+        return self.c_noise(until)
+
+    def round_sigma(self, sigma: AnyLevels) -> AnyLevels:
         """The nearest noise level at which the network is defined: sigma itself, unless levels are discrete."""
         return sigma
+
+    def boundary(self, sigma_min: float) -> float:
+        """The noise level at which f(x, sigma) = x for any network."""
+        return 0.0
 
     def blend(self, x: Images, sigma: Sigmas, raw: Images, sigma_min: float) -> Images:
         """c_skip(sigma) x + c_out(sigma) raw, for the network's output `raw`."""
@@ -103,6 +114,9 @@ class ConsistencyPreconditioning(LogSigmaPreconditioning):
         """The root takes sigma itself."""
         return (sigma - sigma_min) * self.sigma_data / jnp.sqrt(sigma**2 + self.sigma_data**2)
 
+    def boundary(self, sigma_min: float) -> float:
+        return sigma_min
+
 
 @dataclasses.dataclass(frozen=True)
 class MeanFlowPreconditioning(Preconditioning):
@@ -133,6 +147,10 @@ class MeanFlowPreconditioning(Preconditioning):
 
     def c_noise(self, sigma: Sigmas) -> Sigmas:
         return self.time_factor * flow_time(sigma)
+
+    def c_interval(self, sigma: Sigmas, until: Sigmas) -> Sigmas:
+        """The interval's length t - r."""
+        return self.c_noise(sigma) - self.c_noise(until)
 
 
 class _UnitSkipPreconditioning(Preconditioning):
@@ -196,10 +214,10 @@ class IDDPMPreconditioning(_UnitSkipPreconditioning):
         """999 minus the index of the nearest level."""
         return 999.0 - self._nearest(sigma).astype(jnp.float32)
 
-    def round_sigma(self, sigma: Sigmas) -> Sigmas:
+    def round_sigma(self, sigma: AnyLevels) -> AnyLevels:
         return jnp.asarray(self.levels(), jnp.float32)[self._nearest(sigma)]
 
-    def _nearest(self, sigma: Sigmas) -> Array:
+    def _nearest(self, sigma: AnyLevels) -> Array:
         return jnp.argmin(jnp.abs(sigma[..., None] - jnp.asarray(self.levels(), jnp.float32)), axis=-1)
 
 

@@ -5,8 +5,9 @@ compiles into one program with the network.
 """
 
 from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels
-from cm_jax.samplers.consistency import Consistency
+from cm_jax.samplers.consistency import Consistency, Segments
 from cm_jax.samplers.probability_flow import DPM, Ancestral, Churn, Euler, Heun, ProgressiveEuler
+from cm_jax.samplers.score_sde import ScoreSDE, VESchedule, VPSchedule
 
 SAMPLERS: dict[str, Sampler] = {
     "consistency": Consistency(),
@@ -15,5 +16,8 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm": DPM(),
     "ancestral": Ancestral(),
     "progdist": ProgressiveEuler(),
+    "segments": Segments(),
+    "vp": ScoreSDE(schedule=VPSchedule()),
+    "ve": ScoreSDE(schedule=VESchedule()),
 }
 """Samplers by their names on the command line, with default settings."""

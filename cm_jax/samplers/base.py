@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from cm_jax.arguments import as_array, as_list
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.errors import InputError, check_int, nearest, one_line
 from cm_jax.types import Denoiser, Images, NoiseSource
@@ -24,24 +25,30 @@ Level = Float[Array, ""]
 
 @dataclasses.dataclass(frozen=True)
 class Sampler(abc.ABC):
-    """sampler(denoiser, levels, noise) -> images in [-1, 1].
+    """sampler(denoiser, levels, noise) -> images.
 
     noise(0) is the initial noise, of standard deviation 1; noise(i + 1) belongs to step i, in the order of OpenAI's
-    random numbers. `clip` clips every denoised image to [-1, 1], as OpenAI's samplers do by default.
+    random numbers.
     """
 
-    clip: bool = True
+    clip: bool | None = None
+    """Clip denoised images and the result to [-1, 1], as in OpenAI's implementation; EDM's samplers clip nothing.
+    None: as the model's config sets `clip_denoised`, and True without a model."""
 
     ends_at_boundary: ClassVar[bool] = False
-    """Whether it ends at sigma_min, where consistency functions are the identity. Tuned timesteps need this."""
+    """Whether it ends where the model is the identity. Tuned noise levels need this."""
 
     def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
-        """The default noise levels of `steps` steps for a model of `num_levels` levels, with the final level."""
-        return (*map(float, schedule.descending(steps)), self.final_level(schedule))
+        """The default noise levels of `steps` steps for a model of `num_levels` levels, without the final level."""
+        return tuple(map(float, schedule.descending(steps)))
 
-    def final_level(self, schedule: KarrasSchedule) -> float:
-        """The level after the last step."""
-        return schedule.sigma_min if self.ends_at_boundary else 0.0
+    def final_level(self, schedule: KarrasSchedule, boundary: float) -> float:
+        """The level after the last step; `boundary` is the level at which the model is the identity."""
+        return 0.0
+
+    def for_model(self, function: ConsistencyFunction) -> "Sampler":
+        """The sampler with the settings that depend on the model. Raises InputError if it cannot sample from it."""
+        return self
 
     def num_noise_samples(self, steps: int) -> int:
         """The number of noise samples in `steps` steps, with the initial one."""
@@ -51,8 +58,12 @@ class Sampler(abc.ABC):
     def __call__(self, denoiser: Denoiser, levels: Levels, noise: NoiseSource) -> Images: ...
 
     def clipped(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser with its images clipped to [-1, 1] if `clip` is set."""
-        return (lambda x, sigma: jnp.clip(denoiser(x, sigma), -1, 1)) if self.clip else denoiser
+        """The denoiser with its images clipped to [-1, 1], unless `clip` is False."""
+        return lambda x, sigma: self.bounded(denoiser(x, sigma))
+
+    def bounded(self, images: Images) -> Images:
+        """The images clipped to [-1, 1], unless `clip` is False."""
+        return images if self.clip is False else jnp.clip(images, -1, 1)
 
 
 def scan_steps(step: Callable[[Images, Any, Level, Level], Images], x: Images, levels: Levels) -> Images:
@@ -68,7 +79,7 @@ class NoiseLevelArgs(TypedDict, total=False):
     """The noise levels of a sampler. Exactly one of these is given; index 0 is sigma_max."""
 
     steps: int | None
-    """Number of steps: the tuned timesteps of this length if there are any, else the sampler's default levels."""
+    """Number of steps: the tuned levels of this number if there are any, else the sampler's default levels."""
     timesteps: Sequence[int] | Integer[Array | np.ndarray, " n"] | None
     """Level indices, descending to 0, as in diffusers: (22, 0). The sampler's final level is added."""
     indices: Sequence[int] | Integer[Array | np.ndarray, " n"] | None
@@ -83,12 +94,15 @@ def choose_levels(
     schedule: KarrasSchedule,
     num_levels: int,
     *,
+    boundary: float | None = None,
     tuned: Sequence[Sequence[int]] = (),
+    tuned_sigmas: Sequence[Sequence[float]] = (),
     **levels: Unpack[NoiseLevelArgs],
 ) -> tuple[float, ...]:
     """The descending levels at which the network is called, and the final level at which the sampler ends.
 
-    `num_levels`: N of the level indices. `tuned`: tuned timesteps. Raises InputError for invalid levels.
+    `num_levels`: N of the level indices. `boundary`: the level at which the model is the identity, by default
+    sigma_min. `tuned`, `tuned_sigmas`: tuned timesteps and sigmas. Raises InputError for invalid levels.
     """
     given = {name: value for name, value in levels.items() if value is not None}
     for name in given.keys() - NoiseLevelArgs.__annotations__:
@@ -96,13 +110,15 @@ def choose_levels(
     if len(given) != 1:
         raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(given) or 'none'}.")
     ((name, values),) = given.items()
-    final, last = sampler.final_level(schedule), num_levels - 1
+    final = sampler.final_level(schedule, schedule.sigma_min if boundary is None else boundary)
+    last = num_levels - 1
     if name == "steps":
         steps = check_int("steps", values, 1, _MOST_STEPS)
-        match = next((choice for choice in tuned if len(choice) == steps), None)
+        choices = [("timesteps", each) for each in tuned] + [("sigmas", each) for each in tuned_sigmas]
+        match = next((choice for choice in choices if len(choice[1]) == steps), None)
         if match is None or not sampler.ends_at_boundary:
-            return sampler.levels(steps, schedule, num_levels)
-        name, values = "timesteps", match
+            return (*sampler.levels(steps, schedule, num_levels), final)
+        name, values = match
     if name == "sigmas":
         return (*_sigmas(values, schedule, final), final)
     order = _indices(name, values, num_levels)

@@ -9,11 +9,15 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.ode import Derivative, dx_dsigma, euler_step, heun_step
 from cm_jax.errors import InputError
 from cm_jax.samplers.base import Level, Levels, Sampler, scan_steps
 from cm_jax.types import Denoiser, Images, NoiseSource
+
+RoundSigma = Callable[[Any], Any]
+"""sigma -> the nearest level at which the network is defined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +37,15 @@ class Churn:
         if not (0 <= self.amount < math.inf and 0 <= self.noise < math.inf and self.sigma_min <= self.sigma_max):
             raise InputError(f"Expected finite amount >= 0 and noise >= 0, and sigma_min <= sigma_max; got {self}.")
 
-    def __call__(self, x: Images, level: Level, steps: int, noise: Images) -> tuple[Images, Level]:
-        """x and its level after noise is added, in one of `steps` steps."""
+    def __call__(
+        self, x: Images, level: Level, steps: int, noise: Images, round_sigma: RoundSigma | None = None
+    ) -> tuple[Images, Level]:
+        """x and its level after noise is added, in one of `steps` steps; the new level is rounded by `round_sigma`."""
         most = min(self.amount / steps, math.sqrt(2) - 1)
         growth = jnp.where((self.sigma_min <= level) & (level <= self.sigma_max), most, 0.0)
         higher = level * (1 + growth)
+        if round_sigma is not None:
+            higher = jnp.where(growth > 0, round_sigma(higher), level)
         return x + noise * self.noise * jnp.sqrt((higher - level) * (higher + level)), higher
 
 
@@ -50,7 +58,7 @@ class ODESampler(Sampler, abc.ABC):
         def step(x: Images, index: Any, now: Level, after: Level) -> Images:
             return self.step(derivative, x, now, after, steps, lambda: noise(index + 1))
 
-        return jnp.clip(scan_steps(step, levels[0] * noise(0), levels), -1, 1)
+        return self.bounded(scan_steps(step, levels[0] * noise(0), levels))
 
     @abc.abstractmethod
     def step(
@@ -72,7 +80,10 @@ class ProgressiveEuler(Euler):
     ends_at_boundary: ClassVar[bool] = True
 
     def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
-        return tuple(map(float, schedule.descending(steps + 1)))
+        return tuple(map(float, schedule.descending(steps + 1)[:-1]))
+
+    def final_level(self, schedule: KarrasSchedule, boundary: float) -> float:
+        return schedule.sigma_min
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +91,19 @@ class _Churned(ODESampler):
     """Solver steps, each after noise is added."""
 
     churn: Churn = Churn()
+    round_sigma: RoundSigma | None = None
+    """Rounds the level after churn, for models with discrete noise levels. Set by `for_model`."""
+
+    def for_model(self, function: ConsistencyFunction) -> Sampler:
+        rounding = function.preconditioning.round_sigma
+        return dataclasses.replace(self, round_sigma=rounding) if self.churn.amount else self
 
     def num_noise_samples(self, steps: int) -> int:
         return steps + 1 if self.churn.amount else 1
 
     def step(self, derivative, x, now, after, steps, noise):
         if self.churn.amount:
-            x, now = self.churn(x, now, steps, noise())
+            x, now = self.churn(x, now, steps, noise(), self.round_sigma)
         return self.solve(derivative, x, now, after)
 
     @abc.abstractmethod

@@ -77,7 +77,9 @@ def model(preconditioning=DENOISER, classes=None):
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), network.shapes())
     config = object.__new__(ModelConfig)  # without validation, which refuses a toy network
     fields = {"network": network, "preconditioning": preconditioning, "schedule": KarrasSchedule(), "num_levels": 40}
-    for name, value in (fields | {"class_names": (), "tuned_timesteps": (), "consistency": None}).items():
+    for name, value in (
+        fields | {"class_names": (), "tuned_timesteps": (), "tuned_sigmas": (), "consistency": None}
+    ).items():
         object.__setattr__(config, name, value)
     return Model(config, params)
 

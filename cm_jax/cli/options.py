@@ -11,6 +11,7 @@ from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import DPM, SAMPLERS, Churn, Heun, NoiseLevelArgs, Sampler
 from cm_jax.types import Precision
 
+SamplerName = Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist", "segments", "vp", "ve"]
 LARGEST_GRID = 4096
 """Images in a grid."""
 
@@ -71,9 +72,7 @@ class Levels:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Levels):
-    sampler: Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist", "segments", "vp", "ve"] | None = (
-        None
-    )
+    sampler: SamplerName | None = None
     """Sampling algorithm. Default: consistency; heun for a denoiser."""
     churn: str = ""
     """Noise added in each step of heun or dpm: S_churn[,S_min,S_max,S_noise], e.g. "40,0.05,50,1.003"."""

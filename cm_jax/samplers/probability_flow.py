@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.ode import Derivative, dx_dsigma, euler_step, heun_step
+from cm_jax.diffusion.preconditioning import Preconditioning
 from cm_jax.errors import InputError
 from cm_jax.samplers.base import Level, Levels, Sampler, scan_steps
 from cm_jax.types import Denoiser, Images, NoiseSource
@@ -91,19 +92,19 @@ class _Churned(ODESampler):
     """Solver steps, each after noise is added."""
 
     churn: Churn = Churn()
-    round_sigma: RoundSigma | None = None
+    preconditioning: Preconditioning | None = None
     """Rounds the level after churn, for models with discrete noise levels. Set by `for_model`."""
 
     def for_model(self, function: ConsistencyFunction) -> Sampler:
-        rounding = function.preconditioning.round_sigma
-        return dataclasses.replace(self, round_sigma=rounding) if self.churn.amount else self
+        return dataclasses.replace(self, preconditioning=function.preconditioning) if self.churn.amount else self
 
     def num_noise_samples(self, steps: int) -> int:
         return steps + 1 if self.churn.amount else 1
 
     def step(self, derivative, x, now, after, steps, noise):
         if self.churn.amount:
-            x, now = self.churn(x, now, steps, noise(), self.round_sigma)
+            rounding = self.preconditioning and self.preconditioning.round_sigma
+            x, now = self.churn(x, now, steps, noise(), rounding)
         return self.solve(derivative, x, now, after)
 
     @abc.abstractmethod

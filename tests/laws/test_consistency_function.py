@@ -10,6 +10,7 @@ import pytest
 
 from cm_jax import conversion
 from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.cli.options import Sampling
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.preconditioning import (
     ConsistencyPreconditioning,
@@ -19,7 +20,7 @@ from cm_jax.diffusion.preconditioning import (
 )
 from cm_jax.errors import InputError
 from cm_jax.model import Model
-from cm_jax.samplers import SAMPLERS
+from cm_jax.samplers import SAMPLERS, Churn, Heun
 from tests.support import SMALL, random_params
 
 
@@ -117,6 +118,36 @@ def test_a_config_without_the_field_consistency_is_readable():
     fields = json.loads(config.to_json())
     del fields["consistency"]
     assert ModelConfig.from_json(json.dumps(fields), "an old one") == config
+
+
+def test_tuned_sigmas_round_trip_and_contradictions_are_refused():
+    config = ModelConfig(SMALL, EDMPreconditioning(), consistency=True, tuned_sigmas=((80.0, 0.821),))
+    assert ModelConfig.from_json(config.to_json(), "a test") == config
+    with pytest.raises(InputError, match="for 2 steps, got both"):
+        dataclasses.replace(config, tuned_timesteps=((22, 0),))
+    for wrong in ((), (0.8, 80.0), (80.0, 0.0), (float("nan"),), (float("inf"),)):
+        with pytest.raises(InputError, match="tuned sigmas that descend"):
+            dataclasses.replace(config, tuned_sigmas=(wrong,))
+
+
+def test_a_config_without_tuned_sigmas_and_clipping_is_readable():
+    config = ModelConfig(SMALL, ConsistencyPreconditioning())
+    fields = json.loads(config.to_json())
+    del fields["tuned_sigmas"], fields["clip_denoised"]
+    assert ModelConfig.from_json(json.dumps(fields), "an old one") == config
+
+
+def test_options_of_samplers_on_the_command_line():
+    denoiser = Model(ModelConfig(SMALL, EDMPreconditioning()), {})
+    plan = Sampling(churn="40,0.05,50,1.003", clip="off", steps=3).plan(denoiser)
+    assert plan.sampler == Heun(False, Churn(40, 0.05, 50, 1.003), EDMPreconditioning())
+    assert Sampling(sampler="dpm").plan(denoiser).sampler == SAMPLERS["dpm"]
+    with pytest.raises(InputError, match="--sampler heun or dpm"):
+        Sampling(sampler="euler", churn="40").plan(denoiser)
+    with pytest.raises(InputError, match="S_churn"):
+        Sampling(churn="1,2,3,4,5").plan(denoiser)
+    with pytest.raises(InputError, match="interval_embedding"):
+        Sampling(sampler="segments").plan(denoiser)
 
 
 @pytest.mark.parametrize("preconditioning", [EDMPreconditioning(), TrigFlowPreconditioning()])

@@ -7,7 +7,21 @@ import pytest
 
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.errors import InputError
-from cm_jax.samplers import DPM, SAMPLERS, Ancestral, Churn, Consistency, Euler, Heun, ProgressiveEuler, choose_levels
+from cm_jax.samplers import (
+    DPM,
+    SAMPLERS,
+    Ancestral,
+    Churn,
+    Consistency,
+    Euler,
+    Heun,
+    ProgressiveEuler,
+    ScoreSDE,
+    Segments,
+    VESchedule,
+    VPSchedule,
+    choose_levels,
+)
 from tests.support import gaussian_denoiser
 
 SCHEDULE, N = KarrasSchedule(), 40
@@ -26,6 +40,11 @@ def counted(denoiser):
 
 def walk(sampler, levels, draw, denoiser=None):
     return sampler(denoiser or gaussian_denoiser(), jnp.asarray(levels, jnp.float32), draw)
+
+
+def whole_way(std):
+    """The exact denoiser as a function of segments, whatever their lower end."""
+    return lambda x, sigma, until=None: gaussian_denoiser(std)(x, sigma)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +69,55 @@ def test_order_of_convergence_on_the_exact_gaussian_denoiser(sampler, order):
         rates = -np.diff(np.log2(errors))
     assert rates.min() > order - 0.2
     assert rates.max() < order + 0.4
+
+
+@pytest.mark.parametrize("schedule", [VPSchedule(), VESchedule(), VPSchedule.between(0.002, 80)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence_in_the_time_of_vp_and_ve(schedule, solver, order):
+    """Up to the lowest level, from which one more step leads to the data, the flow is that of dx/dsigma."""
+    sampler = ScoreSDE(clip=False, schedule=schedule, solver=solver)
+    with jax.enable_x64(True):
+        start = jnp.ones((1, 1, 1, 1), jnp.float64) / 200
+        errors = []
+        for steps in (80, 160, 320):
+            levels = jnp.asarray(np.geomspace(20, 0.5, steps + 1))
+            end = sampler(gaussian_denoiser(), levels, lambda index: start)
+            exact = 20 / 200 * np.sqrt((0.25 + 0.5**2) / (0.25 + 20**2))
+            errors.append(abs(float(end[0, 0, 0, 0]) - exact))
+        rates = -np.diff(np.log2(errors))
+    assert rates.min() > order - 0.2
+    assert rates.max() < order + 0.4
+
+
+def test_vp_schedule_reaches_the_levels_given():
+    schedule = VPSchedule.between(0.002, 80.0)
+    np.testing.assert_allclose(schedule.levels(2), [80.0, 0.002], rtol=1e-6)
+    np.testing.assert_allclose(VPSchedule.between(*VPSchedule().levels(2)[::-1]).beta_d, 19.9, rtol=1e-6)
+    np.testing.assert_allclose(schedule.sigma(schedule.time(jnp.array([0.01, 1.0, 40.0]))), [0.01, 1, 40], rtol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["time", "log_snr"])
+def test_segments_of_the_exact_flow_end_where_the_flow_ends(spacing):
+    """For N(0, d^2) the flow from s to r multiplies x by sqrt((d^2 + r^2) / (d^2 + s^2))."""
+
+    def exact(x, sigma, until):
+        ratio = jnp.sqrt((0.25 + until**2) / (0.25 + sigma**2))
+        return x * (1 - sigma * (ratio - 1) / (until - sigma))[:, None, None, None]
+
+    sampler, noise = Segments(clip=False, spacing=spacing), jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    for steps in (1, 2, 5):
+        levels = choose_levels(sampler, SCHEDULE, N, steps=steps)
+        assert len(levels) == steps + 1
+        images = walk(sampler, levels, lambda index: noise, exact)
+        np.testing.assert_allclose(images, 80 * noise * 0.5 / np.sqrt(0.25 + 80**2), rtol=1e-4)
+
+
+def test_a_function_with_its_boundary_at_zero_gets_the_whole_noise_of_the_next_level():
+    levels = choose_levels(Consistency(), SCHEDULE, N, steps=2, boundary=0.0, tuned_sigmas=[(80.0, 0.5)])
+    image = walk(
+        Consistency(), levels, lambda index: jnp.ones((1, 2, 2, 3)), lambda x, sigma: jnp.where(sigma[0] < 1, x, 0 * x)
+    )
+    np.testing.assert_array_equal(image, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +190,7 @@ def test_without_churn_there_is_no_new_noise():
 def test_images_lie_in_range_and_one_step_works(name):
     for steps in (1, 2, 7):
         levels = choose_levels(SAMPLERS[name], SCHEDULE, N, steps=steps)
-        images = walk(SAMPLERS[name], levels, lambda index: jnp.full((1, 2, 2, 3), 3.0), gaussian_denoiser(3.0))
+        images = walk(SAMPLERS[name], levels, lambda index: jnp.full((1, 2, 2, 3), 3.0), whole_way(3.0))
         assert jnp.isfinite(images).all()
         assert jnp.abs(images).max() <= 1
 

@@ -93,7 +93,7 @@ def test_levels_of_iddpm_are_those_of_the_network_after_churn_too():
     plan = sampled.plan(sampler=Heun(churn=Churn(40)), steps=5)
     assert set(plan.levels) <= set(known.tolist())
     assert isinstance(plan.sampler, Heun)
-    assert plan.sampler.round_sigma == coefficients.round_sigma
+    assert plan.sampler.preconditioning == coefficients
     x = jnp.zeros((1, 2, 2, 3))
     _, higher = Churn(40)(x, jnp.float32(plan.levels[1]), 5, x, coefficients.round_sigma)
     assert float(higher) in known[known > plan.levels[1]].tolist()

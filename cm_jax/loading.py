@@ -19,6 +19,7 @@ def load(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     download: bool = False,
+    key: str | None = None,
 ) -> Model:
     """A model from a checkpoint.
 
@@ -31,13 +32,20 @@ def load(
 
     revision, cache_dir, local_files_only: for ids, as in `huggingface_hub`: a branch, tag or commit; the cache folder
     (by default that of HF_HOME); whether to use the cache only. download: download a published checkpoint unless it is
-    stored already. Raises InputError for a missing or damaged checkpoint, and for a failed download.
+    stored already.
+
+    key: which network to load from a file or folder with several: "ema", "model". Raises InputError for a missing or
+    damaged checkpoint, for several networks without a key, and for a failed download.
     """
     if precision not in get_args(Precision):
         raise InputError(f"Expected precision {', '.join(get_args(Precision))}, got {precision!r}.")
     path = resolve(
         path_or_name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, download=download
     )
-    source = conversion.read(path)
+    return from_source(conversion.read(path, conversion.CheckpointHints(key=key)), precision)
+
+
+def from_source(source: conversion.Source, precision: Precision = "float32") -> Model:
+    """The model of a checkpoint that `conversion.read` returned."""
     network = source.config.network.at_precision(precision)
     return Model(dataclasses.replace(source.config, network=network), network.prepare(source.params))

@@ -60,8 +60,24 @@ class Convert:
     checkpoint."""
     resampling: Filter | None = None
     """For consistency_models_cifar10: filter for downsampling and upsampling. Default: from the checkpoint."""
+    sigma_min: float | None = None
+    """Lowest noise level of the training. Default: from the checkpoint, or 0.002."""
+    sigma_max: float | None = None
+    """Highest noise level of the training. Default: from the checkpoint, or 80."""
+    rho: float | None = None
+    """Exponent of the noise schedule. Default: from the checkpoint, or 7."""
+    sigma_data: float | None = None
+    """Standard deviation of the training data. Default: from the checkpoint, or 0.5."""
+    time_factor: float | None = None
+    """c_noise / ln sigma. Default: from the checkpoint; 250 for the names of OpenAI and diffusers."""
+    class_names: Path | None = None
+    """Text file with the name of each class on a line. Default: from the checkpoint."""
+    tuned_timesteps: str = ""
+    """Noise levels of several steps as timesteps, such as "22,0", for `sample --steps`. Default: from the
+    checkpoint."""
     key: str | None = None
-    """For files with several networks: the name of the one to read. Default: ema."""
+    """For files with several networks: the key or prefix of the one to read, such as ema. Default: the only network;
+    ema for .pkl files."""
     lpips_heads: Path | None = None
     """For --to lpips: the heads (lpips/weights/v0.1/vgg.pth of the lpips package) if SOURCE is torchvision's VGG16.
     Default: from SOURCE."""
@@ -100,6 +116,9 @@ def main(prog: str, words: Sequence[str]) -> None:
     _check_push(args, kind)
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(conversion.CheckpointHints)}
     given["attention_factors"] = numbers("attention-factors", args.attention_factors, int)
+    timesteps = numbers("tuned-timesteps", args.tuned_timesteps, int)
+    given["tuned_timesteps"] = timesteps and (timesteps,)
+    given["class_names"] = args.class_names and _read_lines(user_path(args.class_names))
     began = time.perf_counter()
     source = conversion.read(resolve(args.source), conversion.CheckpointHints(**given))
     config, network = source.config, source.config.network
@@ -139,6 +158,13 @@ def _check_push(args: Convert, kind: str) -> None:
     conversion.check_repo_id(args.push)
     if kind not in ("diffusers", "native"):
         raise InputError(f"--push needs --to diffusers or --to native: {kind} files do not contain all settings.")
+
+
+def _read_lines(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as text with a class name on each line: {error}.") from error
 
 
 def _convert_weights(args: Convert) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from cm_jax import conversion
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.labels import LabelTexts, read_labels
@@ -19,7 +20,7 @@ from cm_jax.cli.running import devices, progress, say, stopwatch, use_compilatio
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import check_writable
 from cm_jax.io.images import Quantization, fits_png, grid, quantize, save_folder, save_grid, save_npz
-from cm_jax.loading import load
+from cm_jax.loading import from_source
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import SAMPLERS
 from cm_jax.types import in_pixels
@@ -47,6 +48,8 @@ class Sample(Sampling, Network):
     name: a folder of PNG files. Images of other than 1 or 3 channels, and latents, are written as .npz."""
     rgba: bool = False
     """Write images of 4 channels as RGBA PNG files."""
+    key: str | None = None
+    """The network to sample from, for files with several: "ema". `convert` lists them."""
     quantization: Quantization = "round"
     """Conversion to 8 bits: rounding, or truncation as in OpenAI's implementation."""
 
@@ -58,7 +61,10 @@ def main(prog: str, words: Sequence[str]) -> None:
     path = resolve(args.checkpoint)
     _check_output(args.output, args.count)
     began = time.perf_counter()
-    model = load(path, precision=args.precision)
+    source = conversion.read(path, conversion.CheckpointHints(key=args.key))
+    for note in source.notes:
+        say(note)
+    model = from_source(source, args.precision)
     network = model.config.network
     plan = args.plan(model)
     labels, count, columns = _labels_and_count(model, args)

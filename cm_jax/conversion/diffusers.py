@@ -17,6 +17,8 @@ from cm_jax.types import ImageSize
 
 EXTRAS = "cm_jax.json"
 """File of this package in a diffusers folder; diffusers ignores it."""
+NETWORK_FOLDERS = ("unet_ema", "unet")
+"""Folders with a network in a pipeline or in a checkpoint of a training program, the preferred one first."""
 _VERSION = "0.42.1"
 _FIXED = {
     "act_fn": "silu",
@@ -104,6 +106,40 @@ def model_index() -> dict[str, Any]:
 def extras(config: ModelConfig) -> dict[str, Any]:
     """cm_jax.json: what the files of diffusers cannot hold; empty if there is nothing."""
     return {name: value for name in ("class_names", "tuned_timesteps") if (value := getattr(config, name))}
+
+
+def network_folder(path: Path, key: str | None = None) -> tuple[Path, tuple[str, ...]]:
+    """The folder of the network in the pipeline `path`, or `path` itself, with a note if it was chosen.
+
+    key: unet or unet_ema, to choose one of them.
+    """
+    found = [name for name in NETWORK_FOLDERS if (path / name).is_dir()]
+    if key in found:
+        return path / key, ()
+    if len(found) < 2:
+        return path / (found[0] if found else ""), ()
+    return path / found[0], (f"Read {found[0]}; the folder also holds {found[1]} (--key {found[1]}).",)
+
+
+def pipeline_folder(path: Path) -> Path:
+    """The pipeline around a network's folder or file; any other path itself."""
+    path = path if path.name else path.absolute()
+    return next((folder.absolute().parent for folder in (path, path.parent) if folder.name in NETWORK_FOLDERS), path)
+
+
+def settings_of(file: Path, *, only_diffusers: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The settings (see `read_settings`) in the config next to a weight file and in its pipeline's scheduler.
+
+    only_diffusers: ignore a config.json of another program, and note which files were read.
+    """
+    unet, pipeline = file.with_name("config.json"), pipeline_folder(file.absolute().parent)
+    files = (unet, pipeline / "scheduler" / "scheduler_config.json", pipeline / EXTRAS)
+    if not only_diffusers:
+        return read_settings(*files), ()
+    if not unet.exists() or not read_json(unet).keys() & {"_class_name", "block_out_channels"}:
+        return {}, ()
+    present = " and ".join(str(path) for path in files if path.exists())
+    return read_settings(*files), (f"Read the settings in {present}.",)
 
 
 def read_settings(unet: Path, scheduler: Path, extra: Path) -> dict[str, Any]:

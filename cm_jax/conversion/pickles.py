@@ -2,10 +2,14 @@
 
 It accepts only the opcodes and globals that a format consists of and refuses all others, so that a malicious file
 raises InputError and nothing else. (torch.load with weights_only is as strict, but sampling would require PyTorch.)
+Training code also pickles objects of its own next to the tensors; `is_plain_class` says which are read as inert data.
 """
 
+import _compat_pickle
 import io
 import pickle
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,17 +28,72 @@ _OPCODES = (
     *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2),
     *(pickle.TUPLE3, pickle.SETITEM, pickle.SETITEMS, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT),
     *(pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.SHORT_BINSTRING, pickle.BINSTRING),
-    *(pickle.SHORT_BINBYTES, pickle.BINBYTES),
+    *(pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET),
 )
 """Opcodes of pickled dictionaries of tensors, arrays and numbers, in protocols 2 to 5, from Python 2 on."""
 
+_PYTHON_TYPES = "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple"
+_PATHS = "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath"
+_NUMBERS = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64"
+_ARRAYS = "_reconstruct scalar"
+_CLASSES = {
+    "argparse": "Namespace",
+    "builtins": _PYTHON_TYPES,
+    "__builtin__": _PYTHON_TYPES,
+    "collections": "Counter defaultdict deque",
+    "copyreg": "_reconstructor",
+    "copy_reg": "_reconstructor",
+    "datetime": "date datetime time timedelta timezone",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+    "types": "SimpleNamespace",
+    "typing": "Any Dict List Optional Tuple Union",
+    "uuid": "UUID",
+    "numpy": f"bool bool_ dtype ndarray {_NUMBERS}",
+    "numpy.core.multiarray": _ARRAYS,
+    "numpy._core.multiarray": _ARRAYS,
+    "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
+    "torch": f"Size bfloat16 bool complex64 complex128 device {_NUMBERS}",
+    "torch.storage": "",
+}
+"""For modules whose names do not follow the rule of `is_plain_class`: the globals that are inert, and no others."""
+
 
 class Inert:
-    """An object of a pickle without its class: the arguments of its constructor, and its pickled state."""
+    """An object of a pickle without its class: the arguments of its constructor, its pickled state, and its content."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
         self.state: Any = None
+        self.items: dict[Any, Any] = {}
+        """Entries, for an object of a subclass of dict."""
+        self.elements: list[Any] = []
+        """Elements, for an object of a subclass of list."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def extend(self, elements: list[Any]) -> None:
+        self.elements.extend(elements)
+
+
+def is_plain_class(module: str, name: str) -> bool:
+    """Whether a global of a pickle is read as inert data: an object that keeps its content and does nothing.
+
+    No global is ever imported or called, so this decides only which files are refused. Inert are the classes that
+    training code pickles next to tensors: those of third-party modules, recognized by their spelling (`Config`,
+    `Trainer.State`), and the listed ones of Python, NumPy and PyTorch (argparse.Namespace, paths, dtypes). Everything
+    else is refused, because a harmless file has no reason to name it: functions (os.system, builtins.eval), all other
+    names of the standard library (subprocess.Popen), methods of classes (Path.touch).
+    """
+    if module in _CLASSES:
+        return name in _CLASSES[module].split()
+    standard = (
+        module.partition(".")[0] in sys.stdlib_module_names or module in _compat_pickle.IMPORT_MAPPING
+    )  # Python 2
+    return not standard and re.fullmatch(r"_?[A-Z]\w*(\._?[A-Z]\w*)*", name) is not None
 
 
 class RestrictedUnpickler(pickle._Unpickler):
@@ -51,6 +110,14 @@ class RestrictedUnpickler(pickle._Unpickler):
     ) -> None:
         super().__init__(file, encoding="utf-8")
         self._path, self._allowed = path, allowed or {}
+
+    def load_newobj_ex(self) -> None:
+        """As NEWOBJ; the keyword arguments are dropped."""
+        stack = self.stack  # type: ignore[attr-defined]
+        _, arguments = stack.pop(), stack.pop()
+        stack[-1] = stack[-1](*arguments)
+
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
 
     def load_build(self) -> None:
         """Keep the state of an inert object; drop the attributes of a state dict."""

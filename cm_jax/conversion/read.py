@@ -5,23 +5,22 @@ import logging
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cm_jax.checkpoints import hub, native, serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import Published, recognize, recognize_cifar10
 from cm_jax.conversion import edm, edm_names, jcm, persistence
-from cm_jax.conversion.diffusers import EXTRAS, check_agreement, read_settings
+from cm_jax.conversion.diffusers import check_agreement, network_folder, pipeline_folder, settings_of
+from cm_jax.conversion.hints import PRECONDITIONING, CheckpointHints, is_consistency
 from cm_jax.conversion.rules import Tensors, from_source
-from cm_jax.conversion.torch_files import read_torch
+from cm_jax.conversion.shards import find_weights
 from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI, UNetFormat
+from cm_jax.conversion.unwrap import read_network
 from cm_jax.diffusion.noise_schedule import ADM_TIME, EDM_TIME, NUM_LEVELS, KarrasSchedule
-from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
-from cm_jax.errors import InputError, check_int
-from cm_jax.io.safetensors import read_safetensors
+from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.networks.layers import Filter
-from cm_jax.types import ImageSize, Params
+from cm_jax.types import Params
 
 _log = logging.getLogger(__name__)
 _TOLERANCE = 2e-3
@@ -29,65 +28,6 @@ _TOLERANCE = 2e-3
 the difference is reported. With a larger difference it counts as another checkpoint."""
 _RUN_FILE = re.compile(r"(?P<kind>(target_|teacher_)?model|opt|ema_(?P<rate>0\.[0-9]+)_)(?P<step>[0-9]{6,})\.pt")
 """Checkpoints of OpenAI's training code."""
-PreconditioningName = Literal["consistency", "edm", "edm-consistency"]
-_PRECONDITIONING = {
-    "consistency": ConsistencyPreconditioning,
-    "edm": EDMPreconditioning,
-    "edm-consistency": EDMPreconditioning,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointHints:
-    """Settings that tensors do not determine. None: taken from the checkpoint's config or its published name."""
-
-    head_dim: int | None = None
-    heads: int | None = None
-    preconditioning: PreconditioningName | None = None
-    num_levels: int | None = None
-    image_size: ImageSize | None = None
-    attention_factors: tuple[int, ...] | None = None
-    """For jcm checkpoints whose levels have equal widths: downsampling factors with attention."""
-    resampling: Filter | None = None
-    """For jcm checkpoints without an input pyramid."""
-    key: str | None = None
-    """For files with several networks: the name of the one to read."""
-
-    def __post_init__(self) -> None:
-        limits = {"head_dim": (1, 4096), "heads": (1, 4096), "num_levels": (2, 2**20), "image_size": (1, 2**13)}
-        for name, (least, most) in limits.items():
-            value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None:
-                    check_int(f"--{name.replace('_', '-')}", number, least, most)
-
-    def override(self, config: ModelConfig, path: Any) -> ModelConfig:
-        """The config of a native checkpoint with these settings. Raises InputError for other heads than it has."""
-        network, preconditioning = config.network, config.preconditioning
-        num_levels = self.num_levels or config.num_levels
-        if self.head_dim or self.heads:
-            network = dataclasses.replace(config.adm, head_dim=self.head_dim, heads=self.heads)
-            if network != config.adm:
-                raise InputError(
-                    f"Expected head_dim {config.adm.head_dim} and heads {config.adm.heads}, as {path} has; got "
-                    f"{self.head_dim} and {self.heads}. Leave out --head-dim and --heads."
-                )
-        if self.image_size:
-            network = dataclasses.replace(network, image_size=self.image_size)  # type: ignore[type-var]
-        if self.preconditioning:
-            current = config.log_sigma_preconditioning
-            kind = _PRECONDITIONING[self.preconditioning]
-            preconditioning = kind(sigma_data=current.sigma_data, time_factor=current.time_factor)
-        same = num_levels == config.num_levels and preconditioning == config.preconditioning
-        return dataclasses.replace(
-            config,
-            network=network,
-            preconditioning=preconditioning,
-            num_levels=num_levels,
-            tuned_timesteps=config.tuned_timesteps if same else (),
-            tuned_sigmas=config.tuned_sigmas if preconditioning == config.preconditioning else (),
-            consistency=_consistency(self.preconditioning) if self.preconditioning else config.consistency,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +43,20 @@ class Source:
     tensors: Tensors = dataclasses.field(default_factory=dict)
     """Its tensors under their source names, for PyTorch checkpoints."""
     notes: tuple[str, ...] = ()
-    """What the user should know about the file."""
+    """What was chosen, removed or left out while reading the file, and what else its user should know: a line each."""
     overridden: tuple[str, ...] = ()
     """A line for each setting of a native checkpoint that the hints change."""
 
 
-def read(path: Path, hints: CheckpointHints = CheckpointHints()) -> Source:
+def read(path: Path, hints: CheckpointHints | None = None) -> Source:
     """Read a checkpoint of any format.
 
     Raises InputError for a missing, damaged or contradictory checkpoint, and where `hints` must give more settings.
     """
+    hints = hints or CheckpointHints()
     try:
-        return _read(path, hints)
+        source = _read(path, hints)
+        return dataclasses.replace(source, config=hints.apply(source.config))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -136,21 +78,20 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
     if safetensors and native.is_single_file(path):
         return _read_native(path, native.restore_file(path), hints)
     if path.is_file():
-        return _read_pytorch(path, path, {}, hints)
+        return _read_pytorch(path, path, hints)
     if native.is_checkpoint(path):
         return _read_native(path, native.restore(path), hints)
-    folder = path / "unet" if (path / "unet").is_dir() else path
-    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
-    if not files:
+    folder, notes = network_folder(path, hints.key)
+    weights = find_weights(folder)
+    if weights is None:
         _refuse_openai_run(path)
         content = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise InputError(
             f"{path} holds no weights. Expected a native checkpoint (config.json and params/) or a diffusers folder "
             f"(unet/diffusion_pytorch_model.safetensors or .bin), got {content}."
         )
-    plain = [file for file in files if file.stem == "diffusion_pytorch_model"]
-    stored = read_settings(folder / "config.json", path / "scheduler" / "scheduler_config.json", path / EXTRAS)
-    return _read_pytorch(path, (plain or files)[0], stored, hints)
+    source = _read_pytorch(path, weights, hints)
+    return dataclasses.replace(source, notes=(*notes, *source.notes))
 
 
 def _refuse_openai_run(path: Path) -> None:
@@ -176,6 +117,7 @@ def _refuse_openai_run(path: Path) -> None:
 def _read_native(path: Path, content: tuple[ModelConfig, Params], hints: CheckpointHints) -> Source:
     """A native checkpoint, with the hints in place of its own settings."""
     config, params = content
+    hints.without_key(path)
     new = hints.override(config, path)
     changes = serialization.differences(
         serialization.encode(config), serialization.encode(new), there="in the checkpoint"
@@ -183,16 +125,18 @@ def _read_native(path: Path, content: tuple[ModelConfig, Params], hints: Checkpo
     return Source(path, new, params, overridden=tuple(changes))
 
 
-def _read_pytorch(path: Path, file: Path, stored: dict[str, Any], hints: CheckpointHints) -> Source:
-    """A PyTorch checkpoint; `stored` are settings from diffusers' JSON."""
-    tensors = read_safetensors(file) if file.suffix.lower() == ".safetensors" else read_torch(file)
+def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
+    """A PyTorch checkpoint with its weights in `file`."""
+    tensors, notes = read_network(file, None if hints.key == file.parent.name else hints.key)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if edm_names.is_edm(shapes):
         head_dim, preconditioning = hints.head_dim, hints.preconditioning
         found = edm.read_state_dict(path, tensors, head_dim=head_dim, preconditioning=preconditioning)
-        return _from_edm(path, found, hints)
+        source = _from_edm(path, found, hints)
+        return dataclasses.replace(source, notes=(*notes, *source.notes))
     format = DIFFUSERS if any(name.startswith(("conv_in.", "down_blocks.")) for name in shapes) else OPENAI
-    named, total = recognize(path), sum(math.prod(shape) for shape in shapes.values())
+    stored, more_notes = settings_of(file, only_diffusers=file == path) if format is DIFFUSERS else ({}, ())
+    named, total = recognize(pipeline_folder(path)), sum(math.prod(shape) for shape in shapes.values())
     known = named if named and math.isclose(total, named.parameters, rel_tol=_TOLERANCE) else None
     settings = _settings(hints, stored, known)
     head_dim, heads = settings.get("head_dim"), settings.get("heads", None if "head_dim" in settings else 1)
@@ -211,7 +155,7 @@ def _read_pytorch(path: Path, file: Path, stored: dict[str, Any], hints: Checkpo
         check_agreement(file.parent / "config.json", network)
     config = _config(network, settings, known, ADM_TIME)
     _report(known, config, hints, stored)
-    return Source(path, config, params, format, tensors)
+    return Source(path, config, params, format, tensors, (*notes, *more_notes))
 
 
 def _from_edm(path: Path, found: edm.EDMCheckpoint, hints: CheckpointHints) -> Source:
@@ -224,6 +168,7 @@ def _from_edm(path: Path, found: edm.EDMCheckpoint, hints: CheckpointHints) -> S
 def _read_jcm(path: Path, hints: CheckpointHints) -> Source:
     if hints.head_dim or hints.heads:
         raise InputError(f"The attention of {path} has one head; leave out --head-dim and --heads.")
+    hints.without_key(path)
     tensors = jcm.read_tensors(path)
     known = recognize_cifar10(path)
     settings = _settings(hints, {}, known)
@@ -276,18 +221,13 @@ def _config(
         tuned = (known.timesteps,)
     return ModelConfig(
         network=network,
-        preconditioning=_PRECONDITIONING[name](sigma_data=settings.get("sigma_data", 0.5), time_factor=time_factor),
+        preconditioning=PRECONDITIONING[name](sigma_data=settings.get("sigma_data", 0.5), time_factor=time_factor),
         schedule=settings.get("schedule", KarrasSchedule()),
         num_levels=num_levels,
         class_names=names,
         tuned_timesteps=tuned or (),
-        consistency=_consistency(name),
+        consistency=is_consistency(name),
     )
-
-
-def _consistency(name: PreconditioningName) -> bool | None:
-    """`ModelConfig.consistency` of a model with this preconditioning."""
-    return True if name == "edm-consistency" else None
 
 
 def _report(known: Published | None, config: ModelConfig, hints: CheckpointHints, stored: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cm_jax.conversion.pickles import Inert, RestrictedUnpickler
+from cm_jax.conversion.pickles import Inert, RestrictedUnpickler, is_plain_class
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import read_errors
 from cm_jax.io.safetensors import LazyTensor
@@ -42,18 +42,13 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
 
     Raises InputError for a damaged file, and for a file with anything but tensors.
     """
-    with read_errors(path, "file of torch.save"):
-        with path.open("rb") as file:
-            legacy = file.read(len(LEGACY)) == LEGACY
-        content = _read_legacy(path) if legacy else _read_zip(path)
-        if isinstance(content, Inert):
-            content = dict(_module_tensors(content))
+    content = read_content(path)
     if not (isinstance(content, dict) and content and all(isinstance(each, LazyTensor) for each in content.values())):
-        raise InputError(f"Expected one state dict (tensors by name) in {path}, got {_not_tensors(content)}")
+        raise InputError(f"Expected one state dict (tensors by name) in {path}, got {not_tensors(content)}")
     return {str(name): tensor for name, tensor in content.items()}
 
 
-def _not_tensors(content: Any) -> str:
+def not_tensors(content: Any) -> str:
     """What a file holds in place of a state dict, and what to do."""
     if not isinstance(content, dict):
         return f"a {type(content).__name__}; save the state dict alone with torch.save."
@@ -73,6 +68,22 @@ def _described(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:20]}" if plain else type(value).__name__
 
 
+def read_content(path: Path) -> Any:
+    """All that torch.save wrote: LazyTensors in dictionaries and lists, numbers, and Inert for unknown objects.
+
+    For a TorchScript file the tensors by name. Raises InputError for a damaged file, and for code in the file.
+    """
+    with read_errors(path, "file of torch.save"):
+        with path.open("rb") as file:
+            legacy = file.read(len(LEGACY)) == LEGACY
+        content = _read_legacy(path) if legacy else _read_zip(path)
+        return dict(_script_tensors(content)) if isinstance(content, _ScriptObject) else content
+
+
+class _ScriptObject(Inert):
+    """An object of TorchScript."""
+
+
 class Storage(NamedTuple):
     key: str
     dtype: np.dtype
@@ -87,6 +98,8 @@ class TensorUnpickler(RestrictedUnpickler):
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+            ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
+            ("_codecs", "encode"): _bytes,
             ("torch.jit._pickle", "build_intlist"): list,
             **{("torch", name): dtype for name, dtype in STORAGES.items()},
             **{("torch.storage", name): dtype for name, dtype in STORAGES.items()},
@@ -96,7 +109,11 @@ class TensorUnpickler(RestrictedUnpickler):
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        return Inert if module.startswith("__torch__.") else super().find_class(module, name)
+        if module.startswith("__torch__."):
+            return _ScriptObject
+        if (module, name) not in self._allowed and is_plain_class(module, name):
+            return Inert
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, count, *views = pid
@@ -130,10 +147,17 @@ def tensor_view(
     return LazyTensor(shape, storage.dtype, read)
 
 
-def _module_tensors(module: Inert, path: str = "") -> Iterator[tuple[str, LazyTensor]]:
+def _bytes(text: str, encoding: str) -> bytes:
+    """Bytes, which protocol 2 stores as text."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes in the encoding {encoding}")
+    return text.encode("latin1")
+
+
+def _script_tensors(module: Inert, path: str = "") -> Iterator[tuple[str, LazyTensor]]:
     for name, value in dict(module.state).items():
-        if isinstance(value, Inert):
-            yield from _module_tensors(value, f"{path}{name}.")
+        if isinstance(value, _ScriptObject):
+            yield from _script_tensors(value, f"{path}{name}.")
         elif isinstance(value, LazyTensor):
             yield f"{path}{name}", value
 

@@ -15,9 +15,9 @@ _LARGEST = 1e30
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises InputError for anything else."""
+    """Read a JSON object, with or without a byte-order mark. Raises InputError for anything else."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -1,0 +1,121 @@
+"""Weight files of PyTorch networks: one file, or shards with an index, as diffusers and transformers write them.
+
+`diffusion_pytorch_model.safetensors.index.json` maps each tensor to its shard,
+`diffusion_pytorch_model-00001-of-00002.safetensors`.
+"""
+
+import collections
+import re
+from pathlib import Path
+from typing import Any
+
+from cm_jax.conversion.torch_files import read_content, read_torch
+from cm_jax.errors import InputError, indented_list
+from cm_jax.io.safetensors import LazyTensor, read_safetensors
+from cm_jax.io.validation import read_json
+
+INDEX = ".index.json"
+_SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})(\.safetensors|\.bin|\.pt|\.pth)")
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""Usual names of weights in a folder, the first ones preferred."""
+_NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "training_args", "random_states", "rng_state", "sampler")
+"""Starts of the names of other files in the folders of training programs."""
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The weights in a folder: an index of shards, a file, or a shard without an index; None if there are none.
+
+    As in diffusers, safetensors files are preferred to pickles. Raises InputError where several files may be meant.
+    """
+    for suffix in (".safetensors", ".bin"):
+        indexes = sorted(folder.glob(f"*{suffix}{INDEX}"))
+        files = [path for path in sorted(folder.glob(f"*{suffix}")) if not path.name.startswith(_NO_WEIGHTS)]
+        shards = {match.group(1, 3, 4): path for path in files if (match := _SHARD.fullmatch(path.name))}
+        single = [path for path in files if not _SHARD.fullmatch(path.name)]
+        for found in (indexes, single, list(shards.values())):
+            stems = [_stem(path) for path in found]
+            usual = next((stem for stem in _STEMS if stem in stems), None)
+            choice = [path for path, stem in zip(found, stems, strict=True) if usual in (None, stem)]
+            if len(choice) > 1:
+                names = ", ".join(path.name for path in choice[:8])
+                raise InputError(f"Expected one network in {folder}, got {names}; give the path of one of these files.")
+            if choice:
+                return choice[0]
+    return None
+
+
+def _stem(path: Path) -> str:
+    """The name of a weight file without number and suffixes."""
+    match = _SHARD.fullmatch(path.name)
+    return match[1] if match else Path(path.name.removesuffix(INDEX)).stem
+
+
+def read_weights(path: Path) -> Any:
+    """All that a weight file holds: LazyTensors in dictionaries; for an index or a shard, the tensors of all shards.
+
+    Raises InputError for damaged files, and where shards are missing, hold a tensor twice or contradict the index.
+    """
+    index = path if path.name.endswith(INDEX) else None
+    if match := _SHARD.fullmatch(path.name):
+        index = path.with_name(f"{match[1]}{match[4]}{INDEX}")
+        if not index.is_file():
+            return _read_numbered(path, match)
+    if index:
+        return _read_index(index)
+    return read_safetensors(path) if path.suffix.lower() == ".safetensors" else read_content(path)
+
+
+def _read_index(index: Path) -> dict[str, LazyTensor]:
+    """The tensors of an index."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise InputError(f"{index}: expected a weight_map from tensors to files; download the index again.")
+    files = [index.with_name(Path(file).name) for file in dict.fromkeys(places.values())]
+    outside = [file for file in dict.fromkeys(places.values()) if file != Path(file).name or not Path(file).suffix]
+    if outside:
+        raise InputError(f"{index}: expected names of files in its folder, got {', '.join(outside[:5])[:200]}.")
+    shards = _read_shards(index, files)
+    found = {name: file.name for file, tensors in shards.items() for name in tensors}
+    complaints = [
+        *(f"missing in {file}: {name}" for name, file in places.items() if name not in found),
+        *(f"in {found[name]}, not in {file}: {name}" for name, file in places.items() if found.get(name, file) != file),
+        *(f"in {file}, but not in the index: {name}" for name, file in found.items() if name not in places),
+    ]
+    if complaints:
+        raise InputError(
+            f"{index} contradicts its shards; use the index and the shards of the same checkpoint:\n"
+            f"  {indented_list(complaints)}"
+        )
+    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+
+
+def _read_numbered(path: Path, match: re.Match[str]) -> dict[str, LazyTensor]:
+    """The tensors of all shards of a network without an index, which are numbered from 1."""
+    stem, digits, count, suffix = match[1], len(match[2]), match[3], match[4]
+    if not 0 < int(count) <= 10_000:
+        raise InputError(f"Expected at most 10,000 shards, got {path.name}.")
+    files = [path.with_name(f"{stem}-{number:0{digits}}-of-{count}{suffix}") for number in range(1, int(count) + 1)]
+    return {name: tensor for tensors in _read_shards(path, files).values() for name, tensor in tensors.items()}
+
+
+def _read_shards(source: Path, files: list[Path]) -> dict[Path, dict[str, LazyTensor]]:
+    """The tensors of each shard. Raises InputError that names missing shards and tensors that several shards hold."""
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise InputError(
+            f"{source} needs {len(files)} shards, and {len(missing)} are missing in {source.parent}; download:\n"
+            f"  {indented_list(missing)}"
+        )
+    shards = {file: (read_safetensors if file.suffix == ".safetensors" else read_torch)(file) for file in files}
+    counts = collections.Counter(name for tensors in shards.values() for name in tensors)
+    twice = [
+        f"{name}: {', '.join(file.name for file, tensors in shards.items() if name in tensors)}"
+        for name, count in counts.items()
+        if count > 1
+    ]
+    if twice:
+        raise InputError(
+            f"Expected each tensor in one shard of {source}, got {len(twice)} in several; remove the shards of other "
+            f"checkpoints:\n  {indented_list(twice)}"
+        )
+    return shards

@@ -11,6 +11,7 @@ import shutil
 import sys
 import types
 import zipfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import torch
 import cm_jax
 from cm_jax import conversion
 from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.published import BUNDLED
 from cm_jax.cli import main_convert, main_sample
 from cm_jax.conversion import CheckpointHints, edm, read
 from cm_jax.conversion.pickles import is_plain_class
@@ -28,7 +30,7 @@ from cm_jax.conversion.torch_files import TensorUnpickler, as_torch
 from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI
 from cm_jax.conversion.unwrap import unwrap
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning, VPPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import SongUNet
 from cm_jax.types import leaves
@@ -225,7 +227,7 @@ def test_wrong_keys_and_files_without_a_network_are_refused(tmp_path, content, k
 
 @pytest.mark.parametrize("name", ["emoji32", "jcm"])
 def test_native_and_jcm_checkpoints_have_no_keys(tmp_path, name):
-    path = cm_jax.checkpoints.published.BUNDLED["emoji32"]
+    path = BUNDLED["emoji32"]
     if name == "jcm":
         path = tmp_path / "jcm"
         path.write_bytes(b"\x81\xa1a\x01")
@@ -280,7 +282,7 @@ class Network(torch.nn.Module):
     def __init__(self):
         super().__init__()
         for name, tensor in MODEL.items():
-            inner = self
+            inner: Any = self
             *parts, leaf = name.split(".")
             for part in parts:
                 if part not in inner._modules:
@@ -468,9 +470,7 @@ def test_another_noise_range_drops_the_tuned_timesteps_of_a_published_checkpoint
     assert read(EMOJI).config.tuned_timesteps
     assert not read(EMOJI, CheckpointHints(sigma_max=50.0)).config.tuned_timesteps
     with pytest.raises(InputError, match="VPPreconditioning has no sigma_data"):
-        CheckpointHints(sigma_data=0.3).apply(
-            ModelConfig(SONG, cm_jax.diffusion.preconditioning.VPPreconditioning(), consistency=False)
-        )
+        CheckpointHints(sigma_data=0.3).apply(ModelConfig(SONG, VPPreconditioning(), consistency=False))
 
 
 # Commands

@@ -76,6 +76,15 @@ def run_checkpoints(run: Path) -> dict[int, Path]:
     return {batches: found[batches] for batches in sorted(found) if is_checkpoint(found[batches])}
 
 
+def last_config(run: Path) -> ModelConfig | None:
+    """The config of the latest checkpoint of a training run whose config is readable; None if there is none."""
+    for directory in reversed(run_checkpoints(run).values()):
+        file = directory / "config.json"
+        with contextlib.suppress(OSError, InputError):
+            return ModelConfig.from_json(file.read_text("utf-8", "replace"), str(file))
+    return None
+
+
 def best_checkpoint(run: Path) -> int | None:
     """Number of batches of the best evaluated checkpoint; None before the first evaluation."""
     file = run / "best.json"

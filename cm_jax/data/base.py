@@ -7,6 +7,7 @@ data is the number of batches seen.
 
 import abc
 import contextlib
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Generator, Iterator
@@ -64,6 +65,14 @@ class Dataset(abc.ABC):
         images += {1: ", gray", 3: ""}.get(shape[2], f", {shape[2]} channels")
         self.description = f"{place}: {images}, {labels}, {how}"
 
+    def renumbered(self, order: Int32[np.ndarray, " classes"], class_names: tuple[str, ...], how: str) -> "Dataset":
+        """The same images with label order[i] instead of i. class_names: in the new order. how: for the description."""
+        other = copy.copy(self)
+        other.class_names = class_names
+        other.description = f"{self.description}, classes numbered {how}"
+        other._renumber(order)
+        return other
+
     def indices(self, batch_size: int, seed: int, number: int) -> Int32[np.ndarray, " b"]:
         """Indices of the images in batch `number`."""
         parts, position, end = [], number * batch_size, (number + 1) * batch_size
@@ -102,6 +111,10 @@ class Dataset(abc.ABC):
     def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
         """Rows of the batches start, start + 1, ..."""
 
+    @abc.abstractmethod
+    def _renumber(self, order: Int32[np.ndarray, " classes"]) -> None:
+        """Replace label i by order[i]."""
+
 
 class InMemory(Dataset):
     """uint8 images [n, h, w, c] and int32 labels [n]. Raises InputError for inconsistent arrays."""
@@ -137,6 +150,9 @@ class InMemory(Dataset):
         for number in itertools.count(start):
             indices = self.indices(batch_size, seed, number)[rows]
             yield RawBatch(self.images[indices], None if self.labels is None else self.labels[indices])
+
+    def _renumber(self, order: Int32[np.ndarray, " classes"]) -> None:
+        self.labels = None if self.labels is None else order[self.labels]
 
 
 class Data(abc.ABC):

@@ -12,7 +12,7 @@ import os
 import threading
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from cm_jax.data.base import Batches, Data, Dataset, InMemory, Progress, RawBatch, check_image_size
 from cm_jax.data.decoding import MODES, decode
@@ -186,6 +186,7 @@ class Streamed(Dataset):
             raise InputError(f"{reason}: pip install grain, or raise in_memory_gib.") from error
         self.encoded, self.max_corrupt, self.workers = encoded, max_corrupt, workers
         by = f"{workers} process{'es' if workers != 1 else ''}" if workers else f"{THREADS} threads"
+        self._order: np.ndarray | None = None
         how = f"streamed by {by}"
         super().__init__(encoded.place, len(encoded), shape, encoded.classes, encoded.class_names, how)
 
@@ -212,7 +213,11 @@ class Streamed(Dataset):
                     warned = True
                     where = f"{self.encoded.place}: {part.enlarged} in one batch"
                     log.warning("Images smaller than %s are enlarged. %s.", in_pixels(self.image_shape), where)
-                yield part.batch
+                images, labels = part.batch
+                yield RawBatch(images, labels if labels is None or self._order is None else self._order[labels])
+
+    def _renumber(self, order: Int32[np.ndarray, " classes"]) -> None:
+        self._order = order if self._order is None else order[self._order]
 
     def _share(self, batch_size: int, seed: int, rows: slice, number: int) -> _Share:
         """Rows of batch `number`, a pure function of the files.

@@ -30,8 +30,9 @@ class ImageFolder(EncodedData):
     path: str
     """The folder."""
     labels: Literal["auto", "none", "folder", "prefix"] = "auto"
-    """Classes, in alphabetical order. folder: the first subfolder of each image. prefix: the file name up to the first
-    "_", as in OpenAI's implementation. auto: folder if all images are in two or more subfolders, else none."""
+    """Classes, in alphabetical order, or in numerical order if all names are numbers. folder: the first subfolder of
+    each image. prefix: the file name up to the first "_", as in OpenAI's implementation. auto: folder if all images are
+    in two or more subfolders, else none."""
 
     def encoded(self) -> Encoded:
         top = user_path(self.path)
@@ -47,7 +48,7 @@ class ImageFolder(EncodedData):
         if self.labels != "none":
             _check_splits(files, self.path)
         names = _class_of_each(files, self.labels, self.path)
-        numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+        numbers = {name: number for number, name in enumerate(_sorted_classes(set(names)))}
         labels = [numbers[name] for name in names]
         return _Files(self.path, len(numbers) or None, tuple(numbers), top.absolute(), files, labels)
 
@@ -142,6 +143,12 @@ def _class_of_each(files: list[tuple[str, ...]], labels: str, place: str) -> lis
         found = f"expected two classes or more, got one, {_readable(names[0])}"
         raise InputError(f"{place}: {found}. Train without labels (labels: none).")
     return [_readable(name) for name in names]
+
+
+def _sorted_classes(names: set[str]) -> list[str]:
+    """In alphabetical order; in numerical order if all are numbers: 2 before 10."""
+    numeric = all(re.fullmatch("[0-9]{1,18}", name) for name in names)
+    return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
 
 
 def _readable(name: str) -> str:

@@ -49,10 +49,12 @@ def train(config: TrainConfig, folder: str | Path, print_line: Print = print, pr
     Raises InputError if the settings contradict each other or those in the folder.
     """
     stored = _stored_config(user_path(folder) / "config.json")
-    setup = prepare(config, progress, stored and stored.network)
+    new = not native.run_checkpoints(Path(folder))
+    last = native.last_config(Path(folder))
+    setup = prepare(config, progress, stored and stored.network, resumed=last, initial=new)
     config = setup.config
-    # Before the folder is created, so that an error leaves none.
-    fresh = None if native.run_checkpoints(Path(folder)) else setup.initial_state()
+    fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
+    setup = dataclasses.replace(setup, initial=None)  # frees its memory
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
         before, changes = _checked_config(opened, config)
         resumed = opened.resume(setup.abstract_state())

@@ -20,6 +20,7 @@ from cm_jax.diffusion.noise_schedule import NUM_LEVELS
 from cm_jax.errors import InputError, indented_list
 from cm_jax.networks import AnyNetwork, SongUNet
 from cm_jax.objectives import Models
+from cm_jax.training.class_order import in_order_of_all, in_order_of_run
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.parallelism import OneDevice, Parallelism, Pmap, Sharded, check_batch_size
 from cm_jax.training.run.evaluation_hook import Evaluator, make_evaluator
@@ -48,6 +49,8 @@ class TrainingSetup:
     evaluator: Evaluator | None = None
     notes: tuple[str, ...] = ()
     """What the user should know about the checkpoint that the network comes from."""
+    initial: Source | None = None
+    """The checkpoint in init_from, unless the run is resumed."""
 
     @property
     def resident(self) -> InMemory | None:
@@ -61,7 +64,7 @@ class TrainingSetup:
         if name == "fresh" or not (name or source):
             params = network.initialize(jax.random.fold_in(jax.random.key(self.config.seed), 2**31))
         else:
-            source = source if source and not name else _read_checkpoint(name, "init-from")
+            source = source if source and not name else self.initial or _read_checkpoint(name, "init-from")
             _check_initial_weights(self.config, source)
             params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
         return self.step.initial_state(params, self.teacher and self.teacher.params)
@@ -101,12 +104,18 @@ class TrainingSetup:
 
 
 def prepare(
-    config: TrainConfig, progress: Callable[[int, int], None] | None = None, stored: AnyNetwork | None = None
+    config: TrainConfig,
+    progress: Callable[[int, int], None] | None = None,
+    stored: AnyNetwork | None = None,
+    *,
+    resumed: ModelConfig | None = None,
+    initial: bool = False,
 ) -> TrainingSetup:
     """Set up a run. Raises InputError.
 
     progress: called with (images, total) while data are decoded. stored: the network of a run that resumes, if it
-    inherits one, so that the checkpoint is not needed again.
+    inherits one, so that the checkpoint is not needed again. resumed: config of the run's last checkpoint. initial:
+    whether to read the checkpoint in init_from, as a new run needs it.
     """
     parallelism, objective = make_parallelism(config), config.objective
     teacher, function, notes = _read_teacher(config), None, ()
@@ -121,6 +130,15 @@ def prepare(
         _check_initial_weights(config, teacher)
     dataset = config.data.open(network.image_shape[:2], progress, channels=network.image_shape[2])
     _check_data(config, dataset)
+    given = config.init_from not in ("", "fresh")
+    start = _read_checkpoint(config.init_from, "init-from") if initial and given else None
+    if network.classes is not None:
+        others = [("--teacher", teacher), ("--init-from", start)]
+        sources = [(f"{flag} {other.path}", other.config.class_names) for flag, other in others if other is not None]
+        if resumed is None:
+            dataset = in_order_of_all(dataset, sources)
+        else:
+            dataset = in_order_of_run(dataset, resumed.class_names, sources)
     names = dataset.class_names if network.classes == len(dataset.class_names) else ()
     num_levels = objective.final_num_levels or config.num_levels or NUM_LEVELS
     consistency = not objective.makes_denoiser
@@ -130,7 +148,7 @@ def prepare(
     if objective.distance is not None:  # raises InputError for images that the distance cannot compare
         pixels = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
         jax.eval_shape(objective.distance.with_weights(perceptual), pixels, pixels)
-    return TrainingSetup(config, dataset, saved, parallelism, step, teacher, perceptual, evaluator, notes)
+    return TrainingSetup(config, dataset, saved, parallelism, step, teacher, perceptual, evaluator, notes, start)
 
 
 def make_parallelism(config: TrainConfig) -> Parallelism:

@@ -49,6 +49,26 @@ def test_a_folder_is_read_in_the_order_of_its_names_with_its_classes(folder):
     assert seen == [(10, 10)]
 
 
+def test_class_folders_named_by_numbers_are_in_numerical_order(tmp_path):
+    for number in range(12):
+        write(tmp_path / str(number) / "a.png", 10 * number)
+    data = ImageFolder(str(tmp_path)).open(8)
+    assert data.class_names == tuple(map(str, range(12)))
+    assert dict(zip(data.labels.tolist(), levels(data), strict=True)) == {number: 10 * number for number in range(12)}
+    write(tmp_path / "x" / "a.png", 0)
+    assert ImageFolder(str(tmp_path)).open(8).class_names == ("0", "1", "10", "11", *"23456789x")
+
+
+def test_streamed_images_are_renumbered_as_in_memory(folder):
+    memory, streamed = (
+        ImageFolder(str(folder), in_memory_gib=gib).open(8).renumbered(np.array([1, 0], np.int32), ("b", "a"), "back")
+        for gib in (1, 0)
+    )
+    one, two = (next(data.batches(10)) for data in (memory, streamed))
+    np.testing.assert_array_equal(one.labels, two.labels)
+    np.testing.assert_array_equal(one.labels, one.images[:, 0, 0, 0] // 50)
+
+
 def test_every_kind_of_image_file_is_read_whatever_its_letters(tmp_path):
     names = ["a.PNG", "b.jpg", "c.JPeG", "d.gif", "e.webp", "f.bmp", "g.jfif", "h.TIF", "i.tiff", "j.ppm", "k.pgm"]
     names += ["l.avif"] if PIL.features.check("avif") else []

@@ -9,7 +9,7 @@ import pytest
 
 import cm_jax
 from cm_jax.checkpoints import native
-from cm_jax.data import NpzData
+from cm_jax.data import EmojiData, NpzData
 from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTargetEMA
 from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
@@ -31,6 +31,8 @@ STUDENT = dataclasses.replace(
     target_ema=ConstantTargetEMA(0.9),
 )
 
+FROM_TEACHER = {"objective": ConsistencyTraining(Constant(6)), "teacher": ""}
+
 
 def test_a_student_is_initialized_from_its_teacher_and_samples_in_one_step(teacher, tmp_path):
     folder, _ = teacher
@@ -42,6 +44,44 @@ def test_a_student_is_initialized_from_its_teacher_and_samples_in_one_step(teach
     change = jax.tree.map(lambda new, old: np.abs(new - old).max(), params, before)
     assert 0 < max(jax.tree.leaves(change)) < 0.02
     assert cm_jax.load(run).sample(0, 1, labels=3).shape == (1, 8, 8, 3)
+
+
+def emoji_in_another_order(folder, names=None):
+    """(the class names in reverse order, settings of a student on these data)."""
+    data = EmojiData().open(8)
+    turned = data.class_names[::-1]
+    path = folder / "turned.npz"
+    np.savez(path, images=data.images[:64], labels=8 - data.labels[:64], class_names=np.array(names or turned))
+    return turned, dataclasses.replace(STUDENT, data=NpzData(str(path)), images=8 * 2)
+
+
+def test_labels_follow_the_class_names_of_the_teacher(teacher, tmp_path):
+    names, said = EmojiData().open(8).class_names, []
+    _, settings = emoji_in_another_order(tmp_path)
+    run = tmp_path / "student"
+    train(dataclasses.replace(settings, teacher=str(teacher[0])), run, said.append)
+    assert any("classes numbered as in --teacher" in line for line in said)
+    assert cm_jax.load(run).config.class_names == names
+    for change in ({"teacher": str(teacher[0])}, {**FROM_TEACHER, "init_from": str(teacher[0])}):
+        setup = prepare(dataclasses.replace(settings, **change), initial=True)
+        np.testing.assert_array_equal(setup.dataset.labels, EmojiData().open(8).labels[:64])
+
+
+def test_a_teacher_with_other_class_names_is_refused(teacher, tmp_path):
+    _, settings = emoji_in_another_order(tmp_path, tuple("abcdefghi"))
+    with pytest.raises(InputError, match="class names of the data differ from those of --teacher"):
+        train(dataclasses.replace(settings, teacher=str(teacher[0])), tmp_path / "run", lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_the_order_of_its_classes(teacher, tmp_path):
+    folder, _ = teacher
+    turned, settings = emoji_in_another_order(tmp_path)
+    settings = dataclasses.replace(SMALL, data=settings.data)
+    assert prepare(settings).model_config.class_names == turned
+    setup = prepare(settings, resumed=native.last_config(folder))
+    assert setup.model_config.class_names == turned[::-1]
+    np.testing.assert_array_equal(setup.dataset.labels, EmojiData().open(8).labels[:64])
 
 
 def test_the_extras_of_an_objective_stay_out_of_the_model(teacher, tmp_path):

@@ -1,9 +1,10 @@
 """Class Model: denoise, sample, edit, interpolate, save."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +15,20 @@ from cm_jax.arguments import Seed, as_array, as_images, as_key
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
 from cm_jax.conversion import PushOptions, push
-from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.guidance import AnyFunction
 from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batches, slerp_batches, variant_keys
 from cm_jax.editing.operators import Operator, Strokes
 from cm_jax.errors import InputError, check_int, one_line
-from cm_jax.samplers import SAMPLERS, NoiseLevelArgs, Sampler, choose_levels
+from cm_jax.samplers import Guidance, GuidanceArgs, NoiseLevelArgs, Sampler, choose_guidance
 from cm_jax.samplers.generation import default_batch_size, generate, replay, sample_labels
-from cm_jax.types import Keys, Params
+from cm_jax.samplers.plan import SamplingPlan, checked_noise, levels_given, make_plan
+from cm_jax.types import Images, Keys, Labels, Params, Sigmas
 
 ImageArray = Float[Array | np.ndarray, "b h w c"]
 
-TEACHER_STEPS = 40
-"""Default number of steps of a denoiser, as in OpenAI's implementation."""
 
-
-class SamplingPlan(NamedTuple):
-    """A sampler and its noise levels."""
-
-    sampler: Sampler
-    levels: tuple[float, ...]
-    """Descending; the network is not evaluated at the last one."""
+class PlanArgs(NoiseLevelArgs, GuidanceArgs, total=False):
+    """Noise levels and guidance."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +40,8 @@ class Model:
       labels: class numbers or names, one for all images or one per image; None for an unconditional model.
       batch_size: images computed at once over all local devices. It does not change the results.
       **levels: noise levels, as steps=2, timesteps=(22, 0), indices=(0, 22, 39) or sigmas=(80.0, 1.38); see
-        cm_jax.samplers.NoiseLevelArgs.
+        cm_jax.samplers.NoiseLevelArgs. Where samplers are, also guidance=1.5, guide=other_model and
+        guidance_interval=(0.28, 2.9); see cm_jax.samplers.GuidanceArgs.
 
     All methods raise InputError for invalid arguments.
     """
@@ -66,7 +62,8 @@ class Model:
         if sigmas.shape not in ((), (x.shape[0],)) or not np.all(np.isfinite(sigmas) & (sigmas >= 0)):
             raise InputError(f"Expected one sigma or {x.shape[0]}, finite and not negative; got {one_line(sigma)}.")
         numbers = None if labels is None else jnp.asarray(self.class_numbers(labels, x.shape[0]), jnp.int32)
-        return _denoise(self.config.function, self.params, x, jnp.broadcast_to(sigmas, x.shape[:1]), numbers)
+        function, params = self._program(choose_guidance(self.config))
+        return _denoise(function, params, x, jnp.broadcast_to(sigmas, x.shape[:1]), numbers)
 
     def sample(
         self,
@@ -77,7 +74,7 @@ class Model:
         sampler: str | Sampler | None = None,
         batch_size: int | None = None,
         noise: Float[Array | np.ndarray, "k b h w c"] | None = None,
-        **levels: Unpack[NoiseLevelArgs],
+        **levels: Unpack[PlanArgs],
     ) -> Float[np.ndarray, "b h w c"]:
         """`count` images, NHWC float32 in [-1, 1]. Image i depends on the key, on i and on its label alone.
 
@@ -90,9 +87,10 @@ class Model:
         plan = self.plan(sampler=sampler, **levels)
         if noise is not None:
             count = check_int("count", count, 1, 10**9)
-            noise = _checked_noise(noise, (count, *self.config.network.image_shape), plan)
+            noise = checked_noise(noise, (count, *self.config.network.image_shape), plan)
             numbers = self.class_numbers(labels, count)
-            return replay(self.config.function, plan.sampler, self.params, plan.levels, noise, numbers)
+            function, params = self._program(plan.guidance)
+            return replay(function, plan.sampler, params, plan.levels, noise, numbers)
         return np.concatenate(list(self.batches(key, count, plan, labels=labels, batch_size=batch_size)))
 
     def batches(
@@ -110,8 +108,8 @@ class Model:
         """
         count = check_int("count", count, 1, 10**9)
         numbers = self.sample_labels(key, count) if labels is None else self.class_numbers(labels, count)
-        function, size = self.config.function, _batch_size(batch_size, self.config)
-        return generate(function, plan.sampler, self.params, plan.levels, as_key(key), count, numbers, batch_size=size)
+        (function, params), size = self._program(plan.guidance), _batch_size(batch_size, self.config)
+        return generate(function, plan.sampler, params, plan.levels, as_key(key), count, numbers, batch_size=size)
 
     def edit(
         self,
@@ -136,7 +134,7 @@ class Model:
             raise InputError(f"Expected an operator of cm_jax.editing, such as Luma(); got {one_line(operator)}.")
         images = check_images(images, operator, self.config.network.image_shape)
         count = check_int("variants", variants, 1, 10**6)
-        if not _given(levels):
+        if not levels_given(levels):
             sigmas = operator.default_sigmas(self.config.network.image_shape)
             levels = NoiseLevelArgs(steps=EDIT_STEPS) if sigmas is None else NoiseLevelArgs(sigmas=sigmas)
         keys = variant_keys(as_key(key), len(images), count)
@@ -173,7 +171,7 @@ class Model:
         labels: ClassLabels | None = None,
         sampler: str | Sampler | None = None,
         batch_size: int | None = None,
-        **levels: Unpack[NoiseLevelArgs],
+        **levels: Unpack[PlanArgs],
     ) -> Float[np.ndarray, "n h w c"]:
         """`frames` images from the first sample of one key to the first sample of another, as by `sample`.
 
@@ -182,47 +180,29 @@ class Model:
         plan = self.plan(sampler=sampler, **levels)
         frames = check_int("frames", frames, 2, 10**6)
         ends, numbers = (as_key(first), as_key(second)), self.class_numbers(labels, frames)
-        program = (self.config.function, plan.sampler, self.params, plan.levels)
-        size = _batch_size(batch_size, self.config)
+        (function, params), size = self._program(plan.guidance), _batch_size(batch_size, self.config)
+        program = (function, plan.sampler, params, plan.levels)
         parts = slerp_batches(*program, *ends, numbers, frames=frames, batch_size=size)
         return np.concatenate(list(parts))
 
     def plan(
-        self, *, sampler: str | Sampler | None = None, clip: bool | None = None, **levels: Unpack[NoiseLevelArgs]
+        self,
+        *,
+        sampler: str | Sampler | None = None,
+        clip: bool | None = None,
+        guidance: float | None = None,
+        guide: Any = None,
+        guidance_interval: Sequence[float] | None = None,
+        **levels: Unpack[NoiseLevelArgs],
     ) -> SamplingPlan:
-        """The sampler and the noise levels of `sample` with these arguments.
+        """The sampler, the noise levels and the guidance of `sample` with these arguments.
 
         clip: clip denoised images to [-1, 1]; by default as the sampler and the config's `clip_denoised` say.
         """
-        consistency = self.config.distilled
-        if sampler is None:
-            sampler = "consistency" if consistency else "heun"
-        if not isinstance(sampler, Sampler):
-            if not isinstance(sampler, str) or sampler not in SAMPLERS:
-                raise InputError(f"Expected one of the samplers {', '.join(SAMPLERS)}; got {one_line(sampler)}.")
-            sampler = SAMPLERS[sampler]
-        if not _given(levels):
-            levels = NoiseLevelArgs(steps=1 if consistency else TEACHER_STEPS)
-        if clip is not None or (sampler.clip is None and not self.config.clip_denoised):
-            sampler = dataclasses.replace(sampler, clip=bool(clip))
-        return SamplingPlan(sampler.for_model(self.config.function), self._levels(sampler, levels))
-
-    def _levels(self, sampler: Sampler, levels: NoiseLevelArgs) -> tuple[float, ...]:
-        """The noise levels of a sampler, rounded to those of the network; equal levels become one."""
-        config, schedule = self.config, self.config.schedule
-        chosen = choose_levels(
-            sampler,
-            schedule,
-            config.num_levels,
-            boundary=config.preconditioning.boundary(schedule.sigma_min),
-            tuned=config.tuned_timesteps,
-            tuned_sigmas=config.tuned_sigmas,
-            **levels,
-        )
-        rounded = tuple(dict.fromkeys(map(float, config.preconditioning.round_sigma(np.asarray(chosen)))))
-        if len(rounded) < 2:
-            raise InputError(f"Expected sigmas from {schedule.sigma_min:g}, the lowest level of this model.")
-        return rounded
+        if guide is not None and not isinstance(guide, Model):
+            raise InputError(f"Expected a Model as guide, as load returns it, got {one_line(guide)}.")
+        chosen = choose_guidance(self.config, guidance, guide, guidance_interval)
+        return make_plan(self.config, sampler, clip, chosen, **levels)
 
     def sample_labels(self, key: Seed, count: int) -> Int[np.ndarray, " n"] | None:
         """The class numbers that `sample` uses for this key by default; None for an unconditional model."""
@@ -247,6 +227,11 @@ class Model:
         """Upload the model with a model card to "owner/name" on the Hugging Face Hub; returns the commit's address."""
         return push(repo_id, self.config, self.params, **options)
 
+    def _program(self, guidance: Guidance | None) -> tuple[AnyFunction, Params]:
+        """The function that samplers use, and its parameters."""
+        function = self.config.function
+        return (function, self.params) if guidance is None else guidance.program(function, self.params)
+
     def _edit(
         self,
         plan: SamplingPlan,
@@ -257,16 +242,16 @@ class Model:
         batch_size: int | None,
     ) -> Float[np.ndarray, "b h w c"]:
         numbers, size = self.class_numbers(labels, len(images)), _batch_size(batch_size, self.config)
-        function = self.config.function
-        parts = edit_batches(function, operator, self.params, plan.levels, keys, images, numbers, batch_size=size)
+        function, params = self._program(plan.guidance)
+        parts = edit_batches(function, operator, params, plan.levels, keys, images, numbers, batch_size=size)
         return np.concatenate(list(parts))
 
 
-_denoise = jax.jit(ConsistencyFunction.__call__, static_argnums=0)
-
-
-def _given(levels: Any) -> bool:
-    return any(value is not None for value in levels.values())
+@functools.partial(jax.jit, static_argnums=0)
+def _denoise(
+    function: AnyFunction, params: Params, x: Images, sigma: Sigmas, labels: Labels | None
+) -> Float[Array, "b h w c"]:
+    return function.denoiser(params, labels)(x, sigma)
 
 
 def _batch_size(given: int | None, config: ModelConfig) -> int:
@@ -287,14 +272,3 @@ def _pair(first: Any, second: Any) -> Float[np.ndarray, "2 ..."]:
             f"Expected two images of the same shape, got {' and '.join(str(list(p.shape)) for p in pair)}."
         )
     return np.stack(pair)
-
-
-def _checked_noise(noise: Any, images_shape: tuple[int, ...], plan: SamplingPlan) -> Float[Array | np.ndarray, "..."]:
-    array, steps = as_array("noise", noise), len(plan.levels) - 1
-    needed = plan.sampler.num_noise_samples(steps)
-    if array.shape[1:] != images_shape or array.shape[0] < needed or not jnp.issubdtype(array.dtype, jnp.floating):
-        raise InputError(
-            f"Expected standard normal noise, floats {[needed, *images_shape]} for {steps} steps of this sampler; got "
-            f"{list(array.shape)} of {array.dtype}."
-        )
-    return array

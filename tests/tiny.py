@@ -16,6 +16,7 @@ from cm_jax.diffusion.preconditioning import (
     MeanFlowPreconditioning,
     TrigFlowPreconditioning,
 )
+from cm_jax.networks.layers import class_embedding
 from cm_jax.objectives import (
     AdaptiveWeight,
     Batch,
@@ -45,6 +46,7 @@ class Tiny:
     image_shape: tuple[int, int, int] = SHAPE[1:]
     classes: int | None = 5
     interval_embedding: bool = False
+    guidance_embedding: bool = False
     attention: str = "plain"
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
@@ -52,7 +54,9 @@ class Tiny:
         if length is not None:
             c_noise = 300 * c_noise + 200 * length
         clock = jnp.stack([jnp.sin(c_noise / 300), jnp.cos(c_noise / 300), c_noise / 1000], axis=-1)
-        hidden = jnp.tanh(x @ params["mix"] + (clock @ params["clock"] + params["table"][labels])[:, None, None])
+        hidden = jnp.tanh(
+            x @ params["mix"] + (clock @ params["clock"] + class_embedding(params["table"], labels))[:, None, None]
+        )
         if dropout_keys is not None and self.dropout:
             kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, hidden.shape[1:]))(dropout_keys)
             hidden = jnp.where(kept, hidden / (1 - self.dropout), 0)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cm_jax.networks.layers import class_embedding
+
 
 @dataclasses.dataclass(frozen=True)
 class ToyNetwork:
@@ -18,6 +20,7 @@ class ToyNetwork:
     precision: str = "float32"
     attention: str = "plain"
     interval_embedding: bool = False
+    guidance_embedding: bool = False
 
     @property
     def image_shape(self):
@@ -51,7 +54,7 @@ class ToyNetwork:
         own = params["mlp"]
         hidden = x.reshape(x.shape[0], -1) @ own["in"] + jnp.tanh(c_noise)[:, None] * own["time"]
         if labels is not None:
-            hidden = hidden + own["table"][labels]
+            hidden = hidden + class_embedding(own["table"], labels)
         hidden = jax.nn.silu(hidden)
         if dropout_keys is not None and self.dropout:
             keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, hidden.shape[1:]))(dropout_keys)

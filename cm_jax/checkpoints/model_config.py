@@ -72,11 +72,17 @@ class ModelConfig:
     functions with the preconditioning of a denoiser."""
     latents: Latents | None = None
     """For a model of latents in place of images."""
+    label_dropout: float | None = None
+    """Rate of label dropout in training, without which the network cannot be used without labels. None: unknown."""
+    guidance_range: tuple[float, float] | None = None
+    """Guidance strengths that a network with guidance_embedding was trained with. None: no such network, or unknown."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
         for name in ("tuned_timesteps", "tuned_sigmas"):
             object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
+        if self.guidance_range is not None:
+            object.__setattr__(self, "guidance_range", tuple(self.guidance_range))
         check_int("num_levels", self.num_levels, 2, 2**20)
         if self.class_names and len(self.class_names) != self.network.classes:
             raise InputError(f"{len(self.class_names)} class names for {self.network.classes} classes.")

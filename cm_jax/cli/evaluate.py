@@ -60,7 +60,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     if unknown:
         raise InputError(f"There is no metric {unknown[0]!r}: choose from {', '.join(NEEDS)}, bpd.")
     images = holds_images(args.samples)
-    given = [field.name for field in dataclasses.fields(Sampling) if getattr(args, field.name)]
+    given = [field.name.replace("_", "-") for field in dataclasses.fields(Sampling) if getattr(args, field.name)]
     if images and given:
         raise InputError(f"--{given[0]} applies to checkpoints, and {args.samples} holds images: omit it.")
     model = None if images else load(resolve(args.samples), precision=args.precision)

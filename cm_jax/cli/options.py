@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.parsing import numbers
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_cache
+from cm_jax.loading import load
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import DPM, SAMPLERS, Churn, Heun, NoiseLevelArgs, Sampler
 from cm_jax.types import Precision
@@ -79,9 +81,22 @@ class Sampling(Levels):
     clip: Literal["on", "off"] | None = None
     """Clip denoised images to [-1, 1]. Default: on; off for models of the EDM family."""
 
+    guidance: float | None = None
+    """Guidance strength g of a denoiser: D_ref + g (D - D_ref), by itself without labels or by --guidance-model. Also
+    for a consistency model distilled with a range of strengths. Default: 1, no guidance."""
+    guidance_model: str = ""
+    """Checkpoint of the denoiser D_ref: a weaker model (autoguidance) or an unconditional one."""
+    guidance_interval: str = ""
+    """Noise levels lo,hi between which guidance applies: "0.28,2.9". Default: all."""
+
     def plan(self, model: Model) -> SamplingPlan:
-        clip = None if self.clip is None else self.clip == "on"
-        return model.plan(sampler=self._churned(model), clip=clip, **self.levels)
+        """The plan of these options. Raises InputError."""
+        guide, clip = None, None if self.clip is None else self.clip == "on"
+        if self.guidance_model:
+            guide = load(resolve(self.guidance_model), precision=model.config.network.precision)
+        interval = numbers("guidance-interval", self.guidance_interval, float)
+        given = {"guidance": self.guidance, "guide": guide, "guidance_interval": interval}
+        return model.plan(sampler=self._churned(model), clip=clip, **given, **self.levels)
 
     def _churned(self, model: Model) -> str | Sampler | None:
         values = numbers("churn", self.churn, float)

@@ -149,4 +149,5 @@ def _described(plan: SamplingPlan) -> str:
     kind = type(plan.sampler)
     name = next((name for name, sampler in SAMPLERS.items() if type(sampler) is kind), kind.__name__)
     shown = ", ".join(f"{level:.4g}" for level in plan.levels[:-1][:4]) + (", ..." if steps > 4 else "")
-    return f"{name} sampler in {steps} step{'s' if steps > 1 else ''} (sigma {shown})"
+    guidance = f", guidance {plan.guidance.strength:g}" if plan.guidance else ""
+    return f"{name} sampler in {steps} step{'s' if steps > 1 else ''} (sigma {shown}){guidance}"

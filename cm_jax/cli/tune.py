@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -34,6 +34,8 @@ class Tune(Statistics):
     """Number of sampling steps. With three or more, the levels are searched one after the other, from the highest."""
     count: int = 10_000
     """Images sampled for each candidate."""
+    guidance: float | None = None
+    """Guidance strength, for a model distilled with a range of them. Default: 1, no guidance."""
 
 
 def main(prog: str, words: Sequence[str]) -> None:
@@ -53,8 +55,8 @@ def main(prog: str, words: Sequence[str]) -> None:
     def on_probe(timesteps: Sequence[int], score: float) -> None:
         say(f"{','.join(map(str, timesteps))}: FID {score:.4g}")
 
-    size = {"steps": args.steps, "count": args.count, "seed": args.seed}
-    found = tune(extractor, model, reference, on_probe=on_probe, **size)
+    options: Any = {"steps": args.steps, "count": args.count, "seed": args.seed, "guidance": args.guidance}
+    found = tune(extractor, model, reference, on_probe=on_probe, **options)
     others = [kept for kept in model.config.tuned_timesteps if len(kept) != len(found.timesteps)]
     tuned = tuple(sorted([*others, found.timesteps], key=len))
     sigmas = tuple(kept for kept in model.config.tuned_sigmas if len(kept) != len(found.timesteps))

@@ -36,6 +36,8 @@ _PRECONDITIONINGS = (
     *("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "ECMPrecond", "Precond"),
     *("TrigFlowPrecond", "TrigFlowDDPMPPPrecond"),
 )
+_EDM_DENOISERS = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
+"""Classes of EDM's code, whose arguments state the rate of label dropout in training."""
 _EDM_MODULES = {"Linear", "Conv2d", "GroupNorm", "PositionalEmbedding", "FourierEmbedding", "UNetBlock", "ModuleDict"}
 _EDM2_MODULES = {"MPConv", "MPFourier", "PositionalEmbedding", "Block", "ModuleDict", "Linear"}
 _NETWORKS = {
@@ -104,6 +106,9 @@ def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | No
     trained = preconditioning or _kind(content, outer, inner, arguments, tensors)
     config = _config(path, network, outer, trained, _class_names(network.classes, content))
     config = dataclasses.replace(config, latents=_latents(path, content))
+    if network.classes is not None and outer.kind in _EDM_DENOISERS:
+        rate = _number(path, arguments, "label_dropout", 0.0, 0.0, 1.0)
+        config = dataclasses.replace(config, label_dropout=float(rate))
     notes = (_LICENSE, _LATENT_NOTE) if config.latents else (_LICENSE,)
     return _finished(path, config, tensors, prefix, notes)
 

@@ -46,6 +46,8 @@ def rules(network: AnyNetwork) -> list[Rule]:
     height, width, _ = network.image_shape
     if height != width:
         raise InputError(f"The EDM format has square networks only, got {height} x {width} pixels; use --to native.")
+    if network.guidance_embedding:
+        raise InputError("The EDM format has no networks with a guidance embedding; use --to native.")
     if isinstance(network, EDM2UNet):
         return list(_edm2_rules(network))
     unsupported = {

@@ -62,10 +62,14 @@ class UNetFormat:
     def rules(self, network: ADMUNet) -> list[Rule]:
         """Rules of all parameters of `network`, in the order of OpenAI's state dict.
 
-        Raises InputError for networks with normalized modulation or interval embedding, which PyTorch formats lack.
+        Raises InputError for networks with features that PyTorch formats lack.
         """
-        if network.interval_embedding or network.modulation == "normalized":
-            feature = "an interval embedding" if network.interval_embedding else "normalized modulation"
+        lacking = {
+            "an interval embedding": network.interval_embedding,
+            "a guidance embedding": network.guidance_embedding,
+            "normalized modulation": network.modulation == "normalized",
+        }
+        if feature := next((name for name, used in lacking.items() if used), None):
             raise InputError(f"The {self.title} format has no networks with {feature}; use --to native.")
         return list(self._rules(network))
 

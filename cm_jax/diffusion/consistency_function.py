@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import Preconditioning
 from cm_jax.types import Denoiser, Images, Keys, Labels, Network, Params, Sigmas, per_image
@@ -27,17 +30,26 @@ class ConsistencyFunction:
         labels: Labels | None = None,
         dropout_keys: Keys | None = None,
         until: Sigmas | None = None,
+        guidance: Float[Array, ""] | Sigmas | None = None,
     ) -> Images:
         """Images x with noise of standard deviation sigma, one level per image -> estimates of the clean images.
 
         until: for a network with interval_embedding, the level to which an Euler step with the result leads along the
-        trajectory of the probability-flow ODE; None: the whole way to the data.
+        trajectory of the probability-flow ODE; None: the whole way to the data. guidance: strengths,
+        for a network with guidance_embedding.
         """
         c_in, c_noise = self.preconditioning.c_in(sigma), self.preconditioning.c_noise(sigma)
         length = None if until is None else self.preconditioning.c_interval(sigma, until)
-        raw = self.network.predict(params, per_image(c_in) * x, c_noise, labels, dropout_keys, length)
+        given = {} if guidance is None else {"guidance": jnp.broadcast_to(guidance, sigma.shape)}
+        raw = self.network.predict(params, per_image(c_in) * x, c_noise, labels, dropout_keys, length, **given)
         return self.preconditioning.blend(x, sigma, raw, self.schedule.sigma_min)
 
-    def denoiser(self, params: Params, labels: Labels | None = None, dropout_keys: Keys | None = None) -> Denoiser:
+    def denoiser(
+        self,
+        params: Params,
+        labels: Labels | None = None,
+        dropout_keys: Keys | None = None,
+        guidance: Float[Array, ""] | Sigmas | None = None,
+    ) -> Denoiser:
         """(x, sigma) -> f(params, x, sigma, labels), with everything else closed over; `until` is an optional third."""
-        return lambda x, sigma, until=None: self(params, x, sigma, labels, dropout_keys, until)
+        return lambda x, sigma, until=None: self(params, x, sigma, labels, dropout_keys, until, guidance)

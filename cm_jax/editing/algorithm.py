@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.arguments import as_images
-from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.guidance import AnyFunction
 from cm_jax.editing.operators import Noisy, Operator
 from cm_jax.errors import InputError
 from cm_jax.samplers.base import Levels, Sampler
@@ -63,7 +63,7 @@ def edit(denoiser: Denoiser, operator: Operator, images: Images, levels: Levels,
 
 
 def edit_images(
-    function: ConsistencyFunction,
+    function: AnyFunction,
     params: Params,
     levels: Levels,
     keys: Keys,
@@ -90,7 +90,7 @@ def variant_keys(key: Key[Array, ""], images: int, variants: int) -> Keys:
 
 
 def edit_batches(
-    function: ConsistencyFunction,
+    function: AnyFunction,
     operator: Operator,
     params: Params,
     levels: Sequence[float],
@@ -131,7 +131,7 @@ def slerp(first: Images, second: Images, weight: Float[Array, " b"]) -> Images:
 
 
 def slerp_images(
-    function: ConsistencyFunction,
+    function: AnyFunction,
     sampler: Sampler,
     params: Params,
     levels: Levels,
@@ -149,7 +149,7 @@ _slerp = compile_programs(slerp_images)
 
 
 def slerp_batches(
-    function: ConsistencyFunction,
+    function: AnyFunction,
     sampler: Sampler,
     params: Params,
     levels: Sequence[float],

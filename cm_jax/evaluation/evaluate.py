@@ -109,7 +109,8 @@ def _line(values: dict[str, float], protocol: dict[str, Any]) -> str:
     if how := protocol["sampling"]:
         levels = ", ".join(f"{sigma:.4g}" for sigma in how["sigmas"][:4]) + (", ..." if how["steps"] > 4 else "")
         steps = f"{how['steps']} step{'s' if how['steps'] > 1 else ''}"
-        samples += f" ({how['sampler']}, {steps}, sigma {levels}, seed {how['seed']})"
+        guidance = f", guidance {how['guidance']:g}" if "guidance" in how else ""
+        samples += f" ({how['sampler']}, {steps}, sigma {levels}{guidance}, seed {how['seed']})"
     parts = [
         f"N = {samples} against {counted}{protocol['reference']}",
         f"{protocol['size'][0]} x {protocol['size'][1]} pixels in 8 bits, {protocol['resize']}",

@@ -65,6 +65,8 @@ def of_model(
 
     how = {"sampler": type(plan.sampler).__name__, "steps": len(plan.levels) - 1, "sigmas": list(plan.levels[:-1])}
     how |= {"seed": seed, "quantization": "round"}
+    if plan.guidance is not None:
+        how |= plan.guidance.described()
     return ImageSet(name, count, model.config.network.image_shape, batches, how)
 
 

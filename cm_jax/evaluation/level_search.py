@@ -59,11 +59,13 @@ def tune(
     steps: int = 2,
     count: int = 10_000,
     seed: int = 0,
+    guidance: float | None = None,
     on_probe: Callable[[Timesteps, float], None] = lambda timesteps, score: None,
 ) -> SearchResult:
     """`search_levels` by FID of `count` images, with the same seed in every probe; calls `on_probe` after each.
 
-    Raises InputError for a denoiser and for a reference of another image size.
+    guidance: strength, for a model that takes it as an input. Raises InputError for a denoiser and for a reference of
+    another image size.
     """
     if not model.config.distilled:
         raise InputError("Expected a consistency model, got a denoiser: only consistency models have tuned timesteps.")
@@ -71,7 +73,8 @@ def tune(
 
     def score(timesteps: Timesteps) -> float:
         nonlocal known
-        samples = of_model(model, model.plan(timesteps=timesteps), count, seed=seed, batch_size=extractor.batch_size)
+        plan = model.plan(timesteps=timesteps, guidance=guidance)
+        samples = of_model(model, plan, count, seed=seed, batch_size=extractor.batch_size)
         report, known = evaluate(extractor, samples, known)
         on_probe(timesteps, report.values["fid"])
         return report.values["fid"]

@@ -39,7 +39,7 @@ from cm_jax.networks.layers import (
     resampled,
 )
 from cm_jax.networks.operations import Implementation, attend, multiply
-from cm_jax.networks.unet import UNet
+from cm_jax.networks.unet import GuidanceEmbedding, UNet
 from cm_jax.networks.unet_config import Block, Unit
 from cm_jax.types import Images, ImageSize, Keys, Labels, Params, leaves, nested
 
@@ -255,10 +255,13 @@ class _EDM2Module(nn.Module):
         dropout_keys: Keys | None = None,
         length: Float[Array, " b"] | None = None,
         augmentation: None = None,
+        guidance: Float[Array, " b"] | None = None,
     ) -> Images:
         del augmentation
         config, plan = self.config, self.config.plan()
         embedding = config.embedder()(c_noise, labels, length)
+        if config.guidance_embedding:
+            embedding += GuidanceEmbedding(embedding.shape[1], name="guidance")(guidance, c_noise)
         if config.uncertainty:
             Uncertainty(config.variant, name="uncertainty")(c_noise)
         numbers = itertools.count()

@@ -25,8 +25,10 @@ from cm_jax.networks.layers import (
     Outputs,
     ResidualBlock,
     SmoothedConvolution,
+    parameter,
     sinusoid,
 )
+from cm_jax.networks.operations import multiply
 from cm_jax.networks.unet_config import Block, UNetConfig
 from cm_jax.types import Images, Keys, Labels, Params, Precision, leaves, nested
 
@@ -34,6 +36,8 @@ _COMPUTE_PRECISION_LAYERS = frozenset(
     ("stem", "conv_1", "conv_2", "skip", "qkv", "projection", "downsample", "upsample", "pyramid")
 )
 """Layers that compute in `precision`; all others compute in float32."""
+_GUIDANCE_FEATURES = 128
+"""Width of the sinusoids of guidance strengths."""
 Pyramid = Float[Array, "b h3 w3 c3"]
 """Input pyramid: the image, then the output of the last downsampling block."""
 
@@ -62,18 +66,22 @@ class UNet(UNetConfig):
         dropout_keys: Keys | None = None,
         length: Float[Array, " b"] | None = None,
         augmentation: Float[Array, "b a"] | None = None,
+        guidance: Float[Array, " b"] | None = None,
     ) -> Images:
         """F(x, c_noise, labels): float32, in the shape of x.
 
         labels: classes, or `classes` for none. dropout_keys: one key per image; None turns dropout off. length: second
         time input of a network with interval_embedding; None means c_noise. augmentation: the parameters of the
-        augmentation of each image, for a network with augment_dim. Raises InputError for labels that are missing or
-        given to an unconditional network, and for images whose size or channels do not fit.
+        augmentation of each image, for a network with augment_dim. guidance: strengths, for a network with
+        guidance_embedding; None means 1. Raises InputError for labels that are missing or given to an unconditional
+        network, and for images whose size or channels do not fit.
         """
         self.check_input(x.shape, labels is not None)
         if length is not None and not self.interval_embedding:
             raise InputError("An interval length was given to a network without interval_embedding=True.")
-        inputs = (x, c_noise, labels, dropout_keys, length, augmentation)
+        if guidance is not None and not self.guidance_embedding:
+            raise InputError("A guidance strength was given to a network without guidance_embedding=True.")
+        inputs = (x, c_noise, labels, dropout_keys, length, augmentation, guidance)
         return self.module().apply({"params": params}, *inputs)  # type: ignore[return-value]
 
     def log_variance(self, params: Params, c_noise: Float[Array, " b"]) -> Float[Array, " b"]:
@@ -133,7 +141,9 @@ class UNet(UNetConfig):
         params = {}
         for (path, leaf), part in zip(shapes.items(), np.split(stream, ends[:-1]), strict=True):
             normal = functools.partial(jax.random.normal, key_normal, leaf.shape)
-            params[path] = jnp.asarray(self.initial(path, shapes, part.reshape(leaf.shape), normal), jnp.float32)
+            zero = path.startswith("guidance/")  # a student starts as its teacher
+            value = np.zeros(leaf.shape) if zero else self.initial(path, shapes, part.reshape(leaf.shape), normal)
+            params[path] = jnp.asarray(value, jnp.float32)
         return nested(params)
 
     def prepare(self, params: Params) -> Params:
@@ -159,6 +169,18 @@ class UNet(UNetConfig):
         return dataclasses.replace(self, precision=precision)
 
 
+class GuidanceEmbedding(nn.Module):
+    """A linear layer, zero at first, on sinusoids of 100 (w - 1) for guidance strengths w; None means w = 1."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, guidance: Float[Array, " b"] | None, time: Float[Array, " b"]) -> Embedding:
+        w = jnp.ones_like(time) if guidance is None else guidance
+        weight = parameter(self, "weight", (_GUIDANCE_FEATURES, self.features))
+        return multiply(sinusoid(100 * (w - 1), _GUIDANCE_FEATURES), weight)
+
+
 class UNetModule(nn.Module):
     """Applies the blocks of the plan."""
 
@@ -173,11 +195,14 @@ class UNetModule(nn.Module):
         dropout_keys: Keys | None = None,
         length: Float[Array, " b"] | None = None,
         augmentation: Float[Array, "b a"] | None = None,
+        guidance: Float[Array, " b"] | None = None,
     ) -> Images:
         config, plan = self.config, self.config.plan()
         embedding = config.embedder()(c_noise, labels, augmentation)
         if config.interval_embedding:
             embedding += config.embedder("length")(c_noise if length is None else length, None, None)
+        if config.guidance_embedding:
+            embedding += GuidanceEmbedding(embedding.shape[1], name="guidance")(guidance, c_noise)
         if config.uncertainty:
             Dense(1, name="uncertainty")(sinusoid(c_noise, UNCERTAINTY_FEATURES))
         numbers = itertools.count()

@@ -64,6 +64,8 @@ class UNetConfig(abc.ABC):
     """Number of classes; None for an unconditional network."""
     interval_embedding: bool = dataclasses.field(default=False, kw_only=True)
     """Embed the length of a time interval as well, and add it to the time embedding (MeanFlow)."""
+    guidance_embedding: bool = dataclasses.field(default=False, kw_only=True)
+    """Embed the guidance strength of the teacher as well (distillation with a range of strengths)."""
     augment_dim: int = dataclasses.field(default=0, kw_only=True)
     """Number of augmentation parameters that the network takes as input (EDM: 9). They are zero at sampling."""
     output_channels: int | None = dataclasses.field(default=None, kw_only=True)

@@ -6,8 +6,8 @@ objective also has `losses`: the paper's formula alone, for given noise levels, 
 """
 
 from cm_jax.diffusion.ode import EulerStep, HeunStep, ODEStep
+from cm_jax.objectives.adaptive_weight import AdaptiveWeight
 from cm_jax.objectives.base import (
-    AdaptiveWeight,
     AnyDistance,
     Batch,
     FrozenParams,

@@ -1,7 +1,8 @@
-"""The interface of objectives, the loss on pairs of noise levels, the learned weight, and all distances."""
+"""The interface of objectives, the loss on pairs of noise levels, and all distances."""
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -10,14 +11,17 @@ from jaxtyping import Array, Float
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AnyCurriculum, Curriculum, Progressive, Step
+from cm_jax.diffusion.guidance import AnyGuidance, UniformGuidance, guided, no_labels
 from cm_jax.diffusion.losses import Absolute, AnyWeighting, Distance, PseudoHuber, Squared, Uniform, resize_bilinear
 from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, UniformIndex
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.errors import InputError
 from cm_jax.feature_networks.lpips import LPIPS
-from cm_jax.networks.layers import sinusoid
+from cm_jax.objectives.adaptive_weight import AdaptiveWeight, without_weight
 from cm_jax.types import Denoiser, Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image, split_keys
 
+_GUIDANCE = 5
+"""Folded into an image's key for its guidance strength."""
 Losses = Float[Array, " b"]
 """One loss per image."""
 Metrics = dict[str, Float[Array, " b"]]
@@ -65,54 +69,46 @@ class Inputs(NamedTuple):
     level_keys: Keys
     dropout_keys: Keys
     step: Step
+    guidance: Sigmas | None = None
+    """Strength of the teacher's guidance for every image."""
 
     @property
     def sigma_data(self) -> float:
         """Standard deviation of the clean data."""
         return self.models.student.preconditioning.sigma_data
 
+    @property
+    def student_guidance(self) -> Sigmas | None:
+        """The strengths that the student's network takes as input."""
+        return self.guidance if self.models.student.network.guidance_embedding else None
+
     def student(self) -> Denoiser:
-        return self.models.student.denoiser(self.params, self.batch.labels, self.dropout_keys)
+        return self._student(self.params)
 
     def target(self) -> Denoiser:
         """f^-, with the dropout masks of the student."""
-        return self.models.student.denoiser(self.target_params, self.batch.labels, self.dropout_keys)
+        return self._student(self.target_params)
+
+    def _student(self, params: Params) -> Denoiser:
+        return self.models.student.denoiser(params, self.batch.labels, self.dropout_keys, self.student_guidance)
 
     def teacher(self) -> Denoiser:
-        """The teacher without dropout. Raises InputError if it is missing."""
+        """The teacher without dropout, with guidance. Raises InputError if it is missing."""
         function, params = self.teacher_function()
-        return function.denoiser(params, self.batch.labels)
+        return self.guided(lambda labels: function.denoiser(params, labels))
+
+    def guided(self, teacher: Callable[[Labels | None], Denoiser]) -> Denoiser:
+        """teacher(labels), guided by itself without labels if the objective has guidance."""
+        if self.guidance is None:
+            return teacher(self.batch.labels)
+        unlabeled = no_labels(self.teacher_function()[0].network, self.batch.labels)
+        return guided(teacher(self.batch.labels), teacher(unlabeled), self.guidance)
 
     def teacher_function(self) -> tuple[ConsistencyFunction, Params]:
         """The teacher and its parameters. Raises InputError if either is missing."""
         if self.models.teacher is None or self.teacher_params is None:
             raise InputError("This objective needs a teacher: give a denoiser and its parameters as well.")
         return self.models.teacher, self.teacher_params
-
-
-@dataclasses.dataclass(frozen=True)
-class AdaptiveWeight:
-    """w(c_noise) in the loss e^w loss - w: one linear layer on sinusoids of c_noise (sCM; EDM2, where u = -w).
-
-    At its optimum e^-w is the mean loss at each noise level. Its parameters are not part of the saved model.
-    """
-
-    width: int = 128
-
-    NAME: ClassVar[str] = "adaptive_weight"
-    """Name of its branch in the parameter tree."""
-
-    def initialize(self) -> Params:
-        return {self.NAME: {"kernel": jnp.zeros((self.width,)), "bias": jnp.zeros(())}}
-
-    def __call__(self, params: Params, c_noise: Sigmas) -> Sigmas:
-        own = params[self.NAME]
-        return sinusoid(c_noise, self.width) @ own["kernel"] + own["bias"]
-
-
-def without_weight(params: Params) -> Params:
-    """The network's parameters alone."""
-    return {name: branch for name, branch in params.items() if name != AdaptiveWeight.NAME}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +172,11 @@ class Objective(abc.ABC):
         return None
 
     @property
+    def guidance(self) -> AnyGuidance | None:
+        """Strengths of the teacher's guidance by itself without labels; None: no guidance."""
+        return None
+
+    @property
     def final_num_levels(self) -> int | None:
         """N of the trained consistency function, from the curriculum; None where the objective does not define it."""
         return None if self.curriculum is None or self.makes_denoiser else self.curriculum.final
@@ -188,7 +189,8 @@ class Objective(abc.ABC):
         target = frozen.target if self.has_target and frozen.target is not None else params
         student, target = without_weight(params), without_weight(target)
         teacher = None if frozen.teacher is None else without_weight(frozen.teacher)
-        inputs = Inputs(models, student, target, teacher, batch, noise, key_level, key_dropout, step)
+        strengths = self.guidance and self.guidance(jax.vmap(jax.random.fold_in, (0, None))(keys, _GUIDANCE))
+        inputs = Inputs(models, student, target, teacher, batch, noise, key_level, key_dropout, step, strengths)
         losses, metrics = self.with_weights(frozen.perceptual).evaluate(inputs)
         if self.adaptive is None:
             return losses, metrics
@@ -207,6 +209,10 @@ class Objective(abc.ABC):
 
     def check(self, models: Models) -> None:
         """Raise InputError for models that it cannot train."""
+        needed = isinstance(self.guidance, UniformGuidance)
+        if needed != models.student.network.guidance_embedding:
+            reason = "UniformGuidance needs" if needed else "Only UniformGuidance trains"
+            raise InputError(f"{reason} a guidance embedding of the network: set its guidance_embedding={needed}.")
         if not self.has_teacher:
             return
         if models.teacher is None:
@@ -217,6 +223,8 @@ class Objective(abc.ABC):
                 f"Student and teacher need the same images and classes; got {student.image_shape} with "
                 f"{student.classes} classes and {teacher.image_shape} with {teacher.classes}."
             )
+        if self.guidance is not None and teacher.classes is None:
+            raise InputError("Guidance needs a class-conditional teacher, and this one is unconditional: leave it out.")
 
     def extras(self) -> Params:
         """Initial parameters that it trains in addition to the network's, as further branches of the same tree."""

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from cm_jax.diffusion.curricula import AnyCurriculum, Constant
+from cm_jax.diffusion.guidance import AnyGuidance
 from cm_jax.diffusion.ode import AnyODEStep, HeunStep
 from cm_jax.objectives.base import AdjacentPairObjective
 from cm_jax.types import Images
@@ -11,10 +12,14 @@ from cm_jax.types import Images
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyDistillation(AdjacentPairObjective):
-    """w(t, r) d(f(x_t, t), f^-(x_r, r)), where one step of the teacher's ODE solver leads from x_t to x_r."""
+    """w(t, r) d(f(x_t, t), f^-(x_r, r)), where one step of the teacher's ODE solver leads from x_t to x_r.
+
+    With `guidance`, the teacher is guided by itself without labels.
+    """
 
     curriculum: AnyCurriculum = Constant(40)
     solver: AnyODEStep = HeunStep()
+    guidance: AnyGuidance | None = None  # type: ignore[override]  # a field in place of the property
 
     has_teacher: ClassVar[bool] = True
 

@@ -7,6 +7,7 @@ is -F for TrigFlow's F. So the weights of an EDM denoiser are valid initial weig
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -16,12 +17,13 @@ from jaxtyping import Array, Float
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import Rate, WarmUp
+from cm_jax.diffusion.guidance import AnyGuidance
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.noise_schedule import sigma_at_trigflow_time, trigflow_time
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.objectives.base import Inputs, Losses, Metrics, Models, Objective, require_forward_derivatives
-from cm_jax.types import Images, Keys, Labels, Params, per_image
+from cm_jax.types import Images, Keys, Labels, Params, Sigmas, per_image
 
 Times = Float[Array, " b"]
 Field = Callable[[Images, Times], Images]
@@ -55,9 +57,12 @@ class _ContinuousTime(Objective):
         sigma, sigma_data = self.noise_distribution(inputs.level_keys), student.preconditioning.sigma_data
         t, noise = trigflow_time(sigma, sigma_data), sigma_data * inputs.noise
         x_t = per_image(jnp.cos(t)) * images + per_image(jnp.sin(t)) * noise
-        teacher = trigflow_field(*inputs.teacher_function(), inputs.batch.labels) if self.has_teacher else None
+        teacher = None
+        if self.has_teacher:
+            teacher = inputs.guided(functools.partial(trigflow_field, *inputs.teacher_function()))
         velocity = self.velocity(teacher, images, noise, x_t, t, sigma_data)
-        field = trigflow_field(student, inputs.params, inputs.batch.labels, inputs.dropout_keys)
+        labels, guidance = inputs.batch.labels, inputs.student_guidance
+        field = trigflow_field(student, inputs.params, labels, inputs.dropout_keys, guidance)
         losses, tangent_norm = self.losses(field, x_t, t, velocity, self.warm_up(inputs.step), sigma_data)
         return losses, {"sigma": sigma, "tangent_norm": tangent_norm}
 
@@ -101,7 +106,12 @@ class ContinuousTraining(_ContinuousTime):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuousDistillation(_ContinuousTime):
-    """sCD: dx_t / dt = sigma_data F_teacher(x_t / sigma_data, t), along the teacher's probability flow."""
+    """sCD: dx_t / dt = sigma_data F_teacher(x_t / sigma_data, t), along the teacher's probability flow.
+
+    With `guidance`, the teacher is guided by itself without labels: F_ref + w (F - F_ref), as denoisers are.
+    """
+
+    guidance: AnyGuidance | None = None  # type: ignore[override]  # a field in place of the property
 
     has_teacher: ClassVar[bool] = True
 
@@ -111,13 +121,19 @@ class ContinuousDistillation(_ContinuousTime):
 
 
 def trigflow_field(
-    function: ConsistencyFunction, params: Params, labels: Labels | None = None, dropout_keys: Keys | None = None
+    function: ConsistencyFunction,
+    params: Params,
+    labels: Labels | None = None,
+    dropout_keys: Keys | None = None,
+    guidance: Sigmas | None = None,
 ) -> Field:
     """TrigFlow's F(x_t / sigma_data, t): minus the network's output at c_noise(sigma_data tan t)."""
 
     def field(u: Images, t: Times) -> Images:
         sigma = sigma_at_trigflow_time(t, trigflow_preconditioning(function).sigma_data)
-        return -function.network.predict(params, u, function.preconditioning.c_noise(sigma), labels, dropout_keys)
+        given = {} if guidance is None else {"guidance": guidance}
+        c_noise = function.preconditioning.c_noise(sigma)
+        return -function.network.predict(params, u, c_noise, labels, dropout_keys, **given)
 
     return field
 

@@ -6,6 +6,7 @@ compiles into one program with the network.
 
 from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels
 from cm_jax.samplers.consistency import Consistency, Segments
+from cm_jax.samplers.guidance import Guidance, GuidanceArgs, Guide, choose_guidance
 from cm_jax.samplers.probability_flow import DPM, Ancestral, Churn, Euler, Heun, ProgressiveEuler
 from cm_jax.samplers.score_sde import ScoreSDE, VESchedule, VPSchedule
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.guidance import AnyFunction
 from cm_jax.samplers.base import Levels, Sampler
 from cm_jax.samplers.batches import by_number, compile_programs
 from cm_jax.types import Images, Keys, Labels, NoiseSource, Params, normal_per_image
@@ -47,7 +47,7 @@ def noise_from(keys: Keys, shape: tuple[int, int, int]) -> NoiseSource:
 
 
 def sample_images(
-    function: ConsistencyFunction, sampler: Sampler, params: Params, levels: Levels, keys: Keys, labels: Labels | None
+    function: AnyFunction, sampler: Sampler, params: Params, levels: Levels, keys: Keys, labels: Labels | None
 ) -> Images:
     """Images in [-1, 1] for a batch of keys, to be compiled as one program."""
     noise = noise_from(keys, function.network.image_shape)
@@ -55,7 +55,7 @@ def sample_images(
 
 
 def images_from_noise(
-    function: ConsistencyFunction,
+    function: AnyFunction,
     sampler: Sampler,
     params: Params,
     levels: Levels,
@@ -76,7 +76,7 @@ def default_batch_size(shape: tuple[int, ...]) -> int:
 
 
 def generate(
-    function: ConsistencyFunction,
+    function: AnyFunction,
     sampler: Sampler,
     params: Params,
     levels: Sequence[float],
@@ -100,7 +100,7 @@ def generate(
 
 
 def replay(
-    function: ConsistencyFunction,
+    function: AnyFunction,
     sampler: Sampler,
     params: Params,
     levels: Sequence[float],

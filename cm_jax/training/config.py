@@ -100,6 +100,8 @@ class TrainConfig:
     """Relative widths of power-function EMAs (EDM2), such as 0.05 and 0.1."""
     flip: bool = True
     """Flip every image horizontally with probability 1/2."""
+    label_dropout: float = 0.0
+    """Probability of training an image without its label, as classifier-free guidance of the model needs (0.1)."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and the noise."""
     grad_accum_steps: int = 1
@@ -138,6 +140,10 @@ class TrainConfig:
             check_int(name, getattr(self, name), 1, 10**15)
         check_int("seed", self.seed, 0, 2**32 - 1)
         check_int("keep_every", self.keep_every, 0, 10**15)
+        if not 0 <= self.label_dropout <= 1:
+            raise InputError(f"Expected label_dropout in [0, 1], got {self.label_dropout}.")
+        if self.label_dropout and self.network.classes is None:
+            raise InputError("label_dropout needs a class-conditional network, and this one has no classes: give 0.")
         if self.num_levels is not None:
             check_int("num_levels", self.num_levels, 2, 2**20)
             method, final = type(self.objective).__name__, self.objective.final_num_levels

@@ -16,6 +16,7 @@ from cm_jax.checkpoints.published import resolve
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset, InMemory
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
+from cm_jax.diffusion.guidance import UniformGuidance
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS
 from cm_jax.errors import InputError, indented_list
 from cm_jax.networks import AnyNetwork, SongUNet
@@ -67,6 +68,9 @@ class TrainingSetup:
             source = source if source and not name else self.initial or _read_checkpoint(name, "init-from")
             _check_initial_weights(self.config, source)
             params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
+            if network.guidance_embedding and not source.config.network.guidance_embedding:
+                added = network.shapes()["guidance"]
+                params |= {"guidance": jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), added)}
         return self.step.initial_state(params, self.teacher and self.teacher.params)
 
     def abstract_state(self) -> TrainState:
@@ -141,8 +145,17 @@ def prepare(
             dataset = in_order_of_run(dataset, resumed.class_names, sources)
     names = dataset.class_names if network.classes == len(dataset.class_names) else ()
     num_levels = objective.final_num_levels or config.num_levels or NUM_LEVELS
-    consistency = not objective.makes_denoiser
-    saved = ModelConfig(network, config.preconditioning, config.schedule, num_levels, names, consistency=consistency)
+    consistency, guidance = not objective.makes_denoiser, objective.guidance
+    saved = ModelConfig(
+        network,
+        config.preconditioning,
+        config.schedule,
+        num_levels,
+        names,
+        consistency=consistency,
+        label_dropout=None if network.classes is None else config.label_dropout,
+        guidance_range=(guidance.low, guidance.high) if isinstance(guidance, UniformGuidance) else None,
+    )
     evaluator = config.evaluation and make_evaluator(config.evaluation, saved, dataset)
     perceptual = objective.distance and objective.distance.load_weights()
     if objective.distance is not None:  # raises InputError for images that the distance cannot compare
@@ -167,8 +180,8 @@ def make_step(config: TrainConfig, teacher: ConsistencyFunction | None) -> Train
     objective.check(models)
     if target_ema is not None:
         target_ema.check(objective.curriculum)
-    accum, flip = config.grad_accum_steps, config.flip
-    return TrainingStep(objective, models, config.optimizer, config.emas, target_ema, accum, flip)
+    options = (config.grad_accum_steps, config.flip, config.label_dropout)
+    return TrainingStep(objective, models, config.optimizer, config.emas, target_ema, *options)
 
 
 def _check_data(config: TrainConfig, dataset: Dataset) -> None:
@@ -196,6 +209,11 @@ def _read_teacher(config: TrainConfig) -> Source | None:
     teacher = _read_checkpoint(config.teacher, "teacher")
     if teacher.config.distilled:
         raise InputError(f"Expected a denoiser as teacher, got the consistency model {config.teacher}.")
+    if config.objective.guidance is not None and teacher.config.label_dropout == 0:
+        raise InputError(
+            f"Guidance needs a teacher trained with label dropout, and {config.teacher} was trained without: train it "
+            "with --label-dropout 0.1, or give --objective.guidance none."
+        )
     return teacher
 
 
@@ -227,7 +245,9 @@ def _inherit_network(
 
 
 def _with_runtime_fields(network: AnyNetwork, given: AnyNetwork) -> AnyNetwork:
-    return dataclasses.replace(network, **{name: getattr(given, name) for name in RUNTIME_FIELDS})
+    embedded = network.guidance_embedding or given.guidance_embedding  # new ones start at zero
+    kept = {name: getattr(given, name) for name in RUNTIME_FIELDS}
+    return dataclasses.replace(network, guidance_embedding=embedded, **kept)
 
 
 def _check_initial_weights(config: TrainConfig, source: Source) -> None:

@@ -12,19 +12,20 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.diffusion.curricula import Step, TargetEMA
+from cm_jax.diffusion.guidance import no_labels
 from cm_jax.objectives import Batch, FrozenParams, Models, Objective
 from cm_jax.training.ema import AnyEMA, ema_update
 from cm_jax.training.optimizers import Optimizer
 from cm_jax.training.parallelism import Parallelism
-from cm_jax.types import Images, Keys, Params
+from cm_jax.types import Images, Keys, Labels, Network, Params
 
 Counter = Int[Array, ""]
 Metrics = dict[str, Float[Array, "..."]]
 """Metrics, and arrays over the noise-level bands."""
 Curves = dict[str, Float[Array, "steps ..."]]
 
-_FLIP = 3
-"""Folded into an image's key for the flip; objectives split the key itself."""
+_FLIP, _LABEL = 3, 4
+"""Folded into an image's key for the flip and for label dropout; objectives split the key itself."""
 _BANDS = (0.03, 0.4, 5.0)
 """Boundaries of the noise-level bands of the logged losses."""
 LOSS_BY_BAND = "loss_sigma"
@@ -88,6 +89,8 @@ class TrainingStep:
     """Microbatches whose gradients are averaged."""
     flip: bool = True
     """Flip every image horizontally with probability 1/2."""
+    label_dropout: float = 0.0
+    """Probability of replacing an image's label by that of no label."""
 
     def initial_state(self, params: Params, teacher: Params | None = None) -> TrainState:
         """State before the first step. `teacher` is kept only if it changes during training."""
@@ -112,6 +115,9 @@ class TrainingStep:
         teacher = constants.teacher if state.teacher is None else state.teacher
         frozen = FrozenParams(parallelism.gather(state.target), parallelism.gather(teacher), constants.perceptual)
         clean = load_batch(batch, constants, keys if self.flip else None)
+        if clean.labels is not None and self.label_dropout:
+            labels = drop_labels(clean.labels, keys, self.label_dropout, self.models.student.network)
+            clean = clean._replace(labels=labels)
 
         def loss(params: Params, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
             losses, metrics = self.objective(self.models, params, frozen, batch, keys, state.step)
@@ -190,6 +196,13 @@ def load_batch(batch: StepBatch, constants: Constants, flip_keys: Keys | None) -
         keys = jax.vmap(jax.random.fold_in, (0, None))(flip_keys, _FLIP)
         clean = jnp.where(jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None], clean[:, :, ::-1], clean)
     return Batch(clean, None if labels is None else jnp.asarray(labels))
+
+
+def drop_labels(labels: Labels, keys: Keys, rate: float, network: Network) -> Labels:
+    """Labels, replaced by that of no label with probability `rate`; one key per image."""
+    own = jax.vmap(jax.random.fold_in, (0, None))(keys, _LABEL)
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(own)
+    return jnp.where(dropped, no_labels(network, labels), labels)
 
 
 def means(losses: Float[Array, " b"], metrics: dict[str, Float[Array, " b"]]) -> Metrics:

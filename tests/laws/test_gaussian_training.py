@@ -70,6 +70,7 @@ class Affine:
     """
 
     interval_embedding: bool = False
+    guidance_embedding: bool = False
     attention: str = "plain"
     image_shape: tuple[int, int, int] = SHAPE
     classes: int | None = None

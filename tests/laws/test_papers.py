@@ -19,7 +19,7 @@ METHODS = [
     *(f"samplers/{path.name}" for path in sorted((ROOT / "cm_jax" / "samplers").glob("*.py"))),
 ]
 """Modules whose public classes implement formulas of papers, except abstract classes."""
-NOT_METHODS = {"abc.ABC", "NamedTuple", "TypedDict"}
+NOT_METHODS = {"abc.ABC", "NamedTuple", "Protocol", "TypedDict"}
 """Bases of abstract classes and of groups of arguments, which no paper defines."""
 RECORDS = {"objectives/base.py:Models"}
 """Other groups of arguments."""

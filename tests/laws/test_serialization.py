@@ -70,7 +70,10 @@ class Run:
             raise InputError("A seed is not negative.")
 
 
-NO_SETTINGS = {"Models", "Published", "ConsistencyFunction", "TrainingStep", "Evaluator", "Churn", "Heun", "DPM"}
+NO_SETTINGS = {
+    *("Models", "Published", "ConsistencyFunction", "GuidedDenoiser", "GuidedStudent", "TrainingStep", "Evaluator"),
+    *("Churn", "Heun", "DPM"),
+}
 """Frozen and plain, but made of functions and arrays, or with an infinite limit by default, which no file holds."""
 
 
@@ -211,6 +214,7 @@ BOUND_TO_OTHERS = {
     ("ModelConfig", "class_names"),
     ("EvalConfig", "metrics"),
     ("PeriodicEvaluation", "metrics"),
+    ("TrainConfig", "label_dropout"),
 }
 """Fields that cannot change alone, or not to any text: one of the first two is set, names need classes."""
 

@@ -1,0 +1,84 @@
+"""The choice of a sampler and its noise levels for a model."""
+
+import dataclasses
+from typing import Any, NamedTuple, Unpack
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cm_jax.arguments import as_array
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.errors import InputError, one_line
+from cm_jax.samplers import SAMPLERS
+from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels
+from cm_jax.samplers.guidance import Guidance
+
+TEACHER_STEPS = 40
+"""Default number of steps of a denoiser, as in OpenAI's implementation."""
+
+
+class SamplingPlan(NamedTuple):
+    """A sampler and its noise levels."""
+
+    sampler: Sampler
+    levels: tuple[float, ...]
+    """Descending; the network is not evaluated at the last one."""
+    guidance: Guidance | None = None
+    """Guidance of a denoiser, or the strength for a consistency model that takes it as an input."""
+
+
+def make_plan(
+    config: ModelConfig,
+    sampler: str | Sampler | None,
+    clip: bool | None = None,
+    guidance: Guidance | None = None,
+    **levels: Unpack[NoiseLevelArgs],
+) -> SamplingPlan:
+    """The plan of a model with this config. Raises InputError for unknown samplers and invalid levels."""
+    consistency = config.distilled
+    if sampler is None:
+        sampler = "consistency" if consistency else "heun"
+    if not isinstance(sampler, Sampler):
+        if not isinstance(sampler, str) or sampler not in SAMPLERS:
+            raise InputError(f"Expected one of the samplers {', '.join(SAMPLERS)}; got {one_line(sampler)}.")
+        sampler = SAMPLERS[sampler]
+    if not levels_given(levels):
+        levels = NoiseLevelArgs(steps=1 if consistency else TEACHER_STEPS)
+    if clip is not None or (sampler.clip is None and not config.clip_denoised):
+        sampler = dataclasses.replace(sampler, clip=bool(clip))
+    return SamplingPlan(sampler.for_model(config.function), _levels(config, sampler, levels), guidance)
+
+
+def _levels(config: ModelConfig, sampler: Sampler, levels: NoiseLevelArgs) -> tuple[float, ...]:
+    """The noise levels of a sampler, rounded to those of the network; equal levels become one."""
+    schedule = config.schedule
+    chosen = choose_levels(
+        sampler,
+        schedule,
+        config.num_levels,
+        boundary=config.preconditioning.boundary(schedule.sigma_min),
+        tuned=config.tuned_timesteps,
+        tuned_sigmas=config.tuned_sigmas,
+        **levels,
+    )
+    rounded = tuple(dict.fromkeys(map(float, config.preconditioning.round_sigma(np.asarray(chosen)))))
+    if len(rounded) < 2:
+        raise InputError(f"Expected sigmas from {schedule.sigma_min:g}, the lowest level of this model.")
+    return rounded
+
+
+def levels_given(levels: Any) -> bool:
+    return any(value is not None for value in levels.values())
+
+
+def checked_noise(noise: Any, images_shape: tuple[int, ...], plan: SamplingPlan) -> Float[Array | np.ndarray, "..."]:
+    """`noise` as an array. Raises InputError unless it is enough for the plan."""
+    array, steps = as_array("noise", noise), len(plan.levels) - 1
+    needed = plan.sampler.num_noise_samples(steps)
+    if array.shape[1:] != images_shape or array.shape[0] < needed or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(
+            f"Expected standard normal noise, floats {[needed, *images_shape]} for {steps} steps of this sampler; got "
+            f"{list(array.shape)} of {array.dtype}."
+        )
+    return array

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, one_line
 from cm_jax.types import Denoiser, Images, Keys, Labels, Network, Params, Sigmas, per_image
 
 MAX_STRENGTH = 1000.0
@@ -99,10 +99,13 @@ AnyFunction = ConsistencyFunction | GuidedDenoiser | GuidedStudent
 
 def check_strength(name: str, strength: Any, low: float = 0.0, high: float = MAX_STRENGTH) -> float:
     """The strength as a number. Raises InputError for anything but a number in [low, high]."""
-    number = isinstance(strength, int | float) and not isinstance(strength, bool)
-    if not number or not low <= strength <= high:
-        raise InputError(f"Expected {name} in [{low:g}, {high:g}] (1 is no guidance), got {strength!r}.")
-    return float(strength)
+    try:
+        number = math.nan if isinstance(strength, bool | str) else float(strength)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not low <= number <= high:
+        raise InputError(f"Expected {name} in [{low:g}, {high:g}] (1 is no guidance), got {one_line(strength)}.")
+    return number
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
+from cm_jax.arguments import as_list
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.guidance import MAX_STRENGTH, AnyFunction, GuidedDenoiser, GuidedStudent, check_strength
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, one_line
 from cm_jax.types import Params
 
 _ALL = (0.0, math.inf)
@@ -98,11 +99,12 @@ def choose_guidance(
 def _interval(given: Sequence[float] | None) -> tuple[float, float]:
     if given is None:
         return _ALL
-    values: Any = given
     try:
-        low, high = (float(value) for value in values)
+        low, high = map(float, as_list(given) or ())
     except (TypeError, ValueError) as error:
-        raise InputError(f"Expected two noise levels as guidance interval, e.g. 0.28,2.9; got {given!r}.") from error
+        raise InputError(
+            f"Expected two noise levels as guidance interval, e.g. 0.28,2.9; got {one_line(given)}."
+        ) from error
     if not 0 <= low < high:
         raise InputError(f"Expected a guidance interval 0 <= lo < hi, e.g. 0.28,2.9; got {low:g},{high:g}.")
     return low, high

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.networks import AnyNetwork
 from cm_jax.types import Params
 
 
-def random_params(network: ADMUNet | SongUNet, seed: int = 0) -> Params:
+def random_params(network: AnyNetwork, seed: int = 0) -> Params:
     """Seeded float32 parameters: variance-preserving kernels, scales near 1, no layer at zero."""
     rng = np.random.default_rng(seed)
 

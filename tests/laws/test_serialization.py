@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import types
 import typing
 from typing import Literal
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cm_jax
-from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.model_config import Latents, ModelConfig
 from cm_jax.checkpoints.serialization import (
     decode,
     differences,
@@ -117,12 +118,16 @@ def values(hint):
         tuple[str, ...]: st.lists(st.text(max_size=3), max_size=3).map(tuple),
         tuple[float, ...]: st.lists(st.sampled_from([1, 2, 0.5, 4.0]), max_size=3).map(tuple),
         tuple[float, float]: st.tuples(st.floats(-1, 1), st.floats(-1, 1)),
+        tuple[int, int]: st.tuples(st.integers(1, 8), st.integers(1, 8)),
         tuple[tuple[int, ...], ...]: st.sampled_from([(), ((1, 0),)]),
+        tuple[tuple[float, ...], ...]: st.sampled_from([(), ((80.0, 1.5),)]),
     }
     if hint in plain:
         return plain[hint]
     if may_be_none(hint):
-        return st.none() | values(next(choice for choice in hint.__args__ if choice is not type(None)))
+        return st.none() | st.one_of(*(values(choice) for choice in hint.__args__ if choice is not type(None)))
+    if isinstance(hint, types.UnionType):
+        return st.one_of(*map(values, hint.__args__))
     if typing.get_origin(hint) is tuple:
         return st.lists(values(hint.__args__[0]), max_size=3).map(tuple)
     return st.sampled_from(hint.__args__)
@@ -174,6 +179,7 @@ def different(kind, name):
         Run: ("x",),
         ImageFolder: ("x",),
         NpzData: ("x",),
+        Latents: ("x", (1.0,), (0.0,)),
     }
     default = kind(*given.get(kind, ()))
     old, hint = getattr(default, name), hints(kind)[name]
@@ -193,6 +199,7 @@ def different(kind, name):
         (2, 2, 3, 4),
         (0.1, 0.2),
         ((22, 0),),
+        ((80.0, 1.5),),
     ]
     candidates += list(getattr(hint, "__args__", ()))
     if kinds(hint):
@@ -212,11 +219,14 @@ BOUND_TO_OTHERS = {
     ("ADMUNet", "head_dim"),
     ("ADMUNet", "heads"),
     ("ModelConfig", "class_names"),
+    ("ModelConfig", "latents"),
+    *(("EDM2UNet", name) for name in ("augment_dim", "modulation", "output_channels")),
     ("EvalConfig", "metrics"),
     ("PeriodicEvaluation", "metrics"),
     ("TrainConfig", "label_dropout"),
 }
-"""Fields that cannot change alone, or not to any text: one of the first two is set, names need classes."""
+"""Fields that cannot change alone, or not to any text: one of the first two is set, names need classes, latents need as
+many scales as channels, and EDM2's network has no other modulation."""
 
 
 @pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__name__)

@@ -135,7 +135,8 @@ def read_state_dict(
             "edm-consistency (TCM, and ECT on ImageNet)"
         )
     trigflow = getattr(network, "variant", "") == "trigflow" or network.modulation == "normalized"
-    outer = Record("TrigFlowPrecond" if trigflow else "ECMPrecond", {"sigma_data": 0.5, "sigma_min": 0.003})
+    lowest = 0.003 if preconditioning == "consistency" else 0.0  # ECT's boundary
+    outer = Record("TrigFlowPrecond" if trigflow else "ECMPrecond", {"sigma_data": 0.5, "sigma_min": lowest})
     config = _config(path, network, outer, preconditioning, _class_names(network.classes, {}))
     return _finished(path, config, tensors, prefix, (_LICENSE,))
 

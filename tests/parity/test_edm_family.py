@@ -1,6 +1,7 @@
 """Parity with recorded outputs of the networks of EDM, EDM2, ECT, TCM and sCM, read from their pickles."""
 
 import ast
+import dataclasses
 import functools
 import os
 import shutil
@@ -15,7 +16,7 @@ from cm_jax.conversion.edm import read_pickle, read_state_dict, write_state_dict
 from cm_jax.conversion.persistence import read_persistent
 from cm_jax.conversion.rules import source_shapes
 from cm_jax.errors import InputError
-from tests.support import DATA, nhwc, relative
+from tests.support import DATA, compiled, nhwc, relative
 
 BOUND = 1e-5
 FOLDER = DATA / "edm"
@@ -61,6 +62,14 @@ def checkpoint(name):
     return read_pickle(FOLDER / f"{name}.pkl")
 
 
+@functools.cache
+def function(name):
+    """The function of a checkpoint with a jitted network, and its parameters: all tests share one program."""
+    found = checkpoint(name).config.function
+    found = dataclasses.replace(found, network=compiled(found.network))
+    return found, found.network.prepare(checkpoint(name).params)
+
+
 def levels(name):
     """(images, sigma, labels, recorded denoised images) of every recorded noise level, in this project's terms."""
     recorded = golden(name)
@@ -76,36 +85,31 @@ def levels(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != SEGMENTS])
 def test_denoised_images_match(name):
-    found = checkpoint(name)
-    params = found.config.network.prepare(found.params)
-    function = jax.jit(found.config.function)
+    denoise, params = function(name)
     for images, sigma, labels, expected in levels(name):
-        assert relative(function(params, jnp.asarray(images), sigma, labels), expected) < BOUND
+        assert relative(denoise(params, jnp.asarray(images), sigma, labels), expected) < BOUND
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_network_outputs_match(name):
     """Where angles reach 999 rad (VP), float32 itself deviates by more than 1e-5; its recorded error is the bound."""
-    recorded, found = golden(name), checkpoint(name)
-    network, sign = found.config.network, -1 if "t" in recorded else 1
-    params, predict = network.prepare(found.params), jax.jit(network.predict)
+    recorded, (found, params) = golden(name), function(name)
+    network, coefficients, sign = found.network, found.preconditioning, -1 if "t" in recorded else 1
     bound = max(BOUND, 2 * float(recorded["error_F"]))
-    coefficients = found.config.preconditioning
     for level, (images, sigma, labels, _) in enumerate(levels(name)):
         x = np.asarray(coefficients.c_in(sigma))[:, None, None, None] * images
         time = jnp.full(len(images), recorded["c_noise"][level], jnp.float32)
         length = jnp.full(len(images), recorded["t_k"][level], jnp.float32) if "t_k" in recorded else None
-        output = sign * predict(params, jnp.asarray(x), time, labels, None, length)
+        output = sign * network.predict(params, jnp.asarray(x), time, labels, None, length)
         assert relative(output, nhwc(recorded["F"][level])[..., : network.image_channels]) < bound
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "D_no_label" in golden(name) and name != SEGMENTS])
 def test_label_beyond_the_classes_stands_for_no_label(name):
-    found = checkpoint(name)
-    network = found.config.network
+    denoise, params = function(name)
     images, sigma, labels, _ = list(levels(name))[1]
-    none = jnp.full(len(labels), network.classes, jnp.int32)
-    output = jax.jit(found.config.function)(network.prepare(found.params), jnp.asarray(images), sigma, none)
+    none = jnp.full(len(labels), denoise.network.classes, jnp.int32)
+    output = denoise(params, jnp.asarray(images), sigma, none)
     assert relative(output, nhwc(golden(name)["D_no_label"])) < BOUND
 
 
@@ -176,10 +180,9 @@ def test_state_dict_is_the_same_model_as_its_pickle(name):
 
 
 def test_ect_is_the_identity_at_its_sigma_min():
-    found = checkpoint("ect_ddpmpp_uncond")
+    denoise, params = function("ect_ddpmpp_uncond")
     images = jnp.asarray(nhwc(golden("ect_ddpmpp_uncond")["x"])[0])
-    params = found.config.network.prepare(found.params)
-    output = jax.jit(found.config.function)(params, images, jnp.full(len(images), 0.003, jnp.float32), None)
+    output = denoise(params, images, jnp.full(len(images), 0.003, jnp.float32), None)
     assert relative(output, images) < 1e-6
 
 

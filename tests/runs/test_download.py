@@ -168,4 +168,4 @@ def test_the_list_has_names_sizes_and_what_is_downloaded(server, capsys):
     lines = succeeded(capsys, main, "download").splitlines()
     assert any(line.split() == [NAME, "0.0", "GB", "downloaded"] for line in lines)
     assert any(line.split() == ["ct_cat256", "2.1", "GB"] for line in lines)
-    assert len(lines) == 1 + 12 + 10
+    assert len(lines) == 1 + 12 + 10 + 26  # OpenAI's PyTorch and JAX files, and those of EDM and EDM2

@@ -13,7 +13,7 @@ from cm_jax.samplers.base import Levels, Sampler, scan_steps
 from cm_jax.types import Denoiser, Images, NoiseSource
 
 
-class TimeSchedule(abc.ABC):
+class ScheduleInTime(abc.ABC):
     """sigma(t) and s(t): at time t the images are s(t) (x_0 + sigma(t) z)."""
 
     @abc.abstractmethod
@@ -39,7 +39,7 @@ class TimeSchedule(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class VPSchedule(TimeSchedule):
+class VPSchedule(ScheduleInTime):
     """sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 and s = 1 / sqrt(1 + sigma^2), at equal steps of t from 1."""
 
     beta_d: float = 19.9
@@ -79,7 +79,7 @@ _FIRST_TIME = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class VESchedule(TimeSchedule):
+class VESchedule(ScheduleInTime):
     """sigma(t)^2 = t and s = 1, at geometrically spaced levels."""
 
     sigma_min: float = 0.02

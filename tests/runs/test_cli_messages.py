@@ -10,6 +10,7 @@ from cm_jax.cli import main, main_convert, main_sample
 from cm_jax.cli.parsing import parse_preset
 from cm_jax.cli.running import run as run_command
 from cm_jax.cli.train import Options
+from cm_jax.errors import InputError
 from tests.runs.test_train_cli_parsing import PRESETS
 
 
@@ -68,6 +69,7 @@ def failed(capsys, command):
         ("plain --processes 2", "needs all of --coordinator, --processes and --process."),
         ("plain --coordinator here --processes 2 --process 0", "--coordinator must be HOST:PORT, got 'here'."),
         ("plain --coordinator a:1 --processes 2 --process 2", "--process must lie in [0, 1], got 2."),
+        ("plain --distributed auto --coordinator a:1", "--distributed auto finds the other processes: omit --coo"),
         ("plain --dry-rum", "Did you mean --dry-run?"),
     ],
 )  # fmt: skip
@@ -76,6 +78,15 @@ def test_words_that_make_no_sense(capsys, line, message):
         run_command(lambda: parse_preset(PRESETS, Options(), "train.py", line.split()))
 
     assert message in failed(capsys, words)
+
+
+def test_no_launcher_is_named_in_one_message(monkeypatch):
+    def found_none():
+        raise ValueError("coordinator_address should be defined.")  # as JAX does
+
+    monkeypatch.setattr(jax.distributed, "initialize", found_none)
+    with pytest.raises(InputError, match=r"^--distributed auto found no launcher .*, or give --coordinator"):
+        Options(distributed="auto").connect()
 
 
 def shown(capsys, command, *words):

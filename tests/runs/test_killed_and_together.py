@@ -1,5 +1,6 @@
 """Real processes: killed at any moment, and several that train together."""
 
+import contextlib
 import os
 import random
 import re
@@ -31,14 +32,18 @@ SMALL = [
 KILLS = 10
 
 
-def begin(folder, cache, *words, devices=1):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONUNBUFFERED": "1",
-    }
+def begin(folder, cache, *words, devices=1, launcher=()):
+    environment = (
+        os.environ
+        | dict(launcher)
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
     command = [sys.executable, str(ROOT / "train.py"), "emoji32-edm", "--run", str(folder), *SMALL, *words]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent
@@ -119,16 +124,42 @@ def test_sigterm_saves_and_exits_0_and_a_second_process_is_refused(tmp_path, cac
     assert (folder / "checkpoints" / f"{int(stopped[1]):08d}" / "state").is_dir()
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "sharded"])
-def test_two_processes_are_one(parallel, tmp_path, cache):
+def free_port():
+    """A free port among the last 4096, from which JAX chooses under Slurm and Open MPI."""
+    for port in random.sample(range(61440, 65536), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no free port")
+
+
+def flags(process, port):
+    return ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)], {}
+
+
+def slurm(process, port):
+    """What `srun --nodes 1 --ntasks 2` sets; JAX derives the port from the job's number."""
+    job = {"SLURM_JOB_ID": str(4096 * 5 + port - 61440), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    return ["--distributed", "auto"], job | {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)}
+
+
+def open_mpi(process, port):
+    """What `mpirun -n 2` of Open MPI 4 sets; JAX derives the port from the job's number, a multiple of 4096."""
+    job = {"OMPI_MCA_orte_hnp_uri": f"{4096 * (port - 61440)}.0;tcp://127.0.0.1,10.0.0.1:34911"}
+    rank = {"OMPI_COMM_WORLD_RANK": str(process), "OMPI_COMM_WORLD_LOCAL_RANK": str(process)}
+    return ["--distributed", "auto"], job | {"OMPI_COMM_WORLD_SIZE": "2"} | rank
+
+
+@pytest.mark.parametrize(("parallel", "launch"), [("pmap", slurm), ("sharded", open_mpi)])
+def test_two_processes_are_one(parallel, launch, tmp_path, cache):
     """Two processes of two devices each, on loopback, beside one process of one: the same loss over twenty steps."""
     words = ("--images", "160", "--checkpoint-every", "20", "--network.base-channels", "32")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     together = tmp_path / "two"
-    several = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--parallel", parallel)
-    children = [begin(together, cache, *words, *several, "--process", str(i), devices=2) for i in range(2)]
+    children = []
+    for process in range(2):
+        how, launcher = launch(process, port)
+        children.append(begin(together, cache, *words, "--parallel", parallel, *how, devices=2, launcher=launcher))
     alone = tmp_path / "one"
     one = begin(alone, cache, *words)
     outputs = [finish(child) for child in children]

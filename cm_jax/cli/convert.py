@@ -16,6 +16,7 @@ from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.parsing import numbers, parse
 from cm_jax.cli.running import say
 from cm_jax.conversion import PreconditioningName
+from cm_jax.conversion.attention_order import QKVOrder, order_evidence
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import check_writable, user_path
 from cm_jax.networks.layers import Filter
@@ -75,6 +76,9 @@ class Convert:
     tuned_timesteps: str = ""
     """Noise levels of several steps as timesteps, such as "22,0", for `sample --steps`. Default: from the
     checkpoint."""
+    qkv_order: QKVOrder | None = None
+    """Order of q, k and v in the attention layers of a .pt file of OpenAI's code. heads: head by head, as in
+    guided-diffusion by default, and in consistency_models without flash attention before June 2023. Default: thirds."""
     key: str | None = None
     """For files with several networks: the key or prefix of the one to read, such as ema. Default: the only network;
     ema for .pkl files."""
@@ -132,6 +136,10 @@ def main(prog: str, words: Sequence[str]) -> None:
     if source.overridden:
         say(f"Overridden by options:\n  {indented_list(source.overridden)}")
     if args.check:
+        if evidence := order_evidence(network, source.params, source.qkv_order):
+            say(evidence.report())
+            if evidence.contradicted:
+                raise InputError(f"{evidence.warning()} {destination} was not written.")
         parity = compare(source)
         say(parity.report())
         if not parity.passed:

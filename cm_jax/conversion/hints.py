@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.conversion.attention_order import QKVOrder
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError, check_int
 from cm_jax.networks.layers import Filter
@@ -45,6 +46,8 @@ class CheckpointHints:
     class_names: tuple[str, ...] | None = None
     tuned_timesteps: tuple[tuple[int, ...], ...] | None = None
     """As in ModelConfig."""
+    qkv_order: QKVOrder | None = None
+    """For the names of OpenAI's code: see attention_order.py."""
 
     def __post_init__(self) -> None:
         limits = {"head_dim": (1, 4096), "heads": (1, 4096), "num_levels": (2, 2**20), "image_size": (1, 2**13)}

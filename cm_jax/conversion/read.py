@@ -11,6 +11,7 @@ from cm_jax.checkpoints import hub, native, serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import Published, recognize, recognize_cifar10
 from cm_jax.conversion import edm, edm_names, jcm, persistence
+from cm_jax.conversion.attention_order import QKVOrder, as_convolutions, in_thirds, order_evidence
 from cm_jax.conversion.diffusers import check_agreement, network_folder, pipeline_folder, settings_of
 from cm_jax.conversion.hints import PRECONDITIONING, CheckpointHints, is_consistency
 from cm_jax.conversion.rules import Tensors, from_source
@@ -46,6 +47,8 @@ class Source:
     """What was chosen, removed or left out while reading the file, and what else its user should know: a line each."""
     overridden: tuple[str, ...] = ()
     """A line for each setting of a native checkpoint that the hints change."""
+    qkv_order: QKVOrder = "thirds"
+    """The order of q, k and v in the file; `params` are in the order thirds."""
 
 
 def read(path: Path, hints: CheckpointHints | None = None) -> Source:
@@ -56,6 +59,8 @@ def read(path: Path, hints: CheckpointHints | None = None) -> Source:
     hints = hints or CheckpointHints()
     try:
         source = _read(path, hints)
+        if hints.qkv_order is not None and source.format is not OPENAI:
+            raise InputError(f"--qkv-order is for files with the names of OpenAI's code; leave it out for {path}.")
         return dataclasses.replace(source, config=hints.apply(source.config))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -128,6 +133,7 @@ def _read_native(path: Path, content: tuple[ModelConfig, Params], hints: Checkpo
 def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
     """A PyTorch checkpoint with its weights in `file`."""
     tensors, notes = read_network(file, None if hints.key == file.parent.name else hints.key)
+    tensors, guided_diffusion = as_convolutions(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if edm_names.is_edm(shapes):
         head_dim, preconditioning = hints.head_dim, hints.preconditioning
@@ -149,13 +155,19 @@ def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
         "--preconditioning consistency (or edm, for a teacher)": settings.get("preconditioning"),
         "--num-levels N (40 for published CD checkpoints; 201 or 151 for CT)": settings.get("num_levels"),
     }
+    if guided_diffusion:
+        questions["--qkv-order heads (or thirds, if trained with use_new_attention_order)"] = hints.qkv_order
     _require(path, questions, named and f"it has {total:,} parameters, not {named.parameters:,}")
+    order = hints.qkv_order or "thirds"
+    tensors = in_thirds(tensors, network) if order == "heads" else tensors
     params = from_source(format.rules(network), network.shapes(), tensors, source=str(file))
     if format is DIFFUSERS:
         check_agreement(file.parent / "config.json", network)
     config = _config(network, settings, known, ADM_TIME)
     _report(known, config, hints, stored)
-    return Source(path, config, params, format, tensors, (*notes, *more_notes))
+    evidence = order_evidence(network, params, order) if format is OPENAI else None
+    warnings = (evidence.warning(),) if evidence and evidence.contradicted else ()
+    return Source(path, config, params, format, tensors, (*notes, *more_notes, *warnings), qkv_order=order)
 
 
 def _from_edm(path: Path, found: edm.EDMCheckpoint, hints: CheckpointHints) -> Source:

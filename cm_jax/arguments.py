@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from cm_jax.errors import InputError, check_int, one_line
@@ -27,6 +28,12 @@ def _typed(key: Array) -> Array:
     """A raw key, as jax.random.PRNGKey makes them, as a typed one; other arrays unchanged."""
     raw = key.dtype == jnp.uint32 and key.shape == jax.random.key_data(jax.random.key(0)).shape
     return jax.random.wrap_key_data(key) if raw else key
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether an array among the values, or in a dictionary or list of arrays, is traced by jit, grad or vmap."""
+    trees = [jax.tree.leaves(value) if isinstance(value, dict | list | tuple) else [value] for value in values]
+    return any(isinstance(leaf, Tracer) for tree in trees for leaf in tree)
 
 
 def as_array(name: str, values: Any) -> Array | np.ndarray:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cm_jax.arguments import Seed, as_array, as_images, as_key
-from cm_jax.checkpoints import native
+from cm_jax.arguments import Seed, as_array, as_images, as_key, is_traced
+from cm_jax.checkpoints import class_labels, native
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
 from cm_jax.conversion import PushOptions, push
 from cm_jax.diffusion.guidance import AnyFunction
@@ -31,9 +31,13 @@ class PlanArgs(NoiseLevelArgs, GuidanceArgs, total=False):
     """Noise levels and guidance."""
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A consistency model, or a denoiser such as an EDM teacher, with its parameters.
+
+    It is a pytree: the parameters are its leaves and the config is static, so it passes through jit, grad, vmap,
+    jax.tree.map, optax and Orbax. `denoise` accepts traced arguments; inside jit, sample with cm_jax.samplers.sample.
 
     Arguments that several methods share:
       images: NHWC, clean images in [-1, 1].
@@ -55,13 +59,17 @@ class Model:
         """f(images, sigma, labels), or D(images, sigma, labels) for a denoiser: estimates of the clean images.
 
         images: clean images plus noise of standard deviation sigma. sigma: one level for all images or one per image.
+        All arguments and the parameters may be traced, and derivatives pass through; values of traced arguments are
+        not checked.
         """
         x = jnp.asarray(as_images(images), jnp.float32)
-        sigmas = np.asarray(as_array("sigma", sigma), np.float32)
+        sigmas = jnp.asarray(as_array("sigma", sigma), jnp.float32)
         self.config.network.check_input(x.shape, labels is not None)
-        if sigmas.shape not in ((), (x.shape[0],)) or not np.all(np.isfinite(sigmas) & (sigmas >= 0)):
+        valid = is_traced(sigmas) or bool(np.all(np.isfinite(sigmas) & (np.asarray(sigmas) >= 0)))
+        if sigmas.shape not in ((), (x.shape[0],)) or not valid:
             raise InputError(f"Expected one sigma or {x.shape[0]}, finite and not negative; got {one_line(sigma)}.")
-        numbers = None if labels is None else jnp.asarray(self.class_numbers(labels, x.shape[0]), jnp.int32)
+        find = class_labels.traced_numbers if is_traced(labels) else self.class_numbers
+        numbers = None if labels is None else jnp.asarray(find(labels, x.shape[0]), jnp.int32)  # type: ignore[arg-type]
         function, params = self._program(choose_guidance(self.config))
         return _denoise(function, params, x, jnp.broadcast_to(sigmas, x.shape[:1]), numbers)
 
@@ -84,6 +92,7 @@ class Model:
         sampler: a sampler or its name in cm_jax.samplers.SAMPLERS; by default consistency, or heun for a denoiser.
         noise: standard normal noise to use instead of the key's: the initial noise, then one sample for each step.
         """
+        self._check_untraced("sample", key, labels, noise)
         plan = self.plan(sampler=sampler, **levels)
         if noise is not None:
             count = check_int("count", count, 1, 10**9)
@@ -106,6 +115,7 @@ class Model:
 
         Arguments are checked at the call, not at the first batch.
         """
+        self._check_untraced("batches", key, labels)
         count = check_int("count", count, 1, 10**9)
         numbers = self.sample_labels(key, count) if labels is None else self.class_numbers(labels, count)
         (function, params), size = self._program(plan.guidance), _batch_size(batch_size, self.config)
@@ -129,6 +139,7 @@ class Model:
         which values may leave [-1, 1]. levels: by default those of the operator, or 17 steps from sigma_max.
         Each edit depends on the key and on the numbers of its image and variant alone.
         """
+        self._check_untraced("edit", key, images, labels)
         _check_editable(self.config)
         if not isinstance(operator, Operator):
             raise InputError(f"Expected an operator of cm_jax.editing, such as Luma(); got {one_line(operator)}.")
@@ -155,6 +166,7 @@ class Model:
 
         sigmas: by default those of Strokes; a higher first level changes the images more.
         """
+        self._check_untraced("interpolate_images", key, first, second, labels)
         _check_editable(self.config)
         frames = check_int("frames", frames, 2, 10**6)
         pair = check_images(_pair(first, second), Strokes(), self.config.network.image_shape)
@@ -177,6 +189,7 @@ class Model:
 
         All noise is interpolated spherically (CM, appendix D).
         """
+        self._check_untraced("interpolate_noise", first, second, labels)
         plan = self.plan(sampler=sampler, **levels)
         frames = check_int("frames", frames, 2, 10**6)
         ends, numbers = (as_key(first), as_key(second)), self.class_numbers(labels, frames)
@@ -231,6 +244,14 @@ class Model:
         """The function that samplers use, and its parameters."""
         function = self.config.function
         return (function, self.params) if guidance is None else guidance.program(function, self.params)
+
+    def _check_untraced(self, method: str, *arguments: Any) -> None:
+        """Raise InputError inside jit, grad and vmap for a method that returns NumPy arrays."""
+        if is_traced(self.params, *arguments):
+            raise InputError(
+                f"Model.{method} returns NumPy arrays and cannot be traced by jit, grad or vmap: use "
+                "Model.denoise or cm_jax.samplers.sample there, which are pure functions."
+            )
 
     def _edit(
         self,

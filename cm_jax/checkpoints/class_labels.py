@@ -13,13 +13,14 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer
 
 from cm_jax.arguments import as_list
 from cm_jax.errors import InputError, check_int, one_line
 
-ClassLabels = int | str | Sequence[int | str] | Integer[Array | np.ndarray, "*b"]
+ClassLabels = int | str | Sequence[int | str] | Integer[Array | np.ndarray, "*labels"]
 """Labels as users write them: indices or names, one for all images or one per image."""
 
 _log = logging.getLogger("cm_jax.labels")
@@ -33,6 +34,13 @@ def class_numbers(labels: ClassLabels, count: int, classes: int, names: tuple[st
         raise InputError(f"Expected one label or {count}, one for each image; got {len(given)} labels.")
     numbers = [_class_number(label, classes, names) for label in given]
     return np.asarray(numbers * (count // len(numbers)), np.int32)
+
+
+def traced_numbers(labels: Integer[Array, "*labels"], count: int) -> Int[Array, " n"]:
+    """Traced class indices for `count` images, of which only type and shape can be checked."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape not in ((), (1,), (count,)):
+        raise InputError(f"Expected integers [] or [{count}] as labels, got {labels.dtype} {list(labels.shape)}.")
+    return jnp.broadcast_to(labels.astype(jnp.int32), (count,))
 
 
 def split_labels(text: str, names: tuple[str, ...]) -> list[str]:

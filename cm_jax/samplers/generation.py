@@ -46,12 +46,22 @@ def noise_from(keys: Keys, shape: tuple[int, int, int]) -> NoiseSource:
     return lambda index: normal_per_image(fold_in(sources, index), shape)
 
 
-def sample_images(
-    function: AnyFunction, sampler: Sampler, params: Params, levels: Levels, keys: Keys, labels: Labels | None
+def sample(
+    function: AnyFunction,
+    sampler: Sampler,
+    params: Params,
+    levels: Levels | Sequence[float],
+    keys: Keys,
+    labels: Labels | None = None,
 ) -> Images:
-    """Images in [-1, 1] for a batch of keys, to be compiled as one program."""
+    """Images in [-1, 1], one for each key: a pure function for use inside jit, vmap and grad.
+
+    function: model.config.function. levels: descending, with the final level, as `model.plan(steps=2)` chooses them
+    and its sampler. labels: one class per image; None for an unconditional network. With keys = image_keys(key,
+    numbers) the images are those of `Model.sample(key)`.
+    """
     noise = noise_from(keys, function.network.image_shape)
-    return sampler(function.denoiser(params, labels), levels, noise)
+    return sampler(function.denoiser(params, labels), jnp.asarray(levels, jnp.float32), noise)
 
 
 def images_from_noise(
@@ -66,7 +76,7 @@ def images_from_noise(
     return sampler(function.denoiser(params, labels), levels, lambda index: noise[index])
 
 
-_sample = compile_programs(sample_images)
+_sample = compile_programs(sample)
 _from_noise = jax.jit(images_from_noise, static_argnums=(0, 1))
 
 

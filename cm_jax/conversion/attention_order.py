@@ -79,7 +79,7 @@ class OrderEvidence:
 
     def report(self) -> str:
         """One line."""
-        verdict = "the weights do not tell"
+        verdict = "the weights give no indication"
         if abs(self.deviations) > _DECISIVE:
             verdict = f"the weights were trained as {self.other if self.contradicted else self.order}"
         return (

@@ -47,6 +47,7 @@ def test_the_right_order_is_confirmed_and_the_wrong_one_refused(tmp_path, capsys
     source = read(EMOJI)
     assert source.notes == ()
     evidence = order_evidence(source.config.network, source.params, "thirds")
+    assert evidence is not None
     assert "the weights were trained as thirds" in evidence.report()
     (note,) = read(EMOJI, CheckpointHints(qkv_order="heads")).notes
     assert "--qkv-order thirds" in note
@@ -64,13 +65,13 @@ def test_kernels_of_guided_diffusion_need_the_order(tmp_path, order):
     assert_bitwise_equal(dict(leaves(found.params)), dict(leaves(read(EMOJI).params)))
 
 
-def test_untrained_weights_do_not_tell_and_one_head_has_no_order():
+def test_untrained_weights_give_no_indication_and_one_head_has_no_order():
     two = dataclasses.replace(SMALL, head_dim=32)
     for seed in range(5):
         evidence = order_evidence(two, random_params(two, seed), "thirds")
         assert evidence is not None
         assert abs(evidence.deviations) < 3
-        assert "the weights do not tell" in evidence.report()
+        assert "the weights give no indication" in evidence.report()
     one = dataclasses.replace(SMALL, head_dim=64)
     assert order_evidence(one, random_params(one), "thirds") is None
     assert order_evidence(two, {"middle": {"attention": {"qkv": {"kernel": np.zeros((64, 192))}}}}, "thirds") is None

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import re
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
@@ -164,6 +165,12 @@ class Data(abc.ABC):
 
         channels: for image files 1 (gray), 3 (RGB, the default) or 4 (RGBA). Raises InputError if it cannot be used.
         """
+
+
+def sorted_classes(names: set[str]) -> list[str]:
+    """In alphabetical order; in numerical order if all are numbers: 2 before 10."""
+    numeric = all(re.fullmatch("[0-9]{1,18}", name) for name in names)
+    return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
 
 
 def check_image_size(image_size: ImageSize, most: int = 4096) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from cm_jax.data.base import sorted_classes
 from cm_jax.data.decoding import SUFFIXES
 from cm_jax.data.encoded import Encoded, EncodedData
 from cm_jax.errors import InputError, indented_list
@@ -48,7 +49,7 @@ class ImageFolder(EncodedData):
         if self.labels != "none":
             _check_splits(files, self.path)
         names = _class_of_each(files, self.labels, self.path)
-        numbers = {name: number for number, name in enumerate(_sorted_classes(set(names)))}
+        numbers = {name: number for number, name in enumerate(sorted_classes(set(names)))}
         labels = [numbers[name] for name in names]
         return _Files(self.path, len(numbers) or None, tuple(numbers), top.absolute(), files, labels)
 
@@ -143,12 +144,6 @@ def _class_of_each(files: list[tuple[str, ...]], labels: str, place: str) -> lis
         found = f"expected two classes or more, got one, {_readable(names[0])}"
         raise InputError(f"{place}: {found}. Train without labels (labels: none).")
     return [_readable(name) for name in names]
-
-
-def _sorted_classes(names: set[str]) -> list[str]:
-    """In alphabetical order; in numerical order if all are numbers: 2 before 10."""
-    numeric = all(re.fullmatch("[0-9]{1,18}", name) for name in names)
-    return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
 
 
 def _readable(name: str) -> str:

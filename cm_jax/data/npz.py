@@ -3,19 +3,24 @@
 import dataclasses
 import functools
 import importlib.resources
+import logging
 from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cm_jax.data.base import Data, Dataset, InMemory, Progress, check_image_size
+from cm_jax.data.base import Data, Dataset, InMemory, Progress, check_image_size, sorted_classes
 from cm_jax.data.decoding import center_crop
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, nearest
 from cm_jax.io.atomic import user_path
 from cm_jax.io.npz import read_npz
 from cm_jax.types import ImageSize, height_width
 
+log = logging.getLogger("cm_jax.data")
+
+_SHOWN = 8
+"""Class names in a message."""
 _USUAL_CHANNELS = (1, 2, 3, 4, 6)
 _USUAL_NAMES = {
     "images": ("images", "arr_0"),
@@ -62,10 +67,11 @@ def bundled_emoji() -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class NpzData(Data):
-    """An .npz file with uint8 images [n, height, width, channels] and optional integer labels [n].
+    """An .npz file with uint8 images [n, height, width, channels] and optional labels [n] or [n, 1].
 
-    Class names are read from class_names or label_names. Images of another size are resized and center-cropped, each
-    channel on its own.
+    Labels are integers, with class names in class_names or label_names, or text: the class names themselves, in the
+    order of class_names if present, else in alphabetical order, or in numerical order if all are numbers. Images of
+    another size are resized and center-cropped, each channel on its own.
     """
 
     path: str
@@ -93,11 +99,16 @@ class NpzData(Data):
             raise InputError(f"{self.path} cannot be used as an .npz file of images: {error}.") from error
         used = self._names(list(found))
         labels, names = (found[used[use]] if use in used else None for use in ("labels", "class_names"))
-        if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
-            problem = f"expected {used['labels']} to be integers [n], got {_text(labels)}"
-            raise InputError(f"{self.path}: {problem}. If they are not labels, use labels: none.")
         if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
             raise InputError(f"{self.path}: expected {used['class_names']} to be strings [n], got {_text(names)}.")
+        if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:
+            log.info("%s: %s of shape %s are read as [n].", self.path, used["labels"], list(labels.shape))
+            labels = labels[:, 0]
+        if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iuU"):
+            problem = f"expected {used['labels']} to be integers or strings [n], got {_text(labels)}"
+            raise InputError(f"{self.path}: {problem}. If they are not labels, use labels: none.")
+        if labels is not None and labels.dtype.kind == "U":
+            labels, names = _numbered(self.path, labels, names)
         if labels is not None and len(np.unique(labels)) < 2:
             if self.labels:
                 raise InputError(f"{self.path}: all labels are equal; train without them (labels: none).")
@@ -119,6 +130,22 @@ class NpzData(Data):
             elif name or use == "images":
                 raise ValueError(f"it has no {' or '.join(choices)}, but {', '.join(available) or 'nothing'}")
         return used
+
+
+def _numbered(path: str, labels: np.ndarray, names: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """(class numbers, class names) of labels that are class names.
+
+    Without `names`, classes are sorted as in image folders. Raises InputError for a label that is not among `names`.
+    """
+    found = set(labels.tolist())
+    classes = sorted_classes(found) if names is None else names.tolist()
+    if unknown := sorted(found.difference(classes)):
+        raise InputError(f"{path}: the label {unknown[0]!r} is not in class_names.{nearest(unknown[0], classes)}")
+    if names is None:
+        shown = ", ".join(classes[:_SHOWN]) + (", ..." if len(classes) > _SHOWN else "")
+        log.info("%s: labels are text; %d classes in this order: %s.", path, len(classes), shown)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return np.array([numbers[label] for label in labels.tolist()]), np.array(classes)
 
 
 def resized(

@@ -29,6 +29,29 @@ def test_arrays_by_their_usual_names(tmp_path):
     assert NpzData(saved(tmp_path, images=IMAGES, labels=np.zeros(4, int))).open(8).classes is None
 
 
+def test_labels_of_shape_n_1_are_read_as_n(tmp_path, caplog):
+    with caplog.at_level("INFO", "cm_jax"):
+        data = NpzData(saved(tmp_path, images=IMAGES, labels=LABELS[:, None])).open(8)
+    assert data.labels.tolist() == LABELS.tolist()
+    assert "labels of shape [4, 1] are read as [n]" in caplog.text
+
+
+def test_text_labels_are_class_names(tmp_path, caplog):
+    def opened(labels, **arrays):
+        data = NpzData(saved(tmp_path, images=IMAGES, labels=np.array(labels), **arrays)).open(8)
+        return data.labels.tolist(), data.class_names
+
+    with caplog.at_level("INFO", "cm_jax"):
+        assert opened(["dog", "cat", "emu", "cat"]) == ([1, 0, 2, 0], ("cat", "dog", "emu"))
+    assert "labels are text; 3 classes in this order: cat, dog, emu." in caplog.text
+    assert opened([["10"], ["2"], ["2"], ["1"]]) == ([2, 1, 1, 0], ("1", "2", "10"))  # numbers, as in image folders
+    ordered = np.array(["dog", "cat", "bee"])
+    assert opened(["dog", "cat", "dog", "cat"], class_names=ordered) == ([0, 1, 0, 1], ("dog", "cat", "bee"))
+    with pytest.raises(InputError, match=r"the label 'cats' is not in class_names. Did you mean 'cat'\?"):
+        opened(["dog", "cats", "dog", "cats"], class_names=ordered)
+    assert NpzData(saved(tmp_path, images=IMAGES, labels=np.array(["dog"] * 4))).open(8).classes is None
+
+
 def test_arrays_of_another_size_are_center_cropped(tmp_path):
     data = NpzData(saved(tmp_path, images=IMAGES)).open(4)
     halves = IMAGES.reshape(4, 4, 2, 4, 2, 3).mean(axis=(2, 4))
@@ -52,7 +75,7 @@ def test_arrays_of_another_size_are_center_cropped(tmp_path):
         ({"images": np.array([object()])}, {}, "allow_pickle"),
         ({"images": IMAGES, "labels": LABELS[:3]}, {}, "3 labels for 4 images"),
         ({"images": IMAGES, "labels": LABELS - 1}, {}, "labels from -1 to 1"),
-        ({"images": IMAGES, "labels": LABELS / 2}, {}, r"expected labels to be integers.*got float64 \[4\]"),
+        ({"images": IMAGES, "labels": LABELS / 2}, {}, r"expected labels to be integers or strings.*got float64 \[4\]"),
         ({"images": IMAGES, "labels": np.eye(4, dtype=int)}, {}, r"expected labels to be .*got int64 \[4, 4\]"),
         ({"images": IMAGES, "labels": LABELS, "class_names": np.array(["a", "b"])}, {}, "labels from 0 to 2"),
         (

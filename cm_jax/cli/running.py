@@ -36,6 +36,19 @@ def run(command: Callable[[], None]) -> NoReturn:
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     try:
+        status = _status(command)
+    except BrokenPipeError:
+        if not (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes both once more when it exits
+        status = 141
+    sys.exit(status)
+
+
+def _status(command: Callable[[], None]) -> int:
+    """Exit status of a command. Raises BrokenPipeError if its output or its message meets a closed pipe."""
+    try:
         try:
             command()
         finally:
@@ -44,17 +57,11 @@ def run(command: Callable[[], None]) -> NoReturn:
         lines = str(error).split("\n")  # a line may quote a whole file
         short = [line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..." for line in lines]
         print("error: " + _visible("\n".join(short)), file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("Interrupted. Output files are complete or absent.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        if not (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
-            raise
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes both once more when it exits
-        sys.exit(141)
-    sys.exit(0)
+        return 130
+    return 0
 
 
 def _is_closed(stream: TextIO) -> bool:

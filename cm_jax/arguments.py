@@ -1,17 +1,19 @@
 """Arguments of the Python API as users give them, lists or arrays of NumPy, JAX and others: conversion and checks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.errors import InputError, check_int, one_line
 
 Seed = int | Key[Array, ""]
 """A seed in [0, 2^32 - 1], or a JAX key."""
+Seeds = Sequence[Seed] | Int[Array | np.ndarray, " n"] | Key[Array, " n"]
 
 
 def as_key(seed: Any) -> Key[Array, ""]:
@@ -22,6 +24,22 @@ def as_key(seed: Any) -> Key[Array, ""]:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
         raise InputError(f"Expected one seed or one key, got {seed.dtype} {list(seed.shape)}; call once for each key.")
     return key
+
+
+def as_keys(key: Any, count: Any, seeds: Any) -> tuple[Key[Array, "*n"], int]:
+    """The key of `count` images and `count`; or the keys of several seeds, one for each image, and their number.
+
+    Raises InputError for both a key and seeds, and for neither.
+    """
+    count = check_int("count", count, 1, 10**9)
+    if (key is None) == (seeds is None) or (seeds is not None and count != 1):
+        raise InputError("Give either a key and a count, as in sample(0, 4), or seeds, as in sample(seeds=[3, 8]).")
+    if seeds is None:
+        return as_key(key), count
+    listed = list(seeds) if isinstance(seeds, jax.Array) and seeds.ndim else as_list(seeds)
+    if not listed:
+        raise InputError(f"Expected a list of seeds, as in seeds=[3, 8]; got {one_line(seeds)}.")
+    return jnp.stack([as_key(each) for each in listed]), len(listed)
 
 
 def _typed(key: Array) -> Array:
@@ -55,6 +73,16 @@ def as_images(images: Any) -> Float[Array | np.ndarray, "..."]:
     if array.ndim and not len(array):
         raise InputError(f"Expected at least one image, got shape {list(array.shape)}.")
     return array
+
+
+def as_pair(first: Any, second: Any) -> Float[np.ndarray, "2 ..."]:
+    """Two images as one array. Raises InputError unless they have the same shape."""
+    pair = [np.asarray(as_images(image)) for image in (first, second)]
+    if pair[0].shape != pair[1].shape:
+        raise InputError(
+            f"Expected two images of the same shape, got {' and '.join(str(list(p.shape)) for p in pair)}."
+        )
+    return np.stack(pair)
 
 
 def as_list(values: Any) -> list[Any] | None:

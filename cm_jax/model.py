@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cm_jax.arguments import Seed, as_array, as_images, as_key, is_traced
-from cm_jax.checkpoints import class_labels, native
+from cm_jax.arguments import Seed, Seeds, as_array, as_images, as_key, as_keys, as_pair, is_traced
+from cm_jax.checkpoints import class_labels
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
-from cm_jax.conversion import PushOptions, push
+from cm_jax.conversion import PushOptions, push, write
 from cm_jax.diffusion.guidance import AnyFunction
 from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batches, slerp_batches, variant_keys
 from cm_jax.editing.operators import Operator, Strokes
 from cm_jax.errors import InputError, check_int, one_line
+from cm_jax.io.atomic import user_path
+from cm_jax.io.progress import progress as with_progress
 from cm_jax.samplers import Guidance, GuidanceArgs, NoiseLevelArgs, Sampler, choose_guidance
-from cm_jax.samplers.generation import default_batch_size, generate, replay, sample_labels
+from cm_jax.samplers.generation import check_batch_size, generate, replay, sample_labels
 from cm_jax.samplers.plan import SamplingPlan, checked_noise, levels_given, make_plan
 from cm_jax.types import Images, Keys, Labels, Params, Sigmas
 
@@ -75,39 +77,46 @@ class Model:
 
     def sample(
         self,
-        key: Seed,
+        key: Seed | None = None,
         count: int = 1,
         *,
+        seeds: Seeds | None = None,
         labels: ClassLabels | None = None,
         sampler: str | Sampler | None = None,
         batch_size: int | None = None,
         noise: Float[Array | np.ndarray, "k b h w c"] | None = None,
+        progress: bool = False,
         **levels: Unpack[PlanArgs],
     ) -> Float[np.ndarray, "b h w c"]:
         """`count` images, NHWC float32 in [-1, 1]. Image i depends on the key, on i and on its label alone.
 
         Models of the EDM family do not clip: values may slightly exceed [-1, 1].
 
+        seeds: in place of a key and a count, [3, 8] for the first image of each seed: sample(3) and sample(8).
         labels: None samples them from the key (see `sample_labels`). levels: by default one step, or 40 for a denoiser.
         sampler: a sampler or its name in cm_jax.samplers.SAMPLERS; by default consistency, or heun for a denoiser.
         noise: standard normal noise to use instead of the key's: the initial noise, then one sample for each step.
+        progress: show a bar, which advances with each batch, on a terminal or in a notebook.
         """
-        self._check_untraced("sample", key, labels, noise)
+        self._check_untraced("sample", key, seeds, labels, noise)
         plan = self.plan(sampler=sampler, **levels)
         if noise is not None:
-            count = check_int("count", count, 1, 10**9)
+            count = as_keys(0 if key is None and seeds is None else key, count, seeds)[1]
             noise = checked_noise(noise, (count, *self.config.network.image_shape), plan)
             numbers = self.class_numbers(labels, count)
             function, params = self._program(plan.guidance)
             return replay(function, plan.sampler, params, plan.levels, noise, numbers)
-        return np.concatenate(list(self.batches(key, count, plan, labels=labels, batch_size=batch_size)))
+        total = as_keys(key, count, seeds)[1]
+        batches = self.batches(key, count, plan, seeds=seeds, labels=labels, batch_size=batch_size)
+        return np.concatenate(list(with_progress(batches, total) if progress is True else batches))
 
     def batches(
         self,
-        key: Seed,
+        key: Seed | None,
         count: int,
         plan: SamplingPlan,
         *,
+        seeds: Seeds | None = None,
         labels: ClassLabels | None = None,
         batch_size: int | None = None,
     ) -> Iterator[Float[np.ndarray, "b h w c"]]:
@@ -115,11 +124,12 @@ class Model:
 
         Arguments are checked at the call, not at the first batch.
         """
-        self._check_untraced("batches", key, labels)
-        count = check_int("count", count, 1, 10**9)
-        numbers = self.sample_labels(key, count) if labels is None else self.class_numbers(labels, count)
-        (function, params), size = self._program(plan.guidance), _batch_size(batch_size, self.config)
-        return generate(function, plan.sampler, params, plan.levels, as_key(key), count, numbers, batch_size=size)
+        self._check_untraced("batches", key, seeds, labels)
+        (keys, count), classes = as_keys(key, count, seeds), self.config.network.classes
+        chosen = None if classes is None or labels is not None else sample_labels(keys, count, classes)
+        numbers = self.class_numbers(labels, count) if chosen is None else chosen
+        (function, params), size = self._program(plan.guidance), _size(batch_size, self.config)
+        return generate(function, plan.sampler, params, plan.levels, keys, count, numbers, batch_size=size)
 
     def edit(
         self,
@@ -169,7 +179,7 @@ class Model:
         self._check_untraced("interpolate_images", key, first, second, labels)
         _check_editable(self.config)
         frames = check_int("frames", frames, 2, 10**6)
-        pair = check_images(_pair(first, second), Strokes(), self.config.network.image_shape)
+        pair = check_images(as_pair(first, second), Strokes(), self.config.network.image_shape)
         plan = self.plan(sigmas=Strokes().default_sigmas(pair.shape[1:]) if sigmas is None else sigmas)
         keys = jnp.repeat(variant_keys(as_key(key), 1, 1), frames)
         return self._edit(plan, Strokes(), keys, blend(pair[0], pair[1], frames), labels, batch_size)
@@ -193,7 +203,7 @@ class Model:
         plan = self.plan(sampler=sampler, **levels)
         frames = check_int("frames", frames, 2, 10**6)
         ends, numbers = (as_key(first), as_key(second)), self.class_numbers(labels, frames)
-        (function, params), size = self._program(plan.guidance), _batch_size(batch_size, self.config)
+        (function, params), size = self._program(plan.guidance), _size(batch_size, self.config)
         program = (function, plan.sampler, params, plan.levels)
         parts = slerp_batches(*program, *ends, numbers, frames=frames, batch_size=size)
         return np.concatenate(list(parts))
@@ -217,10 +227,12 @@ class Model:
         chosen = choose_guidance(self.config, guidance, guide, guidance_interval)
         return make_plan(self.config, sampler, clip, chosen, **levels)
 
-    def sample_labels(self, key: Seed, count: int) -> Int[np.ndarray, " n"] | None:
-        """The class numbers that `sample` uses for this key by default; None for an unconditional model."""
-        classes = self.config.network.classes
-        return None if classes is None else sample_labels(as_key(key), count, classes)
+    def sample_labels(
+        self, key: Seed | None = None, count: int = 1, *, seeds: Seeds | None = None
+    ) -> Int[np.ndarray, " n"] | None:
+        """The class numbers that `sample` uses for this key or these seeds; None for an unconditional model."""
+        (keys, count), classes = as_keys(key, count, seeds), self.config.network.classes
+        return None if classes is None else sample_labels(keys, count, classes)
 
     def class_numbers(self, labels: ClassLabels | None, count: int) -> Int[np.ndarray, " n"] | None:
         """Class numbers of `labels` for `count` images; None for an unconditional model."""
@@ -232,9 +244,11 @@ class Model:
             raise InputError("Expected a model of latents, got one of images: its samples need no decoder.")
         return self.config.latents.decodable(np.asarray(images, np.float32))
 
-    def save(self, directory: str | Path) -> None:
-        """Write a native checkpoint in the current precision of the parameters."""
-        native.save(Path(directory), self.config, self.params)
+    def save(self, path: str | Path) -> None:
+        """Write a native checkpoint in the current precision of the parameters: a file if `path` ends in .safetensors,
+        else a folder.
+        """
+        write(user_path(path), "native", self.config, self.params)
 
     def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
         """Upload the model with a model card to "owner/name" on the Hugging Face Hub; returns the commit's address."""
@@ -262,7 +276,7 @@ class Model:
         labels: ClassLabels | None,
         batch_size: int | None,
     ) -> Float[np.ndarray, "b h w c"]:
-        numbers, size = self.class_numbers(labels, len(images)), _batch_size(batch_size, self.config)
+        numbers, size = self.class_numbers(labels, len(images)), _size(batch_size, self.config)
         function, params = self._program(plan.guidance)
         parts = edit_batches(function, operator, params, plan.levels, keys, images, numbers, batch_size=size)
         return np.concatenate(list(parts))
@@ -275,21 +289,10 @@ def _denoise(
     return function.denoiser(params, labels)(x, sigma)
 
 
-def _batch_size(given: int | None, config: ModelConfig) -> int:
-    if given is None:
-        return default_batch_size(config.network.image_shape) * len(jax.local_devices())
-    return check_int("batch_size", given, 1, 10**6)
+def _size(batch_size: int | None, config: ModelConfig) -> int:
+    return check_batch_size(batch_size, config.network.image_shape)
 
 
 def _check_editable(config: ModelConfig) -> None:
     if not config.distilled:
         raise InputError("Expected a consistency model for editing, got a denoiser; use a model distilled from it.")
-
-
-def _pair(first: Any, second: Any) -> Float[np.ndarray, "2 ..."]:
-    pair = [np.asarray(as_images(image)) for image in (first, second)]
-    if pair[0].shape != pair[1].shape:
-        raise InputError(
-            f"Expected two images of the same shape, got {' and '.join(str(list(p.shape)) for p in pair)}."
-        )
-    return np.stack(pair)

@@ -13,13 +13,13 @@ from PIL import Image
 
 from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.labels import LabelTexts, read_labels
-from cm_jax.cli.options import LARGEST_GRID, Levels, Network
+from cm_jax.cli.options import Levels, Network
 from cm_jax.cli.parsing import choose, numbers, parse
 from cm_jax.cli.running import say, stopwatch, use_compilation_cache
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import atomic_write, check_writable
-from cm_jax.io.images import fits_png, grid, quantize, save_grid
+from cm_jax.io.images import LARGEST_GRID, fits_png, grid, quantize, save_grid
 from cm_jax.loading import load
 from cm_jax.model import Model
 from cm_jax.samplers import NoiseLevelArgs

@@ -10,7 +10,7 @@ import tyro
 from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.options import Network, Sampling, Statistics
 from cm_jax.cli.parsing import parse
-from cm_jax.cli.running import devices, progress, say, use_compilation_cache
+from cm_jax.cli.running import devices, say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.evaluation.evaluate import NEEDS, EvalConfig, evaluate
 from cm_jax.evaluation.features import load_inception, open_reference, write_statistics
@@ -18,6 +18,7 @@ from cm_jax.evaluation.image_sets import holds_images, of_dataset, of_model, ope
 from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.metrics import Report, to_json
 from cm_jax.io.atomic import atomic_write, check_writable
+from cm_jax.io.progress import progress
 from cm_jax.loading import load
 from cm_jax.model import Model
 

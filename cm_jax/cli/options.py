@@ -14,8 +14,6 @@ from cm_jax.samplers import DPM, SAMPLERS, Churn, Heun, NoiseLevelArgs, Sampler
 from cm_jax.types import Precision
 
 SamplerName = Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist", "segments", "vp", "ve"]
-LARGEST_GRID = 4096
-"""Images in a grid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

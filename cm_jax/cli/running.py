@@ -1,4 +1,4 @@
-"""Shared by all commands: exit codes, messages, progress bars, the compilation cache."""
+"""Shared by all commands: exit codes, messages, the compilation cache."""
 
 import atexit
 import contextlib
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import jax
-import numpy as np
 
 from cm_jax import kernels
 from cm_jax.errors import InputError
@@ -83,20 +82,6 @@ def _visible(text: str) -> str:
 def devices() -> str:
     found = jax.local_devices()
     return f"{len(found)} x {found[0].device_kind}"
-
-
-def progress(batches: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """The batches, with a bar on a terminal's standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=count)
-        for batch in batches:
-            yield batch
-            bar.advance(task, len(batch))
 
 
 @contextlib.contextmanager

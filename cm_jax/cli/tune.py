@@ -11,11 +11,12 @@ from cm_jax.checkpoints import hub, native
 from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.options import Statistics
 from cm_jax.cli.parsing import parse
-from cm_jax.cli.running import progress, say, use_compilation_cache
+from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.evaluation.features import load_inception
 from cm_jax.evaluation.image_sets import of_dataset, open_images
 from cm_jax.evaluation.level_search import tune
+from cm_jax.io.progress import progress
 from cm_jax.loading import load
 
 

@@ -18,11 +18,10 @@ _CARD = """---
 {snippets}"""
 
 _CM_JAX = """import cm_jax
-from cm_jax.io.images import grid, quantize
 
 model = cm_jax.load("{repo_id}")
 images = model.sample(0, 16{steps})  # seed 0: float32 [16, {shape}] in [-1, 1]
-grid(quantize(images), columns=4).save("samples.png")"""
+cm_jax.save_images(images, "samples.png")"""
 
 _DIFFUSERS = """from diffusers import ConsistencyModelPipeline
 

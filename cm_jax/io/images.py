@@ -3,15 +3,22 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from cm_jax.io.atomic import atomic_write
+from cm_jax.arguments import as_array, as_images
+from cm_jax.errors import InputError, check_int
+from cm_jax.io.atomic import atomic_write, check_writable, user_path
 
 Quantization = Literal["round", "truncate"]
+AnyImages = Float[Array | np.ndarray, "b h w c"] | UInt8[Array | np.ndarray, "b h w c"]
+"""Images in [-1, 1], or 0 ... 255."""
+
+LARGEST_GRID = 4096
+"""Images in a grid."""
 
 _SMALLEST_SHOWN = 64
 """Smaller images are enlarged in a grid, by nearest-neighbor resizing with an integer factor."""
@@ -53,6 +60,95 @@ def grid(
     for row, name in enumerate(row_names):
         pen.text((margin - 8, gap + row * step_y + height * zoom / 2), name, fill="black", font=font, anchor="rm")
     return sheet
+
+
+def image_grid(images: AnyImages, columns: int | None = None, *, rgba: bool = False) -> Image.Image:
+    """The images as one Pillow image, which notebooks show; small images are enlarged.
+
+    images: NHWC of 1 or 3 channels, or of 4 with `rgba`; floats in [-1, 1] or uint8. columns: by default a square.
+    """
+    pixels = _eight_bits(images, "round")
+    if not fits_png(channels := pixels.shape[3], rgba):
+        advice = "if they are RGBA, give rgba=True" if channels == 4 else "select 1 or 3 of them"
+        raise InputError(f"Expected gray or RGB images, got {channels} channels: {advice}.")
+    check_int("The number of images in a grid", len(pixels), 1, LARGEST_GRID)
+    return grid(pixels, _columns(columns, len(pixels)))
+
+
+def save_images(
+    images: AnyImages,
+    path: str | Path,
+    *,
+    labels: Sequence[int] | Int[Array | np.ndarray, " b"] | None = None,
+    columns: int | None = None,
+    row_names: Sequence[str] = (),
+    rgba: bool = False,
+    quantization: Quantization | None = "round",
+) -> Path:
+    """Write images and return the path: NAME.png for a grid, NAME.npz for arr_0 (images) and arr_1 (labels), any other
+    name for a folder with a PNG file for each image.
+
+    images: NHWC, floats in [-1, 1] or uint8. An .npz file is written in place of PNG files unless the images have 1 or
+    3 channels, or 4 with `rgba`. columns, row_names: of the grid, by default a square without names. quantization:
+    conversion of floats to 8 bits; None stores them in an .npz file as they are, for latents. Raises InputError.
+    """
+    pixels = _checked(images) if quantization is None else _eight_bits(images, quantization)
+    path = output_path(user_path(path), 0 if quantization is None else pixels.shape[3], rgba)
+    check_output(path, len(pixels))
+    numbers = None if labels is None else _checked_labels(labels, len(pixels))
+    match path.suffix.lower():
+        case ".png":
+            save_grid(path, grid(pixels, _columns(columns, len(pixels)), row_names))
+        case ".npz":
+            save_npz(path, pixels, numbers)
+        case _:
+            save_folder(path, pixels, numbers)
+    return path
+
+
+def output_path(path: Path, channels: int, rgba: bool) -> Path:
+    """`path`, or the .npz file in its place if PNG files cannot hold images with this many channels."""
+    suffix = path.suffix.lower()
+    if suffix == ".npz" or fits_png(channels, rgba):
+        return path
+    return path.with_suffix(".npz") if suffix == ".png" else path.with_name(f"{path.name}.npz")
+
+
+def check_output(path: Path, count: int | None) -> None:
+    """Raise InputError for a path that cannot be written, a format that is not supported, and too large a grid."""
+    suffix = path.suffix.lower()
+    if suffix in (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy"):
+        raise InputError(f"{path}: {suffix} files are not supported; use a .png file, an .npz file or a folder.")
+    if suffix == ".png" and (count or 0) > LARGEST_GRID:
+        raise InputError(
+            f"A grid of {count} images is too large, at most {LARGEST_GRID}: use an .npz file or a folder."
+        )
+    check_writable(path, folder=suffix not in (".png", ".npz"))
+
+
+def _checked(images: Any) -> np.ndarray:
+    """Images NHWC, floats or uint8, as a NumPy array."""
+    array = as_array("images", images)
+    array = np.asarray(array if array.dtype == np.uint8 else as_images(array))
+    if array.ndim != 4 or not array.size:
+        raise InputError(f"Expected images [b, h, w, c], got shape {list(array.shape)}.")
+    return array if array.dtype == np.uint8 else array.astype(np.float32)
+
+
+def _eight_bits(images: Any, how: Quantization) -> UInt8[np.ndarray, "b h w c"]:
+    array = _checked(images)
+    return array if array.dtype == np.uint8 else quantize(array, how)
+
+
+def _checked_labels(labels: Any, count: int) -> Int[np.ndarray, " b"]:
+    array = np.asarray(as_array("labels", labels))
+    if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"Expected {count} class numbers as labels, got {array.dtype} {list(array.shape)}.")
+    return array
+
+
+def _columns(given: int | None, count: int) -> int:
+    return max(1, round(count**0.5)) if given is None else check_int("columns", given, 1, LARGEST_GRID)
 
 
 def save_grid(path: Path, image: Image.Image) -> None:

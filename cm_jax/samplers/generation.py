@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.diffusion.guidance import AnyFunction
+from cm_jax.errors import check_int
 from cm_jax.samplers.base import Levels, Sampler
 from cm_jax.samplers.batches import by_number, compile_programs
 from cm_jax.types import Images, Keys, Labels, NoiseSource, Params, normal_per_image
@@ -25,18 +26,20 @@ fold_in = jax.vmap(jax.random.fold_in, (0, None))
 
 
 @jax.jit
-def image_keys(key: Key[Array, ""], numbers: Int[Array | np.ndarray, " b"]) -> Keys:
-    """The keys of the images with these numbers."""
+def image_keys(key: Key[Array, "*n"], numbers: Int[Array | np.ndarray, " b"]) -> Keys:
+    """The keys of the images with these numbers; with several keys, image i is the first one of key i."""
+    if key.ndim:
+        return fold_in(key[numbers], 0)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
-def sample_labels(key: Key[Array, ""], count: int, classes: int) -> Int[np.ndarray, " b"]:
+def sample_labels(key: Key[Array, "*n"], count: int, classes: int) -> Int[np.ndarray, " b"]:
     """Uniform random classes for images 0 ... count - 1."""
     return np.asarray(_labels(key, np.arange(count), classes))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _labels(key: Key[Array, ""], numbers: Int[Array | np.ndarray, " b"], classes: int) -> Int[Array, " b"]:
+def _labels(key: Key[Array, "*n"], numbers: Int[Array | np.ndarray, " b"], classes: int) -> Int[Array, " b"]:
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))(fold_in(image_keys(key, numbers), _LABEL))
 
 
@@ -85,12 +88,19 @@ def default_batch_size(shape: tuple[int, ...]) -> int:
     return max(1, 64 * 64**2 // max(shape[0] * shape[1], 64**2))
 
 
+def check_batch_size(given: int | None, shape: tuple[int, ...]) -> int:
+    """The given number of images per batch, by default that of images of this shape on all local devices."""
+    if given is None:
+        return default_batch_size(shape) * len(jax.local_devices())
+    return check_int("batch_size", given, 1, 10**6)
+
+
 def generate(
     function: AnyFunction,
     sampler: Sampler,
     params: Params,
     levels: Sequence[float],
-    key: Key[Array, ""],
+    key: Key[Array, "*n"],
     count: int,
     labels: Int[np.ndarray, " n"] | None,
     *,
@@ -99,7 +109,8 @@ def generate(
 ) -> Iterator[Float[np.ndarray, "b h w c"]]:
     """Images 0 ... count - 1 in order, one batch at a time.
 
-    `labels`: one class per image; None for an unconditional network. `batch_size` and `devices` as in `by_number`.
+    `key`: one for all images, or `count` keys, of each of which this is the first image. `labels`: one class per image;
+    None for an unconditional network. `batch_size` and `devices` as in `by_number`.
     """
 
     def rows(numbers: Int[np.ndarray, " b"]) -> tuple[Keys, Labels | None]:

@@ -60,13 +60,15 @@ def call(name, **changed):
     base = CALLS[name]
     if changed.keys() & set(LEVELS):
         base = {key: value for key, value in base.items() if key not in LEVELS}
+    if "seeds" in changed:
+        base = {key: value for key, value in base.items() if key not in ("key", "count")}
     return getattr(MODEL, name)(**{**base, **changed})
 
 
 def arguments():
     for name in CALLS:
         parameters = inspect.signature(getattr(MODEL, name)).parameters
-        for parameter in parameters:
+        for parameter in (each for each in parameters if each != "progress"):
             yield from ((name, each) for each in (LEVELS if parameter == "levels" else (parameter,)))
 
 
@@ -94,6 +96,14 @@ EQUAL = [
         "sample",
         "key",
         [3, np.int64(3), np.uint8(3), np.array(3), jnp.int32(3), jnp.uint32(3), KEY, jax.random.PRNGKey(3)],
+    ),
+    (
+        "sample",
+        "seeds",
+        [
+            *([3, 8], (3, 8), np.array([3, 8]), jnp.array([3, 8]), [KEY, np.int8(8)], [jax.random.PRNGKey(3), 8]),
+            *(jnp.stack([KEY, jax.random.key(8)]), jnp.stack([jax.random.PRNGKey(3), jax.random.PRNGKey(8)])),
+        ],
     ),
     ("sample", "count", [2, np.int16(2), np.array(2), jnp.int32(2)]),
     ("sample", "labels", [1, "1", [1, 1], (1, 1), np.int8(1), np.array([1]), jnp.ones(2, int), np.str_("1"), ["1", 1]]),

@@ -85,6 +85,15 @@ def test_labels_come_from_the_same_key(reference):
     assert set(STUDENT.sample_labels(0, 400)) == set(range(10))
 
 
+def test_several_seeds_give_the_first_image_of_each():
+    seeds = [3, 8, jax.random.key(2)]
+    together = STUDENT.sample(seeds=seeds, batch_size=2, progress=True)
+    np.testing.assert_allclose(together, np.concatenate([STUDENT.sample(seed) for seed in seeds]), atol=BOUND)
+    labels = [STUDENT.sample_labels(seed, 1)[0] for seed in seeds]
+    np.testing.assert_array_equal(STUDENT.sample_labels(seeds=seeds), labels)
+    assert len(np.unique(labels)) > 1
+
+
 def test_a_label_changes_its_own_image_alone():
     labels = np.zeros(4, np.int32)
     changed = labels.copy()
@@ -119,6 +128,11 @@ def test_wrong_labels_are_refused(labels, message):
     ("asked", "message"),
     [
         ({"count": 0}, "count must be"),
+        ({"seeds": [3, 8]}, r"sample\(seeds=\[3, 8\]\)"),
+        ({"key": None}, "Give either a key"),
+        ({"key": None, "count": 2, "seeds": [3, 8]}, "Give either a key"),
+        ({"key": None, "seeds": []}, "Expected a list of seeds"),
+        ({"key": None, "seeds": [3, -1]}, "A seed must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"sampler": "magic"}, "got 'magic'"),
         ({"steps": 2, "noise": np.zeros((3, 2, 16, 16, 3), np.float32)}, r"\[3, 1, 16, 16, 3\]"),
@@ -127,7 +141,7 @@ def test_wrong_labels_are_refused(labels, message):
 )
 def test_wrong_requests_are_refused(asked, message):
     with pytest.raises(InputError, match=message):
-        MODEL.sample(0, **{"count": 1, **asked})
+        MODEL.sample(**{"key": 0, "count": 1, **asked})
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def test_a_model_is_saved_and_loaded(saved, tmp_path):
     path, _ = saved
     model = cm_jax.load(path)
     model.save(tmp_path / "again")
+    model.save(str(tmp_path / "file.safetensors"))
+    assert native.restore_file(tmp_path / "file.safetensors")[0] == model.config
     again = cm_jax.load(tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     assert again.plan(steps=2).levels == model.plan(timesteps=(8, 0)).levels

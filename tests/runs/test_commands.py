@@ -13,6 +13,7 @@ from cm_jax import kernels
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_convert, main_sample
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
+from cm_jax.io.images import quantize
 from cm_jax.model import Model
 from tests.support import EMOJI, ROOT, SMALL, random_params, run
 
@@ -89,6 +90,18 @@ def test_npz_is_what_the_evaluator_reads(tmp_path, capsys):
         assert archive["arr_0"].dtype == np.uint8
         assert archive["arr_1"].dtype == np.int64
         assert archive["arr_1"].tolist() == [8] * 5
+
+
+def test_several_seeds_for_each_label(tmp_path, capsys):
+    """A row for each label, a column for each seed."""
+    out = tmp_path / "seeds.npz"
+    succeeded(capsys, main_sample, EMOJI, "--seeds", "3,8", "--labels", "1,5", "--output", out)
+    model = cm_jax.load(EMOJI)
+    expected = [model.sample(seed, labels=label) for label in (1, 5) for seed in (3, 8)]
+    written = np.load(out)
+    np.testing.assert_array_equal(written["arr_1"], [1, 1, 5, 5])
+    np.testing.assert_allclose(written["arr_0"], quantize(np.concatenate(expected)), atol=1)
+    assert "leave out --count" in failed(capsys, main_sample, EMOJI, "--seeds", "3,8", "--count", "2")
 
 
 def test_a_folder_of_images_and_truncation(tmp_path, capsys):

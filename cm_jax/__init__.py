@@ -7,9 +7,10 @@ cm_jax.save_images(images, "penguins.png")
 """
 
 from cm_jax.errors import InputError
+from cm_jax.exporting import export
 from cm_jax.io.images import image_grid, save_images
 from cm_jax.loading import load
 from cm_jax.model import Model
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Model", "image_grid", "load", "save_images"]
+__all__ = ["InputError", "Model", "export", "image_grid", "load", "save_images"]

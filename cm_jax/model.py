@@ -72,7 +72,7 @@ class Model:
             raise InputError(f"Expected one sigma or {x.shape[0]}, finite and not negative; got {one_line(sigma)}.")
         find = class_labels.traced_numbers if is_traced(labels) else self.class_numbers
         numbers = None if labels is None else jnp.asarray(find(labels, x.shape[0]), jnp.int32)  # type: ignore[arg-type]
-        function, params = self._program(choose_guidance(self.config))
+        function, params = self.program(choose_guidance(self.config))
         return _denoise(function, params, x, jnp.broadcast_to(sigmas, x.shape[:1]), numbers)
 
     def sample(
@@ -104,7 +104,7 @@ class Model:
             count = as_keys(0 if key is None and seeds is None else key, count, seeds)[1]
             noise = checked_noise(noise, (count, *self.config.network.image_shape), plan)
             numbers = self.class_numbers(labels, count)
-            function, params = self._program(plan.guidance)
+            function, params = self.program(plan.guidance)
             return replay(function, plan.sampler, params, plan.levels, noise, numbers)
         total = as_keys(key, count, seeds)[1]
         batches = self.batches(key, count, plan, seeds=seeds, labels=labels, batch_size=batch_size)
@@ -128,7 +128,7 @@ class Model:
         (keys, count), classes = as_keys(key, count, seeds), self.config.network.classes
         chosen = None if classes is None or labels is not None else sample_labels(keys, count, classes)
         numbers = self.class_numbers(labels, count) if chosen is None else chosen
-        (function, params), size = self._program(plan.guidance), _size(batch_size, self.config)
+        (function, params), size = self.program(plan.guidance), _size(batch_size, self.config)
         return generate(function, plan.sampler, params, plan.levels, keys, count, numbers, batch_size=size)
 
     def edit(
@@ -203,7 +203,7 @@ class Model:
         plan = self.plan(sampler=sampler, **levels)
         frames = check_int("frames", frames, 2, 10**6)
         ends, numbers = (as_key(first), as_key(second)), self.class_numbers(labels, frames)
-        (function, params), size = self._program(plan.guidance), _size(batch_size, self.config)
+        (function, params), size = self.program(plan.guidance), _size(batch_size, self.config)
         program = (function, plan.sampler, params, plan.levels)
         parts = slerp_batches(*program, *ends, numbers, frames=frames, batch_size=size)
         return np.concatenate(list(parts))
@@ -226,6 +226,11 @@ class Model:
             raise InputError(f"Expected a Model as guide, as load returns it, got {one_line(guide)}.")
         chosen = choose_guidance(self.config, guidance, guide, guidance_interval)
         return make_plan(self.config, sampler, clip, chosen, **levels)
+
+    def program(self, guidance: Guidance | None) -> tuple[AnyFunction, Params]:
+        """The function that samplers call with this guidance, and its parameters."""
+        function = self.config.function
+        return (function, self.params) if guidance is None else guidance.program(function, self.params)
 
     def sample_labels(
         self, key: Seed | None = None, count: int = 1, *, seeds: Seeds | None = None
@@ -254,11 +259,6 @@ class Model:
         """Upload the model with a model card to "owner/name" on the Hugging Face Hub; returns the commit's address."""
         return push(repo_id, self.config, self.params, **options)
 
-    def _program(self, guidance: Guidance | None) -> tuple[AnyFunction, Params]:
-        """The function that samplers use, and its parameters."""
-        function = self.config.function
-        return (function, self.params) if guidance is None else guidance.program(function, self.params)
-
     def _check_untraced(self, method: str, *arguments: Any) -> None:
         """Raise InputError inside jit, grad and vmap for a method that returns NumPy arrays."""
         if is_traced(self.params, *arguments):
@@ -277,7 +277,7 @@ class Model:
         batch_size: int | None,
     ) -> Float[np.ndarray, "b h w c"]:
         numbers, size = self.class_numbers(labels, len(images)), _size(batch_size, self.config)
-        function, params = self._program(plan.guidance)
+        function, params = self.program(plan.guidance)
         parts = edit_batches(function, operator, params, plan.levels, keys, images, numbers, batch_size=size)
         return np.concatenate(list(parts))
 

@@ -31,6 +31,9 @@ ImageSize = int | tuple[int, int]
 Precision = Literal["float32", "bfloat16", "float16"]
 """Compute precision inside a network."""
 
+Platform = Literal["cpu", "cuda", "tpu"]
+"""Platforms for which programs are exported."""
+
 
 def per_image(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
     """One value per image as [b, 1, 1, 1], to broadcast over pixels."""

@@ -1,4 +1,4 @@
-"""The command line: `cm-jax sample`, `edit`, `convert`, `train`, `evaluate`, `tune`, `download`, `demo`.
+"""The command line: `cm-jax sample`, `edit`, `convert`, `train`, `evaluate`, `tune`, `download`, `export`, `demo`.
 
 Most are scripts too.
 """
@@ -23,6 +23,7 @@ _COMMANDS = {
     "evaluate": "Evaluate samples or a checkpoint: FID, sFID, KID, IS, precision and recall, bits per dimension.",
     "tune": "Search the noise levels of multistep sampling by FID, and store them in the checkpoint.",
     "download": "Download a published checkpoint, or list them.",
+    "export": "Export a sampler that runs without this package.",
     "demo": "Sample and edit in the browser.",
 }
 

@@ -4,6 +4,6 @@ They differentiate in both modes to any order and support vmap. Without a compil
 environment, `available()` is False and networks use XLA.
 """
 
-from cm_jax.kernels.building import available, off, suits
+from cm_jax.kernels.building import available, off, suits, switched_off
 from cm_jax.kernels.memory import keep_memory
 from cm_jax.kernels.primitives import convolve, differentiable, multiply

@@ -68,8 +68,13 @@ def lanes() -> int:
 
 
 def off() -> contextlib.AbstractContextManager[None]:
-    """A context manager that turns the kernels off: functions called in it are traced with XLA operations."""
+    """A context manager that turns off the kernels and cuDNN's attention: XLA's operations are traced instead."""
     return _switched_off(True)
+
+
+def switched_off() -> bool:
+    """Whether the code runs inside `off()`."""
+    return bool(_switched_off.value)
 
 
 def suits(x: Array, channels: int | None = None) -> bool:
@@ -80,7 +85,7 @@ def suits(x: Array, channels: int | None = None) -> bool:
     return (
         x.dtype == jnp.float32
         and x.size > 0
-        and not _switched_off.value
+        and not switched_off()
         and jax.default_backend() == "cpu"
         and available()
         and x.shape[-1] % lanes() == 0

@@ -114,7 +114,8 @@ def attend(qkv: Float[Array, "b s c3"], heads: int, implementation: Implementati
     if implementation != "cudnn" and kernels.suits(qkv, head_dim) and kernels.suits(qkv, pixels):
         return _fused_attention(qkv, heads=heads)
     query, key, value = _split(qkv, heads)
-    if implementation == "cudnn" or (implementation == "auto" and _cudnn_runs(query)):
+    fused = implementation == "cudnn" or (implementation == "auto" and _cudnn_runs(query))
+    if fused and not kernels.switched_off():
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn").reshape(*qkv.shape[:2], -1)
     return _plain_attention(qkv, heads=heads)
 

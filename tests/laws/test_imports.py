@@ -26,6 +26,7 @@ ORDER = [
     "editing",
     "model",
     "loading",
+    "exporting",
     "evaluation",
     "training",
     "presets",

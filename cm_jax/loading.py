@@ -1,6 +1,7 @@
 """`load`: a model from a checkpoint of any format."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +10,8 @@ from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.types import Precision
+
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -20,6 +23,7 @@ def load(
     local_files_only: bool = False,
     download: bool = False,
     key: str | None = None,
+    ema: str | float | None = None,
 ) -> Model:
     """A model from a checkpoint.
 
@@ -34,15 +38,21 @@ def load(
     (by default that of HF_HOME); whether to use the cache only. download: download a published checkpoint unless it is
     stored already.
 
-    key: which network to load from a file or folder with several: "ema", "model". Raises InputError for a missing or
-    damaged checkpoint, for several networks without a key, and for a failed download.
+    key: which network to load from a file or folder with several: "ema", "model". ema: which EMA of a training run:
+    0.9999, "power_0.1", or "none" for the parameters without EMA; by default the one that the run samples from.
+
+    What was chosen or left out in reading the file is logged as INFO. Raises InputError for a missing or damaged
+    checkpoint, for several networks without a key, for an unknown key or EMA, and for a failed download.
     """
     if precision not in get_args(Precision):
         raise InputError(f"Expected precision {', '.join(get_args(Precision))}, got {precision!r}.")
     path = resolve(
         path_or_name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, download=download
     )
-    return from_source(conversion.read(path, conversion.CheckpointHints(key=key)), precision)
+    source = conversion.read(path, conversion.CheckpointHints(key=key, ema=None if ema is None else str(ema)))
+    for note in source.notes:
+        _log.info("%s", note)
+    return from_source(source, precision)
 
 
 def from_source(source: conversion.Source, precision: Precision = "float32") -> Model:

@@ -13,6 +13,7 @@ import tyro
 from cm_jax import conversion
 from cm_jax.checkpoints.native import to_float16
 from cm_jax.checkpoints.published import resolve
+from cm_jax.cli.options import WhichWeights
 from cm_jax.cli.parsing import numbers, parse
 from cm_jax.cli.running import say
 from cm_jax.conversion import PreconditioningName
@@ -24,7 +25,7 @@ from cm_jax.types import ImageSize, in_pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class Convert:
+class Convert(WhichWeights):
     """Convert a checkpoint between OpenAI's .pt format, diffusers, EDM's names and the native format.
 
     The Flax checkpoints of openai/consistency_models_cifar10 and the pickles of EDM, EDM2, ECT, TCM and sCM can be read
@@ -79,9 +80,6 @@ class Convert:
     qkv_order: QKVOrder | None = None
     """Order of q, k and v in the attention layers of a .pt file of OpenAI's code. heads: head by head, as in
     guided-diffusion by default, and in consistency_models without flash attention before June 2023. Default: thirds."""
-    key: str | None = None
-    """For files with several networks: the key or prefix of the one to read, such as ema. Default: the only network;
-    ema for .pkl files."""
     lpips_heads: Path | None = None
     """For --to lpips: the heads (lpips/weights/v0.1/vgg.pth of the lpips package) if SOURCE is torchvision's VGG16.
     Default: from SOURCE."""
@@ -118,21 +116,20 @@ def main(prog: str, words: Sequence[str]) -> None:
         raise InputError(f"{destination} looks like a file, and --to {kind} writes a folder: {advice}")
     check_writable(destination, folder=not file)
     _check_push(args, kind)
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(conversion.CheckpointHints)}
+    names = {field.name for field in dataclasses.fields(conversion.CheckpointHints)} - {"key", "ema"}
+    given = {name: getattr(args, name) for name in names}
     given["attention_factors"] = numbers("attention-factors", args.attention_factors, int)
     timesteps = numbers("tuned-timesteps", args.tuned_timesteps, int)
     given["tuned_timesteps"] = timesteps and (timesteps,)
     given["class_names"] = args.class_names and _read_lines(user_path(args.class_names))
     began = time.perf_counter()
-    source = conversion.read(resolve(args.source), conversion.CheckpointHints(**given))
+    source = args.read(resolve(args.source), **given)
     config, network = source.config, source.config.network
     parameters = sum(leaf.size for leaf in jax.tree.leaves(source.params))
     model = "consistency model" if config.distilled else "EDM denoiser"
     classes = f"{network.classes} classes" if network.classes else "unconditional"
     about = f"{model}, {in_pixels(network.image_shape)}, {classes}, {config.num_levels} levels"
     say(f"Read {args.source}: {about}; {parameters:,} parameters.")
-    for note in source.notes:
-        say(note)
     if source.overridden:
         say(f"Overridden by options:\n  {indented_list(source.overridden)}")
     if args.check:

@@ -1,6 +1,7 @@
 """`demo`: sampling and editing on a web page."""
 
 import dataclasses
+import functools
 import os
 import tempfile
 import threading
@@ -11,14 +12,14 @@ from typing import Annotated
 import tyro
 
 from cm_jax.checkpoints.published import BUNDLED, resolve
-from cm_jax.cli.options import Compilation
+from cm_jax.cli.options import Compilation, WhichWeights
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError, check_int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Demo(Compilation):
+class Demo(WhichWeights, Compilation):
     """Sample and edit in the browser.
 
     The page is served locally and loads nothing from the internet. Ctrl-C stops the server.
@@ -36,6 +37,8 @@ def main(prog: str, words: Sequence[str]) -> None:
     """Serve the page until interrupted."""
     args = parse(Demo, prog, words)
     check_int("--port", args.port, 1, 2**16 - 1)
+    if (args.key or args.ema) and not args.checkpoints:
+        raise InputError("--key and --ema apply to checkpoints: name some, or leave the options out.")
     checkpoints = {name: resolve(name) for name in args.checkpoints or BUNDLED}
     with tempfile.TemporaryDirectory(prefix="cm_jax-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and images are removed with it
@@ -50,4 +53,5 @@ def _serve(checkpoints: dict[str, Path], args: Demo) -> None:
     except ImportError as error:
         raise InputError(f"The demo needs Gradio, and {error.name} is not installed: pip install gradio.") from error
     use_compilation_cache(args.compilation_cache)
-    serve(page(checkpoints), args.host, args.port, lambda address: say(f"The page is at {address}"))
+    load = functools.cache(lambda name: args.load(checkpoints[name], name=name))
+    serve(page(list(checkpoints), load), args.host, args.port, lambda address: say(f"The page is at {address}"))

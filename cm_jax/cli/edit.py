@@ -13,14 +13,13 @@ from PIL import Image
 
 from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.labels import LabelTexts, read_labels
-from cm_jax.cli.options import Levels, Network
+from cm_jax.cli.options import Levels, Network, WhichWeights
 from cm_jax.cli.parsing import choose, numbers, parse
 from cm_jax.cli.running import say, stopwatch, use_compilation_cache
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.io.images import LARGEST_GRID, fits_png, grid, quantize, save_grid
-from cm_jax.loading import load
 from cm_jax.model import Model
 from cm_jax.samplers import NoiseLevelArgs
 
@@ -30,7 +29,7 @@ Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metav
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Edit(Network):
+class _Edit(WhichWeights, Network):
     checkpoint: str = DEFAULT
     """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint), an id of
     the Hugging Face Hub (OWNER/NAME), or the name of a bundled or downloaded model."""
@@ -50,7 +49,7 @@ class _Edit(Network):
     def model(self) -> tuple[Model, Shape]:
         """The model, and the shape of its images. Raises InputError if they are not gray, RGB or RGBA."""
         use_compilation_cache(self.compilation_cache)
-        model = load(resolve(self.checkpoint), precision=self.precision)
+        model = self.load(resolve(self.checkpoint), self.precision)
         shape = model.config.network.image_shape
         channels = shape[2]
         if self.rgba and channels != 4:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from cm_jax.checkpoints.published import resolve
-from cm_jax.cli.options import Network, Sampling, Statistics
+from cm_jax.cli.options import Network, Sampling, Statistics, WhichWeights
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import devices, say, use_compilation_cache
 from cm_jax.errors import InputError
@@ -19,12 +19,11 @@ from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.metrics import Report, to_json
 from cm_jax.io.atomic import atomic_write, check_writable
 from cm_jax.io.progress import progress
-from cm_jax.loading import load
 from cm_jax.model import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate(Sampling, Statistics, Network):
+class Evaluate(Sampling, WhichWeights, Statistics, Network):
     """Evaluate samples or a checkpoint against a reference: FID, sFID, KID, IS, precision and recall, bits/dim.
 
     Images sampled from a checkpoint are not written to disk. The last line printed names the evaluation settings.
@@ -61,10 +60,11 @@ def main(prog: str, words: Sequence[str]) -> None:
     if unknown:
         raise InputError(f"There is no metric {unknown[0]!r}: choose from {', '.join(NEEDS)}, bpd.")
     images = holds_images(args.samples)
-    given = [field.name.replace("_", "-") for field in dataclasses.fields(Sampling) if getattr(args, field.name)]
+    fields = (*dataclasses.fields(Sampling), *dataclasses.fields(WhichWeights))
+    given = [field.name.replace("_", "-") for field in fields if getattr(args, field.name)]
     if images and given:
         raise InputError(f"--{given[0]} applies to checkpoints, and {args.samples} holds images: omit it.")
-    model = None if images else load(resolve(args.samples), precision=args.precision)
+    model = None if images else args.load(resolve(args.samples), args.precision)
     others = tuple(metric for metric in metrics if metric != "bpd")
     if args.save_reference is not None and not {"fid", "sfid"} & set(others):
         raise InputError("--save-reference needs fid or sfid: add one of them to --metrics.")

@@ -2,13 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from cm_jax import conversion
 from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.parsing import numbers
+from cm_jax.cli.running import say
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_cache
-from cm_jax.loading import load
+from cm_jax.loading import from_source
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import DPM, SAMPLERS, Churn, Heun, NoiseLevelArgs, Sampler
 from cm_jax.types import Precision
@@ -34,6 +36,32 @@ class Batches(Compilation):
 class Network(Batches):
     precision: Precision = "float32"
     """Precision of matrix products and convolutions in the network."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WhichWeights:
+    """For every command that reads a checkpoint: which of its networks and EMAs."""
+
+    key: str | None = None
+    """For files with several networks: the key or prefix of the one to read, such as ema. Default: the only network;
+    ema for .pkl files."""
+    ema: str = ""
+    """For runs: the EMA to read, by its decay (0.9999) or width (power_0.1), or none for the parameters without EMA.
+    Default: the one that the run samples from."""
+
+    def read(self, path: Path, name: str = "", **settings: Any) -> conversion.Source:
+        """A checkpoint. Prints what was chosen or left out in reading it, after a name for the checkpoint, if any.
+
+        settings: further ones of CheckpointHints.
+        """
+        source = conversion.read(path, conversion.CheckpointHints(key=self.key, ema=self.ema or None, **settings))
+        for note in source.notes:
+            say(f"{name}: {note}" if name else note)
+        return source
+
+    def load(self, path: Path, precision: Precision = "float32", name: str = "") -> Model:
+        """The model of a checkpoint; prints as `read`."""
+        return from_source(self.read(path, name), precision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +112,10 @@ class Sampling(Levels):
     for a consistency model distilled with a range of strengths. Default: 1, no guidance."""
     guidance_model: str = ""
     """Checkpoint of the denoiser D_ref: a weaker model (autoguidance) or an unconditional one."""
+    guidance_key: str | None = None
+    """For --guidance-model: as --key."""
+    guidance_ema: str = ""
+    """For --guidance-model: as --ema. Default: the one that its run samples from."""
     guidance_interval: str = ""
     """Noise levels lo,hi between which guidance applies: "0.28,2.9". Default: all."""
 
@@ -91,7 +123,10 @@ class Sampling(Levels):
         """The plan of these options. Raises InputError."""
         guide, clip = None, None if self.clip is None else self.clip == "on"
         if self.guidance_model:
-            guide = load(resolve(self.guidance_model), precision=model.config.network.precision)
+            weights = WhichWeights(key=self.guidance_key, ema=self.guidance_ema)
+            guide = weights.load(resolve(self.guidance_model), model.config.network.precision, "--guidance-model")
+        elif self.guidance_key or self.guidance_ema:
+            raise InputError("--guidance-key and --guidance-ema apply to --guidance-model: add it, or leave them out.")
         interval = numbers("guidance-interval", self.guidance_interval, float)
         given = {"guidance": self.guidance, "guide": guide, "guidance_interval": interval}
         return model.plan(sampler=self._churned(model), clip=clip, **given, **self.levels)

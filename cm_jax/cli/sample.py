@@ -10,24 +10,22 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from cm_jax import conversion
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.labels import LabelTexts, read_labels
-from cm_jax.cli.options import Network, Sampling
+from cm_jax.cli.options import Network, Sampling, WhichWeights
 from cm_jax.cli.parsing import numbers, parse
 from cm_jax.cli.running import devices, say, stopwatch, use_compilation_cache
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.images import Quantization, check_output, output_path, quantize, save_images
 from cm_jax.io.progress import progress
-from cm_jax.loading import from_source
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import SAMPLERS
 from cm_jax.types import in_pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample(Sampling, Network):
+class Sample(Sampling, WhichWeights, Network):
     """Sample images from a consistency model or a denoiser.
 
     A consistency model samples in one step unless --steps, --timesteps, --indices or --sigmas is given.
@@ -50,8 +48,6 @@ class Sample(Sampling, Network):
     name: a folder of PNG files. Images of other than 1 or 3 channels, and latents, are written as .npz."""
     rgba: bool = False
     """Write images of 4 channels as RGBA PNG files."""
-    key: str | None = None
-    """The network to sample from, for files with several: "ema". `convert` lists them."""
     quantization: Quantization = "round"
     """Conversion to 8 bits: rounding, or truncation as in OpenAI's implementation."""
 
@@ -63,10 +59,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     path = resolve(args.checkpoint)
     check_output(args.output, args.count)
     began = time.perf_counter()
-    source = conversion.read(path, conversion.CheckpointHints(key=args.key))
-    for note in source.notes:
-        say(note)
-    model = from_source(source, args.precision)
+    model = args.load(path, args.precision)
     network = model.config.network
     plan = args.plan(model)
     seeds = numbers("seeds", args.seeds, int)

@@ -9,7 +9,7 @@ import tyro
 
 from cm_jax.checkpoints import hub, native
 from cm_jax.checkpoints.published import resolve
-from cm_jax.cli.options import Statistics
+from cm_jax.cli.options import Statistics, WhichWeights
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError
@@ -17,11 +17,10 @@ from cm_jax.evaluation.features import load_inception
 from cm_jax.evaluation.image_sets import of_dataset, open_images
 from cm_jax.evaluation.level_search import tune
 from cm_jax.io.progress import progress
-from cm_jax.loading import load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tune(Statistics):
+class Tune(WhichWeights, Statistics):
     """Search the noise levels at which multistep sampling has the lowest FID, and store them in the checkpoint.
 
     `sample --steps N` then uses them.
@@ -47,7 +46,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     if not native.is_checkpoint(path) or hub.cached_id(path):
         advice = f"convert it to a native checkpoint first, with cm-jax convert {shlex.quote(args.checkpoint)} FOLDER."
         raise InputError(f"{args.checkpoint} cannot store tuned noise levels: {advice}")
-    model = load(path)
+    model = args.load(path)
     reference = of_dataset(open_images(args.reference, model.config.network.image_shape), args.reference)
     extractor = dataclasses.replace(
         load_inception(args.inception), batch_size=args.batch_size, cache=args.cache, watch=progress

@@ -37,6 +37,8 @@ class CheckpointHints:
     """For jcm checkpoints without an input pyramid."""
     key: str | None = None
     """For files with several networks: the name of the one to read."""
+    ema: str | None = None
+    """For checkpoints of training runs: the EMA to read (0.9999, power_0.1), or "none" for the parameters without."""
     sigma_min: float | None = None
     sigma_max: float | None = None
     rho: float | None = None

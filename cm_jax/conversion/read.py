@@ -1,7 +1,6 @@
 """Reading a checkpoint of any format: native, OpenAI's .pt, diffusers, jcm, or the EDM family."""
 
 import dataclasses
-import logging
 import math
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from cm_jax.checkpoints import hub, native, serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import Published, recognize, recognize_cifar10
+from cm_jax.checkpoints.run_emas import read_ema
 from cm_jax.conversion import edm, edm_names, jcm, persistence
 from cm_jax.conversion.attention_order import QKVOrder, as_convolutions, in_thirds, order_evidence
 from cm_jax.conversion.diffusers import check_agreement, network_folder, pipeline_folder, settings_of
@@ -23,7 +23,6 @@ from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.types import Params
 
-_log = logging.getLogger(__name__)
 _TOLERANCE = 2e-3
 """Share of its parameters by which a file with a published name may differ: such a file counts as a damaged copy, and
 the difference is reported. With a larger difference it counts as another checkpoint."""
@@ -69,6 +68,11 @@ def read(path: Path, hints: CheckpointHints | None = None) -> Source:
 def _read(path: Path, hints: CheckpointHints) -> Source:
     if not path.exists():
         raise InputError(f"Expected a checkpoint, but there is no file or folder {path}.")
+    if hints.ema is not None and not native.is_checkpoint(path):
+        raise InputError(
+            f"--ema {hints.ema} applies to the checkpoints of training runs, and {path} is none: leave it out. --key "
+            "chooses among the networks of a file."
+        )
     safetensors = path.is_file() and path.suffix.lower() == ".safetensors"
     if path.is_file() and persistence.is_persistent(path):
         found = edm.read_pickle(path, key=hints.key, preconditioning=hints.preconditioning)
@@ -85,7 +89,10 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
     if path.is_file():
         return _read_pytorch(path, path, hints)
     if native.is_checkpoint(path):
-        return _read_native(path, native.restore(path), hints)
+        if hints.ema is None:
+            return _read_native(path, native.restore(path), hints)
+        config, params, note = read_ema(path, hints.ema)
+        return _read_native(path, (config, params), hints, (note,))
     folder, notes = network_folder(path, hints.key)
     weights = find_weights(folder)
     if weights is None:
@@ -119,7 +126,9 @@ def _refuse_openai_run(path: Path) -> None:
         )
 
 
-def _read_native(path: Path, content: tuple[ModelConfig, Params], hints: CheckpointHints) -> Source:
+def _read_native(
+    path: Path, content: tuple[ModelConfig, Params], hints: CheckpointHints, notes: tuple[str, ...] = ()
+) -> Source:
     """A native checkpoint, with the hints in place of its own settings."""
     config, params = content
     hints.without_key(path)
@@ -127,7 +136,7 @@ def _read_native(path: Path, content: tuple[ModelConfig, Params], hints: Checkpo
     changes = serialization.differences(
         serialization.encode(config), serialization.encode(new), there="in the checkpoint"
     )
-    return Source(path, new, params, overridden=tuple(changes))
+    return Source(path, new, params, notes=notes, overridden=tuple(changes))
 
 
 def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
@@ -164,10 +173,10 @@ def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
     if format is DIFFUSERS:
         check_agreement(file.parent / "config.json", network)
     config = _config(network, settings, known, ADM_TIME)
-    _report(known, config, hints, stored)
     evidence = order_evidence(network, params, order) if format is OPENAI else None
     warnings = (evidence.warning(),) if evidence and evidence.contradicted else ()
-    return Source(path, config, params, format, tensors, (*notes, *more_notes, *warnings), qkv_order=order)
+    notes = (*notes, *more_notes, *_from_name(known, config, hints, stored), *warnings)
+    return Source(path, config, params, format, tensors, notes, qkv_order=order)
 
 
 def _from_edm(path: Path, found: edm.EDMCheckpoint, hints: CheckpointHints) -> Source:
@@ -203,8 +212,7 @@ def _read_jcm(path: Path, hints: CheckpointHints) -> Source:
     (network,) = networks
     params = from_source(jcm.rules(network), network.shapes(), tensors, source=str(path))
     config = _config(network, settings, known, EDM_TIME)
-    _report(known, config, hints, {})
-    return Source(path, config, params)
+    return Source(path, config, params, notes=_from_name(known, config, hints, {}))
 
 
 def _settings(hints: CheckpointHints, stored: dict[str, Any], known: Published | None) -> dict[str, Any]:
@@ -242,16 +250,19 @@ def _config(
     )
 
 
-def _report(known: Published | None, config: ModelConfig, hints: CheckpointHints, stored: dict[str, Any]) -> None:
-    """Log what the name of a published checkpoint adds to its file."""
+def _from_name(
+    known: Published | None, config: ModelConfig, hints: CheckpointHints, stored: dict[str, Any]
+) -> tuple[str, ...]:
+    """A note on what the name of a published checkpoint adds to its file."""
     given = {*stored, *(name for name, value in vars(hints).items() if value is not None)}
     if isinstance(config.network, SongUNet) or "heads" in given:
         given.add("head_dim")
     names = ("image_size", "head_dim", "preconditioning", "num_levels")
     added = [name for name in names if name not in given]
     added += [name for name in ("class_names", "tuned_timesteps") if getattr(config, name) and name not in given]
-    if known and added:
-        _log.info("%s of %s, by its name", ", ".join(added).replace("_", " "), known.name)
+    if not (known and added):
+        return ()
+    return (f"Taken from the name of the published checkpoint {known.name}: {', '.join(added).replace('_', ' ')}.",)
 
 
 def _require(path: Path, questions: dict[str, Any], difference: str | None = None) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,13 @@ _LIMITS: Any = {"max_file_size": 2**25, "state_session_capacity": 64}
 _OFF: Any = dict.fromkeys(["share", "ssr_mode", "pwa", "mcp_server", "enable_monitoring", "run_history"], False)
 
 
-def page(checkpoints: Mapping[str, Path]) -> gr.Blocks:
-    """The page, on which these models can be chosen by name."""
-    callback = functools.partial(_callback, checkpoints)
+def page(names: Sequence[str], load: Callable[[str], Model]) -> gr.Blocks:
+    """The page, on which models can be chosen by name; `load` gives that of a name."""
+    callback = functools.partial(_callback, load)
     with gr.Blocks(analytics_enabled=False, title="cm_jax", delete_cache=(600, 3600)) as blocks:
         gr.Markdown(f"# cm_jax\n{_INTRODUCTION}")
         with gr.Row(equal_height=True):
-            name = gr.Dropdown(list(checkpoints), label="Model")
+            name = gr.Dropdown(list(names), label="Model")
             about = gr.Markdown(elem_classes="about")
         labels = _hidden_class(render=False), _hidden_class(render=False)
         changed = gr.on([blocks.load, name.change], callback(show_model), name, [about, *labels], **_QUICK)
@@ -112,13 +112,13 @@ def _image(label: str, **options: Any) -> gr.Image:
     return gr.Image(label=label, format="png", interactive=False, elem_classes="pixels", **options)
 
 
-def _callback(checkpoints: Mapping[str, Path], function: _Function) -> _Function:
+def _callback(load: Callable[[str], Model], function: _Function) -> _Function:
     """`function` with the name of a model as its first argument, whose InputError is shown on the page."""
 
     @functools.wraps(function)
     def call(name: str, *values: Any) -> tuple[Any, ...]:
         try:
-            outputs = function(rendering.load_cached(checkpoints[name]), *values)
+            outputs = function(load(name), *values)
         except InputError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
         for output in outputs:  # Gradio names files by content, and would overwrite one that a browser is reading

@@ -1,6 +1,5 @@
 """Images and texts of the demo page, as plain functions of a model and the settings on the page."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,7 +14,6 @@ from cm_jax.data.npz import bundled_emoji
 from cm_jax.editing import Luma, Mask, Operator, PatchMean, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.images import fits_png, grid, quantize
-from cm_jax.loading import load
 from cm_jax.model import Model
 
 MAX_IMAGES, MAX_STEPS = 16, 40
@@ -25,9 +23,6 @@ EXAMPLES = {"cat": "1F63D", "smirk": "1F60F", "mango": "1F96D", "globe": "1F30E"
 CANVAS, _CELL = 384, 128
 """Smallest sides of an image on the canvas and in a grid: small images are enlarged by nearest-neighbor resizing."""
 _MAX_SIDE = 1024
-
-load_cached = functools.cache(load)
-"""The model of a checkpoint path, loaded at its first use."""
 
 Layers = Sequence[UInt8[np.ndarray, "h w 4"]]
 """What was painted on the canvas."""

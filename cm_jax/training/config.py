@@ -85,8 +85,16 @@ class TrainConfig:
     teacher: str = ""
     """Denoiser to distill: a run folder, a native checkpoint, a .pt file, a diffusers folder, or an id of the Hugging
     Face Hub."""
+    teacher_key: str = ""
+    """For a teacher's file with several networks: the key of the one to read. Default: as of `sample --key`."""
+    teacher_ema: str = ""
+    """For the run of a teacher: its EMA (0.9999, power_0.1), or none. Default: the one that the run samples from."""
     init_from: str = ""
     """Checkpoint to initialize the weights from, or "fresh" for random weights. Default: the teacher, if any."""
+    init_from_key: str = ""
+    """For --init-from: as --teacher-key. Default: as of `sample --key`."""
+    init_from_ema: str = ""
+    """For --init-from: as --teacher-ema. Default: the one that the run samples from."""
     inherit_network: bool = False
     """Take the architecture from the checkpoint of --init-from or --teacher. Of --network, only dropout, dropout-size,
     precision, attention and rematerialize are used."""
@@ -152,6 +160,9 @@ class TrainConfig:
                     f"num_levels is {self.num_levels}, but {method} trains a model of {final} levels by its "
                     "curriculum: give --num-levels none."
                 )
+        for name in ("teacher", "init_from"):
+            if (getattr(self, f"{name}_key") or getattr(self, f"{name}_ema")) and getattr(self, name) in ("", "fresh"):
+                raise InputError(f"{name}_key and {name}_ema apply to a checkpoint: give {name}, or leave them out.")
         names, asked = [*(ema.name for ema in self.emas), PARAMETERS], self.sampled_ema
         if asked not in names:
             hint = nearest(asked, names)

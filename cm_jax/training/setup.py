@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ class TrainingSetup:
     """Weights of a perceptual distance (LPIPS)."""
     evaluator: Evaluator | None = None
     notes: tuple[str, ...] = ()
-    """What the user should know about the checkpoint that the network comes from."""
+    """What the user should know about the checkpoints that the teacher and the weights come from."""
     initial: Source | None = None
     """The checkpoint in init_from, unless the run is resumed."""
 
@@ -65,7 +66,7 @@ class TrainingSetup:
         if name == "fresh" or not (name or source):
             params = network.initialize(jax.random.fold_in(jax.random.key(self.config.seed), 2**31))
         else:
-            source = source if source and not name else self.initial or _read_checkpoint(name, "init-from")
+            source = source if source and not name else self.initial or _read_checkpoint(self.config, "init_from")
             _check_initial_weights(self.config, source)
             params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
             if network.guidance_embedding and not source.config.network.guidance_embedding:
@@ -122,9 +123,15 @@ def prepare(
     whether to read the checkpoint in init_from, as a new run needs it.
     """
     parallelism, objective = make_parallelism(config), config.objective
-    teacher, function, notes = _read_teacher(config), None, ()
-    if config.inherit_network and config.initial_checkpoint:
-        config, notes = _inherit_network(config, stored, teacher)
+    given = config.init_from not in ("", "fresh")
+    teacher, function, changes = _read_teacher(config), None, ()
+    inherits = config.inherit_network and bool(config.initial_checkpoint)
+    start = _read_checkpoint(config, "init_from") if given and (initial or (inherits and stored is None)) else None
+    if inherits:
+        found = stored or next(source.config.network for source in (start, teacher) if source)
+        config, changes = _inherit_network(config, found)
+    sources = [(f"{flag} {each.path}", each) for flag, each in (("--teacher", teacher), ("--init-from", start)) if each]
+    notes = (*(f"{name}: {note}" for name, each in sources for note in each.notes), *changes)
     network = config.network
     if teacher is not None:
         at_precision = teacher.config.network.at_precision(network.precision)
@@ -134,15 +141,12 @@ def prepare(
         _check_initial_weights(config, teacher)
     dataset = config.data.open(network.image_shape[:2], progress, channels=network.image_shape[2])
     _check_data(config, dataset)
-    given = config.init_from not in ("", "fresh")
-    start = _read_checkpoint(config.init_from, "init-from") if initial and given else None
     if network.classes is not None:
-        others = [("--teacher", teacher), ("--init-from", start)]
-        sources = [(f"{flag} {other.path}", other.config.class_names) for flag, other in others if other is not None]
+        orders = [(name, source.config.class_names) for name, source in sources]
         if resumed is None:
-            dataset = in_order_of_all(dataset, sources)
+            dataset = in_order_of_all(dataset, orders)
         else:
-            dataset = in_order_of_run(dataset, resumed.class_names, sources)
+            dataset = in_order_of_run(dataset, resumed.class_names, orders)
     names = dataset.class_names if network.classes == len(dataset.class_names) else ()
     num_levels = objective.final_num_levels or config.num_levels or NUM_LEVELS
     consistency, guidance = not objective.makes_denoiser, objective.guidance
@@ -161,6 +165,7 @@ def prepare(
     if objective.distance is not None:  # raises InputError for images that the distance cannot compare
         pixels = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
         jax.eval_shape(objective.distance.with_weights(perceptual), pixels, pixels)
+    start = start if initial else None
     return TrainingSetup(config, dataset, saved, parallelism, step, teacher, perceptual, evaluator, notes, start)
 
 
@@ -206,7 +211,7 @@ def _read_teacher(config: TrainConfig) -> Source | None:
         return None
     if not config.teacher:
         raise InputError(f"{method} needs a teacher: give a denoiser with --teacher CHECKPOINT.")
-    teacher = _read_checkpoint(config.teacher, "teacher")
+    teacher = _read_checkpoint(config, "teacher")
     if teacher.config.distilled:
         raise InputError(f"Expected a denoiser as teacher, got the consistency model {config.teacher}.")
     if config.objective.guidance is not None and teacher.config.label_dropout == 0:
@@ -217,9 +222,11 @@ def _read_teacher(config: TrainConfig) -> Source | None:
     return teacher
 
 
-def _read_checkpoint(name: str, flag: str) -> Source:
+def _read_checkpoint(config: TrainConfig, field: Literal["teacher", "init_from"]) -> Source:
+    name, flag = getattr(config, field), field.replace("_", "-")
+    key, ema = (getattr(config, f"{field}_{choice}") or None for choice in ("key", "ema"))
     try:
-        return conversion.read(resolve(name))
+        return conversion.read(resolve(name), conversion.CheckpointHints(key=key, ema=ema))
     except InputError as error:
         folder = name.removesuffix("/best")
         preset = folder.removeprefix("runs/")
@@ -229,18 +236,12 @@ def _read_checkpoint(name: str, flag: str) -> Source:
         raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
 
-def _inherit_network(
-    config: TrainConfig, stored: AnyNetwork | None, teacher: Source | None
-) -> tuple[TrainConfig, tuple[str, ...]]:
-    """The config with the network of the initial checkpoint, and notes for the user."""
-    notes: tuple[str, ...] = ()
-    if stored is None:
-        source = teacher if teacher and not config.init_from else _read_checkpoint(config.init_from, "init-from")
-        stored, notes = source.config.network, source.notes
-    network = _with_runtime_fields(stored, config.network)
-    given, found = serialization.encode(config.network), serialization.encode(network)
-    if changes := serialization.differences(given, found, "network", there="given"):
-        notes += (f"The network is that of {config.initial_checkpoint}:\n  {indented_list(changes)}",)
+def _inherit_network(config: TrainConfig, found: AnyNetwork) -> tuple[TrainConfig, tuple[str, ...]]:
+    """The config with the network of the initial checkpoint, and what it changes."""
+    network = _with_runtime_fields(found, config.network)
+    encoded = serialization.encode(config.network), serialization.encode(network)
+    changes = serialization.differences(*encoded, "network", there="given")
+    notes = (f"The network is that of {config.initial_checkpoint}:\n  {indented_list(changes)}",) if changes else ()
     return dataclasses.replace(config, network=network), notes
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from cm_jax import cli
 from cm_jax.checkpoints import native
+from cm_jax.checkpoints.state_archive import DamagedError
 from cm_jax.conversion import read
 from cm_jax.conversion.torch_files import LEGACY
 from cm_jax.data import NpzData
@@ -26,7 +27,6 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation.features import read_statistics
 from cm_jax.training import loop
 from cm_jax.training.run import state_io
-from cm_jax.training.run.processes import DamagedError
 from tests.runs.test_commands import failed
 from tests.support import EMOJI, run
 from tools.fuzz import commands, payloads, readers, seeds

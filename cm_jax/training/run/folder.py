@@ -28,13 +28,13 @@ import jax
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.state_archive import STATE, DamagedError
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import UNFINISHED, atomic_write, fsync_path, fsync_tree, remove, user_path, write_errors
 from cm_jax.training.run import state_io
-from cm_jax.training.run.processes import DamagedError, from_first, raised_in_all
+from cm_jax.training.run.processes import from_first, raised_in_all
 from cm_jax.types import Params
 
-_STATE = Path("state") / "state.npz"
 _REPLACED = UNFINISHED + "replaced-"
 
 _log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
 
     def steps(self) -> list[int]:
         """Numbers of batches of the checkpoints, ascending."""
-        return [batches for batches, path in native.run_checkpoints(self.path).items() if (path / _STATE).is_file()]
+        return [batches for batches, path in native.run_checkpoints(self.path).items() if (path / STATE).is_file()]
 
     def latest(self) -> int | None:
         """Number of batches of the latest checkpoint, if there is one."""
@@ -164,7 +164,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             if batches not in self.steps():
                 found = ", ".join(map(str, self.steps())) or "none"
                 raise InputError(f"{self.path} has no checkpoint after {batches} batches; it has {found}.")
-            state = state_io.read(self._checkpoint(batches) / _STATE, template)
+            state = state_io.read(self._checkpoint(batches) / STATE, template)
         self._saved.add(batches)
         return state
 
@@ -208,8 +208,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         try:
             with write_errors(place):
                 native.save(fresh, config, params)
-                (fresh / _STATE.parent).mkdir()
-                state_io.write(fresh / _STATE, leaves)
+                (fresh / STATE.parent).mkdir()
+                state_io.write(fresh / STATE, leaves)
                 fsync_tree(fresh)
                 if place.exists():  # damaged, or the run was resumed from an earlier one
                     os.replace(place, replaced)

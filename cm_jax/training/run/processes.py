@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cm_jax.checkpoints.state_archive import DamagedError
 from cm_jax.errors import InputError
 
 _MAX_MESSAGE_BYTES = 2000
@@ -50,10 +51,6 @@ class StopSignal(contextlib.AbstractContextManager["StopSignal"]):
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # Python's handler would wait for the compiler to return
             os.write(2, b"\nStopping after this step and saving. Press Ctrl-C again to kill at once.\n")
-
-
-class DamagedError(InputError):
-    """A file is damaged or incomplete; an older checkpoint may be readable."""
 
 
 @contextlib.contextmanager

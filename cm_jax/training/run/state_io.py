@@ -4,10 +4,9 @@ The format is a zip of .npy files, as of np.savez, instead of Orbax's: every arr
 detected; writing needs no second copy of the tree in memory; and it is a single file.
 """
 
-import contextlib
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cm_jax.checkpoints.former_format import renamed_leaf
+from cm_jax.checkpoints.state_archive import LEAVES, DamagedError, StateArchive
 from cm_jax.errors import InputError, indented_list
-from cm_jax.training.run.processes import DamagedError
-
-_LEAVES = "leaves.json"
 
 
 class Leaf(NamedTuple):
@@ -76,7 +72,7 @@ def write(file: Path, leaves: dict[str, Leaf]) -> None:
     """Write a state. Raises OSError."""
     description = {name: {"dtype": leaf.dtype, "shape": leaf.shape} for name, leaf in leaves.items()}
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(_LEAVES, json.dumps(description, indent=1))
+        archive.writestr(LEAVES, json.dumps(description, indent=1))
         for name, leaf in leaves.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, np.asarray(leaf.values, order="C"), allow_pickle=False)
@@ -89,10 +85,12 @@ def read(file: Path, template: Any) -> Any:
     if the leaves are not those of the template.
     """
     leaves = named_leaves(template)
-    with _damage(file), zipfile.ZipFile(file) as archive:
-        description = json.loads(archive.read(_LEAVES))
-        stored = {name if name in leaves else renamed_leaf(name): name for name in description}
-        found = {name: _text(description[old]["dtype"], description[old]["shape"]) for name, old in stored.items()}
+    with StateArchive(file, keep=leaves) as archive:
+        return _read(archive, template, leaves)
+
+
+def _read(archive: StateArchive, template: Any, leaves: dict[str, Any]) -> Any:
+    file, found = archive.file, {name: _text(*leaf) for name, leaf in archive.leaves.items()}
     expected = {name: _text(leaf.dtype, leaf.shape) for name, leaf in leaves.items()}
     complaints = [
         *(f"missing: {name} {leaf}" for name, leaf in expected.items() if name not in found),
@@ -111,12 +109,9 @@ def read(file: Path, template: Any) -> Any:
     restored = []
     for name, leaf in leaves.items():
         stored_leaf = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-        with _damage(file), zipfile.ZipFile(file) as archive, archive.open(f"{stored[name]}.npy") as entry:
-            values = np.lib.format.read_array(entry, allow_pickle=False)  # checks the checksum at the end
-            if values.dtype != stored_leaf.dtype:
-                values = values.view(stored_leaf.dtype)  # .npy files store bfloat16 as two opaque bytes
-            if values.shape != stored_leaf.shape:
-                raise ValueError(f"{name} has another shape than in {_LEAVES}")
+        values = archive.read(name, stored_leaf.dtype)
+        if values.shape != stored_leaf.shape:
+            raise DamagedError(f"{file} is damaged or incomplete ({name} has another shape than in {LEAVES}).")
         restored.append(_place(values, leaf))
     return jax.tree.unflatten(jax.tree.structure(template), restored)
 
@@ -140,15 +135,3 @@ def _is_key(leaf: Any) -> bool:
 
 def _text(dtype: Any, shape: Sequence[int]) -> str:
     return f"{dtype} {list(shape)}"
-
-
-@contextlib.contextmanager
-def _damage(file: Path) -> Iterator[None]:
-    """Turn any error of reading a file into a DamagedError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # zipfile, json and NumPy raise many types
-        reason = str(error).strip().splitlines()
-        raise DamagedError(f"{file} is damaged or incomplete ({reason[0] if reason else error!r}).") from error

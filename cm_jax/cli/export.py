@@ -9,16 +9,15 @@ from typing import Annotated
 import tyro
 
 from cm_jax.checkpoints.published import resolve
-from cm_jax.cli.options import Sampling
+from cm_jax.cli.options import Sampling, WhichWeights
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import say
 from cm_jax.exporting import check_export, write_artifact
-from cm_jax.loading import load
 from cm_jax.types import Precision, in_pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Export(Sampling):
+class Export(Sampling, WhichWeights):
     """Export a sampler with jax.export: a folder that runs with jax, numpy, safetensors and flatbuffers alone.
 
     Its example.py samples images. A consistency model samples in one step unless --steps, --timesteps, --indices or
@@ -33,15 +32,13 @@ class Export(Sampling):
     """Platforms that can run the program."""
     precision: Precision = "float32"
     """Precision of matrix products and convolutions in the network."""
-    key: str | None = None
-    """The network to export, for files with several: "ema". `convert` lists them."""
 
 
 def main(prog: str, words: Sequence[str]) -> None:
     """Load the model, and write the artifact."""
     args = parse(Export, prog, words)
     platforms = check_export(args.output, args.platforms.split(","))
-    model = load(resolve(args.checkpoint), precision=args.precision, key=args.key)
+    model = args.load(resolve(args.checkpoint), args.precision)
     write_artifact(args.output, model, args.plan(model), platforms)
     shape = in_pixels(model.config.network.image_shape)
     say(f"Exported a sampler of images of {shape} for {', '.join(platforms)}: {args.output}.")

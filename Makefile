@@ -1,13 +1,17 @@
 # make demo          sample images with the bundled models; convert a checkpoint in OpenAI's format, with --check
 # make test          lint, type checks, tests
+# make test-newest   laws and a training run with the newest Python here and the newest packages, in .venv-newest
 # make wheel-check   build the package and test the wheel in an empty environment
 # Each creates .venv if necessary; PYTHON selects the interpreter (3.11 or newer).
 
 PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
+NEWEST ?= $(shell for name in python3.14 python3.13 python3.12 \
+	$$(ls -dr "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3 2>/dev/null); do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$name" && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint types format constraints wheel-check clean
+.PHONY: demo test test-newest lint types format constraints wheel-check clean
 
 demo: .venv/.ready-demo
 	rm -rf demo
@@ -19,6 +23,17 @@ demo: .venv/.ready-demo
 
 test: lint types
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# PyTorch is left out: its newest release needs gigabytes, and what compares with it is tested by make test.
+test-newest: .venv-newest/.ready
+	.venv-newest/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/laws tests/runs/test_training.py
+
+.venv-newest/.ready: pyproject.toml
+	@test -n "$(NEWEST)" || { echo "No Python 3.12 or newer found: install one, or run make NEWEST=/path/to/python3." >&2; exit 2; }
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade pip
+	.venv-newest/bin/pip install --quiet -e '.[test-jax]'
+	@touch $@
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .
@@ -59,4 +74,4 @@ wheel-check: .venv/bin/python
 	tools/check_wheel.sh $(BIN)/python
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-newest demo

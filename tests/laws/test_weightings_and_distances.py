@@ -73,7 +73,7 @@ def test_pseudo_huber_constants_of_ict():
 
 @pytest.mark.parametrize("size", [4, 8, 32])
 def test_resizing_keeps_constants_and_resizes_as_pytorch_does(size):
-    import torch
+    torch = pytest.importorskip("torch", reason="compares with PyTorch")
 
     difference = jnp.full_like(X, 0.3)
     np.testing.assert_allclose(Resized(Squared(), size)(X + difference, X), 0.09, rtol=1e-5)

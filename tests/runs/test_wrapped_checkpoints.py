@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import datetime
 import io
 import pathlib
@@ -33,7 +34,6 @@ from cm_jax.types import leaves
 from tests.runs.test_commands import failed, succeeded
 from tests.support import EMOJI, SMALL, assert_bitwise_equal, random_params
 from tools.fuzz import payloads
-from tools.fuzz.outcomes import working_directory
 
 HINTS = CheckpointHints(head_dim=16, preconditioning="consistency", num_levels=18, image_size=16)
 TOLD = ("--head-dim", 16, "--preconditioning", "consistency", "--num-levels", 18, "--image-size", 16)
@@ -336,7 +336,7 @@ def test_classes_of_training_programs_are_plain():
 def test_no_payload_is_read_as_inert_data(tmp_path):
     """All pickles of tools/fuzz that call something are refused; the others are damaged or hold no tensors."""
     refused = 0
-    with working_directory(tmp_path):
+    with contextlib.chdir(tmp_path):
         for content in payloads.pickles():
             file = io.BytesIO(content)
             try:

@@ -1,234 +1,221 @@
-"""Mutations of valid files: bytes, members of zip archives, JSON values."""
+"""Damage to a file: in its bytes, or in the structure that its format has, with the rest intact."""
 
 import copy
+import functools
 import io
 import json
 import random
+import shutil
 import struct
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-Damage = Callable[[bytes, random.Random], bytes]
+from cm_jax.conversion.torch_files import LEGACY
+from tools.fuzz import payloads
 
 NAMES = (
     *("../../escaped", "/tmp/escaped", "..\\escaped", "", ".", "..", "a/../../b", "C:\\escaped", "\u202egnp.exe"),
     *("\x1b[2J", "new\nline", "e\u0301\u0000", "x" * 300, "data.pkl", "archive/data.pkl", "__torch__", "'; DROP TABLE"),
 )
-"""Invalid names of files, members, tensors and classes."""
+"""Invalid names of members, tensors and classes."""
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 2**31, 2**53, 2**63, -(2**63), 10**30, 10**400, 0.1, -0.0, 1e-320, 1e39),
     *(1e308, float("nan"), float("inf"), float("-inf"), "", "0", "nan", [], {}, [[]], [0], [-1, 2**40], [None] * 3),
     *({"kind": "os.system"}, {"kind": "object", "__class__": "str"}, "__import__('os').system('touch CANARY')"),
     *("ADMUNet", "float32", "a" * 5000, "\ud800", "\x1b]0;owned\x07", [1e300] * 20, list(range(3000))),
+    *("F16", "F64", "BF16", "BOOL", "F8_E4M3", [2**60], [2**31] * 3, [0, 2**62], [5, 1], [0, 4], [1] * 100),
 )
-"""Unexpected JSON values."""
-_NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
+"""Unexpected JSON values, data types, shapes and offsets."""
+NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
+CELLS = ("", "nan", "-1", "1e999", "x", '"', "9" * 5000, "=cmd()", "\0", "\x1b[2J", "5.5", "batches", "٣", "1_0")
+
+pickles = functools.cache(payloads.pickles)
+
+
+def damage(file: Path, rng: random.Random) -> None:
+    """Damages a file of a folder; rarely removes it, or puts a folder or another file in its place."""
+    what = rng.randrange(30)
+    if what > 2:
+        file.write_bytes(damaged(file.read_bytes(), rng))
+    elif what == 0:
+        shutil.copyfile(rng.choice([each for each in file.parent.iterdir() if each.is_file()]), file.parent / "other")
+        (file.parent / "other").replace(file)
+    else:
+        file.unlink()
+        if what == 1:
+            file.mkdir()
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """One to four random mutations, more often near the beginning or the end."""
-    for _ in range(rng.choice([1, 1, 2, 4])):
-        content = rng.choice(_MUTATIONS)(bytearray(content), rng)
+    """One to three faults, each in the bytes or in the structure."""
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        structure = next((way for begins, way in _STRUCTURES if begins(content)), _bytes)
+        way = rng.choice([_bytes, structure, structure])
+        try:
+            content = way(content, rng)
+        except Exception:  # any error of the format's reader: the structure is damaged too much already
+            content = _bytes(content, rng)
     return content
 
 
-def _position(content: bytearray, rng: random.Random) -> int:
-    """A random position, more often near the beginning or the end, where headers are."""
-    size = len(content)
-    return min(
-        max(0, size - 1),
-        rng.choice([rng.randrange(size + 1), rng.randrange(200), size - rng.randrange(200)]) % (size + 1),
-    )
+def _bytes(content: bytes, rng: random.Random) -> bytes:
+    """Bytes changed, cut, cleared, repeated or removed, more often near the beginning or the end."""
+    data, size = bytearray(content), len(content)
+    first = rng.choice([rng.randrange(size + 1), rng.randrange(200), size - rng.randrange(200)]) % (size + 1)
+    part = slice(first, first + rng.choice([1, 4, 8, 64, 4096]))
+    match rng.randrange(8):
+        case 0:
+            data[first : first + 1] = bytes(byte ^ 1 << rng.randrange(8) for byte in data[first : first + 1])
+        case 1:
+            del data[first:]
+        case 2:
+            data[part] = bytes(len(data[part]))
+        case 3:
+            data[part] *= 2
+        case 4:
+            del data[part]
+        case 5:
+            data[part] = rng.randbytes(len(data[part]))
+        case 6:  # a length field
+            width = rng.choice([1, 2, 4, 8])
+            number = rng.choice(NUMBERS) % 256**width
+            data[first : first + width] = number.to_bytes(width, rng.choice(["little", "big"]))
+        case 7 if rng.random() < 0.3:
+            return rng.choice([b"", bytes(1000), rng.randbytes(500), b"<html>not found</html>", b"PK\5\6" + bytes(18)])
+        case 7:
+            data += rng.randbytes(rng.choice([1, 8, 1000]))
+    return bytes(data)
 
 
-def _scattered(content: bytearray, rng: random.Random) -> bytes:
-    for _ in range(rng.choice([1, 3, 30]) if content else 0):
-        content[_position(content, rng)] = rng.randrange(256)
-    return bytes(content)
-
-
-def _flipped(content: bytearray, rng: random.Random) -> bytes:
-    if content:
-        content[_position(content, rng)] ^= 1 << rng.randrange(8)
-    return bytes(content)
-
-
-def _cut(content: bytearray, rng: random.Random) -> bytes:
-    return bytes(content[: _position(content, rng)])
-
-
-def _extended(content: bytearray, rng: random.Random) -> bytes:
-    return bytes(content) + rng.randbytes(rng.choice([1, 8, 1000]))
-
-
-def _range(content: bytearray, rng: random.Random) -> slice:
-    first = _position(content, rng)
-    return slice(first, first + rng.choice([1, 4, 8, 64, 4096]))
-
-
-def _zeros(content: bytearray, rng: random.Random) -> bytes:
-    where = _range(content, rng)
-    content[where] = bytes(len(content[where]))
-    return bytes(content)
-
-
-def _repeated(content: bytearray, rng: random.Random) -> bytes:
-    where = _range(content, rng)
-    content[where] = content[where] * 2
-    return bytes(content)
-
-
-def _removed(content: bytearray, rng: random.Random) -> bytes:
-    del content[_range(content, rng)]
-    return bytes(content)
-
-
-def _swapped(content: bytearray, rng: random.Random) -> bytes:
-    first, second = _range(content, rng), _range(content, rng)
-    content[first], content[second] = content[second], content[first]
-    return bytes(content)
-
-
-def _length(content: bytearray, rng: random.Random) -> bytes:
-    """Overwrite a length field: an integer of 1, 2, 4 or 8 bytes with an extreme value."""
-    width, first = rng.choice([1, 2, 4, 8]), _position(content, rng)
-    number = rng.choice(_NUMBERS) % 256**width
-    content[first : first + width] = number.to_bytes(width, rng.choice(["little", "big"]))
-    return bytes(content)
-
-
-def _other(content: bytearray, rng: random.Random) -> bytes:
-    """A different file."""
-    return rng.choice([b"", b"\0" * 1000, rng.randbytes(500), b"<html>not found</html>", b"PK\x05\x06" + bytes(18)])
-
-
-_MUTATIONS = (*(_scattered, _flipped, _cut, _zeros, _repeated, _removed, _swapped, _length) * 3, _extended, _other)
-
-
-def json_damaged(content: bytes, rng: random.Random) -> bytes:
-    """One to three changed values, keys or entries of a JSON file; sometimes random byte mutations."""
-    if rng.random() < 0.15:
-        return damaged(content, rng)
+def _json(content: bytes, rng: random.Random) -> bytes:
+    """A changed, missing, moved, renamed or repeated value; rarely a deep or incomplete document."""
     if rng.random() < 0.03:
         return rng.choice([b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe{}", b"nul", b"9" * 5000])
     tree = json.loads(content)
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        tree = _damage_tree(tree, rng)
+    places = list(_entries(tree))
+    holder, key = rng.choice(places)
+    match rng.randrange(9):
+        case 0:
+            del holder[key]
+        case 1:
+            other, there = rng.choice(places)
+            holder[key] = copy.deepcopy(other[there])
+        case 2 if isinstance(holder, dict):
+            holder[rng.choice(NAMES)] = holder.pop(key)
+        case 2:
+            holder.extend([holder[key]] * rng.choice([1, 50]))
+        case _:
+            holder[key] = rng.choice(VALUES)
     return json.dumps(tree).encode("utf-8", "surrogatepass")
 
 
-def _damage_tree(tree: Any, rng: random.Random) -> Any:
-    tree = copy.deepcopy(tree)
-    places = list(_entries(tree))
-    if not places:
-        return rng.choice(VALUES)
-    holder, key = rng.choice(places)
-    what = rng.randrange(10)
-    if what < 6:
-        holder[key] = rng.choice(VALUES)
-    elif what == 6:
-        del holder[key]
-    elif what == 7:
-        other, there = rng.choice(places)
-        holder[key] = copy.deepcopy(other[there]) if other is not holder[key] else None
-    elif what == 8 and isinstance(holder, dict):
-        holder[rng.choice(NAMES)] = holder.pop(key)
-    elif isinstance(holder, list):
-        holder.extend([holder[key]] * rng.choice([1, 50]))
-    else:
-        holder[key] = [holder[key]]
-    return tree
-
-
-def _entries(tree: Any) -> Any:
+def _entries(tree: Any) -> Iterator[tuple[Any, Any]]:
     """(holder, key) of every nested value."""
-    entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in entries:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         yield tree, key
         yield from _entries(value)
 
 
-def zip_damaged(content: bytes, rng: random.Random, member: Damage = damaged) -> bytes:
-    """A zip archive with members damaged by `member`, renamed, missing, duplicated, or with false sizes.
+def _safetensors(content: bytes, rng: random.Random) -> bytes:
+    """Another header, which is JSON after its length, or another length."""
+    (size,) = struct.unpack("<Q", content[:8])
+    header = _json(content[8 : 8 + size], rng)
+    told = rng.choice([len(header)] * 9 + [0, 2**62, 2**64 - 1, len(header) - 1, len(header) + 1])
+    return struct.pack("<Q", told) + header + content[8 + size :]
 
-    Checksums match, so that readers process the content; sometimes the bytes of the archive itself are damaged.
-    """
-    if rng.random() < 0.3:
-        return damaged(content, rng)
+
+def _zip(content: bytes, rng: random.Random) -> bytes:
+    """Damaged, renamed, missing or repeated members whose checksums match; or a false entry; rarely a bomb."""
+    if rng.random() < 0.02:
+        return _bomb()
+    if rng.random() < 0.1:
+        return _false_entry(content, rng)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
-    for _ in range(rng.choice([1, 1, 2])):
-        index = rng.choice([0, rng.randrange(len(entries))]) if entries else 0
-        what = rng.randrange(8) if entries else 8
-        name, data = entries[index] if entries else ("", b"")
-        if what < 4:
-            entries[index] = (name, member(data, rng))
-        elif what == 4:
+    index = rng.choice([0, rng.randrange(len(entries))])
+    name, data = entries[index]
+    match rng.randrange(7):
+        case 0:
             entries[index] = (rng.choice(NAMES).replace("\0", ""), data)
-        elif what == 5:
+        case 1:
             del entries[index]
-        elif what == 6:
-            entries.append((name, rng.choice([data, rng.randbytes(50)])))
-        elif what == 7:
-            entries[index] = (name, entries[rng.randrange(len(entries))][1])
+        case 2:
+            entries.append((name, rng.choice(entries)[1]))
+        case _:
+            entries[index] = (name, damaged(data, rng))
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", rng.choice([zipfile.ZIP_STORED] * 4 + [zipfile.ZIP_DEFLATED])) as archive:
         for name, data in entries:
             archive.writestr(zipfile.ZipInfo(name), data)
-    content = stream.getvalue()
-    return _false_entry(content, rng) if rng.random() < 0.15 else content
+    return stream.getvalue()
+
+
+@functools.cache
+def _bomb() -> bytes:
+    return payloads.bomb("archive", 2**28)
 
 
 def _false_entry(content: bytes, rng: random.Random) -> bytes:
-    """An entry of the central directory with another checksum, size, compressed size, method or offset."""
-    found, start = [], 0
-    while (start := content.find(b"PK\x01\x02", start)) >= 0:
-        found.append(start)
-        start += 4
-    if not found:
-        return content
-    told, place = bytearray(content), rng.choice(found)
-    offset, width = rng.choice([(8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (42, 4)])
-    told[place + offset : place + offset + width] = (rng.choice(_NUMBERS) % 256**width).to_bytes(width, "little")
-    return bytes(told)
+    """An entry of the central directory with another flag, method, checksum, size or offset."""
+    starts = [place for place in range(len(content)) if content.startswith(b"PK\1\2", place)]
+    place, (offset, width) = rng.choice(starts), rng.choice([(8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (42, 4)])
+    false = (rng.choice(NUMBERS) % 256**width).to_bytes(width, "little")
+    return content[: place + offset] + false + content[place + offset + width :]
 
 
-def safetensors_damaged(content: bytes, rng: random.Random) -> bytes:
-    """A safetensors file whose header (JSON after its length) declares other shapes, types, offsets or lengths."""
-    if rng.random() < 0.3:
-        return damaged(content, rng)
-    (size,) = struct.unpack("<Q", content[:8])
-    header, rest = json.loads(content[8 : 8 + size]), content[8 + size :]
-    for _ in range(rng.choice([1, 1, 2])):
-        tensors = [name for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict)]
-        what = rng.randrange(6) if tensors else 5
-        entry = header[rng.choice(tensors)] if tensors else {}
-        if what == 0:
-            entry["dtype"] = rng.choice(["F16", "F64", "BF16", "I8", "BOOL", "F8_E4M3", "C64", "X", "", 3, None])
-        elif what == 1:
-            entry["shape"] = rng.choice([[2**60], [-1], [], [0], [1.5], ["2"], None, [2**31, 2**31, 2**31], [1] * 100])
-        elif what == 2:
-            entry["data_offsets"] = rng.choice([[0, 2**62], [5, 1], [0], [-1, 4], None, [2**64, 2**64], [0, 4]])
-        elif what == 3:
-            header[rng.choice(NAMES)] = header.pop(rng.choice(tensors))
-        else:
-            header = _damage_tree(header, rng)
-            header = header if isinstance(header, dict) else {"x": header}
-    text = json.dumps(header).encode("utf-8", "surrogatepass")
-    told = rng.choice([len(text)] * 9 + [0, 2**62, 2**64 - 1, len(text) - 1, len(text) + 1])
-    return struct.pack("<Q", told) + text + rest
-
-
-def npy_damaged(content: bytes, rng: random.Random) -> bytes:
-    """A .npy file whose header declares another type, order or shape: petabytes, objects, empty."""
-    if rng.random() < 0.5 or not content.startswith(b"\x93NUMPY"):
-        return damaged(content, rng)
-    shape = rng.choice(
-        [f"({2**50},)", "(0,)", "(-1,)", "()", "(2,)", "'x'", "(1e9,)", f"({2**40}, {2**40})", "(7, 5, 5)"]
-    )
+def _npy(content: bytes, rng: random.Random) -> bytes:
+    """Another type, order or shape: petabytes, nothing, objects with a pickle that would execute code."""
+    if rng.random() < 0.2:
+        return _npy_header("'|O'", "False", "(1,)") + rng.choice(pickles())
+    shape = rng.choice([f"({2**50},)", "(0,)", "(-1,)", "()", "(2,)", "'x'", "(1e9,)", f"({2**40}, {2**40})"])
     kind = rng.choice(["'<f4'", "'|u1'", "'|O'", "'>i8'", "'<U9'", "'|V2'", "[('a','<f4')]", "'M8'", "None", "'<f2'"])
-    text = f"{{'descr': {kind}, 'fortran_order': {rng.choice(['True', 'False', '3'])}, 'shape': {shape}, }}"
-    text = rng.choice([text] * 6 + ["{" * 9000, "__import__('os').system('touch CANARY')", "(" * 200 + ")" * 200])
-    header = text.encode().ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content[128:]
+    shape = rng.choice([shape] * 6 + ["{" * 9000, "__import__('os').system('touch CANARY')", "(" * 200 + ")" * 200])
+    return _npy_header(kind, rng.choice(["True", "False", "3"]), shape) + content[128:]
+
+
+def _npy_header(kind: str, order: str, shape: str) -> bytes:
+    header = f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+
+
+def _pickle(content: bytes, rng: random.Random) -> bytes:
+    """A payload instead of the pickle, before its end, or instead of one of the pickles that it contains."""
+    payload = rng.choice(pickles())
+    inner = [place for place in range(len(content)) if content.startswith(LEGACY, place)]
+    if inner and rng.random() < 0.7:
+        place = rng.choice(inner)
+        return content[:place] + payload + content[place + rng.choice([len(LEGACY), len(payload)]) :]
+    if rng.random() < 0.5:
+        end = content.index(b".", rng.choice([0, 30, 40, 60, 200])) + 1  # files before PyTorch 1.6 hold five pickles
+        return rng.choice([payload, content[:end] + payload + content[end:]])
+    return content[:-1] + payload[2 if payload[:1] == b"\x80" else 0 : -1] + b"0."  # its result is dropped
+
+
+def _png(content: bytes, rng: random.Random) -> bytes:
+    """Another size, depth or color type, with a matching checksum."""
+    size = struct.pack(">II", *rng.choices([0, 1, 7, 20, 8000, 8192, 2**16, 2**24, 2**31 - 1, 2**32 - 1], k=2))
+    rest = rng.choice([bytes([8, 2, 0, 0, 0]), bytes(rng.choices([0, 1, 2, 3, 4, 8, 16, 255], k=5))])
+    header = b"IHDR" + size + rest
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+def _csv(content: bytes, rng: random.Random) -> bytes:
+    """Another value in one cell."""
+    lines = [line.split(",") for line in content.decode().splitlines()]
+    cells = rng.choice(lines)
+    cells[rng.randrange(len(cells))] = rng.choice(CELLS)
+    return ("\n".join(map(",".join, lines)) + rng.choice(["", "\n", "\r", "\n\n"])).encode()
+
+
+_STRUCTURES: tuple[tuple[Callable[[bytes], bool], Callable[[bytes, random.Random], bytes]], ...] = (
+    (lambda content: content[:2] == b"PK", _zip),
+    (lambda content: content[:6] == b"\x93NUMPY", _npy),
+    (lambda content: content[:1] == b"\x80", _pickle),
+    (lambda content: content[:4] == b"\x89PNG", _png),
+    (lambda content: content[:1] == b"{", _json),
+    (lambda content: content[8:9] == b"{", _safetensors),
+    (lambda content: content[:8] == b"batches,", _csv),
+)

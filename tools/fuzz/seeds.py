@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from cm_jax import conversion
 from cm_jax.checkpoints import native, serialization
@@ -52,6 +53,7 @@ def write(top: Path) -> None:
     native.save(top / "native", CONFIG, params)
     conversion.write(top / "native.safetensors", "native", CONFIG, params)
     conversion.write(top / "diffusers", "diffusers", CONFIG, params)
+    _shards(top / "diffusers", top / "sharded")
     tensors = to_source(OPENAI.rules(NETWORK), params)
     write_torch(top / "openai.pt", tensors)
     _torch_files(top, tensors)
@@ -67,11 +69,24 @@ def write(top: Path) -> None:
     (top / "training.json").write_text(serialization.to_text(PRESETS["emoji32-sct"](), loop.FORMAT))
 
 
+def _shards(folder: Path, sharded: Path) -> None:
+    """The same diffusers folder with its tensors in two files and an index."""
+    shutil.copytree(folder, sharded)
+    unet, name = sharded / "unet", "diffusion_pytorch_model"
+    tensors = load_file(unet / f"{name}.safetensors")
+    (unet / f"{name}.safetensors").unlink()
+    files = {tensor: f"{name}-0000{1 + place % 2}-of-00002.safetensors" for place, tensor in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({tensor: tensors[tensor] for tensor in tensors if files[tensor] == file}, unet / file)
+    (unet / f"{name}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
 def _torch_files(top: Path, tensors: dict[str, np.ndarray]) -> None:
     import torch
 
     content = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
     torch.save(content, top / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save({"ema": content, "model": content, "step": 3}, top / "wrapped.pt")
 
     class Layers(torch.nn.Module):
         def __init__(self) -> None:
@@ -97,7 +112,7 @@ def _flax_files(top: Path) -> None:
     branch = nested({name: packed(np.full(shape, 0.1, np.float32)) for name, shape in shapes.items()})
     (top / "jcm").write_bytes(msgpack.packb({"step": 3, "model_state": {}, "params_ema": branch}) or b"")
     arrays = {"VGG16_0": {"Conv_0": {"kernel": np.ones((3, 3, 3, 4), np.float32), "bias": np.ones(4, np.float32)}}}
-    (top / "arrays.ckpt").write_bytes(pickle.dumps(arrays, 2))
+    (top / "arrays.ckpt").write_bytes(pickle.dumps(arrays, 4))
 
 
 def _run(run: Path, params: Any) -> None:

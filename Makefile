@@ -1,6 +1,6 @@
 # make demo          sample images with the bundled models; convert a checkpoint in OpenAI's format, with --check
 # make test          lint, type checks, tests
-# make test-newest   laws and a training run with the newest Python here and the newest packages, in .venv-newest
+# make test-newest   tests/laws and a training run with the newest Python here and the newest packages, in .venv-newest
 # make wheel-check   build the package and test the wheel in an empty environment
 # Each creates .venv if necessary; PYTHON selects the interpreter (3.11 or newer).
 

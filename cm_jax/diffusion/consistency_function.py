@@ -31,16 +31,19 @@ class ConsistencyFunction:
         dropout_keys: Keys | None = None,
         until: Sigmas | None = None,
         guidance: Float[Array, ""] | Sigmas | None = None,
+        augmentation: Float[Array, "b a"] | None = None,
     ) -> Images:
         """Images x with noise of standard deviation sigma, one level per image -> estimates of the clean images.
 
         until: for a network with interval_embedding, the level to which an Euler step with the result leads along the
         trajectory of the probability-flow ODE; None: the whole way to the data. guidance: strengths,
-        for a network with guidance_embedding.
+        for a network with guidance_embedding. augmentation: parameters of the images' augmentation, for a network with
+        augment_dim; None: no augmentation.
         """
         c_in, c_noise = self.preconditioning.c_in(sigma), self.preconditioning.c_noise(sigma)
         length = None if until is None else self.preconditioning.c_interval(sigma, until)
         given = {} if guidance is None else {"guidance": jnp.broadcast_to(guidance, sigma.shape)}
+        given |= {} if augmentation is None else {"augmentation": augmentation}
         raw = self.network.predict(params, per_image(c_in) * x, c_noise, labels, dropout_keys, length, **given)
         return self.preconditioning.blend(x, sigma, raw, self.schedule.sigma_min)
 
@@ -50,6 +53,7 @@ class ConsistencyFunction:
         labels: Labels | None = None,
         dropout_keys: Keys | None = None,
         guidance: Float[Array, ""] | Sigmas | None = None,
+        augmentation: Float[Array, "b a"] | None = None,
     ) -> Denoiser:
         """(x, sigma) -> f(params, x, sigma, labels), with everything else closed over; `until` is an optional third."""
-        return lambda x, sigma, until=None: self(params, x, sigma, labels, dropout_keys, until, guidance)
+        return lambda x, sigma, until=None: self(params, x, sigma, labels, dropout_keys, until, guidance, augmentation)

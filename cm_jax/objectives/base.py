@@ -20,10 +20,8 @@ from cm_jax.feature_networks.lpips import LPIPS
 from cm_jax.objectives.adaptive_weight import AdaptiveWeight, without_weight
 from cm_jax.types import Denoiser, Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image, split_keys
 
-_GUIDANCE = 5
-"""Folded into an image's key for its guidance strength."""
-Losses = Float[Array, " b"]
-"""One loss per image."""
+_GUIDANCE = 5  # folded into an image's key for its guidance strength
+Losses = Float[Array, " b"]  # one per image
 Metrics = dict[str, Float[Array, " b"]]
 """Values to log, one per image: the noise level "sigma", N as "levels" for an objective with a curriculum, and more."""
 
@@ -39,10 +37,11 @@ class Models:
 
 
 class Batch(NamedTuple):
-    """Clean images in [-1, 1], and labels for a class-conditional network."""
+    """Clean images in [-1, 1], labels for a class-conditional network, parameters of the images' augmentation."""
 
     images: Images
     labels: Labels | None = None
+    augmentation: Float[Array, "b a"] | None = None
 
 
 class FrozenParams(NamedTuple):
@@ -90,12 +89,14 @@ class Inputs(NamedTuple):
         return self._student(self.target_params)
 
     def _student(self, params: Params) -> Denoiser:
-        return self.models.student.denoiser(params, self.batch.labels, self.dropout_keys, self.student_guidance)
+        inputs = self.batch.labels, self.dropout_keys, self.student_guidance, self.batch.augmentation
+        return self.models.student.denoiser(params, *inputs)
 
     def teacher(self) -> Denoiser:
         """The teacher without dropout, with guidance. Raises InputError if it is missing."""
         function, params = self.teacher_function()
-        return self.guided(lambda labels: function.denoiser(params, labels))
+        augmentation = self.batch.augmentation if getattr(function.network, "augment_dim", 0) else None
+        return self.guided(lambda labels: function.denoiser(params, labels, augmentation=augmentation))
 
     def guided(self, teacher: Callable[[Labels | None], Denoiser]) -> Denoiser:
         """teacher(labels), guided by itself without labels if the objective has guidance."""
@@ -292,8 +293,7 @@ class AdjacentPairObjective(PairObjective, abc.ABC):
 
 def require_forward_derivatives(objective: Objective, function: ConsistencyFunction) -> None:
     """Raise InputError for a network without them."""
-    attention = function.network.attention
-    if attention != "plain":
+    if (attention := function.network.attention) != "plain":
         raise InputError(
             f"{type(objective).__name__} needs forward derivatives, which fused attention does not have; the network's "
             f'is {attention!r}. Use dataclasses.replace(network, attention="plain").'

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from cm_jax.data import AnyData, EmojiData
+from cm_jax.data.augmentation import Augmentation
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AnyTargetEMA
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
@@ -108,6 +109,8 @@ class TrainConfig:
     """Relative widths of power-function EMAs (EDM2), such as 0.05 and 0.1."""
     flip: bool = True
     """Flip every image horizontally with probability 1/2."""
+    augmentation: Augmentation | None = None
+    """Augmentation whose parameters the network takes as input (EDM); needs --network.augment-dim 9."""
     label_dropout: float = 0.0
     """Probability of training an image without its label, as classifier-free guidance of the model needs (0.1)."""
     seed: int = 0
@@ -152,6 +155,11 @@ class TrainConfig:
             raise InputError(f"Expected label_dropout in [0, 1], got {self.label_dropout}.")
         if self.label_dropout and self.network.classes is None:
             raise InputError("label_dropout needs a class-conditional network, and this one has no classes: give 0.")
+        if self.augmentation is not None and getattr(self.network, "augment_dim", 0) != self.augmentation.PARAMETERS:
+            raise InputError(
+                "augmentation needs a network that takes its parameters as input, or samples show it: give "
+                f"--network.augment-dim {self.augmentation.PARAMETERS}, for SongUNet or ADMUNet."
+            )
         if self.num_levels is not None:
             check_int("num_levels", self.num_levels, 2, 2**20)
             method, final = type(self.objective).__name__, self.objective.final_num_levels

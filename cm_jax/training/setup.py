@@ -185,7 +185,7 @@ def make_step(config: TrainConfig, teacher: ConsistencyFunction | None) -> Train
     objective.check(models)
     if target_ema is not None:
         target_ema.check(objective.curriculum)
-    options = (config.grad_accum_steps, config.flip, config.label_dropout)
+    options = (config.grad_accum_steps, config.flip, config.augmentation, config.label_dropout)
     return TrainingStep(objective, models, config.optimizer, config.emas, target_ema, *options)
 
 

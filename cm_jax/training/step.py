@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from cm_jax.data.augmentation import Augmentation
 from cm_jax.diffusion.curricula import Step, TargetEMA
 from cm_jax.diffusion.guidance import no_labels
 from cm_jax.objectives import Batch, FrozenParams, Models, Objective
@@ -24,8 +25,8 @@ Metrics = dict[str, Float[Array, "..."]]
 """Metrics, and arrays over the noise-level bands."""
 Curves = dict[str, Float[Array, "steps ..."]]
 
-_FLIP, _LABEL = 3, 4
-"""Folded into an image's key for the flip and for label dropout; objectives split the key itself."""
+_FLIP, _LABEL, _AUGMENTATION = 3, 4, 6
+"""Folded into an image's key for the flip, label dropout and augmentation; objectives split it, and fold in 5."""
 _BANDS = (0.03, 0.4, 5.0)
 """Boundaries of the noise-level bands of the logged losses."""
 LOSS_BY_BAND = "loss_sigma"
@@ -89,6 +90,8 @@ class TrainingStep:
     """Microbatches whose gradients are averaged."""
     flip: bool = True
     """Flip every image horizontally with probability 1/2."""
+    augmentation: Augmentation | None = None
+    """Augmentation whose parameters the student takes as input."""
     label_dropout: float = 0.0
     """Probability of replacing an image's label by that of no label."""
 
@@ -118,6 +121,10 @@ class TrainingStep:
         if clean.labels is not None and self.label_dropout:
             labels = drop_labels(clean.labels, keys, self.label_dropout, self.models.student.network)
             clean = clean._replace(labels=labels)
+        if self.augmentation is not None:
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, _AUGMENTATION)
+            images, parameters = self.augmentation(clean.images, own)
+            clean = clean._replace(images=images, augmentation=parameters)
 
         def loss(params: Params, batch: Batch, keys: Keys) -> tuple[Float[Array, ""], Metrics]:
             losses, metrics = self.objective(self.models, params, frozen, batch, keys, state.step)

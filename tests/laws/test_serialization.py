@@ -223,7 +223,7 @@ BOUND_TO_OTHERS = {
     *(("EDM2UNet", name) for name in ("augment_dim", "modulation", "output_channels")),
     ("EvalConfig", "metrics"),
     ("PeriodicEvaluation", "metrics"),
-    ("TrainConfig", "label_dropout"),
+    *(("TrainConfig", name) for name in ("augmentation", "label_dropout")),
 }
 """Fields that cannot change alone, or not to any text: one of the first two is set, names need classes, latents need as
 many scales as channels, and EDM2's network has no other modulation."""

@@ -6,11 +6,9 @@ from typing import Literal
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.conversion import edm
+from cm_jax.conversion.dictionaries import state_dict
 from cm_jax.conversion.diffusers import EXTRAS, extras, model_index, scheduler_config, unet_config
-from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import write_torch
-from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI
 from cm_jax.diffusion.noise_schedule import ADM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
@@ -34,7 +32,7 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
         (native.save_file if path.suffix.lower() == ".safetensors" else native.save)(path, config, params)
         return
     if kind == "edm":
-        tensors = edm.write_state_dict(config, params)
+        tensors = state_dict(kind, config, params)
         with atomic_write(path) as beside, write_errors(path):
             if path.suffix.lower() == ".safetensors":
                 write_safetensors(beside, tensors, {"format": "pt"})
@@ -43,10 +41,10 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
         return
     network = config.adm
     _check_representable(kind, config)
-    rules = (OPENAI if kind == "openai" else DIFFUSERS).rules(network)
+    tensors = state_dict(kind, config, params)
     with atomic_write(path) as beside, write_errors(path):
         if kind == "openai":
-            write_torch(beside, to_source(rules, params))
+            write_torch(beside, tensors)
             return
         files = {"unet/config.json": unet_config(network)}
         if config.distilled:
@@ -57,7 +55,7 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             (beside / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         weights = beside / "unet" / "diffusion_pytorch_model.safetensors"
-        write_safetensors(weights, to_source(rules, params), {"format": "pt"})
+        write_safetensors(weights, tensors, {"format": "pt"})
 
 
 def _check_representable(kind: Kind, config: ModelConfig) -> None:

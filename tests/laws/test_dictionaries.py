@@ -7,7 +7,7 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+import safetensors.numpy
 
 from cm_jax import conversion
 from cm_jax.checkpoints.model_config import ModelConfig
@@ -64,10 +64,13 @@ def test_all_wrong_arrays_are_named():
 def test_state_dicts_are_those_of_the_written_files(tmp_path):
     config = ModelConfig(TINY, ConsistencyPreconditioning(), num_levels=18)
     song = ModelConfig(dataclasses.replace(NETWORK, classes=None), EDMPreconditioning(time_factor=0.25))
-    for kind, chosen, params in (("openai", config, PARAMS), ("edm", song, random_params(song.network))):
-        conversion.write(tmp_path / f"{kind}.pt", kind, chosen, params)
-        written = {name: tensor.numpy() for name, tensor in torch.load(tmp_path / f"{kind}.pt").items()}
-        assert_bitwise_equal(state_dict(kind, chosen, params), written)
+    conversion.write(tmp_path / "out", "diffusers", config, PARAMS)
+    written = safetensors.numpy.load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert_bitwise_equal(state_dict("diffusers", config, PARAMS), written)
+    params = random_params(song.network)
+    conversion.write(tmp_path / "edm.safetensors", "edm", song, params)
+    written = safetensors.numpy.load_file(tmp_path / "edm.safetensors")
+    assert_bitwise_equal(state_dict("edm", song, params), written)
     assert_bitwise_equal(dict(leaves(nested(state_dict("native", config, PARAMS)))), FLAT)
     with pytest.raises(InputError, match="got 'onnx'"):
         state_dict("onnx", config, PARAMS)

@@ -1,5 +1,6 @@
 """Class Model: denoise, sample, edit, interpolate, save."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batch
 from cm_jax.editing.operators import Operator, Strokes
 from cm_jax.errors import InputError, check_int, one_line
 from cm_jax.io.atomic import user_path
-from cm_jax.io.progress import progress as with_progress
+from cm_jax.progress import counted, on_terminal
 from cm_jax.samplers import Guidance, GuidanceArgs, NoiseLevelArgs, Sampler, choose_guidance
 from cm_jax.samplers.generation import check_batch_size, generate, replay, sample_labels
 from cm_jax.samplers.plan import SamplingPlan, checked_noise, levels_given, make_plan
@@ -108,7 +109,8 @@ class Model:
             return replay(function, plan.sampler, params, plan.levels, noise, numbers)
         total = as_keys(key, count, seeds)[1]
         batches = self.batches(key, count, plan, seeds=seeds, labels=labels, batch_size=batch_size)
-        return np.concatenate(list(with_progress(batches, total) if progress is True else batches))
+        with on_terminal() if progress is True else contextlib.nullcontext():
+            return np.concatenate(list(counted(batches, total, "Sampling")))
 
     def batches(
         self,
@@ -206,7 +208,7 @@ class Model:
         (function, params), size = self.program(plan.guidance), _size(batch_size, self.config)
         program = (function, plan.sampler, params, plan.levels)
         parts = slerp_batches(*program, *ends, numbers, frames=frames, batch_size=size)
-        return np.concatenate(list(parts))
+        return np.concatenate(list(counted(parts, frames, "Interpolating")))
 
     def plan(
         self,
@@ -279,7 +281,7 @@ class Model:
         numbers, size = self.class_numbers(labels, len(images)), _size(batch_size, self.config)
         function, params = self.program(plan.guidance)
         parts = edit_batches(function, operator, params, plan.levels, keys, images, numbers, batch_size=size)
-        return np.concatenate(list(parts))
+        return np.concatenate(list(counted(parts, len(keys), "Editing")))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,23 +1,41 @@
 """Helpers of the tests: recorded outputs, small models, subprocesses."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cm_jax import progress
 from cm_jax.conversion import CheckpointHints, read
 from cm_jax.conversion.rules import from_source, source_shapes
 from cm_jax.conversion.unet_format import UNetFormat
 from cm_jax.io.safetensors import LazyTensor
 from cm_jax.networks import ADMUNet
 from cm_jax.types import Denoiser, Network, Params
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[list[str]]:
+    """The activities that begin in the block, as shown to the user."""
+    found: list[str] = []
+
+    @contextlib.contextmanager
+    def listener(activity: progress.Activity) -> Iterator[None]:
+        found.append(str(activity))
+        yield
+
+    with progress.listening(listener):
+        yield found
+
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent

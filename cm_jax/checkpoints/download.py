@@ -10,12 +10,13 @@ import shutil
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import fsync_path, user_cache
+from cm_jax.progress import Activity, activity
 
 URL = "https://openaipublic.blob.core.windows.net/consistency"
 """Address of the files of openai/consistency_models."""
@@ -67,8 +68,8 @@ def _download(url: str, destination: Path) -> None:
             f"{destination.name} needs {missing / 1e9:.1f} GB in {part.parent}, and {free / 1e9:.1f} GB are free: free "
             "some space, or set XDG_CACHE_HOME to a folder on another disk."
         )
-    with _progress_bar(destination.name, size) as show:
-        _transfer(url, part, size, show)
+    with activity(f"Downloading {destination.name}", total=size / 1e6, unit="MB") as shown:
+        _transfer(url, part, size, shown)
     if part.stat().st_size != size or not _has_md5(part, headers["Content-MD5"]):
         part.unlink()
         raise InputError(f"The download of {url} is damaged (wrong size or checksum) and was deleted: try again.")
@@ -87,7 +88,7 @@ def _lock(destination: Path) -> Iterator[None]:
         yield
 
 
-def _transfer(url: str, part: Path, size: int, show: Callable[[int], None]) -> None:
+def _transfer(url: str, part: Path, size: int, shown: Activity) -> None:
     """Append to `part` what it lacks of `size` bytes. Raises InputError if the connection breaks before the end."""
     present = part.stat().st_size if part.exists() else 0
     if present >= size:
@@ -95,11 +96,11 @@ def _transfer(url: str, part: Path, size: int, show: Callable[[int], None]) -> N
     with _open(url, headers={"Range": f"bytes={present}-"}) as answer:
         resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT  # else the server sends the file from its start
         with part.open("ab" if resumed else "wb") as out:
-            show(out.tell())
+            shown.advance(out.tell() / 1e6)
             with contextlib.suppress(http.client.HTTPException, ConnectionError, TimeoutError):
                 while chunk := answer.read(_CHUNK):
                     out.write(chunk)
-                    show(out.tell())
+                    shown.advance(len(chunk) / 1e6)
             done = out.tell()
     if done < size:
         raise InputError(
@@ -143,16 +144,3 @@ def _errors(url: str, destination: Path) -> Iterator[None]:
             f"{destination} cannot be written ({error.strerror or error}): {advice}, or set XDG_CACHE_HOME to another "
             "folder."
         ) from error
-
-
-@contextlib.contextmanager
-def _progress_bar(name: str, size: int) -> Iterator[Callable[[int], None]]:
-    """A function that shows the number of bytes so far, on a terminal's standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("bytes", total=size)
-        yield lambda done: bar.update(task, completed=done)

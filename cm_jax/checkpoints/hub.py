@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from cm_jax.checkpoints.hub_client import UnreachableError, api, endpoint, full_disk, hub_errors, progress_bars
 from cm_jax.errors import InputError
+from cm_jax.progress import activity
 
 _log = logging.getLogger(__name__)
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
@@ -115,9 +116,11 @@ def fetch(hub_id: HubId, *, cache_dir: str | Path | None = None, local_files_onl
         _log.info("%s: unet_ema, and not unet", hub_id.repo)
     snapshot = cache / f"models--{hub_id.repo.replace('/', '--')}" / "snapshots" / commit
     missing = [name for name in chosen if not (snapshot / name).exists()]
-    _check_space(cache, sum(sizes[name] for name in missing), hub_id)
+    size = sum(sizes[name] for name in missing)
+    _check_space(cache, size, hub_id)
     try:
-        with hub_errors(*hub_id), progress_bars(shown=bool(missing)):
+        downloading = activity(f"Downloading {hub_id}", f"{size / 1e6:,.0f} MB", own_bar=True)
+        with hub_errors(*hub_id), progress_bars(shown=bool(missing)), downloading:
             folder = snapshot_download(
                 hub_id.repo,
                 revision=hub_id.revision,

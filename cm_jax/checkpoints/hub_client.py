@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from cm_jax.errors import InputError
 
 @contextlib.contextmanager
 def progress_bars(*, shown: bool) -> Iterator[None]:
-    """The progress bars of huggingface_hub, or none where all files are in the cache."""
+    """The progress bars of huggingface_hub if `shown` and standard error is a terminal, else none."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if shown or are_progress_bars_disabled():
+    if (shown and sys.stderr.isatty()) or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

@@ -21,6 +21,7 @@ from cm_jax.conversion.attention_order import QKVOrder, order_evidence
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import check_writable, user_path
 from cm_jax.networks.layers import Filter
+from cm_jax.progress import activity
 from cm_jax.types import ImageSize, in_pixels
 
 
@@ -137,16 +138,20 @@ def main(prog: str, words: Sequence[str]) -> None:
             say(evidence.report())
             if evidence.contradicted:
                 raise InputError(f"{evidence.warning()} {destination} was not written.")
-        parity = compare(source)
+        with activity("Comparing with PyTorch", "usually 10 to 60 s"):
+            parity = compare(source)
         say(parity.report())
         if not parity.passed:
             raise InputError(f"The two networks disagree; {destination} was not written.")
     params = to_float16(source.params, args.source) if args.fp16 else source.params
-    conversion.write(destination, kind, config, params)
+    with activity(f"Writing {destination}"):
+        conversion.write(destination, kind, config, params)
     say(f"Wrote {destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
     if args.push:
         options = conversion.UploadOptions(private=args.private or None, license=args.license)
-        say(f"Uploaded it: {conversion.upload(args.push, destination, config, params, **options)}")
+        with activity(f"Uploading to {args.push}", own_bar=True):
+            address = conversion.upload(args.push, destination, config, params, **options)
+        say(f"Uploaded it: {address}")
     if kind == "diffusers" and not config.distilled:
         say("It contains the network without a pipeline, because ConsistencyModelPipeline does not support denoisers.")
     if kind == "native":
@@ -187,10 +192,12 @@ def _convert_weights(args: Convert) -> None:
     check_writable(args.destination, folder=False)
     source = user_path(args.source)
     if args.to == "lpips":
-        params = metric_networks.read_lpips(source, args.lpips_heads and user_path(args.lpips_heads))
+        with activity(f"Reading {args.source}"):
+            params = metric_networks.read_lpips(source, args.lpips_heads and user_path(args.lpips_heads))
         what, file, published = "VGG16 and the heads of LPIPS", lpips.FILE, metric_networks.LPIPS_DIGEST
     else:
-        params = metric_networks.read_inception(source)
+        with activity(f"Reading {args.source}"):
+            params = metric_networks.read_inception(source)
         what = f"Inception-V3 {'with' if 'logits' in params else 'without'} classes"
         file, published = inception_v3.FILE, metric_networks.INCEPTION_DIGEST
     same = metric_networks.digest(params) == published

@@ -1,5 +1,6 @@
 """`demo`: sampling and editing on a web page."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,6 +17,7 @@ from cm_jax.cli.options import Compilation, WhichWeights
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.errors import InputError, check_int
+from cm_jax.progress import activity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,18 @@ def main(prog: str, words: Sequence[str]) -> None:
 
 
 def _serve(checkpoints: dict[str, Path], args: Demo) -> None:
-    try:
-        from cm_jax.demo.page import page, serve
-    except ImportError as error:
-        raise InputError(f"The demo needs Gradio, and {error.name} is not installed: pip install gradio.") from error
-    use_compilation_cache(args.compilation_cache)
-    load = functools.cache(lambda name: args.load(checkpoints[name], name=name))
-    serve(page(list(checkpoints), load), args.host, args.port, lambda address: say(f"The page is at {address}"))
+    with contextlib.ExitStack() as starting:
+        starting.enter_context(activity("Starting the page"))
+        try:
+            from cm_jax.demo.page import page, serve
+        except ImportError as error:
+            problem = f"The demo needs Gradio, and {error.name} is not installed"
+            raise InputError(f"{problem}: pip install gradio.") from error
+
+        def ready(address: str) -> None:
+            starting.close()
+            say(f"The page is at {address}")
+
+        use_compilation_cache(args.compilation_cache)
+        load = functools.cache(lambda name: args.load(checkpoints[name], name=name))
+        serve(page(list(checkpoints), load), args.host, args.port, ready)

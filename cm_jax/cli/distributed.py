@@ -7,6 +7,7 @@ import jax
 
 from cm_jax.cli.running import say
 from cm_jax.errors import InputError
+from cm_jax.progress import activity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,11 @@ class Distributed:
     def connect(self) -> None:
         """Connect this process to the others, if there are any, before JAX looks at its devices. Raises InputError."""
         try:
-            if self.coordinator:
-                jax.distributed.initialize(self.coordinator, self.processes, self.process)
-            elif self.distributed == "auto":
-                jax.distributed.initialize()
+            with activity("Waiting for the other processes"):
+                if self.coordinator:
+                    jax.distributed.initialize(self.coordinator, self.processes, self.process)
+                elif self.distributed == "auto":
+                    jax.distributed.initialize()
         except ValueError as error:  # an incomplete description of the processes
             raise InputError(
                 "--distributed auto found no launcher (Slurm, Open MPI up to version 4, Kubernetes, TPU pod): start "

@@ -18,7 +18,6 @@ from cm_jax.evaluation.image_sets import holds_images, of_dataset, of_model, ope
 from cm_jax.evaluation.likelihood import evaluate_bits
 from cm_jax.evaluation.metrics import Report, to_json
 from cm_jax.io.atomic import atomic_write, check_writable
-from cm_jax.io.progress import progress
 from cm_jax.model import Model
 
 
@@ -79,9 +78,7 @@ def main(prog: str, words: Sequence[str]) -> None:
 
 
 def _compared(args: Evaluate, model: Model | None, config: EvalConfig) -> Report:
-    extractor = dataclasses.replace(
-        load_inception(args.inception), batch_size=args.batch_size, cache=args.cache, watch=progress
-    )
+    extractor = dataclasses.replace(load_inception(args.inception), batch_size=args.batch_size, cache=args.cache)
     if model is None:
         samples = of_dataset(open_images(args.samples), args.samples, args.count)
     else:
@@ -103,5 +100,5 @@ def _bits(args: Evaluate, model: Model | None) -> Report:
     dataset = open_images(args.reference, model.config.network.image_shape)
     count = None if args.count is None else min(args.count, dataset.size)
     names, steps = (args.samples, args.reference), args.likelihood_steps
-    options: Any = {"seed": args.seed, "batch_size": args.batch_size, "watch": progress}
+    options: Any = {"seed": args.seed, "batch_size": args.batch_size}
     return evaluate_bits(model, dataset, count, steps=steps, names=names, **options)

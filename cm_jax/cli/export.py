@@ -13,6 +13,7 @@ from cm_jax.cli.options import Sampling, WhichWeights
 from cm_jax.cli.parsing import parse
 from cm_jax.cli.running import say
 from cm_jax.exporting import check_export, write_artifact
+from cm_jax.progress import activity
 from cm_jax.types import Precision, in_pixels
 
 
@@ -39,7 +40,8 @@ def main(prog: str, words: Sequence[str]) -> None:
     args = parse(Export, prog, words)
     platforms = check_export(args.output, args.platforms.split(","))
     model = args.load(resolve(args.checkpoint), args.precision)
-    write_artifact(args.output, model, args.plan(model), platforms)
+    with activity("Exporting the sampler"):
+        write_artifact(args.output, model, args.plan(model), platforms)
     shape = in_pixels(model.config.network.image_shape)
     say(f"Exported a sampler of images of {shape} for {', '.join(platforms)}: {args.output}.")
     say(f"Run it without cm_jax: python {shlex.quote(str(args.output / 'example.py'))}")

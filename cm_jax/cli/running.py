@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 
 import jax
 
-from cm_jax import kernels
+from cm_jax import kernels, progress
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_cache
 
@@ -28,7 +28,7 @@ def run(command: Callable[[], None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file and class names may not fit the terminal's encoding
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", handlers=[_Messages()])
     logging.getLogger("cm_jax").setLevel(logging.INFO)
     kernels.keep_memory()
     # Fewer garbage collections: with Python's defaults they take 20 % of a short command's time.
@@ -49,7 +49,8 @@ def _status(command: Callable[[], None]) -> int:
     """Exit status of a command. Raises BrokenPipeError if its output or its message meets a closed pipe."""
     try:
         try:
-            command()
+            with progress.on_terminal():
+                command()
         finally:
             sys.stdout.flush()
     except InputError as error:
@@ -68,6 +69,14 @@ def _is_closed(stream: TextIO) -> bool:
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+class _Messages(logging.Handler):
+    """Log messages on standard error, above the live line if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # a closed pipe does not end the command
+            print(_visible(self.format(record)), file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:

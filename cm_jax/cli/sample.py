@@ -18,8 +18,8 @@ from cm_jax.cli.parsing import numbers, parse
 from cm_jax.cli.running import devices, say, stopwatch, use_compilation_cache
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.images import Quantization, check_output, output_path, quantize, save_images
-from cm_jax.io.progress import progress
 from cm_jax.model import Model, SamplingPlan
+from cm_jax.progress import counted
 from cm_jax.samplers import SAMPLERS
 from cm_jax.types import in_pixels
 
@@ -80,7 +80,7 @@ def main(prog: str, words: Sequence[str]) -> None:
             batches = model.batches(args.seed, count, plan, **options)
         say(f"Sampling {count} images: {_described(plan)}, seed{f's {args.seeds}' if seeds else f' {args.seed}'}.")
         convert = model.vae_latents if model.config.latents else functools.partial(quantize, how=args.quantization)
-        images = np.concatenate([convert(batch) for batch in progress(batches, count)])
+        images = np.concatenate([convert(batch) for batch in counted(batches, count, "Sampling")])
     took = elapsed()
 
     known = model.config.class_names

@@ -1,14 +1,18 @@
 """`train`: train a preset, with any field overridden, in a run folder."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+
+import jax
 
 from cm_jax.cli.distributed import Distributed, say_once
 from cm_jax.cli.options import Compilation
 from cm_jax.cli.parsing import parse_preset
 from cm_jax.cli.running import use_compilation_cache
 from cm_jax.presets import PRESETS
+from cm_jax.progress import listening, silent
 from cm_jax.training.loop import train
 from cm_jax.training.run.dry_run import report
 from cm_jax.training.setup import prepare
@@ -29,8 +33,9 @@ def main(prog: str, words: Sequence[str]) -> None:
     preset, settings, options = parse_preset(PRESETS, Options(), prog, words)
     use_compilation_cache(options.compilation_cache)
     options.connect()
-    if options.dry_run:
-        for line in report(prepare(settings)):
-            say_once(line)
-    else:
-        train(settings, Path(options.run or f"runs/{preset}"), say_once)
+    with listening(silent) if jax.process_index() else contextlib.nullcontext():
+        if options.dry_run:
+            for line in report(prepare(settings)):
+                say_once(line)
+        else:
+            train(settings, Path(options.run or f"runs/{preset}"), say_once)

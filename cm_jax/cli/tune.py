@@ -16,7 +16,6 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation.features import load_inception
 from cm_jax.evaluation.image_sets import of_dataset, open_images
 from cm_jax.evaluation.level_search import tune
-from cm_jax.io.progress import progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +47,7 @@ def main(prog: str, words: Sequence[str]) -> None:
         raise InputError(f"{args.checkpoint} cannot store tuned noise levels: {advice}")
     model = args.load(path)
     reference = of_dataset(open_images(args.reference, model.config.network.image_shape), args.reference)
-    extractor = dataclasses.replace(
-        load_inception(args.inception), batch_size=args.batch_size, cache=args.cache, watch=progress
-    )
+    extractor = dataclasses.replace(load_inception(args.inception), batch_size=args.batch_size, cache=args.cache)
 
     def on_probe(timesteps: Sequence[int], score: float) -> None:
         say(f"{','.join(map(str, timesteps))}: FID {score:.4g}")

@@ -21,6 +21,7 @@ from cm_jax.conversion.unwrap import read_network
 from cm_jax.diffusion.noise_schedule import ADM_TIME, EDM_TIME, NUM_LEVELS, KarrasSchedule
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.progress import activity
 from cm_jax.types import Params
 
 _TOLERANCE = 2e-3
@@ -57,7 +58,8 @@ def read(path: Path, hints: CheckpointHints | None = None) -> Source:
     """
     hints = hints or CheckpointHints()
     try:
-        source = _read(path, hints)
+        with activity(f"Reading {path}"):
+            source = _read(path, hints)
         if hints.qkv_order is not None and source.format is not OPENAI:
             raise InputError(f"--qkv-order is for files with the names of OpenAI's code; leave it out for {path}.")
         return dataclasses.replace(source, config=hints.apply(source.config))

@@ -1,6 +1,6 @@
 """Training images: sources, and batches by number."""
 
-from cm_jax.data.base import Batches, Data, Dataset, InMemory, Progress, RawBatch, permutation
+from cm_jax.data.base import Batches, Data, Dataset, InMemory, RawBatch, permutation
 from cm_jax.data.decoding import center_crop, decode, on_white, open_image, with_channels
 from cm_jax.data.encoded import Encoded, EncodedData, Streamed
 from cm_jax.data.image_folder import ImageFolder

@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +19,6 @@ from jaxtyping import Int32, Integer, UInt8
 
 from cm_jax.errors import InputError, check_int
 from cm_jax.types import ImageSize, in_pixels
-
-Progress = Callable[[int, int], None]
-"""Called with (images, total) while a data set is opened."""
 
 
 class RawBatch(NamedTuple):
@@ -160,7 +157,7 @@ class Data(abc.ABC):
     """A source of images: a frozen dataclass, and a component of TrainConfig."""
 
     @abc.abstractmethod
-    def open(self, image_size: ImageSize, progress: Progress | None = None, *, channels: int | None = None) -> Dataset:
+    def open(self, image_size: ImageSize, *, channels: int | None = None) -> Dataset:
         """Open the data set with images of this size, resized and center-cropped.
 
         channels: for image files 1 (gray), 3 (RGB, the default) or 4 (RGBA). Raises InputError if it cannot be used.

@@ -14,9 +14,10 @@ import threading
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from cm_jax.data.base import Batches, Data, Dataset, InMemory, Progress, RawBatch, check_image_size
+from cm_jax.data.base import Batches, Data, Dataset, InMemory, RawBatch, check_image_size
 from cm_jax.data.decoding import MODES, decode
 from cm_jax.errors import InputError, indented_list
+from cm_jax.progress import activity
 from cm_jax.types import ImageSize, in_pixels
 
 log = logging.getLogger("cm_jax.data")
@@ -25,7 +26,7 @@ THREADS = min(16, os.cpu_count() or 1)
 Shape = tuple[int, int, int]
 """Height, width and channels of images."""
 _CHUNK = 64
-"""Images that a thread decodes between progress reports."""
+"""Images that a thread decodes before its progress is counted."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,15 +64,16 @@ class EncodedData(Data):
         if not (self.in_memory_gib >= 0 and self.max_corrupt >= 0 and 0 <= self.workers <= 1024):
             raise InputError(f"Expected in_memory_gib >= 0, max_corrupt >= 0 and workers in [0, 1024], got {self}.")
 
-    def open(self, image_size: ImageSize, progress: Progress | None = None, *, channels: int | None = None) -> Dataset:
+    def open(self, image_size: ImageSize, *, channels: int | None = None) -> Dataset:
         """In memory if it fits, else streamed."""
         shape = (*check_image_size(image_size), channels or 3)
         if shape[2] not in MODES:
             problem = f"Expected 1 (gray), 3 (RGB) or 4 (RGBA) channels for image files, got {channels}"
             raise InputError(f"{problem}: put images with other channels into an .npz file (NpzData).")
-        encoded = self.encoded()
+        with activity("Listing the images"):
+            encoded = self.encoded()
         if len(encoded) * math.prod(shape) <= self.in_memory_gib * 2**30:
-            return decode_all(encoded, shape, self.max_corrupt, progress)
+            return decode_all(encoded, shape, self.max_corrupt)
         return Streamed(encoded, shape, self.max_corrupt, self.workers)
 
     @abc.abstractmethod
@@ -116,7 +118,7 @@ def _report(encoded: Encoded, reasons: dict[str, str], new: dict[str, str], done
     raise InputError(f"{encoded.place}: {problem}:\n  {indented_list(complaints)}")
 
 
-def decode_all(encoded: Encoded, shape: Shape, max_corrupt: int, progress: Progress | None = None) -> InMemory:
+def decode_all(encoded: Encoded, shape: Shape, max_corrupt: int) -> InMemory:
     """All images, decoded by threads, in their order; those that cannot be read are named and left out.
 
     Raises InputError where there are more than `max_corrupt` of them, or no others.
@@ -139,13 +141,13 @@ def decode_all(encoded: Encoded, shape: Shape, max_corrupt: int, progress: Progr
         return reasons
 
     pool = concurrent.futures.ThreadPoolExecutor(THREADS)
-    try:
-        for done, reasons in enumerate(pool.map(fill, range(0, count, _CHUNK)), 1):
-            _report(encoded, unreadable, reasons, "Skipped", max_corrupt)
-            if progress is not None:
-                progress(min(done * _CHUNK, count), count)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with activity(f"Decoding {encoded.place}", total=count) as shown:
+        try:
+            for reasons in pool.map(fill, range(0, count, _CHUNK)):
+                _report(encoded, unreadable, reasons, "Skipped", max_corrupt)
+                shown.advance(min(_CHUNK, count - shown.done))
+        finally:
+            pool.shutdown(cancel_futures=True)
     if small.any():
         where = f"{encoded.place}: {small.sum()} of {count}"
         log.warning("Images smaller than %s were enlarged. %s.", in_pixels(shape), where)

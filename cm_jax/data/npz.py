@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cm_jax.data.base import Data, Dataset, InMemory, Progress, check_image_size, sorted_classes
+from cm_jax.data.base import Data, Dataset, InMemory, check_image_size, sorted_classes
 from cm_jax.data.decoding import center_crop
 from cm_jax.errors import InputError, nearest
 from cm_jax.io.atomic import user_path
 from cm_jax.io.npz import read_npz
+from cm_jax.progress import activity
 from cm_jax.types import ImageSize, height_width
 
 log = logging.getLogger("cm_jax.data")
@@ -39,16 +40,14 @@ class EmojiData(Data):
     split: Literal["train", "held_out", "all"] = "train"
     """train: 3,334 images; held_out: 431 images for evaluation; all: both."""
 
-    def open(
-        self, image_size: ImageSize = 32, progress: Progress | None = None, *, channels: int | None = None
-    ) -> Dataset:
+    def open(self, image_size: ImageSize = 32, *, channels: int | None = None) -> Dataset:
         check_image_size(image_size, most=32)
         if channels not in (None, 1, 3):
             raise InputError(f"The bundled emoji are RGB or gray images, got a network with {channels} channels.")
         arrays = bundled_emoji()
         held_out = arrays["held_out"]
         selected = {"train": ~held_out, "held_out": held_out, "all": slice(None)}[self.split]
-        images = resized(arrays["images"][selected], image_size, progress)
+        images = resized(arrays["images"][selected], image_size)
         if channels == 1:
             images = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
         names, place = tuple(arrays["class_names"].tolist()), f"bundled emoji, {self.split.replace('_', ' ')}"
@@ -81,10 +80,10 @@ class NpzData(Data):
     labels: str = ""
     """Name of the array of labels, or "none". Default: labels or arr_1, if present."""
 
-    def open(self, image_size: ImageSize, progress: Progress | None = None, *, channels: int | None = None) -> Dataset:
+    def open(self, image_size: ImageSize, *, channels: int | None = None) -> Dataset:
         check_image_size(image_size)
         images, labels, names = self._read(channels)
-        return InMemory(resized(images, image_size, progress), labels, class_names=names, place=self.path)
+        return InMemory(resized(images, image_size), labels, class_names=names, place=self.path)
 
     def unchanged(self) -> InMemory:
         """The images without resizing; they need not be square."""
@@ -94,7 +93,8 @@ class NpzData(Data):
     def _read(self, channels: int | None = None) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
         """(images, labels if there are several, class names or none). Pickled arrays are refused."""
         try:
-            found = read_npz(user_path(self.path), lambda names: self._names(names).values())
+            with activity(f"Reading {self.path}"):
+                found = read_npz(user_path(self.path), lambda names: self._names(names).values())
         except ValueError as error:
             raise InputError(f"{self.path} cannot be used as an .npz file of images: {error}.") from error
         used = self._names(list(found))
@@ -148,19 +148,17 @@ def _numbered(path: str, labels: np.ndarray, names: np.ndarray | None) -> tuple[
     return np.array([numbers[label] for label in labels.tolist()]), np.array(classes)
 
 
-def resized(
-    images: UInt8[np.ndarray, "n h w c"], image_size: ImageSize, progress: Progress | None = None
-) -> UInt8[np.ndarray, "n r s c"]:
+def resized(images: UInt8[np.ndarray, "n h w c"], image_size: ImageSize) -> UInt8[np.ndarray, "n r s c"]:
     """Center crops of `image_size`; images of that size are returned unchanged."""
     size = height_width(image_size)
     if images.shape[1:3] == size:
         return images
     crops = np.empty((len(images), *size, images.shape[3]), np.uint8)
-    for index, image in enumerate(images):
-        for channel in range(images.shape[3]):
-            crops[index, ..., channel] = np.asarray(center_crop(Image.fromarray(image[..., channel]), size))
-        if progress is not None and (index + 1) % 256 == 0:
-            progress(index + 1, len(images))
+    with activity("Resizing", total=len(images)) as shown:
+        for index, image in enumerate(images):
+            for channel in range(images.shape[3]):
+                crops[index, ..., channel] = np.asarray(center_crop(Image.fromarray(image[..., channel]), size))
+            shown.advance()
     return crops
 
 

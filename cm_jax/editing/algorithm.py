@@ -76,7 +76,7 @@ def edit_images(
     return edit(function.denoiser(params, labels), operator, images, levels, noise)
 
 
-_edit = compile_programs(edit_images)
+_edit = compile_programs(edit_images, "the editing program")
 
 
 def variant_keys(key: Key[Array, ""], images: int, variants: int) -> Keys:
@@ -145,7 +145,7 @@ def slerp_images(
     return sampler(function.denoiser(params, labels), levels, lambda index: slerp(one(index), two(index), weights))
 
 
-_slerp = compile_programs(slerp_images)
+_slerp = compile_programs(slerp_images, "the sampler")
 
 
 def slerp_batches(

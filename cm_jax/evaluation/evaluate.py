@@ -9,6 +9,7 @@ from cm_jax.evaluation.features import FeatureExtractor, FeatureStatistics, Refe
 from cm_jax.evaluation.image_sets import ImageSet
 from cm_jax.evaluation.metrics import Report, frechet_distance, inception_score, kernel_distance, overlap
 from cm_jax.feature_networks.inception_v3 import CHANNELS
+from cm_jax.progress import activity, counted
 
 NEEDS = {"fid": "pool", "sfid": "spatial", "kid": "features", "is": "logits", "pr": "features", "prdc": "features"}
 """Metric -> the field of FeatureStatistics that it needs."""
@@ -57,8 +58,10 @@ def evaluate(
     """
     check(extractor, samples, reference, eval_config)
     known = reference_statistics(extractor, reference, eval_config.needs)
-    seen = summarize(extractor, extractor.watch(samples.batches(), samples.count), eval_config.needs)
-    values = compare(seen, known, eval_config)
+    batches = counted(samples.batches(), samples.count, f"Evaluating {samples.name}")
+    seen = summarize(extractor, batches, eval_config.needs)
+    with activity("Computing the metrics"):
+        values = compare(seen, known, eval_config)
     protocol: dict[str, Any] = {
         "count": seen.count,
         "samples": samples.name,

@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, UInt8
 
 from cm_jax.conversion import metric_networks
 from cm_jax.errors import InputError
-from cm_jax.evaluation.image_sets import ImageSet, Watch, of_dataset, open_images
+from cm_jax.evaluation.image_sets import ImageSet, of_dataset, open_images
 from cm_jax.evaluation.metrics import Gaussian, Moments
 from cm_jax.feature_networks import inception_v3
 from cm_jax.feature_networks.inception_v3 import Features
 from cm_jax.io.atomic import atomic_write, user_path, write_errors
 from cm_jax.io.npz import read_npz
+from cm_jax.progress import activity, counted
 from cm_jax.samplers.batches import compile_programs, in_batches, multiple_of
 from cm_jax.types import Params
 
@@ -52,8 +53,6 @@ class FeatureExtractor:
     """Default: all local devices."""
     cache: Path | None = None
     """Folder for statistics of references. Default: they are not kept."""
-    watch: Watch = lambda batches, count: batches
-    """Shows the progress over a set of images."""
 
     @functools.cached_property
     def digest(self) -> str:
@@ -74,7 +73,8 @@ class FeatureExtractor:
 def load_inception(weights: str = "") -> FeatureExtractor:
     """Inception-V3 of 2015-12-05 from the file `weights` or CM_JAX_INCEPTION. Raises InputError if there is none."""
     shapes = (inception_v3.shapes(classifier=classifier) for classifier in (False, True))
-    params = inception_v3.FILE.load(weights, *shapes)
+    with activity("Reading Inception-V3"):
+        params = inception_v3.FILE.load(weights, *shapes)
     return FeatureExtractor(inception_v3.features, params, "Inception-V3 2015-12-05", "TensorFlow 1 bilinear to 299")
 
 
@@ -165,7 +165,7 @@ def named_features(
     return {name: getattr(found, name) for name in names}
 
 
-_extract = compile_programs(named_features)
+_extract = compile_programs(named_features, "the feature network")
 
 
 def reference_statistics(extractor: FeatureExtractor, reference: Reference, needs: Iterable[str]) -> FeatureStatistics:
@@ -178,7 +178,9 @@ def reference_statistics(extractor: FeatureExtractor, reference: Reference, need
     needs, paths = set(needs) - {"logits"}, {}
     found: dict[str, Any] = {}
     if needs and extractor.cache is not None:
-        content = "\n".join((_CACHE_VERSION, reference.digest(), extractor.digest, extractor.resize))
+        with activity(f"Reading {reference.name}"):
+            digest = reference.digest()
+        content = "\n".join((_CACHE_VERSION, digest, extractor.digest, extractor.resize))
         stem = hashlib.sha256(content.encode()).hexdigest()[:32]
         paths = {need: extractor.cache / f"{stem}-{need}.npz" for need in needs}
     for need, path in paths.items():
@@ -187,7 +189,8 @@ def reference_statistics(extractor: FeatureExtractor, reference: Reference, need
             found[need] = file["features"] if "features" in file else Gaussian(file["mean"], file["covariance"])
     missing = needs - found.keys()
     if missing:
-        new = summarize(extractor, extractor.watch(reference.batches(), reference.count), missing)
+        title = f"Computing features of {reference.name}"
+        new = summarize(extractor, counted(reference.batches(), reference.count, title), missing)
         found |= {need: getattr(new, need) for need in missing}
     for need in missing & paths.keys():
         value = found[need]

@@ -19,9 +19,6 @@ from cm_jax.io.images import quantize
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.types import ImageSize
 
-Watch = Callable[[Iterator[np.ndarray], int], Iterator[np.ndarray]]
-"""(batches, number of images) -> the same batches, while showing progress."""
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:

@@ -13,9 +13,9 @@ from cm_jax.data import Dataset
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.ode import dx_dlog_sigma, heun_step
 from cm_jax.errors import InputError, check_int
-from cm_jax.evaluation.image_sets import Watch
 from cm_jax.evaluation.metrics import Report
 from cm_jax.model import Model
+from cm_jax.progress import counted
 from cm_jax.samplers.batches import by_number, compile_programs
 from cm_jax.samplers.generation import default_batch_size, image_keys
 from cm_jax.types import Denoiser, Images, Keys, Labels, Params
@@ -98,7 +98,6 @@ def evaluate_bits(
     steps: int = 64,
     batch_size: int | None = None,
     names: tuple[str, str] = ("the model", "the data set"),
-    watch: Watch = lambda batches, count: batches,
 ) -> Report:
     """Mean bits per dimension of all images of a data set, or of `count` chosen by a fixed permutation.
 
@@ -116,7 +115,7 @@ def evaluate_bits(
             own = labels if conditional else None
             yield bits_per_dimension(model, images, own, seed=seed, start=start, steps=steps, batch_size=size)
 
-    bits = np.concatenate(list(watch(batches(), count))).astype(np.float64)
+    bits = np.concatenate(list(counted(batches(), count, "Evaluating the likelihood"))).astype(np.float64)
     mean, error = float(bits.mean()), float(bits.std(ddof=1) / count**0.5)
     line = (
         f"bits per dimension {mean:.4f} ± {error:.4f} (standard error) [N = {count:,} of {names[1]} under {names[0]}; "
@@ -144,4 +143,4 @@ def image_bits(
     return -nats / (math.prod(shape) * math.log(2)) + math.log2(127.5)
 
 
-_bits = compile_programs(image_bits)
+_bits = compile_programs(image_bits, "the likelihood")

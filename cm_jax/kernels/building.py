@@ -20,6 +20,7 @@ import jaxlib.version
 from jaxtyping import Array
 
 from cm_jax.io.atomic import user_cache
+from cm_jax.progress import activity
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cc", "convolution.cc", "norm.cc", "product.cc"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h"))
@@ -131,15 +132,15 @@ def _compile(compiler: str, path: Path) -> None:
 
         objects = {source: str(Path(workspace) / f"{source.stem}.o") for source in SOURCES}
         headers = ("-isystem", jax.ffi.include_dir())
-        expected = "once on this machine: about 10 s, a minute on slow ones"
-        _log.info("Compiling the CPU kernels with %s, %s.", compiler, expected)
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            jobs = [pool.submit(run, "-c", *headers, str(source), "-o", objects[source]) for source in SOURCES]
-            for done, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
-                job.result()
-                _log.info("Compiled %d of %d files.", done, len(jobs))
-        library = Path(workspace) / path.name
-        run("-shared", *objects.values(), "-o", str(library))
+        expected = f"with {compiler}, once on this machine, usually 5 to 60 s"
+        with activity("Compiling the CPU kernels", expected, total=len(SOURCES), unit="files") as shown:
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                jobs = [pool.submit(run, "-c", *headers, str(source), "-o", objects[source]) for source in SOURCES]
+                for job in concurrent.futures.as_completed(jobs):
+                    job.result()
+                    shown.advance()
+            library = Path(workspace) / path.name
+            run("-shared", *objects.values(), "-o", str(library))
         path.with_suffix(".sha256").write_text(_digest(library.read_bytes()))
         library.replace(path)
 

@@ -9,26 +9,33 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from cm_jax.progress import activity
+
 Tree = Any
 """A tree of arrays whose first axis is that of images."""
 
 
 class Programs(NamedTuple):
-    """One function, compiled for one device and for several that share the images."""
+    """One function, named for progress messages, compiled for one device and for several that share the images."""
+
+    name: str
 
     one: Callable[..., Tree]
     many: Callable[..., Tree]
 
 
-def compile_programs(function: Callable[..., Tree]) -> Programs:
-    """Compile function(*static, *shared, *rows): hashable constants, arrays for all images, one row for each image."""
+def compile_programs(function: Callable[..., Tree], name: str) -> Programs:
+    """Compile function(*static, *shared, *rows): hashable constants, arrays for all images, one row for each image.
+
+    name: for the message while it is compiled, such as "the sampler".
+    """
 
     def program(static: tuple[Any, ...], shared: tuple[Any, ...], rows: tuple[Tree, ...]) -> Tree:
         return function(*static, *shared, *rows)
 
     program.__name__ = function.__name__
     many = jax.pmap(program, axis_name="devices", in_axes=(None, None, 0), static_broadcasted_argnums=0)
-    return Programs(jax.jit(program, static_argnums=0), many)
+    return Programs(name, jax.jit(program, static_argnums=0), many)
 
 
 def in_batches(
@@ -60,7 +67,16 @@ def in_batches(
         axes = min(len(devices), 2)
         return jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[axes:])[:count], result)
 
-    started = map(start, batches)
+    def starts() -> Iterator[tuple[int, Tree]]:
+        for number, batch in enumerate(batches):
+            if number:
+                yield start(batch)
+                continue
+            with activity(f"Compiling {programs.name}", "usually 5 to 60 s"):
+                first = start(batch)
+            yield first
+
+    started = starts()
     waiting = list(itertools.islice(started, ahead))
     for new in started:
         waiting.append(new)

@@ -79,7 +79,7 @@ def images_from_noise(
     return sampler(function.denoiser(params, labels), levels, lambda index: noise[index])
 
 
-_sample = compile_programs(sample)
+_sample = compile_programs(sample, "the sampler")
 _from_noise = jax.jit(images_from_noise, static_argnums=(0, 1))
 
 

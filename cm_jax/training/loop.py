@@ -14,6 +14,7 @@ from cm_jax.checkpoints import native, serialization
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import atomic_write, user_path
 from cm_jax.io.images import fits_png
+from cm_jax.progress import activity
 from cm_jax.training.config import PARAMETERS, TrainConfig
 from cm_jax.training.run.evaluation_hook import EvaluationHook, sample_grid
 from cm_jax.training.run.folder import Retention, RunFolder
@@ -31,7 +32,7 @@ from cm_jax.training.schedules import (
     outrun_schedules,
     unfinished_schedules,
 )
-from cm_jax.training.setup import TrainingSetup, prepare
+from cm_jax.training.setup import COMPILING, TrainingSetup, prepare
 from cm_jax.training.step import TrainState
 from cm_jax.types import Params
 
@@ -43,7 +44,7 @@ _SYNC_EVERY = 10
 Print = Callable[[str], None]
 
 
-def train(config: TrainConfig, folder: str | Path, print_line: Print = print, progress: Any = None) -> None:
+def train(config: TrainConfig, folder: str | Path, print_line: Print = print) -> None:
     """Train in a folder, from its latest checkpoint if it has one, until the run is finished or stopped by a signal.
 
     Raises InputError if the settings contradict each other or those in the folder.
@@ -51,13 +52,14 @@ def train(config: TrainConfig, folder: str | Path, print_line: Print = print, pr
     stored = _stored_config(user_path(folder) / "config.json")
     new = not native.run_checkpoints(Path(folder))
     last = native.last_config(Path(folder))
-    setup = prepare(config, progress, stored and stored.network, resumed=last, initial=new)
+    setup = prepare(config, stored and stored.network, resumed=last, initial=new)
     config = setup.config
     fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
     setup = dataclasses.replace(setup, initial=None)  # frees its memory
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
         before, changes = _checked_config(opened, config)
-        resumed = opened.resume(setup.abstract_state())
+        with activity("Reading the latest checkpoint"):
+            resumed = opened.resume(setup.abstract_state())
         done, state = resumed or (0, setup.parallelism.place_state(fresh or setup.initial_state()))
         del fresh
         hook = EvaluationHook(config, setup.evaluator, opened, done)
@@ -78,20 +80,22 @@ def _loop(
     config, total = setup.config, setup.config.batches
     constants, key, program = setup.constants(), jax.random.key(config.seed), setup.compiled()
     log, progress = MetricsLog(folder.path, done), Progress(done, total, config.batch_size)
-    feed = prefetch(setup.dispatches(done, total))
+    feed, steps = prefetch(setup.dispatches(done, total)), 0
     with StopSignal() as stop, log, progress, contextlib.closing(feed):
         window = MetricsWindow(config, log, progress, done)
 
         def evaluate(done: int, params: Params) -> None:
-            with progress.paused("evaluating"):
+            with activity("Evaluating"):
                 print_line(hook.evaluate(done, params, log))
 
         if hook.due(done):  # the run was stopped before this evaluation
             evaluate(done, _sampled_params(setup, state))
         for dispatches, batches in enumerate(feed, start=1):
-            state, metrics = program(state, constants, setup.parallelism.place_batches(batches), key)
+            before, steps = steps, len(jax.tree.leaves(batches)[0])
+            with activity(*COMPILING) if steps != before else contextlib.nullcontext():
+                state, metrics = program(state, constants, setup.parallelism.place_batches(batches), key)
             window.add(metrics)
-            before, done = done, done + len(jax.tree.leaves(batches)[0])
+            before, done = done, done + steps
             asked = jax.process_count() == 1 or dispatches % _SYNC_EVERY == 0
             stopping = asked and in_any(stop.requested)
             last = done >= total or stopping

@@ -22,6 +22,7 @@ from cm_jax.diffusion.noise_schedule import NUM_LEVELS
 from cm_jax.errors import InputError, indented_list
 from cm_jax.networks import AnyNetwork, SongUNet
 from cm_jax.objectives import Models
+from cm_jax.progress import activity
 from cm_jax.training.class_order import in_order_of_all, in_order_of_run
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.parallelism import OneDevice, Parallelism, Pmap, Sharded, check_batch_size
@@ -31,6 +32,8 @@ from cm_jax.types import Params
 
 RUNTIME_FIELDS = ("dropout", "dropout_size", "precision", "attention", "rematerialize")
 """Fields of a network that do not change the meaning of its parameters."""
+COMPILING = ("Compiling the training step", "usually 10 to 60 s")
+"""Name of an activity, and its note."""
 MAX_RESIDENT_BYTES = 512 * 2**20
 """Larger data sets are not copied to the devices."""
 
@@ -64,7 +67,8 @@ class TrainingSetup:
         """State before the first step, on the host."""
         network, name, source = self.config.network, self.config.init_from, self.teacher
         if name == "fresh" or not (name or source):
-            params = network.initialize(jax.random.fold_in(jax.random.key(self.config.seed), 2**31))
+            with activity("Initializing the parameters"):
+                params = network.initialize(jax.random.fold_in(jax.random.key(self.config.seed), 2**31))
         else:
             source = source if source and not name else self.initial or _read_checkpoint(self.config, "init_from")
             _check_initial_weights(self.config, source)
@@ -110,7 +114,6 @@ class TrainingSetup:
 
 def prepare(
     config: TrainConfig,
-    progress: Callable[[int, int], None] | None = None,
     stored: AnyNetwork | None = None,
     *,
     resumed: ModelConfig | None = None,
@@ -118,7 +121,7 @@ def prepare(
 ) -> TrainingSetup:
     """Set up a run. Raises InputError.
 
-    progress: called with (images, total) while data are decoded. stored: the network of a run that resumes, if it
+    stored: the network of a run that resumes, if it
     inherits one, so that the checkpoint is not needed again. resumed: config of the run's last checkpoint. initial:
     whether to read the checkpoint in init_from, as a new run needs it.
     """
@@ -139,7 +142,7 @@ def prepare(
     step = make_step(config, function)
     if teacher is not None and not config.init_from:
         _check_initial_weights(config, teacher)
-    dataset = config.data.open(network.image_shape[:2], progress, channels=network.image_shape[2])
+    dataset = config.data.open(network.image_shape[:2], channels=network.image_shape[2])
     _check_data(config, dataset)
     if network.classes is not None:
         orders = [(name, source.config.class_names) for name, source in sources]

@@ -13,15 +13,16 @@ from cm_jax.evaluation import (
     FeatureExtractor,
     ImageSet,
     evaluate,
+    features,
     frechet_distance,
     read_statistics,
     search_levels,
     summarize,
     write_statistics,
 )
-from cm_jax.evaluation.features import reference_statistics
 from cm_jax.feature_networks.inception_v3 import Features
 from tests.laws.test_metrics import gaussian, random_features
+from tests.support import announced
 
 
 def toy_features(params, images):
@@ -86,14 +87,16 @@ def test_evaluate_identical_and_different_sets(tmp_path):
 def test_reference_statistics_are_cached_by_content(tmp_path):
     (a, images), passes = image_set(0, 30), []
 
-    def watch(batches, count):
-        passes.append(count)
-        return batches
+    def reference_statistics(*arguments):
+        with announced() as activities:
+            found = features.reference_statistics(*arguments)
+        passes.extend(each for each in activities if each.startswith("Computing features"))
+        return found
 
-    extractor = dataclasses.replace(toy_extractor(), cache=tmp_path, watch=watch)
+    extractor = dataclasses.replace(toy_extractor(), cache=tmp_path)
     first = reference_statistics(extractor, a, ("pool",))
     again = reference_statistics(extractor, a, ("pool",))
-    assert passes == [30]
+    assert passes == ["Computing features of images: 0 of 30 images"]
     np.testing.assert_array_equal(first.pool.covariance, again.pool.covariance)
     reference_statistics(extractor, a, ("pool", "features"))  # only the features are missing
     assert len(passes) == 2

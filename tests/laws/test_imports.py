@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "types",
     "arguments",
+    "progress",
     "io",
     "data",
     "diffusion",

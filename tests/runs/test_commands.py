@@ -1,6 +1,7 @@
 """The commands as a user runs them, on good input and on bad."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -219,5 +220,5 @@ def test_the_first_compilation_of_the_kernels_is_reported(tmp_path):
     if not kernels.available():
         return
     assert "Compiling the CPU kernels" in first.stderr
-    assert "Compiled 4 of 4 files." in first.stderr
-    assert "ompil" not in second.stderr
+    assert not re.search(r"[^\n -~]", first.stderr)  # no control characters
+    assert "kernels" not in second.stderr

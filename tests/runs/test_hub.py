@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import time
 
 import huggingface_hub.constants
@@ -23,7 +24,7 @@ from cm_jax.errors import InputError
 from cm_jax.model import Model
 from tests.hub_server import TOKEN, Repository, folder_files, serve
 from tests.runs.test_commands import failed, succeeded
-from tests.support import EMOJI, SMALL, random_params, run
+from tests.support import EMOJI, SMALL, announced, random_params, run
 
 TINY = dataclasses.replace(SMALL, image_size=8, channel_mult=(1,), attention_factors=(), classes=3)
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -73,9 +74,12 @@ def test_an_id_loads_the_model_and_only_its_files_are_downloaded(server, pipelin
     assert folder_files(snapshot) == pipeline
 
 
-def test_a_second_load_downloads_nothing_and_a_new_version_is_downloaded(server, pipeline, capsys):
+def test_a_second_load_downloads_nothing_and_a_new_version_is_downloaded(server, pipeline, capsys, monkeypatch):
     server.repositories["me/tiny"] = Repository({"main": pipeline})
-    first = resolve("me/tiny")
+    with announced() as activities, monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        first = resolve("me/tiny")
+    assert activities == ["Downloading me/tiny (1 MB)"]
     downloads = server.count("^GET .*/resolve/")
     assert "Fetching" in capsys.readouterr().err
     assert resolve("me/tiny") == first

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 
 from cm_jax import kernels
+from cm_jax.progress import activity
 from cm_jax.training.schedules import outrun_schedules, unfinished_schedules
-from cm_jax.training.setup import TrainingSetup
+from cm_jax.training.setup import COMPILING, TrainingSetup
 from cm_jax.training.step import StepBatch
 
 _COMPONENTS = ("params", "optimizer", "target", "teacher", "ema")
@@ -38,10 +39,11 @@ def report(setup: TrainingSetup) -> Iterator[str]:
         program: Any = setup.compiled()
         return program.lower(state, constants, batches, jax.random.key(0))
 
-    compiled = lowered().compile()
+    with activity(*COMPILING):
+        compiled = lowered().compile()
     if (memory := compiled.memory_analysis()) is not None:
         yield f"            the compiled step needs {_readable(memory.temp_size_in_bytes)} more per device"
-    with kernels.off():  # XLA does not count the FLOPs of custom calls
+    with kernels.off(), activity("Counting operations"):  # XLA does not count the FLOPs of custom calls
         costs = lowered().cost_analysis()
     costs = costs or compiled.cost_analysis() or {}  # on GPUs only the compiled program has them
     if (flops := costs.get("flops", 0) * len(devices) / config.steps_per_dispatch) > 0:

@@ -3,13 +3,15 @@
 import contextlib
 import datetime
 import math
+import sys
 import time
 from collections.abc import Iterator
 
 import jax
 import rich.progress
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+
+from cm_jax.progress import Activity, listening, terminal
 
 _SMOOTHING = 0.9
 """Decay per update of the images and seconds whose ratio is images/s."""
@@ -32,30 +34,43 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         self._images = self._seconds = 0.0
         self._time: float | None = None
         self._printed, self._last_line = -math.inf, ""
-        console = Console(stderr=True)
         self._quiet = jax.process_index() != 0
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rest]}"))
-        self._bar = rich.progress.Progress(*columns, console=console, disable=self._quiet or not console.is_terminal)
-        self._task = self._bar.add_task("batches", total=total, completed=done, rest="compiling")
+        console = None if self._quiet else terminal()
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rest]!s}"))
+        self._bar = rich.progress.Progress(
+            *columns, console=console, disable=console is None, redirect_stdout=sys.stdout.isatty()
+        )
+        self._rest: str | Activity = ""
+        self._task = self._bar.add_task("batches", total=total, completed=done, rest=self._rest)
+        self._listening = contextlib.ExitStack()
 
     def __enter__(self) -> "Progress":
+        self._outer = self._listening.enter_context(listening(self._other_work))
         if not self._bar.disable:
             self._bar.start()
             self._bar.console.show_cursor(True)  # a killed run would leave the terminal without it
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._listening.close()
         if not self._bar.disable:
             self._bar.stop()
         elif self._last_line:
             print(self._last_line, flush=True)
 
     @contextlib.contextmanager
-    def paused(self, activity: str) -> Iterator[None]:
+    def _other_work(self, activity: Activity) -> Iterator[None]:
         """Around other work than training: the bar names it, and its time does not count in images/s."""
-        self._bar.update(self._task, rest=activity)
-        yield
+        before = self._rest
+        self._show(activity)
+        with self._outer(activity) if self._bar.disable else contextlib.nullcontext():
+            yield
+        self._show(before)
         self._time = None
+
+    def _show(self, rest: str | Activity) -> None:
+        self._rest = rest
+        self._bar.update(self._task, rest=rest, completed=self._done)
 
     def update(self, done: int, loss: float | None = None) -> None:
         """`done` batches are done; `loss` is the latest."""
@@ -71,7 +86,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         if self.images_per_second:
             left = math.ceil((self._total - done) * self._batch_size / self.images_per_second)
             parts += [f"{self.images_per_second:,.0f} images/s", f"{datetime.timedelta(seconds=left)} left"]
-        self._bar.update(self._task, completed=done, rest=", ".join(parts))
+        self._show(", ".join(parts))
         if not self._bar.disable:
             return
         self._last_line = ", ".join([f"batch {done:,} of {self._total:,}", *parts])

@@ -44,7 +44,7 @@ def point(axis: str, value: int, repeats: int) -> dict[str, Any]:
     from cm_jax.diffusion.preconditioning import EDMPreconditioning
     from cm_jax.networks import ADMUNet
     from cm_jax.objectives import ConsistencyDistillation
-    from cm_jax.training.parallelism import Pmap, Sharded
+    from cm_jax.parallelism import Pmap, Sharded
     from cm_jax.training.setup import make_step
     from cm_jax.training.step import Constants, StepBatch
 

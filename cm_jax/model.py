@@ -21,9 +21,10 @@ from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batch
 from cm_jax.editing.operators import Operator, Strokes
 from cm_jax.errors import InputError, check_int, one_line
 from cm_jax.io.atomic import user_path
+from cm_jax.parallelism import Parallelism
 from cm_jax.progress import counted, on_terminal
 from cm_jax.samplers import Guidance, GuidanceArgs, NoiseLevelArgs, Sampler, choose_guidance
-from cm_jax.samplers.generation import check_batch_size, generate, replay, sample_labels
+from cm_jax.samplers.generation import batching, generate, replay, sample_labels
 from cm_jax.samplers.plan import SamplingPlan, checked_noise, levels_given, make_plan
 from cm_jax.types import Images, Keys, Labels, Params, Sigmas
 
@@ -34,7 +35,7 @@ class PlanArgs(NoiseLevelArgs, GuidanceArgs, total=False):
     """Noise levels and guidance."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "parallelism"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A consistency model, or a denoiser such as an EDM teacher, with its parameters.
@@ -42,19 +43,19 @@ class Model:
     It is a pytree: the parameters are its leaves and the config is static, so it passes through jit, grad, vmap,
     jax.tree.map, optax and Orbax. `denoise` accepts traced arguments; inside jit, sample with cm_jax.samplers.sample.
 
-    Arguments that several methods share:
+    All methods raise InputError for invalid arguments. Arguments that several methods share:
       images: NHWC, clean images in [-1, 1].
       labels: class numbers or names, one for all images or one per image; None for an unconditional model.
-      batch_size: images computed at once over all local devices. It does not change the results.
+      batch_size: images computed at once over all devices of this process. It does not change the results.
       **levels: noise levels, as steps=2, timesteps=(22, 0), indices=(0, 22, 39) or sigmas=(80.0, 1.38); see
         cm_jax.samplers.NoiseLevelArgs. Where samplers are, also guidance=1.5, guide=other_model and
         guidance_interval=(0.28, 2.9); see cm_jax.samplers.GuidanceArgs.
-
-    All methods raise InputError for invalid arguments.
     """
 
     config: ModelConfig
     params: Params = dataclasses.field(repr=False)
+    parallelism: Parallelism | None = dataclasses.field(default=None, repr=False)
+    """How the devices of this process share images: `cm_jax.parallelism.choose_for_images`, the default."""
 
     def denoise(
         self, images: ImageArray, sigma: float | Float[Array | np.ndarray, "*b"], labels: ClassLabels | None = None
@@ -130,8 +131,8 @@ class Model:
         (keys, count), classes = as_keys(key, count, seeds), self.config.network.classes
         chosen = None if classes is None or labels is not None else sample_labels(keys, count, classes)
         numbers = self.class_numbers(labels, count) if chosen is None else chosen
-        (function, params), size = self.program(plan.guidance), _size(batch_size, self.config)
-        return generate(function, plan.sampler, params, plan.levels, keys, count, numbers, batch_size=size)
+        (function, params), devices = self.program(plan.guidance), self.batching(batch_size)
+        return generate(function, plan.sampler, params, plan.levels, keys, count, numbers, *devices)
 
     def edit(
         self,
@@ -205,9 +206,9 @@ class Model:
         plan = self.plan(sampler=sampler, **levels)
         frames = check_int("frames", frames, 2, 10**6)
         ends, numbers = (as_key(first), as_key(second)), self.class_numbers(labels, frames)
-        (function, params), size = self.program(plan.guidance), _size(batch_size, self.config)
-        program = (function, plan.sampler, params, plan.levels)
-        parts = slerp_batches(*program, *ends, numbers, frames=frames, batch_size=size)
+        function, params = self.program(plan.guidance)
+        program, devices = (function, plan.sampler, params, plan.levels), self.batching(batch_size)
+        parts = slerp_batches(*program, *ends, numbers, frames, *devices)
         return np.concatenate(list(counted(parts, frames, "Interpolating")))
 
     def plan(
@@ -261,6 +262,10 @@ class Model:
         """Upload the model with a model card to "owner/name" on the Hugging Face Hub; returns the commit's address."""
         return push(repo_id, self.config, self.params, **options)
 
+    def batching(self, batch_size: int | None = None) -> tuple[int, Parallelism]:
+        """Images per batch over all devices of this process, by default 64 per device or fewer; and the devices."""
+        return batching(batch_size, self.config.network.image_shape, self.parallelism)
+
     def _check_untraced(self, method: str, *arguments: Any) -> None:
         """Raise InputError inside jit, grad and vmap for a method that returns NumPy arrays."""
         if is_traced(self.params, *arguments):
@@ -278,9 +283,8 @@ class Model:
         labels: ClassLabels | None,
         batch_size: int | None,
     ) -> Float[np.ndarray, "b h w c"]:
-        numbers, size = self.class_numbers(labels, len(images)), _size(batch_size, self.config)
-        function, params = self.program(plan.guidance)
-        parts = edit_batches(function, operator, params, plan.levels, keys, images, numbers, batch_size=size)
+        (function, params), numbers = self.program(plan.guidance), self.class_numbers(labels, len(images))
+        parts = edit_batches(function, operator, params, plan.levels, keys, images, numbers, *self.batching(batch_size))
         return np.concatenate(list(counted(parts, len(keys), "Editing")))
 
 
@@ -289,10 +293,6 @@ def _denoise(
     function: AnyFunction, params: Params, x: Images, sigma: Sigmas, labels: Labels | None
 ) -> Float[Array, "b h w c"]:
     return function.denoiser(params, labels)(x, sigma)
-
-
-def _size(batch_size: int | None, config: ModelConfig) -> int:
-    return check_batch_size(batch_size, config.network.image_shape)
 
 
 def _check_editable(config: ModelConfig) -> None:

@@ -15,8 +15,9 @@ from cm_jax.arguments import as_images
 from cm_jax.diffusion.guidance import AnyFunction
 from cm_jax.editing.operators import Noisy, Operator
 from cm_jax.errors import InputError
+from cm_jax.parallelism import Parallelism
 from cm_jax.samplers.base import Levels, Sampler
-from cm_jax.samplers.batches import by_number, compile_programs
+from cm_jax.samplers.batches import by_number
 from cm_jax.samplers.consistency import multistep_sample
 from cm_jax.samplers.generation import fold_in, image_keys, noise_from
 from cm_jax.types import Denoiser, Images, Keys, Labels, NoiseSource, Params, per_image
@@ -76,9 +77,6 @@ def edit_images(
     return edit(function.denoiser(params, labels), operator, images, levels, noise)
 
 
-_edit = compile_programs(edit_images, "the editing program")
-
-
 def variant_keys(key: Key[Array, ""], images: int, variants: int) -> Keys:
     """A key for every variant of every image, grouped by image.
 
@@ -97,9 +95,8 @@ def edit_batches(
     keys: Keys,
     images: Float[np.ndarray, "i h w c"],
     labels: Int[np.ndarray, " i"] | None,
-    *,
     batch_size: int,
-    devices: Sequence[Any] | None = None,
+    parallelism: Parallelism | None = None,
 ) -> Iterator[Float[np.ndarray, "n h w c"]]:
     """One edit for every key, in batches. `keys` holds the same number of keys for each image, grouped by image."""
     variants = len(keys) // len(images)
@@ -111,7 +108,9 @@ def edit_batches(
         return keys[numbers], chosen, jax.tree.map(lambda array: array[image], known), images[image]
 
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
-    return by_number(_edit, (function,), shared, rows, len(keys), batch_size, devices)
+    return by_number(
+        edit_images, (function,), shared, rows, len(keys), batch_size, parallelism, name="the editing program"
+    )
 
 
 def slerp(first: Images, second: Images, weight: Float[Array, " b"]) -> Images:
@@ -145,9 +144,6 @@ def slerp_images(
     return sampler(function.denoiser(params, labels), levels, lambda index: slerp(one(index), two(index), weights))
 
 
-_slerp = compile_programs(slerp_images, "the sampler")
-
-
 def slerp_batches(
     function: AnyFunction,
     sampler: Sampler,
@@ -156,9 +152,9 @@ def slerp_batches(
     first: Key[Array, ""],
     second: Key[Array, ""],
     labels: Int[np.ndarray, " n"] | None,
-    *,
     frames: int,
     batch_size: int,
+    parallelism: Parallelism | None = None,
 ) -> Iterator[Float[np.ndarray, "n h w c"]]:
     """`frames` images from the first image of one key to the first image of another, both included, in batches."""
     weights = np.linspace(0, 1, frames, dtype=np.float32)
@@ -168,7 +164,9 @@ def slerp_batches(
         return one, two, weights[numbers], None if labels is None else labels[numbers]
 
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
-    return by_number(_slerp, (function, sampler), shared, rows, frames, batch_size)
+    return by_number(
+        slerp_images, (function, sampler), shared, rows, frames, batch_size, parallelism, name="the sampler"
+    )
 
 
 def blend(

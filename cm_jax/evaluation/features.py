@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from cm_jax.feature_networks import inception_v3
 from cm_jax.feature_networks.inception_v3 import Features
 from cm_jax.io.atomic import atomic_write, user_path, write_errors
 from cm_jax.io.npz import read_npz
+from cm_jax.parallelism import Parallelism, choose_for_images
 from cm_jax.progress import activity, counted
-from cm_jax.samplers.batches import compile_programs, in_batches, multiple_of
+from cm_jax.samplers.batches import in_batches, multiple_of
 from cm_jax.types import Params
 
 log = logging.getLogger("cm_jax.evaluation")
@@ -49,7 +50,7 @@ class FeatureExtractor:
     """Name of the resizing method in reports."""
     batch_size: int | None = None
     """Images per batch over all devices. Default: 32 per device."""
-    devices: Sequence[Any] = ()
+    parallelism: Parallelism | None = None
     """Default: all local devices."""
     cache: Path | None = None
     """Folder for statistics of references. Default: they are not kept."""
@@ -113,8 +114,9 @@ def summarize(
             f"The Inception score needs logits; these weights of {extractor.name} have no classifier. Convert a file "
             "that has one (from pytorch-fid or NVIDIA; docs/conversion.md), or remove `is` from the metrics."
         )
-    devices = extractor.devices or jax.local_devices()
-    size = multiple_of(devices, extractor.batch_size or PER_DEVICE * len(devices))
+    parallelism = extractor.parallelism or choose_for_images()
+    devices = len(parallelism.devices)
+    size = multiple_of(devices, extractor.batch_size or PER_DEVICE * devices)
 
     def padded() -> Iterator[tuple[int, tuple[np.ndarray]]]:
         for images in regroup(batches, size):
@@ -122,7 +124,9 @@ def summarize(
             yield len(rgb), (rgb[np.minimum(np.arange(size), len(rgb) - 1)],)
 
     static = extractor.extract, tuple(sorted({"pool" if need == "features" else need for need in needs}))
-    features = in_batches(_extract, static, (extractor.params,), padded(), devices, ahead=1)
+    features = in_batches(
+        named_features, static, (extractor.params,), padded(), parallelism, name="the feature network", ahead=1
+    )
     count, moments = 0, {}
     kept: dict[str, list[np.ndarray]] = {need: [] for need in needs & {"features", "logits"}}
     for found in regroup(features, _MOMENTS_BATCH):
@@ -163,9 +167,6 @@ def named_features(
     """The features with these names; the compiler removes the computation of all others."""
     found = extract(params, images)
     return {name: getattr(found, name) for name in names}
-
-
-_extract = compile_programs(named_features, "the feature network")
 
 
 def reference_statistics(extractor: FeatureExtractor, reference: Reference, needs: Iterable[str]) -> FeatureStatistics:

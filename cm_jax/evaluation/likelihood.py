@@ -16,8 +16,8 @@ from cm_jax.errors import InputError, check_int
 from cm_jax.evaluation.metrics import Report
 from cm_jax.model import Model
 from cm_jax.progress import counted
-from cm_jax.samplers.batches import by_number, compile_programs
-from cm_jax.samplers.generation import default_batch_size, image_keys
+from cm_jax.samplers.batches import by_number
+from cm_jax.samplers.generation import image_keys
 from cm_jax.types import Denoiser, Images, Keys, Labels, Params
 
 State = tuple[Images, Float[Array, " b"]]
@@ -77,16 +77,15 @@ def bits_per_dimension(
         raise InputError(f"Expected images of shape {list(config.network.image_shape)}, got {list(images.shape)}.")
     check_int("The number of steps", steps, 1, 100_000)
     chosen = model.class_numbers(labels, len(images))
-    devices = jax.local_devices()
-    size = batch_size or default_batch_size(images.shape[1:]) * len(devices)
-    size = check_int("batch_size", size, 1, 10**6)
+    batching = model.batching(batch_size)
     key = jax.random.key(check_int("A seed", seed, 0, 2**32 - 1))
 
     def rows(numbers: Int[np.ndarray, " b"]) -> tuple[Any, ...]:
         return image_keys(key, start + numbers), images[numbers], None if chosen is None else chosen[numbers]
 
     static, shared = (config.function, steps), (model.params,)
-    return np.concatenate(list(by_number(_bits, static, shared, rows, len(images), size, devices)))
+    parts = by_number(image_bits, static, shared, rows, len(images), *batching, name="the likelihood")
+    return np.concatenate(list(parts))
 
 
 def evaluate_bits(
@@ -108,7 +107,7 @@ def evaluate_bits(
     conditional = model.config.network.classes is not None
     if conditional and dataset.classes is None:
         raise InputError(f"{names[0]} is class-conditional, but {names[1]} has no labels.")
-    size = batch_size or default_batch_size(dataset.image_shape) * len(jax.local_devices())
+    size, _ = model.batching(batch_size)
 
     def batches() -> Iterator[np.ndarray]:
         for start, (images, labels) in zip(range(0, count, size), dataset.first(count, size), strict=True):
@@ -141,6 +140,3 @@ def image_bits(
     denoiser, x, std = f.denoiser(params, labels), (u + v) / 127.5 - 1, f.preconditioning.sigma_data
     nats = log_density(denoiser, x, probes, steps=steps, std=std, **sigmas)
     return -nats / (math.prod(shape) * math.log(2)) + math.log2(127.5)
-
-
-_bits = compile_programs(image_bits, "the likelihood")

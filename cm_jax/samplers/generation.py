@@ -1,11 +1,10 @@
-"""Sampling many images from one key, in batches on all local devices.
+"""Sampling many images from one key, in batches on the devices of this process.
 
 Image i has the key fold_in(key, i), which determines its label and its noise: images do not depend on the batch size.
 """
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.diffusion.guidance import AnyFunction
 from cm_jax.errors import check_int
+from cm_jax.parallelism import Parallelism, choose_for_images
 from cm_jax.samplers.base import Levels, Sampler
-from cm_jax.samplers.batches import by_number, compile_programs
+from cm_jax.samplers.batches import by_number
 from cm_jax.types import Images, Keys, Labels, NoiseSource, Params, normal_per_image
 
 _LABEL, _NOISE = 0, 1
@@ -79,7 +79,6 @@ def images_from_noise(
     return sampler(function.denoiser(params, labels), levels, lambda index: noise[index])
 
 
-_sample = compile_programs(sample, "the sampler")
 _from_noise = jax.jit(images_from_noise, static_argnums=(0, 1))
 
 
@@ -88,11 +87,14 @@ def default_batch_size(shape: tuple[int, ...]) -> int:
     return max(1, 64 * 64**2 // max(shape[0] * shape[1], 64**2))
 
 
-def check_batch_size(given: int | None, shape: tuple[int, ...]) -> int:
-    """The given number of images per batch, by default that of images of this shape on all local devices."""
-    if given is None:
-        return default_batch_size(shape) * len(jax.local_devices())
-    return check_int("batch_size", given, 1, 10**6)
+def batching(
+    batch_size: int | None, shape: tuple[int, ...], parallelism: Parallelism | None
+) -> tuple[int, Parallelism]:
+    """(images per batch over all devices, devices), checked or chosen by default."""
+    parallelism = parallelism or choose_for_images()
+    if batch_size is None:
+        return default_batch_size(shape) * len(parallelism.devices), parallelism
+    return check_int("batch_size", batch_size, 1, 10**6), parallelism
 
 
 def generate(
@@ -103,21 +105,20 @@ def generate(
     key: Key[Array, "*n"],
     count: int,
     labels: Int[np.ndarray, " n"] | None,
-    *,
     batch_size: int,
-    devices: Sequence[Any] | None = None,
+    parallelism: Parallelism | None = None,
 ) -> Iterator[Float[np.ndarray, "b h w c"]]:
     """Images 0 ... count - 1 in order, one batch at a time.
 
     `key`: one for all images, or `count` keys, of each of which this is the first image. `labels`: one class per image;
-    None for an unconditional network. `batch_size` and `devices` as in `by_number`.
+    None for an unconditional network. `batch_size` and `parallelism` as in `by_number`.
     """
 
     def rows(numbers: Int[np.ndarray, " b"]) -> tuple[Keys, Labels | None]:
         return image_keys(key, numbers), None if labels is None else jnp.asarray(labels[numbers].astype(np.int32))
 
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
-    return by_number(_sample, (function, sampler), shared, rows, count, batch_size, devices)
+    return by_number(sample, (function, sampler), shared, rows, count, batch_size, parallelism, name="the sampler")
 
 
 def replay(

@@ -13,6 +13,7 @@ from cm_jax.errors import InputError, check_int, nearest
 from cm_jax.evaluation.evaluate import EvalConfig
 from cm_jax.networks import AnyNetwork, SongUNet
 from cm_jax.objectives import AnyObjective, Denoising
+from cm_jax.parallelism import Kind
 from cm_jax.training.ema import AnyEMA, ConstantEMA, PowerEMA
 from cm_jax.training.optimizers import Adam, AnyOptimizer
 
@@ -119,9 +120,11 @@ class TrainConfig:
     """Microbatches per step: gradients are accumulated, which saves memory."""
     steps_per_dispatch: int = 1
     """Training steps per call of the compiled program. More steps reduce the overhead for small networks."""
-    parallel: Literal["auto", "one", "pmap", "sharded"] = "auto"
-    """Parallelism: one device, pmap, or sharded (parameters, optimizer state and EMAs are split among devices). auto:
-    pmap if there are several devices."""
+    parallel: Kind = "auto"
+    """Parallelism: one device; pmap or mesh (jit over a mesh), with a full copy of the state on every device; sharded
+    (a mesh that splits parameters, optimizer state and EMAs). auto: pmap on one host, mesh across hosts."""
+    shards: int | None = None
+    """Devices that share one copy of a sharded state: those of a host keep its gathers inside. Default: all devices."""
     max_consecutive_skips: int = 50
     """Stop after this many consecutive steps with gradients that are not finite. Fewer are skipped."""
     log_every: int = 50
@@ -140,7 +143,7 @@ class TrainConfig:
     """Evaluation during training (FID and others)."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        *("images", "steps_per_dispatch", "parallel", "max_consecutive_skips", "log_every", "sample_every"),
+        *("images", "steps_per_dispatch", "parallel", "shards", "max_consecutive_skips", "log_every", "sample_every"),
         *("checkpoint_every", "keep_last", "keep_every", "keep_hours", "evaluation"),
     )
     """Fields that may change when a run resumes, because they do not change the numbers that are computed."""
@@ -149,6 +152,8 @@ class TrainConfig:
         sizes = ("batch_size", "images", "grad_accum_steps", "steps_per_dispatch", "max_consecutive_skips")
         for name in (*sizes, "log_every", "sample_every", "checkpoint_every", "keep_last"):
             check_int(name, getattr(self, name), 1, 10**15)
+        if self.shards is not None:
+            check_int("shards", self.shards, 1, 10**6)
         check_int("seed", self.seed, 0, 2**32 - 1)
         check_int("keep_every", self.keep_every, 0, 10**15)
         if not 0 <= self.label_dropout <= 1:

@@ -22,10 +22,10 @@ from cm_jax.diffusion.noise_schedule import NUM_LEVELS
 from cm_jax.errors import InputError, indented_list
 from cm_jax.networks import AnyNetwork, SongUNet
 from cm_jax.objectives import Models
+from cm_jax.parallelism import Parallelism, check_batch_size, choose
 from cm_jax.progress import activity
 from cm_jax.training.class_order import in_order_of_all, in_order_of_run
 from cm_jax.training.config import TrainConfig
-from cm_jax.training.parallelism import OneDevice, Parallelism, Pmap, Sharded, check_batch_size
 from cm_jax.training.run.evaluation_hook import Evaluator, make_evaluator
 from cm_jax.training.step import Constants, Curves, StepBatch, TrainingStep, TrainState
 from cm_jax.types import Params
@@ -174,10 +174,7 @@ def prepare(
 
 def make_parallelism(config: TrainConfig) -> Parallelism:
     """The devices of a run. Raises InputError if the batch cannot be split among them."""
-    if config.parallel == "one" and jax.process_count() > 1:
-        raise InputError("--parallel one supports one process only: remove it.")
-    kind = config.parallel if config.parallel != "auto" else "pmap" if len(jax.devices()) > 1 else "one"
-    parallelism = {"one": OneDevice(), "pmap": Pmap(), "sharded": Sharded()}[kind]
+    parallelism = choose(config.parallel, shards=config.shards)
     check_batch_size(config.batch_size, len(parallelism.devices), config.grad_accum_steps)
     return parallelism
 

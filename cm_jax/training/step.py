@@ -15,9 +15,9 @@ from cm_jax.data.augmentation import Augmentation
 from cm_jax.diffusion.curricula import Step, TargetEMA
 from cm_jax.diffusion.guidance import no_labels
 from cm_jax.objectives import Batch, FrozenParams, Models, Objective
+from cm_jax.parallelism import Parallelism
 from cm_jax.training.ema import AnyEMA, ema_update
 from cm_jax.training.optimizers import Optimizer
-from cm_jax.training.parallelism import Parallelism
 from cm_jax.types import Images, Keys, Labels, Network, Params
 
 Counter = Int[Array, ""]

@@ -16,6 +16,7 @@ from cm_jax.editing.algorithm import edit_batches, slerp_batches, variant_keys
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.networks import ADMUNet
+from cm_jax.parallelism import DataMesh, OneDevice
 from cm_jax.samplers import Consistency, choose_levels
 from cm_jax.samplers.generation import generate, image_keys
 from cm_jax.types import normal_per_image
@@ -181,7 +182,7 @@ def edits(batch_size, devices, variants=3, operator=Mask(HALF), pictures=PICTURE
         pictures,
         np.arange(len(pictures), dtype=np.int32),
         batch_size=batch_size,
-        devices=jax.devices()[:devices],
+        parallelism=DataMesh(devices) if devices > 1 else OneDevice(),
     )
     return np.concatenate(list(parts))
 

@@ -21,6 +21,7 @@ from cm_jax.evaluation import (
     write_statistics,
 )
 from cm_jax.feature_networks.inception_v3 import Features
+from cm_jax.parallelism import DataMesh, OneDevice
 from tests.laws.test_metrics import gaussian, random_features
 from tests.support import announced
 
@@ -48,8 +49,8 @@ def image_set(seed, count, name="images", shift=0, size=4):
 def test_features_do_not_depend_on_batches_or_devices():
     extractor, (images, array) = toy_extractor(), image_set(0, 45)
     expected = np.asarray(jax.jit(toy_features)(extractor.params, array).pool)
-    for batch_size, devices in ((None, ()), (3, jax.devices()[:1]), (16, jax.devices())):
-        run = dataclasses.replace(extractor, batch_size=batch_size, devices=devices)
+    for batch_size, parallelism in ((None, None), (3, OneDevice()), (16, DataMesh(local=True))):
+        run = dataclasses.replace(extractor, batch_size=batch_size, parallelism=parallelism)
         seen = summarize(run, images.batches(), {"pool", "features"})
         assert seen.count == 45
         np.testing.assert_allclose(seen.features, expected, atol=1e-6)

@@ -10,6 +10,7 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.model import Model
+from cm_jax.parallelism import DataMesh, OneDevice, Pmap, Sharded
 from cm_jax.samplers import Ancestral, Churn, Consistency, Heun, choose_levels
 from cm_jax.samplers.generation import generate, sample_labels
 from tests.support import SMALL, random_params
@@ -26,9 +27,10 @@ STUDENT, TEACHER = (
     for preconditioning in (ConsistencyPreconditioning(), EDMPreconditioning())
 )
 LEVELS = (80.0, 3.0, 0.002)
+ONE = OneDevice()
 
 
-def images(count, batch_size, devices, sampler=CONSISTENCY, labels=None, levels=LEVELS, model=STUDENT):
+def images(count, batch_size, across=ONE, sampler=CONSISTENCY, labels=None, levels=LEVELS, model=STUDENT):
     key = jax.random.key(7)
     labels = sample_labels(key, count, 10) if labels is None else labels
     parts = generate(
@@ -40,36 +42,40 @@ def images(count, batch_size, devices, sampler=CONSISTENCY, labels=None, levels=
         count,
         labels,
         batch_size=batch_size,
-        devices=jax.devices()[:devices],
+        parallelism=across,
     )
     return list(parts)
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return np.concatenate(images(10, 10, 1))
+    return np.concatenate(images(10, 10))
 
 
 def test_there_are_eight_devices():
     assert len(jax.devices()) == 8
 
 
-@pytest.mark.parametrize(("batch_size", "devices"), [(4, 1), (1, 1), (10, 8), (4, 2), (16, 8), (8, 8)])
-def test_same_images_in_other_batches_and_on_other_devices(reference, batch_size, devices):
-    parts = images(10, batch_size, devices)
-    assert max(map(len, parts)) <= max(batch_size, devices)
+ACROSS = [(4, ONE), (1, ONE), (10, Pmap()), (4, Pmap(2)), (16, DataMesh()), (8, Sharded(shards=4))]
+
+
+@pytest.mark.parametrize(("batch_size", "across"), ACROSS, ids=str)
+def test_same_images_in_other_batches_and_on_other_devices(reference, batch_size, across):
+    parts = images(10, batch_size, across)
+    assert max(map(len, parts)) <= max(batch_size, 8)
     np.testing.assert_allclose(np.concatenate(parts), reference, atol=BOUND)
 
 
 @pytest.mark.parametrize("sampler", [Ancestral(), Heun(churn=Churn(10))], ids=["ancestral", "heun"])
 def test_a_teachers_samplers_on_eight_devices(sampler):
     levels = choose_levels(sampler, TEACHER.config.schedule, 18, steps=8)
-    alone, apart = (np.concatenate(images(5, 5, devices, sampler, levels=levels, model=TEACHER)) for devices in (1, 8))
+    parts = (images(5, 5, across, sampler, levels=levels, model=TEACHER) for across in (ONE, Pmap()))
+    alone, apart = map(np.concatenate, parts)
     np.testing.assert_allclose(apart, alone, atol=BOUND)
 
 
 def test_more_images_continue_the_same_ones(reference):
-    np.testing.assert_allclose(np.concatenate(images(3, 3, 1)), reference[:3], atol=BOUND)
+    np.testing.assert_allclose(np.concatenate(images(3, 3)), reference[:3], atol=BOUND)
 
 
 def test_images_differ_from_each_other_and_between_seeds(reference):
@@ -98,7 +104,7 @@ def test_a_label_changes_its_own_image_alone():
     labels = np.zeros(4, np.int32)
     changed = labels.copy()
     changed[2] = 5
-    before, after = (np.concatenate(images(4, 4, 1, labels=given)) for given in (labels, changed))
+    before, after = (np.concatenate(images(4, 4, labels=given)) for given in (labels, changed))
     differs = np.abs(before - after).max((1, 2, 3)) > 1e-3
     np.testing.assert_array_equal(differs, [False, False, True, False])
 

@@ -19,9 +19,9 @@ from cm_jax.model import Model
 from cm_jax.networks import EDM2UNet
 from cm_jax.objectives import ConsistencyDistillation, ContinuousDistillation, Denoising, Models
 from cm_jax.objectives.continuous_time import trigflow_field
+from cm_jax.parallelism import OneDevice, Pmap, Sharded
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.optimizers import Adam, ConstantRate
-from cm_jax.training.parallelism import OneDevice, Pmap, Sharded
 from cm_jax.training.step import Constants, StepBatch, TrainingStep, drop_labels, image_keys
 from cm_jax.types import leaves, per_image, split_keys
 from tests import tiny

@@ -14,6 +14,7 @@ ORDER = [
     "types",
     "arguments",
     "progress",
+    "parallelism",
     "io",
     "data",
     "diffusion",

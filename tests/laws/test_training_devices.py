@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.hlo import collectives
+from benchmarks.hlo import collectives, collectives_with_groups
 from cm_jax.errors import InputError
-from cm_jax.training.parallelism import OneDevice, Pmap, Sharded, check_batch_size
+from cm_jax.parallelism import DataMesh, OneDevice, Pmap, Sharded, check_batch_size
 from cm_jax.training.step import Constants
 from tests.laws.test_training_step import KEY, TOY, UNET, distilling, farthest, raw_batches, run
 
@@ -19,7 +19,7 @@ def on_one_device(network, size):
     return run(distilling(network), network, OneDevice(), raw_batches(network, 50, size), dispatches=50)
 
 
-WAYS = [Pmap(2), Pmap(8), Sharded(2), Sharded(8)]
+WAYS = [Pmap(2), Pmap(8), DataMesh(8), Sharded(2), Sharded(8), Sharded(8, shards=4)]
 
 
 @pytest.mark.parametrize("across", WAYS, ids=str)
@@ -42,23 +42,29 @@ def test_devices_do_not_change_the_result_of_a_unet(across):
 
 def traffic(across, size, network=TOY, **changes):
     """[(kind, bytes)] of every collective of the compiled step."""
+    return collectives(compiled(across, size, network, **changes))
+
+
+def compiled(across, size, network=TOY, **changes):
+    """The text of the compiled step."""
     step = distilling(network, **changes)
     params = network.initialize(jax.random.key(1))
     state = across.place_state(step.initial_state(params))
     constants = across.place_constants(Constants(teacher=params))
     batches = across.place_batches(raw_batches(network, 1, size))
     program = across.compile(functools.partial(step.run_steps, across), state)
-    return collectives(program.lower(state, constants, batches, KEY).compile().as_text())
+    return program.lower(state, constants, batches, KEY).compile().as_text()
 
 
 def bytes_of(network):
     return 4 * sum(leaf.size for leaf in jax.tree.leaves(network.shapes()))
 
 
+@pytest.mark.parametrize("across", [Pmap(8), DataMesh(8)], ids=str)
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-def test_pmap_sends_the_gradient_once_and_nothing_else(grad_accum_steps):
+def test_data_parallelism_sends_the_gradient_once_and_nothing_else(across, grad_accum_steps):
     for size in (32, 64):
-        ((kind, sent),) = traffic(Pmap(8), size, grad_accum_steps=grad_accum_steps)
+        ((kind, sent),) = traffic(across, size, grad_accum_steps=grad_accum_steps)
         assert kind == "all-reduce"
         assert bytes_of(TOY) <= sent < bytes_of(TOY) + 100  # and a few scalars to log
 
@@ -72,6 +78,32 @@ def test_sharding_sends_each_gradient_once_a_part_and_nothing_that_grows_with_th
     gathered = sum(sent for kind, sent in small if kind == "all-gather")
     assert gathered <= 2 * bytes_of(TOY)  # student and target; the teacher is on every device
     assert {kind for kind, _ in small} <= {"all-reduce", "reduce-scatter", "all-gather"}
+
+
+HOSTS = frozenset({frozenset(range(4)), frozenset(range(4, 8))})
+
+
+def test_a_shard_per_device_of_a_host_sends_only_its_own_gradient_to_other_hosts():
+    """Eight devices as two hosts of four: parameters are gathered and gradients summed within a host first."""
+    found = collectives_with_groups(compiled(Sharded(8, shards=4), 32))
+    gathers = [each for each in found if each.kind == "all-gather"]
+    assert gathers
+    assert {each.groups for each in gathers} == {HOSTS}
+    large = sum(4 * leaf.size for leaf in jax.tree.leaves(TOY.shapes()) if leaf.size >= 4096)
+    abroad = sum(each.size for each in found if each.groups != HOSTS)
+    assert large / 4 < abroad < large / 4 + bytes_of(TOY) - large + 100  # a quarter of the split arrays; small ones
+
+
+def test_groups_of_devices_in_each_notation():
+    rows = frozenset({frozenset({0, 2}), frozenset({1, 3})})
+    for groups in (
+        "{{0,2},{1,3}}",
+        "[2,2]<=[2,2]T(1,0)",
+        "mesh['a'=2,'b'=2] {'a'}",
+        "mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'c'}",
+    ):
+        line = f"%x = f32[3,2]{{1,0}} all-gather-start(%y), channel_id=4, replica_groups={groups}, dimensions={{0}}"
+        assert collectives_with_groups(line) == [("all-gather", 24, rows)]
 
 
 def test_sharding_splits_what_is_large():

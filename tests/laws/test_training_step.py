@@ -24,9 +24,9 @@ from cm_jax.objectives import (
     Models,
     ProgressiveDistillation,
 )
+from cm_jax.parallelism import OneDevice, Pmap, Sharded
 from cm_jax.training.ema import ConstantEMA, PowerEMA
 from cm_jax.training.optimizers import Adam, ConstantRate, RAdam
-from cm_jax.training.parallelism import OneDevice, Pmap, Sharded
 from cm_jax.training.step import Constants, StepBatch, TrainingStep, image_keys, load_batch
 from cm_jax.types import leaves
 from tests.toy import ToyNetwork

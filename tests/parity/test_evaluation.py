@@ -10,6 +10,7 @@ import torch
 
 from cm_jax.evaluation import Moments, frechet_distance, load_inception, squared_mmd, summarize
 from cm_jax.feature_networks import inception_v3
+from cm_jax.parallelism import OneDevice
 
 needs_weights = pytest.mark.skipif(
     not os.environ.get(inception_v3.FILE.variable),
@@ -41,7 +42,7 @@ def test_fid_of_64_features(images):
 @needs_weights
 def test_kid(images):
     """KernelInceptionDistance of torchmetrics with its subsets: mean 0.0337, std 0.0023."""
-    extractor = dataclasses.replace(load_inception(), devices=jax.devices()[:1])
+    extractor = dataclasses.replace(load_inception(), parallelism=OneDevice())
     assert extractor.published
     seen = [summarize(extractor, [each], {"features"}).features for each in images]
     found = []

@@ -16,10 +16,10 @@ from cm_jax.cli import main_train
 from cm_jax.data import EmojiData
 from cm_jax.errors import InputError
 from cm_jax.evaluation import FeatureExtractor, evaluate, load_inception, of_dataset, of_model
+from cm_jax.parallelism import OneDevice
 from cm_jax.training import loop
 from cm_jax.training.config import PeriodicEvaluation
 from cm_jax.training.loop import train
-from cm_jax.training.parallelism import OneDevice
 from cm_jax.training.run import evaluation_hook
 from cm_jax.training.run.dry_run import report
 from cm_jax.training.run.evaluation_hook import EvaluationHook, Evaluator

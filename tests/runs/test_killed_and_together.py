@@ -150,7 +150,7 @@ def open_mpi(process, port):
     return ["--distributed", "auto"], job | {"OMPI_COMM_WORLD_SIZE": "2"} | rank
 
 
-@pytest.mark.parametrize(("parallel", "launch"), [("pmap", slurm), ("sharded", open_mpi)])
+@pytest.mark.parametrize(("parallel", "launch"), [("pmap", slurm), ("mesh", flags), ("sharded --shards 2", open_mpi)])
 def test_two_processes_are_one(parallel, launch, tmp_path, cache):
     """Two processes of two devices each, on loopback, beside one process of one: the same loss over twenty steps."""
     words = ("--images", "160", "--checkpoint-every", "20", "--network.base-channels", "32")
@@ -159,7 +159,9 @@ def test_two_processes_are_one(parallel, launch, tmp_path, cache):
     children = []
     for process in range(2):
         how, launcher = launch(process, port)
-        children.append(begin(together, cache, *words, "--parallel", parallel, *how, devices=2, launcher=launcher))
+        children.append(
+            begin(together, cache, *words, "--parallel", *parallel.split(), *how, devices=2, launcher=launcher)
+        )
     alone = tmp_path / "one"
     one = begin(alone, cache, *words)
     outputs = [finish(child) for child in children]

@@ -119,7 +119,7 @@ def test_a_stopped_run_resumes_bitwise_identical(teacher, tmp_path):
 
 def stop_after(batches, begin):
     """Send this process SIGTERM when the run has begun its batch number `batches`."""
-    from cm_jax.training.parallelism import OneDevice
+    from cm_jax.parallelism import OneDevice
 
     placed, original = [], OneDevice.place_batches
 

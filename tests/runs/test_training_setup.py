@@ -119,6 +119,11 @@ REFUSED = {
         {"batch_size": 30, "parallel": "pmap"},
         "Batch size 30 is not divisible by 8 devices; use 32",
     ),
+    "shards that do not divide": (
+        {"parallel": "sharded", "shards": 3},
+        "8 devices cannot be grouped by 3: --shards needs --parallel sharded and a divisor",
+    ),
+    "shards without a sharded state": ({"shards": 4}, "--parallel is one: --shards needs --parallel sharded"),
     "classes that differ": (
         {"network": dataclasses.replace(NETWORK, classes=4), "init_from": "fresh"},
         "classes",

@@ -116,13 +116,8 @@ class UNet(UNetConfig):
 
     def shapes(self) -> Params:
         """The parameter tree with jax.ShapeDtypeStruct leaves; computes nothing."""
-        size = self.reduction
-        x = jax.ShapeDtypeStruct((1, size, size, self.image_channels), jnp.float32)
-        time = jax.ShapeDtypeStruct((1,), jnp.float32)
-        labels = None if self.classes is None else jax.ShapeDtypeStruct((1,), jnp.int32)
-        plain = dataclasses.replace(self, attention="plain", rematerialize=False)
-        initialized = functools.partial(plain.module().apply, {}, mutable=["params"])
-        return jax.eval_shape(initialized, x, time, labels)[1]["params"]  # type: ignore[index]
+        plain = dataclasses.replace(self, attention="plain", rematerialize=False, precision="float32", dropout=0.0)
+        return jax.tree.map(lambda leaf: leaf, _shapes(plain))  # a copy, which the caller may change
 
     def parameter_count(self) -> int:
         """Number of parameters."""
@@ -167,6 +162,17 @@ class UNet(UNetConfig):
     def at_precision(self, precision: Precision) -> "UNet":
         """The same network with another compute precision."""
         return dataclasses.replace(self, precision=precision)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(network: UNet) -> Params:
+    """The parameter tree of a network. Tracing takes up to a second, and loading or training asks several times."""
+    size = network.reduction
+    x = jax.ShapeDtypeStruct((1, size, size, network.image_channels), jnp.float32)
+    time = jax.ShapeDtypeStruct((1,), jnp.float32)
+    labels = None if network.classes is None else jax.ShapeDtypeStruct((1,), jnp.int32)
+    initialized = functools.partial(network.module().apply, {}, mutable=["params"])
+    return jax.eval_shape(initialized, x, time, labels)[1]["params"]  # type: ignore[index]
 
 
 class GuidanceEmbedding(nn.Module):

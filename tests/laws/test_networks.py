@@ -49,6 +49,14 @@ def test_rematerialization_changes_neither_parameter_names_nor_values():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
 
 
+def test_shapes_belong_to_the_caller_and_the_network():
+    changed = SMALL.shapes()
+    del changed["stem"]["kernel"]
+    assert "kernel" in SMALL.shapes()["stem"]
+    wider = dataclasses.replace(SMALL, base_channels=64)
+    assert wider.shapes()["stem"]["kernel"].shape == (3, 3, 3, 64)
+
+
 def test_dropout_needs_keys_and_is_independent_for_each_image():
     network = dataclasses.replace(SMALL, dropout=0.3)
     run, clean = jax.jit(network.predict), predict(SMALL)

@@ -1,7 +1,12 @@
 """Test environment: eight CPU devices, few compiler optimizations, run-time checks of array shapes."""
 
+import contextlib
+import ctypes
+import gc
 import os
+import resource
 import tempfile
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -37,6 +42,38 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+RESIDENT_LIMIT = 1.2e9
+"""Bytes of memory above which a worker drops its compiled programs after a file of tests."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """Keep only as many compiled programs as fit: without this, a worker grows to several GB."""
+    yield
+    if resident_bytes() > RESIDENT_LIMIT:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):  # only glibc returns freed memory on request
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where it cannot be told."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def pytest_collection_finish():
+    """The modules are here to stay, and tracing makes much short-lived garbage: default collections cost 15 %."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 LONG = (

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -29,10 +28,37 @@ SMALL = [
     *("--network.blocks-per-level", "1", "--batch-size", "8", "--log-every", "1", "--sample-every", "1000000"),
     *("--ema-decay", "0.99", "--keep-last", "2"),
 ]
-KILLS = 10
+
+BROKEN = ("--images", "280", "--checkpoint-every", "7")
+"""35 batches, with checkpoints after 7, 14, 21, 28 and 35, of which two are kept."""
+KILLS = [
+    # file operation, part of a path, which of them; batches after which the process began
+    ("open", "metrics.csv", 5, 0),  # before the first checkpoint, with rows in the log
+    ("open", "state.npz", 1, 0),  # while a checkpoint is written
+    ("os.rename", "00000014", 1, 0),  # when the second one is complete, but has no name
+    ("os.rename", "00000007", 1, 7),  # when the third one is complete, and the first is about to be removed
+    ("shutil.rmtree", "00000007-removed", 2, 21),  # when the first one is renamed, but not removed
+]
+KILLED = """
+import os, signal, sys
+event, part, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def kill(name, arguments):
+    global number
+    if name == event and any(part in str(argument) for argument in arguments[:2]):
+        number -= 1
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.argv[1:] = sys.argv[4:]
+sys.addaudithook(kill)
+from cm_jax.cli import main_train
+main_train()
+"""
+"""Trains, and kills its own process before a file operation."""
 
 
-def begin(folder, cache, *words, devices=1, launcher=()):
+def begin(folder, cache, *words, devices=1, launcher=(), program=(str(ROOT / "train.py"),)):
     environment = (
         os.environ
         | dict(launcher)
@@ -44,7 +70,7 @@ def begin(folder, cache, *words, devices=1, launcher=()):
             "PYTHONUNBUFFERED": "1",
         }
     )
-    command = [sys.executable, str(ROOT / "train.py"), "emoji32-edm", "--run", str(folder), *SMALL, *words]
+    command = [sys.executable, *program, "emoji32-edm", "--run", str(folder), *SMALL, *words]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent
     )
@@ -71,39 +97,27 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, cache):
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    finish(begin(folder, cache, "--images", "4800", "--checkpoint-every", "7"))
-    return folder
+def test_a_killed_run_becomes_the_unbroken_one(tmp_path, cache):
+    """SIGKILL at every kind of moment: the arrays of the last checkpoint and the log are the same to the last bit.
 
-
-def test_a_run_that_is_killed_at_any_moment_becomes_the_unbroken_one(tmp_path, cache, unbroken):
-    """SIGKILL, ten times: the arrays of the last checkpoint and the log are the same to the last bit."""
-    folder, moments = tmp_path / "run", random.Random(0)
-    words = ("--images", "4800", "--checkpoint-every", "7")
-    reached = []
-    for _ in range(KILLS):
-        child = begin(folder, cache, *words)
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith(("Starting", "Resuming")):
-                reached.append(int("".join(re.findall(r"after batch ([\d,]+)", line)).replace(",", "") or 0))
-                break
-        else:
-            raise AssertionError(f"it ended by itself, with {child.wait()}")
-        time.sleep(moments.uniform(0, 1.5))
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-    last = finish(begin(folder, cache, *words))
-    assert "Finished: 600 batches" in last
-    assert reached == sorted(reached)
-    ours, theirs = arrays(folder, 600), arrays(unbroken, 600)
+    What a killed process leaves are its files, so the moments are those between file operations.
+    """
+    folder, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    finish(begin(unbroken, cache, *BROKEN))
+    for event, part, number, reached in KILLS:
+        child = begin(folder, cache, *BROKEN, program=("-c", KILLED, event, part, str(number)))
+        output, _ = child.communicate(timeout=600)
+        assert child.returncode == -signal.SIGKILL, output
+        assert (f"Resuming after batch {reached}:" if reached else "Starting:") in output
+    last = finish(begin(folder, cache, *BROKEN))
+    assert "Resuming after batch 28:" in last
+    assert "Finished: 35 batches" in last
+    ours, theirs = arrays(folder, 35), arrays(unbroken, 35)
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     assert rows(folder) == rows(unbroken)
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["00000595", "00000600"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["00000028", "00000035"]
 
 
 def test_sigterm_saves_and_exits_0_and_a_second_process_is_refused(tmp_path, cache):
@@ -114,7 +128,7 @@ def test_sigterm_saves_and_exits_0_and_a_second_process_is_refused(tmp_path, cac
         if line.startswith("batch "):
             break
     other = begin(folder, cache, "--images", "100000000", "--checkpoint-every", "1000000")
-    refused, _ = other.communicate(timeout=300)
+    refused, _ = other.communicate(timeout=600)
     assert other.returncode == 2
     assert re.search(rf"error: Another process \(pid {child.pid} on .*\) trains in ", refused)
     child.send_signal(signal.SIGTERM)
@@ -150,22 +164,29 @@ def open_mpi(process, port):
     return ["--distributed", "auto"], job | {"OMPI_COMM_WORLD_SIZE": "2"} | rank
 
 
+TOGETHER = ("--images", "160", "--checkpoint-every", "20", "--network.base-channels", "32")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    """A run of one process on one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    finish(begin(folder, cache, *TOGETHER))
+    return folder
+
+
 @pytest.mark.parametrize(("parallel", "launch"), [("pmap", slurm), ("mesh", flags), ("sharded --shards 2", open_mpi)])
-def test_two_processes_are_one(parallel, launch, tmp_path, cache):
-    """Two processes of two devices each, on loopback, beside one process of one: the same loss over twenty steps."""
-    words = ("--images", "160", "--checkpoint-every", "20", "--network.base-channels", "32")
+def test_two_processes_are_one(parallel, launch, tmp_path, cache, alone):
+    """Two processes of two devices each, on loopback, and one process of one device: the same loss over 20 steps."""
     port = free_port()
     together = tmp_path / "two"
     children = []
     for process in range(2):
         how, launcher = launch(process, port)
         children.append(
-            begin(together, cache, *words, "--parallel", *parallel.split(), *how, devices=2, launcher=launcher)
+            begin(together, cache, *TOGETHER, "--parallel", *parallel.split(), *how, devices=2, launcher=launcher)
         )
-    alone = tmp_path / "one"
-    one = begin(alone, cache, *words)
     outputs = [finish(child) for child in children]
-    finish(one)
     assert "4 x cpu" in outputs[0]
     losses = [np.array([float(line.split(",")[3]) for line in rows(folder)[1:]]) for folder in (together, alone)]
     assert (rows(alone)[0]).split(",")[3] == "loss"

@@ -1,5 +1,6 @@
 """Data: every image once an epoch, batches by number, shares of hosts."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -106,6 +107,43 @@ def test_shares_of_hosts_make_up_the_batch(kind, hosts):
     whole = taken(data.batches(6, seed=2, start=3), 4)
     shares = [taken(data.batches(6, seed=2, start=3, host=host, hosts=hosts), 4) for host in range(hosts)]
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), whole)
+
+
+class Numbered(Files):
+    """Files that record who reads them; the label is the number of the image."""
+
+    classes = 5000
+    class_names = ()
+
+    def __init__(self):
+        super().__init__(1)
+        self.reads = []
+
+    def __len__(self):
+        return self.classes
+
+    def read(self, index):
+        self.reads.append(index)
+        return self.files[0], index
+
+
+def test_64_hosts_read_every_image_once_an_epoch():
+    """256 chips: a batch of 2048 images, 32 for each host, of a data set that batches do not divide."""
+    hosts, batch_size, count = 64, 2048, 5
+    seen = np.zeros((count, hosts, batch_size // hosts), int)
+    for host in range(hosts):
+        files = Numbered()
+        data = Streamed(files, (6, 6, 3))
+        with contextlib.closing(data.batches(batch_size, 7, host=host, hosts=hosts)) as batches:
+            for number in range(count):
+                seen[number, host] = next(batches).labels
+        own = [data.indices(batch_size, 7, number).reshape(hosts, -1)[host] for number in range(count + 64)]
+        assert set(files.reads) <= set(np.concatenate(own).tolist())  # its share, some of it in advance
+        assert len(files.reads) <= batch_size // hosts * (count + 40)
+    first, second = seen.ravel()[:5000], seen.ravel()[5000:10_000]
+    for epoch in (first, second):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(5000))
+    assert (first != second).any()
 
 
 def test_an_image_that_cannot_be_read_is_replaced_by_the_next_wherever_one_starts(caplog):

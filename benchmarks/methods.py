@@ -210,12 +210,13 @@ def reference_rows(extractor: FeatureExtractor, shape: tuple[int, int, int], cou
 def noise(shape: tuple[int, int, int], count: int) -> ImageSet:
     """Standard normal pixels, clipped to the range of images."""
 
-    def batches() -> Iterator[np.ndarray]:
+    def read(first: int, last: int) -> Iterator[np.ndarray]:
+        assert not first, "only as a whole"
         rng = np.random.default_rng(0)
-        for start in range(0, count, 64):
-            yield quantize(rng.standard_normal((min(64, count - start), *shape)).astype(np.float32))
+        for start in range(0, last, 64):
+            yield quantize(rng.standard_normal((min(64, last - start), *shape)).astype(np.float32))
 
-    return ImageSet("noise", count, shape, batches)
+    return ImageSet("noise", count, shape, read)
 
 
 def picture(models: dict[str, Model]) -> Image.Image:

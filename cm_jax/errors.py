@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class DamagedError(InputError):
+    """A file is damaged or incomplete; an older checkpoint may be readable."""
+
+
 def shape_complaints(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """One line for each tensor that is missing, unexpected or of the wrong shape."""
     return [

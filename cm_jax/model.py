@@ -122,17 +122,15 @@ class Model:
         seeds: Seeds | None = None,
         labels: ClassLabels | None = None,
         batch_size: int | None = None,
+        first: int = 0,
     ) -> Iterator[Float[np.ndarray, "b h w c"]]:
-        """The images of `sample` one batch at a time, for more images than fit in memory.
-
-        Arguments are checked at the call, not at the first batch.
-        """
+        """The images of `sample` from number `first` on, one batch at a time. Arguments are checked at the call."""
         self._check_untraced("batches", key, seeds, labels)
         (keys, count), classes = as_keys(key, count, seeds), self.config.network.classes
         chosen = None if classes is None or labels is not None else sample_labels(keys, count, classes)
         numbers = self.class_numbers(labels, count) if chosen is None else chosen
         (function, params), devices = self.program(plan.guidance), self.batching(batch_size)
-        return generate(function, plan.sampler, params, plan.levels, keys, count, numbers, *devices)
+        return generate(function, plan.sampler, params, plan.levels, keys, count, numbers, *devices, first=first)
 
     def edit(
         self,

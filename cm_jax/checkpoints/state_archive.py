@@ -14,15 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cm_jax.checkpoints.former_format import renamed_leaf
-from cm_jax.errors import InputError
+from cm_jax.errors import DamagedError, InputError
 
 LEAVES = "leaves.json"
 STATE = Path("state") / "state.npz"
 """The training state in a checkpoint of a run."""
-
-
-class DamagedError(InputError):
-    """A file is damaged or incomplete; an older checkpoint may be readable."""
 
 
 class Description(NamedTuple):

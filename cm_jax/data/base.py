@@ -97,12 +97,15 @@ class Dataset(abc.ABC):
         share = batch_size // hosts
         return self._batches(batch_size, seed, start, slice(host * share, (host + 1) * share))
 
-    def first(self, count: int, batch_size: int) -> Iterator[RawBatch]:
-        """The first `count` images of the sequence with seed 0, in batches; the last batch may be smaller."""
-        with contextlib.closing(self.batches(batch_size)) as stream:
-            for start in range(0, count, batch_size):
+    def first(self, count: int, batch_size: int, start: int = 0) -> Iterator[RawBatch]:
+        """Images start ... count - 1 of the sequence with seed 0, in batches; the last batch may be smaller.
+
+        start: a multiple of batch_size.
+        """
+        with contextlib.closing(self.batches(batch_size, start=start // batch_size)) as stream:
+            for position in range(start, count, batch_size):
                 images, labels = next(stream)
-                rows = slice(count - start)
+                rows = slice(count - position)
                 yield RawBatch(images[rows], None if labels is None else labels[rows])
 
     @abc.abstractmethod

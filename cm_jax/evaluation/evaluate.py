@@ -5,11 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from cm_jax.errors import InputError, check_int, nearest
-from cm_jax.evaluation.features import FeatureExtractor, FeatureStatistics, Reference, reference_statistics, summarize
+from cm_jax.evaluation.features import (
+    FeatureExtractor,
+    FeatureStatistics,
+    Reference,
+    reference_statistics,
+    summarize,
+    summarize_set,
+)
 from cm_jax.evaluation.image_sets import ImageSet
 from cm_jax.evaluation.metrics import Report, frechet_distance, inception_score, kernel_distance, overlap
 from cm_jax.feature_networks.inception_v3 import CHANNELS
-from cm_jax.progress import activity, counted
+from cm_jax.progress import activity
 
 NEEDS = {"fid": "pool", "sfid": "spatial", "kid": "features", "is": "logits", "pr": "features", "prdc": "features"}
 """Metric -> the field of FeatureStatistics that it needs."""
@@ -58,8 +65,7 @@ def evaluate(
     """
     check(extractor, samples, reference, eval_config)
     known = reference_statistics(extractor, reference, eval_config.needs)
-    batches = counted(samples.batches(), samples.count, f"Evaluating {samples.name}")
-    seen = summarize(extractor, batches, eval_config.needs)
+    seen = summarize_set(extractor, samples, eval_config.needs, f"Evaluating {samples.name}")
     with activity("Computing the metrics"):
         values = compare(seen, known, eval_config)
     protocol: dict[str, Any] = {

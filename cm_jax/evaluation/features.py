@@ -15,13 +15,14 @@ from jaxtyping import Array, Float, UInt8
 
 from cm_jax.conversion import metric_networks
 from cm_jax.errors import InputError
-from cm_jax.evaluation.image_sets import ImageSet, of_dataset, open_images
+from cm_jax.evaluation.image_sets import UNIT, ImageSet, of_dataset, open_images
 from cm_jax.evaluation.metrics import Gaussian, Moments
 from cm_jax.feature_networks import inception_v3
 from cm_jax.feature_networks.inception_v3 import Features
 from cm_jax.io.atomic import atomic_write, user_path, write_errors
 from cm_jax.io.npz import read_npz
 from cm_jax.parallelism import Parallelism, choose_for_images
+from cm_jax.parallelism.processes import from_all, in_any, raised_in_all, share_of_process
 from cm_jax.progress import activity, counted
 from cm_jax.samplers.batches import in_batches, multiple_of
 from cm_jax.types import Params
@@ -52,6 +53,8 @@ class FeatureExtractor:
     """Images per batch over all devices. Default: 32 per device."""
     parallelism: Parallelism | None = None
     """Default: all local devices."""
+    shared: bool = False
+    """Whether all processes evaluate together, each a share of the images."""
     cache: Path | None = None
     """Folder for statistics of references. Default: they are not kept."""
 
@@ -108,7 +111,24 @@ def summarize(
     needs: fields of FeatureStatistics to compute. Raises InputError for an empty set, and for logits without a
     classifier.
     """
-    needs = set(needs)
+    return _statistics([_sums(extractor, batches, set(needs))])
+
+
+def summarize_set(extractor: FeatureExtractor, images: ImageSet, needs: Iterable[str], title: str) -> FeatureStatistics:
+    """The same of a set, of which each process computes a share if the extractor is shared. title: for progress."""
+    if not extractor.shared:
+        return summarize(extractor, counted(images.batches(), images.count, title), needs)
+    first, last = share_of_process(images.count, UNIT)
+    with raised_in_all():
+        batches = images.read(first, last) if first < last else ()
+        own = _sums(extractor, counted(batches, last - first, title), set(needs))
+    return _statistics(from_all(own))
+
+
+def _sums(
+    extractor: FeatureExtractor, batches: Iterable[UInt8[np.ndarray, "b h w c"]], needs: set[str]
+) -> dict[str, np.ndarray]:
+    """What `_statistics` of several shares need of each: {"pool/count", "pool/mean", "pool/scatter", "features"}."""
     if "logits" in needs and "logits" not in extractor.params:
         raise InputError(
             f"The Inception score needs logits; these weights of {extractor.name} have no classifier. Convert a file "
@@ -127,22 +147,38 @@ def summarize(
     features = in_batches(
         named_features, static, (extractor.params,), padded(), parallelism, name="the feature network", ahead=1
     )
-    count, moments = 0, {}
+    moments: dict[str, Moments] = {}
     kept: dict[str, list[np.ndarray]] = {need: [] for need in needs & {"features", "logits"}}
     for found in regroup(features, _MOMENTS_BATCH):
         if not all(np.isfinite(values).all() for values in found.values()):
             raise InputError("The features are not finite: the weights are damaged. Convert them again.")
-        count += _rows(found)
         for need in needs & {"pool", "spatial"}:
             new = Moments.of(found[need])
             moments[need] = moments[need].merged(new) if need in moments else new
         for need, parts in kept.items():
             parts.append(found["pool" if need == "features" else need])
-    if not count:
+    values = {need: vars(each).items() for need, each in moments.items()}
+    fields = {f"{need}/{name}": np.asarray(value) for need, items in values.items() for name, value in items}
+    return fields | {need: np.concatenate(parts) for need, parts in kept.items() if parts}
+
+
+def _statistics(shares: Iterable[dict[str, np.ndarray]]) -> FeatureStatistics:
+    """Statistics of the images of all shares, in their order."""
+    moments: dict[str, Moments] = {}
+    kept: dict[str, list[np.ndarray]] = {}
+    for share in shares:
+        for need in {name.partition("/")[0] for name in share}:
+            if need in share:
+                kept.setdefault(need, []).append(share[need])
+                continue
+            new = Moments(int(share[f"{need}/count"]), share[f"{need}/mean"], share[f"{need}/scatter"])
+            moments[need] = moments[need].merged(new) if need in moments else new
+    counts = [*(each.count for each in moments.values()), *(sum(map(len, parts)) for parts in kept.values())]
+    if not counts:
         raise InputError("There are no images to evaluate.")
     statistics: dict[str, Any] = {need: each.gaussian() for need, each in moments.items()}
     statistics |= {need: np.concatenate(parts) for need, parts in kept.items()}
-    return FeatureStatistics(count, **statistics)
+    return FeatureStatistics(counts[0], **statistics)
 
 
 def regroup(batches: Iterable[Any], size: int) -> Iterator[Any]:
@@ -188,10 +224,10 @@ def reference_statistics(extractor: FeatureExtractor, reference: Reference, need
         with contextlib.suppress(ValueError, KeyError):  # missing or damaged
             file = read_npz(path, lambda names: names)
             found[need] = file["features"] if "features" in file else Gaussian(file["mean"], file["covariance"])
-    missing = needs - found.keys()
+    in_some = in_any if extractor.shared else bool
+    missing = {need for need in sorted(needs) if in_some(need not in found)}
     if missing:
-        title = f"Computing features of {reference.name}"
-        new = summarize(extractor, counted(reference.batches(), reference.count, title), missing)
+        new = summarize_set(extractor, reference, missing, f"Computing features of {reference.name}")
         found |= {need: getattr(new, need) for need in missing}
     for need in missing & paths.keys():
         value = found[need]

@@ -19,17 +19,25 @@ from cm_jax.io.images import quantize
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.types import ImageSize
 
+UNIT = 64
+"""Processes share the images of a set in multiples of this."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
-    """8-bit images of one size, which can be iterated repeatedly."""
+    """8-bit images of one size, which can be read repeatedly."""
 
     name: str
     count: int
     shape: tuple[int, int, int]
-    batches: Callable[[], Iterator[UInt8[np.ndarray, "b h w c"]]]
+    read: Callable[[int, int], Iterator[UInt8[np.ndarray, "b h w c"]]]
+    """(first, last) -> images first ... last - 1 in batches; first is a multiple of UNIT."""
     how: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How a model sampled them; empty for files and data sets."""
+
+    def batches(self) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+        """All images."""
+        return self.read(0, self.count)
 
     def digest(self) -> str:
         """SHA-256 of all pixels in order."""
@@ -44,9 +52,11 @@ def of_dataset(dataset: Dataset, name: str, count: int | None = None) -> ImageSe
     if count is not None and not 1 <= count <= dataset.size:
         raise InputError(f"Expected a count in [1, {dataset.size}], the size of {name}, got {count}.")
     wanted = count or dataset.size
-    return ImageSet(
-        name, wanted, dataset.image_shape, lambda: (batch.images for batch in dataset.first(wanted, batch_size=64))
-    )
+
+    def read(first: int, last: int) -> Iterator[np.ndarray]:
+        return (batch.images for batch in dataset.first(last, UNIT, first))
+
+    return ImageSet(name, wanted, dataset.image_shape, read)
 
 
 def of_model(
@@ -56,15 +66,15 @@ def of_model(
     check_int("The number of images", count, 1, 10**9)
     model.config.check_pixels()
 
-    def batches() -> Iterator[np.ndarray]:
-        for images in model.batches(seed, count, plan, batch_size=batch_size):
+    def read(first: int, last: int) -> Iterator[np.ndarray]:
+        for images in model.batches(seed, last, plan, batch_size=batch_size, first=first):
             yield quantize(check_finite(images, name))
 
     how = {"sampler": type(plan.sampler).__name__, "steps": len(plan.levels) - 1, "sigmas": list(plan.levels[:-1])}
     how |= {"seed": seed, "quantization": "round"}
     if plan.guidance is not None:
         how |= plan.guidance.described()
-    return ImageSet(name, count, model.config.network.image_shape, batches, how)
+    return ImageSet(name, count, model.config.network.image_shape, read, how)
 
 
 def check_finite(images: Float[np.ndarray, "b h w c"], name: str) -> Float[np.ndarray, "b h w c"]:

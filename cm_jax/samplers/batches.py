@@ -62,15 +62,16 @@ def by_number(
     parallelism: Parallelism | None = None,
     *,
     name: str,
+    first: int = 0,
 ) -> Iterator[Tree]:
-    """The results for images 0 ... count - 1, of which rows(numbers) are the per-image arguments, in batches.
+    """The results for images first ... count - 1, of which rows(numbers) are the per-image arguments, in batches.
 
     `batch_size`: images per batch on all devices of `parallelism` (default: `choose_for_images`), rounded up to a
     multiple of their number. The last batch is padded with its last image. `name`: as in `in_batches`.
     """
     parallelism = parallelism or choose_for_images()
-    size = multiple_of(len(parallelism.devices), min(batch_size, count))
-    numbers = ((start, np.minimum(np.arange(start, start + size), count - 1)) for start in range(0, count, size))
+    size = multiple_of(len(parallelism.devices), max(1, min(batch_size, count - first)))
+    numbers = ((start, np.minimum(np.arange(start, start + size), count - 1)) for start in range(first, count, size))
     batches = ((min(size, count - start), rows(chosen)) for start, chosen in numbers)
     return in_batches(function, static, shared, batches, parallelism, name=name)
 

@@ -107,8 +107,10 @@ def generate(
     labels: Int[np.ndarray, " n"] | None,
     batch_size: int,
     parallelism: Parallelism | None = None,
+    *,
+    first: int = 0,
 ) -> Iterator[Float[np.ndarray, "b h w c"]]:
-    """Images 0 ... count - 1 in order, one batch at a time.
+    """Images first ... count - 1 in order, one batch at a time.
 
     `key`: one for all images, or `count` keys, of each of which this is the first image. `labels`: one class per image;
     None for an unconditional network. `batch_size` and `parallelism` as in `by_number`.
@@ -118,7 +120,8 @@ def generate(
         return image_keys(key, numbers), None if labels is None else jnp.asarray(labels[numbers].astype(np.int32))
 
     shared = params, jnp.asarray(np.asarray(levels, np.float32))
-    return by_number(sample, (function, sampler), shared, rows, count, batch_size, parallelism, name="the sampler")
+    static, batching = (function, sampler), (count, batch_size, parallelism)
+    return by_number(sample, static, shared, rows, *batching, name="the sampler", first=first)
 
 
 def replay(

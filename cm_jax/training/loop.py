@@ -14,15 +14,16 @@ from cm_jax.checkpoints import native, serialization
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.atomic import atomic_write, user_path
 from cm_jax.io.images import fits_png
+from cm_jax.parallelism.processes import in_any
 from cm_jax.progress import activity
 from cm_jax.training.config import PARAMETERS, TrainConfig
 from cm_jax.training.run.evaluation_hook import EvaluationHook, sample_grid
 from cm_jax.training.run.folder import Retention, RunFolder
 from cm_jax.training.run.metrics_log import MetricsLog, MetricsWindow
 from cm_jax.training.run.plots import plot
-from cm_jax.training.run.processes import StopSignal, in_any
 from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start
+from cm_jax.training.run.signals import StopSignal
 from cm_jax.training.run.state_io import to_host
 from cm_jax.training.schedules import (
     NEW_RUN,

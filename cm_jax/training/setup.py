@@ -163,7 +163,7 @@ def prepare(
         label_dropout=None if network.classes is None else config.label_dropout,
         guidance_range=(guidance.low, guidance.high) if isinstance(guidance, UniformGuidance) else None,
     )
-    evaluator = config.evaluation and make_evaluator(config.evaluation, saved, dataset)
+    evaluator = config.evaluation and make_evaluator(config.evaluation, saved, dataset, parallelism)
     perceptual = objective.distance and objective.distance.load_weights()
     if objective.distance is not None:  # raises InputError for images that the distance cannot compare
         pixels = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)

@@ -42,7 +42,11 @@ def toy_extractor(*, logits=True):
 def image_set(seed, count, name="images", shift=0, size=4):
     """Random images as an ImageSet and as an array."""
     images = np.random.default_rng(seed).integers(shift, 200 + shift, (count, size, size, 3)).astype(np.uint8)
-    return ImageSet(name, count, images.shape[1:], lambda: iter(np.array_split(images, max(1, count // 7)))), images
+
+    def read(first, last):
+        return iter(np.array_split(images[first:last], max(1, count // 7)))
+
+    return ImageSet(name, count, images.shape[1:], read), images
 
 
 # ------------------------------------------------------------------------------------------------- feature extraction
@@ -103,7 +107,7 @@ def test_reference_statistics_are_cached_by_content(tmp_path):
     assert len(passes) == 2
     other = np.array(images)
     other[3, 0, 0, 0] ^= 1
-    reference_statistics(extractor, dataclasses.replace(a, batches=lambda: iter([other])), ("pool",))
+    reference_statistics(extractor, dataclasses.replace(a, read=lambda first, last: iter([other])), ("pool",))
     changed = {"mix": extractor.params["mix"] + 1}
     reference_statistics(dataclasses.replace(extractor, params=changed), a, ("pool",))
     assert len(passes) == 4

@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 
 from cm_jax import cli
 from cm_jax.checkpoints import native
-from cm_jax.checkpoints.state_archive import DamagedError
 from cm_jax.conversion import read
 from cm_jax.conversion.torch_files import LEGACY
 from cm_jax.data import NpzData
-from cm_jax.errors import InputError
+from cm_jax.errors import DamagedError, InputError
 from cm_jax.evaluation.features import read_statistics
 from cm_jax.training import loop
 from cm_jax.training.run import state_io

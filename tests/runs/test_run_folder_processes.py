@@ -1,6 +1,9 @@
 """Run folders of several processes: locked, killed while they write, and written together."""
 
+import dataclasses
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,11 +12,23 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.hlo import collectives_with_groups
 from cm_jax.checkpoints import native
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
+from cm_jax.evaluation.evaluate import EvalConfig, evaluate
+from cm_jax.evaluation.image_sets import of_model
+from cm_jax.model import Model
+from cm_jax.parallelism import OneDevice, Sharded
+from cm_jax.parallelism.processes import from_all
 from cm_jax.training.run.folder import RunFolder
+from tests.laws.test_evaluation import image_set, toy_extractor
+from tests.laws.test_training_devices import compiled
 from tests.runs.test_run_folder import PARAMS
 from tests.support import ROOT
+from tests.tiny import PARAMS as TINY_PARAMS
+from tests.tiny import Tiny
 
 LOOP = """
 import os, random, signal, sys, time
@@ -119,6 +134,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=me)
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from cm_jax.errors import InputError
+from cm_jax.parallelism import DataMesh
 from cm_jax.training.run import state_io
 from cm_jax.training.run.metrics_log import MetricsLog
 from cm_jax.training.run.folder import Retention, RunFolder
@@ -162,6 +178,10 @@ with RunFolder(run) as folder:
     folder.save(3, CONFIG, params, tree)
     folder.wait()
     assert folder.latest() == 3
+from tests.runs.test_run_folder_processes import check_exchange, check_sharded_program, scores
+check_exchange(me)
+check_sharded_program()
+print("scores", scores(DataMesh(local=True), shared=True))
 try:
     RunFolder("/proc/nothing")
 except InputError as error:
@@ -169,7 +189,51 @@ except InputError as error:
 """
 
 
-def test_two_processes_save_and_restore_together(tmp_path):
+def scores(parallelism, *, shared):
+    """FID, KID and IS of 200 samples, computed by this process or by all together."""
+    model = Model(ModelConfig(Tiny(), ConsistencyPreconditioning(), num_levels=18), TINY_PARAMS, parallelism)
+    extractor = dataclasses.replace(toy_extractor(), parallelism=parallelism, shared=shared, batch_size=32)
+    calls = []
+    samples = of_model(model, model.plan(steps=2), 200, batch_size=16)
+
+    def read(first, last):
+        calls.append((first, last))
+        return samples.read(first, last)
+
+    config = EvalConfig(("fid", "kid", "is"), kid_subset_size=50)
+    report, _ = evaluate(extractor, dataclasses.replace(samples, read=read), image_set(0, 100)[0], config)
+    me = jax.process_index()
+    assert calls == ([[(0, 128)], [(128, 200)]][me] if shared else [(0, 200)])
+    return list(report.values.values())
+
+
+def check_exchange(me):
+    """Arrays arrive bitwise in the order of processes; an error of one process is an error of all."""
+    own = {"a": np.pi * np.arange(me + 2, dtype=np.float64)} | ({"b": np.int64([2**40])} if me else {})
+    first, second = from_all(own)
+    assert first.keys() == {"a"}
+    np.testing.assert_array_equal(first["a"], np.pi * np.arange(2))
+    np.testing.assert_array_equal(second["a"], np.pi * np.arange(3))
+    assert second["a"].dtype == np.float64
+    assert second["b"] == 2**40
+    damaged = dataclasses.replace(toy_extractor(), shared=True)
+    images = dataclasses.replace(image_set(0, 100)[0], read=fails if me else image_set(0, 100)[0].read)
+    with pytest.raises(InputError, match="disk"):
+        evaluate(damaged, images, image_set(1, 100)[0])
+
+
+def fails(first, last):
+    raise InputError("The disk is broken.")
+
+
+def check_sharded_program():
+    """Two processes of two devices: parameters are gathered within each process."""
+    found = collectives_with_groups(compiled(Sharded(shards=2), 8))
+    gathers = {each.groups for each in found if each.kind == "all-gather"}
+    assert gathers == {frozenset({frozenset({0, 1}), frozenset({2, 3})})}
+
+
+def test_two_processes_save_restore_and_evaluate_together(tmp_path, unchecked_types):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -182,6 +246,9 @@ def test_two_processes_save_and_restore_together(tmp_path):
     for process, (output, errors) in zip(processes, done, strict=True):
         assert process.returncode == 0, errors
         assert "Cannot train in /proc/nothing" in output
+    together = [json.loads(re.search(r"scores (.*)", output)[1]) for output, _ in done]
+    assert together[0] == together[1]
+    np.testing.assert_allclose(together[0], scores(OneDevice(), shared=False), rtol=1e-5)
     assert (tmp_path / "metrics.csv").read_text() == "batches,loss\n1,1\n"
     with RunFolder(tmp_path) as folder:
         assert folder.steps() == [1, 2, 3]

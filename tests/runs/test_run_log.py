@@ -21,9 +21,9 @@ from cm_jax.errors import InputError
 from cm_jax.training.run import plots, progress
 from cm_jax.training.run.metrics_log import MetricsLog, read_metrics
 from cm_jax.training.run.plots import plot, smoothed
-from cm_jax.training.run.processes import StopSignal
 from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start
+from cm_jax.training.run.signals import StopSignal
 from tests.support import ROOT
 
 
@@ -214,7 +214,7 @@ def test_a_signal_raises_the_flag_and_nothing_else(number):
 def test_a_second_interrupt_kills_at_once():
     script = """
 import os, signal, time
-from cm_jax.training.run.processes import StopSignal
+from cm_jax.training.run.signals import StopSignal
 with StopSignal() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)

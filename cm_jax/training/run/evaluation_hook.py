@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -27,10 +28,11 @@ from cm_jax.io.atomic import user_cache
 from cm_jax.io.images import fits_png, grid, quantize
 from cm_jax.io.validation import read_json
 from cm_jax.model import Model
+from cm_jax.parallelism import Parallelism
+from cm_jax.parallelism.processes import from_first, raised_in_all
 from cm_jax.training.config import BEST_METRICS, PeriodicEvaluation, TrainConfig
 from cm_jax.training.run.folder import RunFolder
 from cm_jax.training.run.metrics_log import EVALUATIONS, MetricsLog, read_metrics
-from cm_jax.training.run.processes import from_first, raised_in_all
 from cm_jax.types import Params
 
 _DENOISER_STEPS = 18
@@ -95,7 +97,9 @@ class Evaluator:
         """{"fid_1_step": 12.3, ...} and the same in words. Raises InputError for a network that diverged."""
         settings, eval_config = self.settings, EvalConfig(self.settings.metrics)
         network = self.config.network.at_precision("float32")  # as of `cm_jax.load`
-        model = Model(dataclasses.replace(self.config, network=network), network.prepare(params))
+        model = Model(
+            dataclasses.replace(self.config, network=network), network.prepare(params), self.extractor.parallelism
+        )
         values: dict[str, float] = {}
         words = []
         for steps in self.steps:
@@ -106,9 +110,15 @@ class Evaluator:
         return values, "; ".join(words)
 
 
-def make_evaluator(settings: PeriodicEvaluation, config: ModelConfig, dataset: Dataset) -> Evaluator:
-    """`dataset`: the training images. Raises InputError if the evaluation is impossible: no weights, too few images."""
-    extractor = dataclasses.replace(load_inception(settings.inception), cache=user_cache("references"))
+def make_evaluator(
+    settings: PeriodicEvaluation, config: ModelConfig, dataset: Dataset, parallelism: Parallelism
+) -> Evaluator:
+    """dataset: the training images. parallelism: of the training step.
+
+    Raises InputError if the evaluation is impossible: no weights, too few images.
+    """
+    devices = {"parallelism": parallelism.within_process, "shared": jax.process_count() > 1}
+    extractor = dataclasses.replace(load_inception(settings.inception), cache=user_cache("references"), **devices)
     eval_config = EvalConfig(settings.metrics)
     if settings.reference:
         reference = open_reference(settings.reference, eval_config.needs, config.network.image_shape)
@@ -126,7 +136,7 @@ class EvaluationHook:
     """Evaluations of the run in `folder`, resumed after `done` batches; without an evaluator none is ever due.
 
     An evaluation is due until its row is written. So one that a killed run did not finish is repeated on resuming, and
-    none is made twice. With several processes, each evaluates all samples on its own devices, and process 0 writes.
+    none is made twice. Each of several processes samples and evaluates a share of the images; process 0 writes.
 
     Raises InputError if the evaluations in the folder were made with other settings.
     """

@@ -28,11 +28,11 @@ import jax
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.checkpoints.state_archive import STATE, DamagedError
-from cm_jax.errors import InputError, check_int
+from cm_jax.checkpoints.state_archive import STATE
+from cm_jax.errors import DamagedError, InputError, check_int
 from cm_jax.io.atomic import UNFINISHED, atomic_write, fsync_path, fsync_tree, remove, user_path, write_errors
+from cm_jax.parallelism.processes import from_first, raised_in_all
 from cm_jax.training.run import state_io
-from cm_jax.training.run.processes import from_first, raised_in_all
 from cm_jax.types import Params
 
 _REPLACED = UNFINISHED + "replaced-"

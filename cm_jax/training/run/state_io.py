@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cm_jax.checkpoints.state_archive import LEAVES, DamagedError, StateArchive
-from cm_jax.errors import InputError, indented_list
+from cm_jax.checkpoints.state_archive import LEAVES, StateArchive
+from cm_jax.errors import DamagedError, InputError, indented_list
 
 
 class Leaf(NamedTuple):

@@ -1,0 +1,79 @@
+"""Coordination of several processes (jax.distributed): errors, flags and arrays that they exchange.
+
+All processes must call these functions together.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cm_jax.errors import DamagedError, InputError
+
+_MAX_MESSAGE_BYTES = 2000
+_PIECE_BYTES = 2**26
+"""Bytes that are sent at once; every device needs memory for them."""
+
+
+@contextlib.contextmanager
+def raised_in_all() -> Iterator[None]:
+    """An InputError raised in the block by one process is raised in all, so that none waits for the others.
+
+    All processes must enter this block.
+    """
+    failure: InputError | None = None
+    try:
+        yield
+    except InputError as error:
+        failure = error
+    if jax.process_count() > 1:
+        own = str(failure or "").encode()[:_MAX_MESSAGE_BYTES].ljust(_MAX_MESSAGE_BYTES, b"\0")
+        damaged = np.asarray([isinstance(failure, DamagedError)])
+        messages, kinds = multihost_utils.process_allgather((np.frombuffer(own, np.uint8), damaged))
+        for process, (message, kind) in enumerate(zip(messages, kinds, strict=True)):
+            if message.any() and failure is None:
+                text = f"process {process}: {bytes(message[message > 0]).decode(errors='replace')}"
+                failure = DamagedError(text) if kind.any() else InputError(text)
+    if failure is not None:
+        raise failure
+
+
+def from_first(number: int) -> int:
+    """The number that process 0 gives."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def in_any(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def share_of_process(count: int, unit: int = 1) -> tuple[int, int]:
+    """(first, last): this process's contiguous share of range(count), in multiples of `unit` but for the end."""
+    units, process, processes = -(-count // unit), jax.process_index(), jax.process_count()
+    first, last = (edge * units // processes * unit for edge in (process, process + 1))
+    return min(first, count), min(last, count)
+
+
+def from_all(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of each process in turn, bitwise, in every process. Names, shapes and dtypes may differ.
+
+    They are sent as bytes, because JAX has no float64 by default, and one process at a time to limit memory. Every
+    process must read the iterator to its end.
+    """
+    if jax.process_count() == 1:
+        yield dict(arrays)
+        return
+    file, me = io.BytesIO(), jax.process_index()
+    np.savez(file, allow_pickle=False, **arrays)
+    own = np.frombuffer(file.getvalue(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.frombuffer(np.int64(own.size).tobytes(), np.uint8))
+    for process, size in enumerate(np.ascontiguousarray(sizes).view(np.int64)[:, 0]):
+        sent = own if process == me else np.zeros(size, np.uint8)
+        pieces = (sent[start : start + _PIECE_BYTES] for start in range(0, size, _PIECE_BYTES))
+        received = [multihost_utils.broadcast_one_to_all(piece, process == me) for piece in pieces]
+        with np.load(io.BytesIO(np.concatenate(received).tobytes())) as found:
+            yield dict(found)

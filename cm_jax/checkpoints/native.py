@@ -55,6 +55,12 @@ def save(directory: Path, config: ModelConfig, params: Params) -> None:
             checkpointer.save(beside / "params", args=args)
 
 
+def read_config(directory: Path) -> ModelConfig:
+    """The config of a checkpoint. Raises InputError for an invalid one."""
+    file = directory.absolute() / "config.json"
+    return ModelConfig.from_json(file.read_text("utf-8", "replace"), str(file))
+
+
 def rewrite_config(directory: Path, config: ModelConfig) -> None:
     """Replace config.json atomically."""
     with atomic_write(directory.absolute() / "config.json") as beside, write_errors(directory):
@@ -79,9 +85,8 @@ def run_checkpoints(run: Path) -> dict[int, Path]:
 def last_config(run: Path) -> ModelConfig | None:
     """The config of the latest checkpoint of a training run whose config is readable; None if there is none."""
     for directory in reversed(run_checkpoints(run).values()):
-        file = directory / "config.json"
         with contextlib.suppress(OSError, InputError):
-            return ModelConfig.from_json(file.read_text("utf-8", "replace"), str(file))
+            return read_config(directory)
     return None
 
 
@@ -103,7 +108,7 @@ def restore(
     import orbax.checkpoint as ocp
 
     file, params_folder = directory.absolute() / "config.json", directory.absolute() / "params"
-    config = ModelConfig.from_json(file.read_text("utf-8", "replace"), str(file))
+    config = read_config(directory)
     if sharding is None:
         how = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
     else:

@@ -1,4 +1,4 @@
-"""Reading single arrays from the file of a training state, a zip of .npy files with a checksum for each array.
+"""Reading EMAs and single arrays from a training state, a zip of .npy files with a checksum for each array.
 
 ARCHIVE/leaves.json            dtype and shape of every array by name
 ARCHIVE/ema/power_0.1/x.npy    an array; the names are paths in the tree of the training state
@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cm_jax.checkpoints.former_format import renamed_leaf
-from cm_jax.errors import DamagedError, InputError
+from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.errors import DamagedError, InputError, indented_list, shape_complaints
+from cm_jax.types import leaves
 
 LEAVES = "leaves.json"
 STATE = Path("state") / "state.npz"
 """The training state in a checkpoint of a run."""
+
+NONE = "none"
+"""Stands for the parameters without EMA."""
 
 
 class Description(NamedTuple):
@@ -63,6 +68,46 @@ class StateArchive(contextlib.AbstractContextManager["StateArchive"]):
             if dtype is not None and values.dtype != dtype:
                 values = values.view(dtype)  # .npy files store bfloat16 as two opaque bytes
             return values
+
+
+class EMAName(NamedTuple):
+    """An EMA as users name it: 0.9999, power_0.1, or none."""
+
+    kind: str
+    """exponential, power or none."""
+    value: float = 0.0
+    """Decay or relative width."""
+
+    @classmethod
+    def parse(cls, text: str) -> "EMAName | None":
+        """The name in a text: 0.9999, exponential_0.9999, power_0.1, none or parameters; None for any other."""
+        word = text.strip().lower()
+        if word in (NONE, "parameters"):
+            return cls(NONE)
+        kind, _, number = word.rpartition("_")
+        try:
+            return cls(kind or "exponential", float(number)) if kind in ("", "exponential", "power") else None
+        except ValueError:
+            return None
+
+    def __str__(self) -> str:
+        return NONE if self.kind == NONE else f"power_{self.value!r}" if self.kind == "power" else repr(self.value)
+
+
+def emas(archive: StateArchive) -> dict[EMAName, str]:
+    """All EMAs in a training state, with the beginning of the names of their arrays."""
+    found = dict.fromkeys(name.split("/")[1] for name in archive.leaves if name.startswith("ema/"))
+    named = {name: f"ema/{each}/" for each in found if (name := EMAName.parse(each))}
+    return named | ({EMAName(NONE): "params/"} if any(name.startswith("params/") for name in archive.leaves) else {})
+
+
+def parameter_names(archive: StateArchive, place: str, config: ModelConfig) -> list[str]:
+    """Names of the network's parameters, which are stored under `place`. Raises InputError if they do not fit."""
+    expected = {name: tuple(leaf.shape) for name, leaf in leaves(config.network.shapes())}
+    found = {name: archive.leaves[place + name].shape for name in expected if place + name in archive.leaves}
+    if complaints := shape_complaints(expected, found):
+        raise InputError(f"{place} in {archive.file} contradicts the config:\n  {indented_list(complaints)}")
+    return list(expected)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ _COMMANDS = {
     "train": "Train a denoiser or a consistency model from a preset.",
     "evaluate": "Evaluate samples or a checkpoint: FID, sFID, KID, IS, precision and recall, bits per dimension.",
     "tune": "Search the noise levels of multistep sampling by FID, and store them in the checkpoint.",
+    "reconstruct-ema": "Compute power-function EMAs of other widths from the snapshots of a run.",
     "download": "Download a published checkpoint, or list them.",
     "export": "Export a sampler that runs without this package.",
     "demo": "Sample and edit in the browser.",
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _call(name: str, prog: str, words: Sequence[str]) -> None:
     """Run cm_jax/cli/NAME.py, which is imported only now: a command starts without the imports of the others."""
-    importlib.import_module(f"cm_jax.cli.{name}").main(prog, words)
+    importlib.import_module(f"cm_jax.cli.{name.replace('-', '_')}").main(prog, words)
 
 
 def _script(name: str, prog: str) -> Callable[..., NoReturn]:

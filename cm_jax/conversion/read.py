@@ -93,8 +93,8 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
     if native.is_checkpoint(path):
         if hints.ema is None:
             return _read_native(path, native.restore(path), hints)
-        config, params, note = read_ema(path, hints.ema)
-        return _read_native(path, (config, params), hints, (note,))
+        config, params, notes = read_ema(path, hints.ema)
+        return _read_native(path, (config, params), hints, notes)
     folder, notes = network_folder(path, hints.key)
     weights = find_weights(folder)
     if weights is None:

@@ -139,12 +139,15 @@ class TrainConfig:
     """Keep every checkpoint at a multiple of this number of batches. 0: none."""
     keep_hours: float = 0.0
     """Keep one checkpoint per this number of hours. 0: none."""
+    ema_snapshot_every: int = 0
+    """Batches between snapshots of the power-function EMAs, from which other widths can be reconstructed after
+    training; a checkpoint is saved, too. All are kept. Needs two widths, such as --power-ema 0.05 0.1. 0: none."""
     evaluation: PeriodicEvaluation | None = None
     """Evaluation during training (FID and others)."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *("images", "steps_per_dispatch", "parallel", "shards", "max_consecutive_skips", "log_every", "sample_every"),
-        *("checkpoint_every", "keep_last", "keep_every", "keep_hours", "evaluation"),
+        *("checkpoint_every", "keep_last", "keep_every", "keep_hours", "ema_snapshot_every", "evaluation"),
     )
     """Fields that may change when a run resumes, because they do not change the numbers that are computed."""
 
@@ -156,6 +159,14 @@ class TrainConfig:
             check_int("shards", self.shards, 1, 10**6)
         check_int("seed", self.seed, 0, 2**32 - 1)
         check_int("keep_every", self.keep_every, 0, 10**15)
+        if check_int("ema_snapshot_every", self.ema_snapshot_every, 0, 10**15):
+            if len(set(self.power_ema)) < 2:
+                got = ", ".join(map(str, self.power_ema)) or "none"
+                raise InputError(f"ema_snapshot_every needs two power-function EMAs, such as 0.05 and 0.1, got {got}.")
+            if self.objective.replaces_teacher:
+                raise InputError(
+                    "Progressive distillation restarts the EMAs in each stage: leave out ema_snapshot_every."
+                )
         if not 0 <= self.label_dropout <= 1:
             raise InputError(f"Expected label_dropout in [0, 1], got {self.label_dropout}.")
         if self.label_dropout and self.network.classes is None:
@@ -199,6 +210,18 @@ class TrainConfig:
     @property
     def emas(self) -> tuple[AnyEMA, ...]:
         return (*map(ConstantEMA, self.ema_decay), *map(PowerEMA, self.power_ema))
+
+    @property
+    def snapshot_note(self) -> str:
+        """What snapshots of the EMAs the run stores, and their size; empty for a run without two such EMAs."""
+        widths = " and ".join(map(str, self.power_ema))
+        if self.ema_snapshot_every:
+            size = 4 * self.network.parameter_count() * len(self.power_ema) / 2**30
+            total, every = self.batches // self.ema_snapshot_every * size, f"{self.ema_snapshot_every:,}"
+            return f"EMA snapshots: widths {widths} every {every} batches, {size:.2g} GiB each, {total:.2g} GiB in all."
+        if len(self.power_ema) < 2 or self.objective.replaces_teacher:
+            return ""
+        return f"EMA snapshots: none, so that only widths {widths} will be available (--ema-snapshot-every N)."
 
     @property
     def sampled_ema(self) -> str:

@@ -8,8 +8,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from cm_jax.checkpoints import power_profiles
 from cm_jax.diffusion.curricula import Rate, Step
 from cm_jax.errors import InputError
 from cm_jax.types import Params
@@ -46,8 +46,11 @@ class PowerEMA:
     0.288, a uniform average."""
 
     def __post_init__(self) -> None:
-        if not 0.001 <= self.width <= 12**-0.5:
-            raise InputError(f"Expected a power-function EMA of relative width in [0.001, 0.288], got {self.width}.")
+        least, most = power_profiles.WIDTHS
+        if not least <= self.width <= most:
+            raise InputError(
+                f"Expected a power-function EMA of relative width in [{least}, {most:.3f}], got {self.width}."
+            )
 
     @property
     def name(self) -> str:
@@ -55,9 +58,8 @@ class PowerEMA:
 
     @property
     def gamma(self) -> float:
-        """Nonnegative root of (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = width^2."""
-        inverse = self.width**-2
-        return max(0.0, float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()))
+        """Exponent of the weights."""
+        return power_profiles.gamma(self.width)
 
     def decay_at(self, step: Step) -> Rate:
         return (1 - 1 / (jnp.asarray(step, jnp.float32) + 1)) ** (self.gamma + 1)

@@ -101,13 +101,14 @@ def _loop(
             stopping = asked and in_any(stop.requested)
             last = done >= total or stopping
             evaluating = hook.due(done) and not stopping
-            saving = last or evaluating or done // config.checkpoint_every > before // config.checkpoint_every
-            sampling = done // config.sample_every > before // config.sample_every or (last and not stopping)
+            snapshot = _passes(config.ema_snapshot_every, before, done)
+            saving = last or evaluating or snapshot or _passes(config.checkpoint_every, before, done)
+            sampling = _passes(config.sample_every, before, done) or (last and not stopping)
             if saving or sampling:
                 window.flush(write=last)
                 params = _sampled_params(setup, state)
                 if saving:
-                    folder.save(done, setup.model_config, params, state)
+                    folder.save(done, setup.model_config, params, state, snapshot=snapshot)
                 if sampling:
                     log.samples(done, sample_grid(setup.model_config, params))
                 if evaluating:
@@ -125,6 +126,11 @@ def _loop(
     print_line(f"Finished: {done} batches. Sample from it: cm-jax sample {folder.path}")
     if (best := folder.best()) is not None:
         print_line(f"Best checkpoint, after {best} batches: cm-jax sample {folder.path}/best")
+
+
+def _passes(every: int, before: int, done: int) -> bool:
+    """Whether a multiple of `every` lies in (before, done]; never for 0."""
+    return every > 0 and done // every > before // every
 
 
 def prefetch(items: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]:
@@ -202,6 +208,8 @@ def _summary(setup: TrainingSetup, done: int, notes: Iterable[str]) -> Iterator[
         yield f"Evaluation: {setup.evaluator.description}."
     if not fits_png(channels := network.image_shape[2], rgba=False):
         yield f"Note: images with {channels} channels do not fit into PNG files; samples are written as .npz."
+    if config.snapshot_note:
+        yield config.snapshot_note
     yield from map("Note: {}".format, notes)
     start = f"Resuming after batch {done:,}" if done else "Starting"
     yield f"{start}: {config.batches:,} batches of {config.batch_size} images."

@@ -12,5 +12,5 @@ def teacher(tmp_path_factory):
     from tests.runs.test_training import SMALL
 
     folder, said = tmp_path_factory.mktemp("runs") / "teacher", []
-    train(dataclasses.replace(SMALL, sample_every=12), folder, said.append)
+    train(dataclasses.replace(SMALL, sample_every=12, ema_snapshot_every=6), folder, said.append)
     return folder, said

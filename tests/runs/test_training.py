@@ -7,10 +7,12 @@ import logging
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 import cm_jax
+from cm_jax.checkpoints.post_hoc_ema import SNAPSHOTS
 from cm_jax.data import EmojiData
 from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
@@ -42,7 +44,7 @@ SMALL = TrainConfig(
     batch_size=8,
     images=8 * 12,
     ema_decay=(0.9, 0.99),
-    power_ema=(0.1,),
+    power_ema=(0.1, 0.05),
     parallel="one",
     log_every=2,
     sample_every=100,
@@ -99,6 +101,21 @@ def test_ema_weights_load_as_a_model(teacher):
     averaged = arrays(folder, 12)["ema/exponential_0.9/stem/kernel"]
     np.testing.assert_array_equal(model.params["stem"]["kernel"], averaged)
     assert model.sample(0, 2, labels=[0, 8], steps=2).shape == (2, 8, 8, 3)
+
+
+def test_a_run_stores_snapshots_of_its_power_emas(teacher):
+    folder, said = teacher
+    files = sorted((folder / SNAPSHOTS).iterdir())
+    assert [file.name for file in files] == ["00000006.npz", "00000012.npz"]
+    with np.load(files[-1]) as file:
+        stored = {name: file[name] for name in file.files if name != "leaves.json"}
+    state = arrays(folder, 12)
+    assert {name for name in state if name.startswith(("ema/power", "batches", "skipped"))} == stored.keys()
+    for name, array in stored.items():
+        np.testing.assert_array_equal(array, state[name])
+    assert any("EMA snapshots: widths 0.1 and 0.05 every 6 batches" in line for line in said)
+    model = cm_jax.load(folder, ema="power_0.07")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
 
 
 def test_a_stopped_run_resumes_bitwise_identical(teacher, tmp_path):

@@ -82,7 +82,7 @@ def test_load_reads_each_ema(run, ema, expected):
 
 @pytest.mark.parametrize("ema", ["0.95", "power_0.2", "ema", "exponential", "power_x", ""])
 def test_an_unknown_ema_lists_those_of_the_run(run, ema):
-    with pytest.raises(InputError, match=r"no such EMA. Expected one of 0.9, 0.99, power_0.1, none, got"):
+    with pytest.raises(InputError, match=r"no such EMA. Expected one of 0.9, 0.99, power_0.1, none; got"):
         cm_jax.load(run, ema=ema)
 
 

@@ -28,6 +28,8 @@ def report(setup: TrainingSetup) -> Iterator[str]:
     yield f"length      {config.batches:,} batches, {config.batches * config.batch_size:,} images"
     yield from (f"            {line}" for line in (*unfinished_schedules(config), *outrun_schedules(config)))
     yield from (f"note        {note}" for note in setup.notes)
+    if config.snapshot_note:
+        yield f"disk        {config.snapshot_note}"
     if setup.evaluator is not None:
         yield f"evaluation  {setup.evaluator.description}"
     sizes = {name: _bytes(getattr(state, name)) for name in _COMPONENTS} | {"constants": _bytes(constants)}

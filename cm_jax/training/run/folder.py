@@ -2,6 +2,7 @@
 
 RUN/.lock                           held by the process that trains in the folder
 RUN/best.json                       the checkpoint with the best evaluation
+RUN/ema_snapshots/00001000.npz      the power-function EMAs after 1000 batches, kept for `post_hoc_ema`
 RUN/checkpoints/00001000/           after 1000 batches:
     config.json, params/            a native checkpoint: the weights to sample from
     state/state.npz                 the training state
@@ -28,6 +29,7 @@ import jax
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.post_hoc_ema import SNAPSHOTS
 from cm_jax.checkpoints.state_archive import STATE
 from cm_jax.errors import DamagedError, InputError, check_int
 from cm_jax.io.atomic import UNFINISHED, atomic_write, fsync_path, fsync_tree, remove, user_path, write_errors
@@ -101,8 +103,10 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             _log.warning("%s", failure)  # not raised: the other processes may not have this error
         self._resources.close()
 
-    def save(self, batches: int, config: ModelConfig, params: Params, state: Any) -> None:
+    def save(self, batches: int, config: ModelConfig, params: Params, state: Any, *, snapshot: bool = False) -> None:
         """Save a checkpoint after `batches`: `params` to sample from, and `state`, any tree of arrays.
+
+        snapshot: also write the power-function EMAs of the state to RUN/ema_snapshots.
 
         Returns once all arrays are on the host; a thread writes them. The next call waits for it, and raises InputError
         if it failed.
@@ -114,7 +118,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self._saved.add(batches)
         if jax.process_index() == 0:
             leaves = state_io.named_arrays(state, host_state)
-            self._written = self._writer.submit(self._write, batches, config, host_params, leaves)
+            self._written = self._writer.submit(self._write, batches, config, host_params, leaves, snapshot)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. Raises InputError if that failed."""
@@ -201,12 +205,16 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     def _checkpoint(self, batches: int) -> Path:
         return self.path / "checkpoints" / f"{batches:08d}"
 
-    def _write(self, batches: int, config: ModelConfig, params: Params, leaves: dict[str, state_io.Leaf]) -> None:
+    def _write(
+        self, batches: int, config: ModelConfig, params: Params, leaves: dict[str, state_io.Leaf], snapshot: bool
+    ) -> None:
         """In the thread: write, rename, and remove old checkpoints."""
         place = self._checkpoint(batches)
         fresh, replaced = place.with_name(f"{UNFINISHED}{place.name}"), place.with_name(f"{_REPLACED}{place.name}")
         try:
             with write_errors(place):
+                if snapshot:  # first, because a run that resumes from the checkpoint does not come back to it
+                    self._write_snapshot(batches, leaves)
                 native.save(fresh, config, params)
                 (fresh / STATE.parent).mkdir()
                 state_io.write(fresh / STATE, leaves)
@@ -227,6 +235,13 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
                 remove(self._checkpoint(step))
         except (InputError, OSError) as error:
             _log.warning("Old checkpoints in %s were not removed: %s", self.path, error)
+
+    def _write_snapshot(self, batches: int, leaves: dict[str, state_io.Leaf]) -> None:
+        parts = {name: leaf for name, leaf in leaves.items() if name.startswith(("batches", "skipped", "ema/power_"))}
+        with atomic_write(self.path / SNAPSHOTS / f"{batches:08d}.npz") as file:
+            state_io.write(file, parts)
+            fsync_path(file)
+        fsync_path(self.path / SNAPSHOTS)
 
 
 def _lock(run: Path) -> int:

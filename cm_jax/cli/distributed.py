@@ -1,12 +1,13 @@
-"""Options that connect the processes of a command, and its output from process 0."""
+"""Options for the processes and devices of a command."""
 
 import dataclasses
 from typing import Literal
 
 import jax
+from jax.experimental import multihost_utils
 
-from cm_jax.cli.running import say
 from cm_jax.errors import InputError
+from cm_jax.parallelism import ImageKind, Parallelism, choose_for_images
 from cm_jax.progress import activity
 
 
@@ -37,12 +38,16 @@ class Distributed:
 
     def connect(self) -> None:
         """Connect this process to the others, if there are any, before JAX looks at its devices. Raises InputError."""
+        if not self.coordinator and self.distributed == "off":
+            return
         try:
             with activity("Waiting for the other processes"):
                 if self.coordinator:
                     jax.distributed.initialize(self.coordinator, self.processes, self.process)
-                elif self.distributed == "auto":
+                else:
                     jax.distributed.initialize()
+                # Later, processes would wait for each other's devices and sockets for 30 s to 2 min.
+                multihost_utils.sync_global_devices("connected")
         except ValueError as error:  # an incomplete description of the processes
             raise InputError(
                 "--distributed auto found no launcher (Slurm, Open MPI up to version 4, Kubernetes, TPU pod): start "
@@ -53,7 +58,14 @@ class Distributed:
             raise InputError(f"Cannot connect to {where}: {error}.") from error
 
 
-def say_once(line: str) -> None:
-    """Print a line in process 0."""
-    if jax.process_index() == 0:
-        say(line)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices(Distributed):
+    """For commands whose images the processes share, and in each process its devices."""
+
+    parallel: ImageKind = "auto"
+    """How the devices of a process share images: one device, pmap, or mesh (jax.shard_map). auto: pmap if there are
+    several devices."""
+
+    @property
+    def parallelism(self) -> Parallelism:
+        return choose_for_images(self.parallel)

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from cm_jax.checkpoints.published import resolve
+from cm_jax.cli.distributed import Devices
 from cm_jax.cli.options import Network, Sampling, Statistics, WhichWeights
 from cm_jax.cli.parsing import parse
-from cm_jax.cli.running import devices, say, use_compilation_cache
+from cm_jax.cli.running import described, say, use_compilation_cache
 from cm_jax.errors import InputError
 from cm_jax.evaluation.evaluate import NEEDS, EvalConfig, evaluate
 from cm_jax.evaluation.features import load_inception, open_reference, write_statistics
@@ -22,7 +24,7 @@ from cm_jax.model import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate(Sampling, WhichWeights, Statistics, Network):
+class Evaluate(Sampling, WhichWeights, Devices, Statistics, Network):
     """Evaluate samples or a checkpoint against a reference: FID, sFID, KID, IS, precision and recall, bits/dim.
 
     Images sampled from a checkpoint are not written to disk. The last line printed names the evaluation settings.
@@ -52,6 +54,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     """Read the images, compute the metrics, and print each report in one line."""
     args = parse(Evaluate, prog, words)
     use_compilation_cache(args.compilation_cache)
+    args.connect()
     for path in filter(None, (args.output, args.save_reference)):
         check_writable(path, folder=False)
     metrics = tuple(dict.fromkeys(word.strip().lower() for word in args.metrics.split(",")))
@@ -63,14 +66,16 @@ def main(prog: str, words: Sequence[str]) -> None:
     given = [field.name.replace("_", "-") for field in fields if getattr(args, field.name)]
     if images and given:
         raise InputError(f"--{given[0]} applies to checkpoints, and {args.samples} holds images: omit it.")
-    model = None if images else args.load(resolve(args.samples), args.precision)
+    model = None
+    if not images:
+        model = dataclasses.replace(args.load(resolve(args.samples), args.precision), parallelism=args.parallelism)
     others = tuple(metric for metric in metrics if metric != "bpd")
     if args.save_reference is not None and not {"fid", "sfid"} & set(others):
         raise InputError("--save-reference needs fid or sfid: add one of them to --metrics.")
     reports = [_compared(args, model, EvalConfig(others))] if others else []
     if "bpd" in metrics:
         reports.append(_bits(args, model))
-    if args.output is not None:
+    if args.output is not None and jax.process_index() == 0:
         with atomic_write(args.output) as beside:
             beside.write_text(to_json(reports), "utf-8")
     for report in reports:
@@ -78,7 +83,8 @@ def main(prog: str, words: Sequence[str]) -> None:
 
 
 def _compared(args: Evaluate, model: Model | None, config: EvalConfig) -> Report:
-    extractor = dataclasses.replace(load_inception(args.inception), batch_size=args.batch_size, cache=args.cache)
+    devices: Any = {"parallelism": args.parallelism, "shared": jax.process_count() > 1, "batch_size": args.batch_size}
+    extractor = dataclasses.replace(load_inception(args.inception), cache=args.cache, **devices)
     if model is None:
         samples = of_dataset(open_images(args.samples), args.samples, args.count)
     else:
@@ -87,9 +93,9 @@ def _compared(args: Evaluate, model: Model | None, config: EvalConfig) -> Report
         samples = of_model(model, plan, count, seed=args.seed, batch_size=args.batch_size, name=args.samples)
     reference = open_reference(args.reference, config.needs, samples.shape)
     sets = f"{samples.count:,} images of {samples.name} against {reference.name}"
-    say(f"Evaluating {sets}: {extractor.name}, {devices()}.")
+    say(f"Evaluating {sets}: {extractor.name}, {described(args.parallelism)}.")
     report, known = evaluate(extractor, samples, reference, config)
-    if args.save_reference is not None:
+    if args.save_reference is not None and jax.process_index() == 0:
         write_statistics(args.save_reference, known)
     return report
 

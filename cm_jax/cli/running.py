@@ -18,6 +18,7 @@ import jax
 from cm_jax import kernels, progress
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_cache
+from cm_jax.parallelism import Parallelism
 
 _LONGEST_LINE = 2000
 """Characters per line of a message."""
@@ -80,7 +81,9 @@ class _Messages(logging.Handler):
 
 
 def say(line: str) -> None:
-    print(_visible(line), flush=True)
+    """Print a line, of several processes in the first alone."""
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
+        print(_visible(line), flush=True)
 
 
 def _visible(text: str) -> str:
@@ -88,9 +91,11 @@ def _visible(text: str) -> str:
     return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 
 
-def devices() -> str:
-    found = jax.local_devices()
-    return f"{len(found)} x {found[0].device_kind}"
+def described(parallelism: Parallelism) -> str:
+    """The devices of a command."""
+    found, processes = parallelism.devices, jax.process_count()
+    each = f"{len(found)} x {found[0].device_kind}"
+    return each if processes == 1 else f"{each} in each of {processes} processes"
 
 
 @contextlib.contextmanager

@@ -3,29 +3,32 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import numpy as np
 import tyro
 
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import DEFAULT, resolve
+from cm_jax.cli.distributed import Devices
 from cm_jax.cli.labels import LabelTexts, read_labels
 from cm_jax.cli.options import Network, Sampling, WhichWeights
 from cm_jax.cli.parsing import numbers, parse
-from cm_jax.cli.running import devices, say, stopwatch, use_compilation_cache
+from cm_jax.cli.running import described, say, stopwatch, use_compilation_cache
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.images import Quantization, check_output, output_path, quantize, save_images
 from cm_jax.model import Model, SamplingPlan
+from cm_jax.parallelism.processes import from_all, raised_in_all, share_of_process
 from cm_jax.progress import counted
 from cm_jax.samplers import SAMPLERS
 from cm_jax.types import in_pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample(Sampling, WhichWeights, Network):
+class Sample(Sampling, WhichWeights, Devices, Network):
     """Sample images from a consistency model or a denoiser.
 
     A consistency model samples in one step unless --steps, --timesteps, --indices or --sigmas is given.
@@ -56,10 +59,11 @@ def main(prog: str, words: Sequence[str]) -> None:
     """Load the model, sample, and write the images."""
     args = parse(Sample, prog, words)
     use_compilation_cache(args.compilation_cache)
+    args.connect()
     path = resolve(args.checkpoint)
     check_output(args.output, args.count)
     began = time.perf_counter()
-    model = args.load(path, args.precision)
+    model = dataclasses.replace(args.load(path, args.precision), parallelism=args.parallelism)
     network = model.config.network
     plan = args.plan(model)
     seeds = numbers("seeds", args.seeds, int)
@@ -69,26 +73,46 @@ def main(prog: str, words: Sequence[str]) -> None:
     kind = "consistency model" if model.config.distilled else "EDM denoiser"
     classes = f", {network.classes} classes" if network.classes else ""
     named = path if Path(args.checkpoint) in path.parents else args.checkpoint
-    about = f"{named}: {kind}, {in_pixels(network.image_shape)}{classes}, {args.precision}, on {devices()}"
-    say(f"{about}; loaded in {time.perf_counter() - began:.1f} s.")
+    about = f"{named}: {kind}, {in_pixels(network.image_shape)}{classes}, {args.precision}"
+    say(f"{about}, on {described(args.parallelism)}; loaded in {time.perf_counter() - began:.1f} s.")
 
     with stopwatch() as elapsed:
-        options = {"labels": labels, "batch_size": args.batch_size}
-        if seeds:
-            batches = model.batches(None, 1, plan, seeds=seeds * (count // len(seeds)), **options)
-        else:
-            batches = model.batches(args.seed, count, plan, **options)
+        batches = _share(model, args, seeds, plan, labels, count)
         say(f"Sampling {count} images: {_described(plan)}, seed{f's {args.seeds}' if seeds else f' {args.seed}'}.")
         convert = model.vae_latents if model.config.latents else functools.partial(quantize, how=args.quantization)
-        images = np.concatenate([convert(batch) for batch in counted(batches, count, "Sampling")])
+        with raised_in_all():
+            own = [convert(batch) for batch in batches]
+        shares = from_all({"images": np.concatenate(own)} if own else {})
+        images = np.concatenate([share["images"] for share in shares if share])
     took = elapsed()
 
     known = model.config.class_names
     rows = labels[::columns] if any(args.labels) and labels is not None else ()
     names = [known[label].split(",")[0] if known else f"class {label}" for label in rows]
     exact = {"quantization": None} if model.config.latents else {}
-    save_images(images, output, labels=labels, columns=columns, row_names=names, rgba=args.rgba, **exact)
+    if jax.process_index() == 0:
+        save_images(images, output, labels=labels, columns=columns, row_names=names, rgba=args.rgba, **exact)
     say(f"Sampled {count} images in {took}. Wrote {output}.")
+
+
+def _share(
+    model: Model,
+    args: Sample,
+    seeds: tuple[int, ...] | None,
+    plan: SamplingPlan,
+    labels: np.ndarray | None,
+    count: int,
+) -> Iterator[np.ndarray]:
+    """This process's share of the images, in batches."""
+    first, last = share_of_process(count)
+    if first == last:
+        return iter(())
+    options = {"labels": None if labels is None else labels[:last], "batch_size": args.batch_size, "first": first}
+    if seeds:
+        batches = model.batches(None, 1, plan, seeds=(seeds * (count // len(seeds)))[:last], **options)
+    else:
+        batches = model.batches(args.seed, last, plan, **options)
+    return counted(batches, last - first, "Sampling")
 
 
 def _output_for(args: Sample, config: ModelConfig) -> Path:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jax
 
-from cm_jax.cli.distributed import Distributed, say_once
+from cm_jax.cli.distributed import Distributed
 from cm_jax.cli.options import Compilation
 from cm_jax.cli.parsing import parse_preset
-from cm_jax.cli.running import use_compilation_cache
+from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.presets import PRESETS
 from cm_jax.progress import listening, silent
 from cm_jax.training.loop import train
@@ -36,6 +36,6 @@ def main(prog: str, words: Sequence[str]) -> None:
     with listening(silent) if jax.process_index() else contextlib.nullcontext():
         if options.dry_run:
             for line in report(prepare(settings)):
-                say_once(line)
+                say(line)
         else:
-            train(settings, Path(options.run or f"runs/{preset}"), say_once)
+            train(settings, Path(options.run or f"runs/{preset}"), say)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import cm_jax
 from benchmarks.hlo import collectives_with_groups
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
@@ -19,6 +20,7 @@ from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.evaluation.evaluate import EvalConfig, evaluate
 from cm_jax.evaluation.image_sets import of_model
+from cm_jax.io.images import quantize
 from cm_jax.model import Model
 from cm_jax.parallelism import OneDevice, Sharded
 from cm_jax.parallelism.processes import from_all
@@ -133,6 +135,7 @@ me, port, run = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=me)
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from cm_jax.cli import sample
 from cm_jax.errors import InputError
 from cm_jax.parallelism import DataMesh
 from cm_jax.training.run import state_io
@@ -181,6 +184,8 @@ with RunFolder(run) as folder:
 from tests.runs.test_run_folder_processes import check_exchange, check_sharded_program, scores
 check_exchange(me)
 check_sharded_program()
+arguments = ["emoji16_cd", "--count", "5", "--seed", "3", "--output", f"{run}/samples.npz", "--parallel", "mesh"]
+sample.main("sample", [*arguments, "--compilation-cache", "off"])
 print("scores", scores(DataMesh(local=True), shared=True))
 try:
     RunFolder("/proc/nothing")
@@ -249,6 +254,9 @@ def test_two_processes_save_restore_and_evaluate_together(tmp_path, unchecked_ty
     together = [json.loads(re.search(r"scores (.*)", output)[1]) for output, _ in done]
     assert together[0] == together[1]
     np.testing.assert_allclose(together[0], scores(OneDevice(), shared=False), rtol=1e-5)
+    images = quantize(cm_jax.load("emoji16_cd").sample(3, 5)).astype(int)
+    np.testing.assert_allclose(np.load(tmp_path / "samples.npz")["arr_0"], images, atol=1)
+    assert ["Wrote" in output for output, _ in done] == [True, False]
     assert (tmp_path / "metrics.csv").read_text() == "batches,loss\n1,1\n"
     with RunFolder(tmp_path) as folder:
         assert folder.steps() == [1, 2, 3]

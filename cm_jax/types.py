@@ -80,14 +80,24 @@ def nested(flat: Mapping[str, Any]) -> Params:
     return tree
 
 
+def parameter_count(tree: Any) -> int:
+    """Number of parameters of a tree of arrays, or of a network's `shapes()`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 @runtime_checkable
 class Network(Protocol):
-    """A network without its parameters. Hashable, so that it can be a static argument of jit."""
+    """A network without its parameters. Hashable, so that it can be a static argument of jit.
+
+    cm_jax.networks.BaseNetwork has everything but image_shape, initialize and predict.
+    """
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
     @property
     def classes(self) -> int | None: ...
+    @property
+    def precision(self) -> Precision: ...
     @property
     def attention(self) -> str: ...
     @property

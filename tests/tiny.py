@@ -48,6 +48,7 @@ class Tiny:
     interval_embedding: bool = False
     guidance_embedding: bool = False
     attention: str = "plain"
+    precision: str = "float32"
 
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
         assert set(params) == set(self.shapes())

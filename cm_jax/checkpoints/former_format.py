@@ -57,7 +57,7 @@ def renamed(value: Any, kind: str = "") -> Any:
     """Decoded JSON with the present names in place of former ones. `kind`: class of an object that does not name it."""
     if isinstance(value, list):
         return [renamed(item) for item in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or "module" in value:  # no former format holds components of other packages
         return value
     fields = dict(value)
     if isinstance(named := fields.get("kind"), str):

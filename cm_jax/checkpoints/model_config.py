@@ -86,8 +86,9 @@ class ModelConfig:
         check_int("num_levels", self.num_levels, 2, 2**20)
         if self.class_names and len(self.class_names) != self.network.classes:
             raise InputError(f"{len(self.class_names)} class names for {self.network.classes} classes.")
-        if self.latents and not len(self.latents.scale) == len(self.latents.bias) == self.network.image_channels:
-            raise InputError(f"Expected {self.network.image_channels} scales and biases, got {self.latents}.")
+        channels = self.network.image_shape[2]
+        if self.latents and not len(self.latents.scale) == len(self.latents.bias) == channels:
+            raise InputError(f"Expected {channels} scales and biases, got {self.latents}.")
         for steps in self.tuned_timesteps:
             if any(a <= b for a, b in itertools.pairwise((self.num_levels, *steps))) or steps[-1:] != (0,):
                 expected = f"tuned timesteps that descend from below num_levels={self.num_levels} to 0"

@@ -1,7 +1,9 @@
 """Configurations (trees of frozen dataclasses) as JSON and back.
 
 A component is written as {"kind": class name, field: value, ...} and a tuple as a list. Nothing is imported by name: a
-field accepts the dataclasses that its annotation lists (`distance: Squared | PseudoHuber`), and no others.
+field accepts the dataclasses that its annotation lists (`distance: Squared | PseudoHuber`), and no others. An abstract
+class in the annotation (`Squared | Distance`) stands for the registered classes derived from it, whose objects also
+hold the name of their "module".
 """
 
 import dataclasses
@@ -10,17 +12,21 @@ import json
 import typing
 from typing import Any, TypeVar
 
+from cm_jax.checkpoints import registry
 from cm_jax.checkpoints.former_format import renamed, restated
-from cm_jax.errors import InputError, nearest
+from cm_jax.errors import InputError, nearest, one_line
 from cm_jax.io.validation import check_value
 
 T = TypeVar("T")
 
 
 def kinds(hint: Any) -> dict[str, type]:
-    """The dataclasses among the members of an annotation, by name; empty for plain values."""
+    """The dataclasses that an annotation admits, by name; empty for plain values."""
     members = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type)]
-    return {kind.__name__: kind for kind in members if dataclasses.is_dataclass(kind)}
+    abstract = [kind for kind in members if registry.is_abstract(kind)]
+    listed = {kind.__name__: kind for kind in members if dataclasses.is_dataclass(kind) and kind not in abstract}
+    others = {name: kind for base in abstract for name, kind in registry.registered(base).items()}
+    return listed | others
 
 
 def may_be_none(hint: Any) -> bool:
@@ -38,7 +44,8 @@ def encode(config: Any, place: str = "") -> dict[str, Any]:
     """The JSON value from which `decode` restores `config`. Raises InputError for values that it would reject."""
     kind = type(config)
     fields = {name: _encoded(getattr(config, name), hint, within(place, name)) for name, hint in hints(kind).items()}
-    return {"kind": kind.__name__} | fields
+    module = registry.origin(kind)
+    return {"kind": kind.__name__} | ({} if module is None else {"module": module}) | fields
 
 
 def decode(value: Any, hint: Any, place: str = "") -> Any:
@@ -51,11 +58,15 @@ def decode(value: Any, hint: Any, place: str = "") -> Any:
         return check_value(value, hint, place)
     fields = dict(value) if isinstance(value, dict) else {}
     found = fields.pop("kind", None)
-    if not isinstance(found, str) or found not in choices:
+    known = choices.get(found) if isinstance(found, str) else None
+    module = fields.pop("module", None) if known is None or registry.origin(known) else None
+    if known is None:
+        if isinstance(found, str) and isinstance(module, str):
+            raise InputError(_unregistered(found, module, place))
         wanted = " or ".join(choices) + (", or null" if may_be_none(hint) else "")
         got = f", got {found!r}" if isinstance(found, str) else ""
         raise InputError(f"{place or 'it'} must be an object whose kind is {wanted}{got}.{nearest(found, choices)}")
-    kind, expected = choices[found], hints(choices[found])
+    kind, expected = known, hints(known)
     for name in fields:
         if name not in expected:
             advice = nearest(name, expected) or f" Its fields are {', '.join(expected) or 'none'}."
@@ -120,9 +131,21 @@ def _encoded(value: Any, hint: Any, place: str) -> Any:
             check_value(plain, hint, place)
         return plain
     if kinds(hint).get(type(value).__name__) is not type(value):
-        wanted = " or ".join(kinds(hint)) or "a plain value"
-        raise InputError(f"{place} is a {type(value).__name__}, and files can hold {wanted} there.")
+        wanted, name = " or ".join(kinds(hint)) or "a plain value", type(value).__name__
+        advice = ""
+        if any(registry.is_abstract(base) and isinstance(value, base) for base in typing.get_args(hint)):
+            advice = f" To save a component of your own, register its class: cm_jax.register({name})."
+        raise InputError(f"{place} is a {name}, and files can hold {wanted} there.{advice}")
     return encode(value, place)
+
+
+def _unregistered(kind: str, module: str, place: str) -> str:
+    """The message for a component of another package, whose name and module a file states."""
+    kind, module = one_line(kind), module if module.replace(".", "").isidentifier() else one_line(module)
+    return (
+        f"unknown {place.rpartition('.')[2] or 'component'} {kind}, saved from the module {module}: import that "
+        f"module, which registers it, before loading (on the command line: --import {module})."
+    )
 
 
 def _as_lists(value: Any) -> Any:

@@ -12,10 +12,8 @@ from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_cache
 from cm_jax.loading import from_source
 from cm_jax.model import Model, SamplingPlan
-from cm_jax.samplers import DPM, SAMPLERS, Churn, Heun, NoiseLevelArgs, Sampler
+from cm_jax.samplers import DPM, Churn, Heun, NoiseLevelArgs, Sampler, sampler_named
 from cm_jax.types import Precision
-
-SamplerName = Literal["consistency", "heun", "euler", "dpm", "ancestral", "progdist", "segments", "vp", "ve"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +98,9 @@ class Levels:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Levels):
-    sampler: SamplerName | None = None
-    """Sampling algorithm. Default: consistency; heun for a denoiser."""
+    sampler: str | None = None
+    """Sampling algorithm: consistency, heun, euler, dpm, ancestral, progdist, segments, vp, ve, or a registered one.
+    Default: consistency; heun for a denoiser."""
     churn: str = ""
     """Noise added in each step of heun or dpm: S_churn[,S_min,S_max,S_noise], e.g. "40,0.05,50,1.003"."""
     clip: Literal["on", "off"] | None = None
@@ -119,6 +118,10 @@ class Sampling(Levels):
     guidance_interval: str = ""
     """Noise levels lo,hi between which guidance applies: "0.28,2.9". Default: all."""
 
+    def __post_init__(self) -> None:
+        if self.sampler is not None:
+            sampler_named(self.sampler)
+
     def plan(self, model: Model) -> SamplingPlan:
         """The plan of these options. Raises InputError."""
         guide, clip = None, None if self.clip is None else self.clip == "on"
@@ -135,7 +138,7 @@ class Sampling(Levels):
         values = numbers("churn", self.churn, float)
         if values is None:
             return self.sampler
-        sampler = SAMPLERS[self.sampler or ("consistency" if model.config.distilled else "heun")]
+        sampler = sampler_named(self.sampler or ("consistency" if model.config.distilled else "heun"))
         if not isinstance(sampler, Heun | DPM):
             raise InputError("--churn needs --sampler heun or dpm.")
         if len(values) > 4:

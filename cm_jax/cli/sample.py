@@ -117,7 +117,7 @@ def _share(
 
 def _output_for(args: Sample, config: ModelConfig) -> Path:
     """The output, or an .npz file in its place if PNG files cannot hold the images, which is printed."""
-    channels = config.network.image_channels
+    channels = config.network.image_shape[2]
     if args.rgba and (channels != 4 or config.latents):
         found = "latents" if config.latents else channels
         raise InputError(f"--rgba applies to models with 4 channels, this one has {found}: leave it out.")

@@ -29,7 +29,7 @@ from cm_jax.diffusion.preconditioning import (
 )
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import read_errors
-from cm_jax.networks import AnyNetwork, EDM2UNet
+from cm_jax.networks import BuiltInNetwork, EDM2UNet
 from cm_jax.types import Params, leaves, nested
 
 _PRECONDITIONINGS = (
@@ -150,7 +150,7 @@ def write_state_dict(config: ModelConfig, params: Params) -> dict[str, np.ndarra
     rules = edm_names.rules(network)
     params = _negated_head(params) if isinstance(config.preconditioning, TrigFlowPreconditioning) else params
     prefix = "unet." if isinstance(network, EDM2UNet) else "model."
-    tensors = to_source(rules, params) | edm_names.buffers(network)
+    tensors = to_source(rules, params) | edm_names.buffers(network)  # type: ignore[arg-type]  # `rules` refuses others
     return {name if name.startswith("logvar") else prefix + name: tensor for name, tensor in tensors.items()}
 
 
@@ -165,7 +165,7 @@ def _chosen(path: Path, content: dict[str, Any], key: str | None) -> Record:
     )
 
 
-def _infer(path: Path, shapes: dict[str, tuple[int, ...]], prefix: str, head_dim: int | None) -> AnyNetwork:
+def _infer(path: Path, shapes: dict[str, tuple[int, ...]], prefix: str, head_dim: int | None) -> BuiltInNetwork:
     return edm_names.infer(
         {name.removeprefix(prefix): shape for name, shape in shapes.items()}, str(path), head_dim=head_dim
     )
@@ -189,11 +189,11 @@ def _negated_head(params: Params) -> Params:
 
 def _with_attributes(
     path: Path,
-    network: AnyNetwork,
+    network: BuiltInNetwork,
     arguments: dict[str, Any],
     inner: Record,
     modules: dict[str, Record],
-) -> AnyNetwork:
+) -> BuiltInNetwork:
     """The network with the settings that shapes do not determine. Raises InputError for unknown numbers of heads."""
     changes: dict[str, Any] = {"dropout": _number(path, arguments, "dropout", 0.0, 0.0, 0.99)}
     blocks = [module.state for module in modules.values() if module.kind in ("Block", "UNetBlock")]
@@ -250,7 +250,9 @@ def _kind(content: dict[str, Any], outer: Record, inner: Record, arguments: dict
     return "edm-consistency" if any(word in loss.kind for word in ("SCM", "MSCD", "ECM")) else "edm"
 
 
-def _config(path: Path, network: AnyNetwork, outer: Record, trained: str, class_names: tuple[str, ...]) -> ModelConfig:
+def _config(
+    path: Path, network: BuiltInNetwork, outer: Record, trained: str, class_names: tuple[str, ...]
+) -> ModelConfig:
     sigma_data = _number(path, outer.state, "sigma_data", 0.5, 1e-6, 1e6)
     lowest = _number(path, outer.state, "sigma_min", 0.0, 0.0, 1.0)
     highest = outer.state.get("sigma_max", 80.0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from cm_jax.conversion.rules import Layout, Rule, Shapes
 from cm_jax.errors import InputError
-from cm_jax.networks import ADMUNet, AnyNetwork, EDM2UNet, SongUNet
+from cm_jax.networks import ADMUNet, AnyNetwork, BuiltInNetwork, EDM2UNet, SongUNet
 from cm_jax.networks.unet_config import Unit
 
 _RESIDUAL = {"norm_1": "norm0", "conv_1": "conv0", "embedding": "affine", "norm_2": "norm1", "conv_2": "conv1"}
@@ -43,6 +43,8 @@ def rules(network: AnyNetwork) -> list[Rule]:
 
     Raises InputError for networks that this family does not have.
     """
+    if not isinstance(network, BuiltInNetwork):
+        raise InputError(f"The EDM format has no networks such as {type(network).__name__}; use --to native.")
     height, width, _ = network.image_shape
     if height != width:
         raise InputError(f"The EDM format has square networks only, got {height} x {width} pixels; use --to native.")
@@ -140,7 +142,7 @@ def _edm2_rules(network: EDM2UNet) -> Iterator[Rule]:
         yield linear("uncertainty/output", "logvar_linear")
 
 
-def _units(network: AnyNetwork) -> Iterator[tuple[str, Unit, str]]:
+def _units(network: BuiltInNetwork) -> Iterator[tuple[str, Unit, str]]:
     """(parameter path, unit, source prefix) of every unit, in order."""
     plan, per_level, size = network.plan(), network.blocks_per_level, network.image_shape[0]
     deepest = len(network.channel_mult) - 1
@@ -164,7 +166,7 @@ def _units(network: AnyNetwork) -> Iterator[tuple[str, Unit, str]]:
             yield f"{block.name}/{unit.name}", unit, source
 
 
-def buffers(network: AnyNetwork) -> dict[str, np.ndarray]:
+def buffers(network: BuiltInNetwork) -> dict[str, np.ndarray]:
     """The tensors of a state dict that follow from the architecture: filters of resampling convolutions."""
     if isinstance(network, EDM2UNet):
         return {}
@@ -177,7 +179,7 @@ def buffers(network: AnyNetwork) -> dict[str, np.ndarray]:
     return {f"{name}.resample_filter": kernel for name in names}
 
 
-def infer(shapes: Shapes, source: str, *, head_dim: int | None = None, **known: Any) -> AnyNetwork:
+def infer(shapes: Shapes, source: str, *, head_dim: int | None = None, **known: Any) -> BuiltInNetwork:
     """The network with tensors of these names and shapes, without prefix. `known`: fields that shapes do not determine.
 
     head_dim: channels of an attention head; by default 64, and all channels for SongUNet. Raises InputError where the

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from cm_jax.checkpoints import serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion.attention_order import QKVOrder
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
@@ -95,11 +96,11 @@ class CheckpointHints:
         preconditioning without such a setting.
         """
         schedule = dataclasses.replace(config.schedule, **self._given("sigma_min", "sigma_max", "rho"))
-        changes = self._given("sigma_data", "time_factor")
-        for name in changes.keys() - {field.name for field in dataclasses.fields(config.preconditioning)}:
-            kind = type(config.preconditioning).__name__
+        changes, preconditioning = self._given("sigma_data", "time_factor"), config.preconditioning
+        for name in changes.keys() - serialization.hints(type(preconditioning)).keys():
+            kind = type(preconditioning).__name__
             raise InputError(f"{kind} has no {name}; leave out --{name.replace('_', '-')}.")
-        changed = {"schedule": schedule, "preconditioning": dataclasses.replace(config.preconditioning, **changes)}
+        changed = {"schedule": schedule, "preconditioning": dataclasses.replace(preconditioning, **changes)}  # type: ignore[type-var]
         if schedule != config.schedule:
             changed["tuned_timesteps"] = ()
         return dataclasses.replace(config, **changed | self._given("class_names", "tuned_timesteps"))

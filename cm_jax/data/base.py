@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,7 @@ class Dataset(abc.ABC):
     def __init__(
         self, place: str, size: int, shape: tuple[int, ...], classes: int | None, names: tuple[str, ...], how: str
     ) -> None:
-        self.size = size
+        self.size, self.place = size, place
         self.image_shape: tuple[int, int, int] = shape  # type: ignore[assignment]
         self.classes, self.class_names = classes, names
         labels = f"{classes} classes" if classes else "no labels"
@@ -154,6 +154,49 @@ class InMemory(Dataset):
 
     def _renumber(self, order: Int32[np.ndarray, " classes"]) -> None:
         self.labels = None if self.labels is None else order[self.labels]
+
+
+class Generated(Dataset):
+    """A data set of batches that a function makes: a generator, or a pipeline such as grain's.
+
+    make(batch_size, seed, start) is an infinite iterator of batches start, start + 1, ... of uint8 images [b, h, w, c]
+    and labels [b], or None without classes. Batch k must depend on the seed and on k alone, so that runs can resume.
+    size: number of images in an epoch, for messages. Raises InputError, when it is read, for batches that do not fit.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, int, int], Iterator[tuple[np.ndarray, np.ndarray | None]]],
+        image_shape: tuple[int, int, int],
+        size: int,
+        *,
+        class_names: tuple[str, ...] = (),
+        classes: int | None = None,
+        place: str = "a generator",
+    ) -> None:
+        super().__init__(place, size, image_shape, classes or len(class_names) or None, class_names, "streamed")
+        self._make = make
+        self._order: np.ndarray | None = None
+
+    def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
+        expected, labeled = (batch_size, *self.image_shape), self.classes is not None
+        for images, labels in self._make(batch_size, seed, start):
+            images = np.asarray(images)
+            if images.dtype != np.uint8 or images.shape != expected:
+                found = f"{images.dtype} {list(images.shape)}"
+                raise InputError(f"{self.place}: expected uint8 images {list(expected)}, got {found}.")
+            if not labeled:
+                yield RawBatch(images[rows], None)
+                continue
+            numbers = np.asarray(labels)
+            if numbers.shape != (batch_size,) or numbers.min() < 0 or numbers.max() >= (self.classes or 0):
+                raise InputError(f"{self.place}: expected {batch_size} labels below {self.classes}, got {labels}.")
+            numbers = numbers if self._order is None else self._order[numbers]
+            yield RawBatch(images[rows], numbers.astype(np.int32)[rows])
+        raise InputError(f"{self.place} ended: expected infinite batches.")
+
+    def _renumber(self, order: Int32[np.ndarray, " classes"]) -> None:
+        self._order = order if self._order is None else order[self._order]
 
 
 class Data(abc.ABC):

@@ -145,7 +145,7 @@ class Halving(Curriculum):
         return _at([*halving, 2, 1], step // self.steps_per_stage)
 
 
-AnyCurriculum = Constant | Progressive | Doubling | Halving
+AnyCurriculum = Constant | Progressive | Doubling | Halving | Curriculum
 
 
 class TargetEMA(abc.ABC):
@@ -203,7 +203,7 @@ def _progressive(curriculum: Curriculum | None) -> Progressive:
     return curriculum
 
 
-AnyTargetEMA = ConstantTargetEMA | AdaptiveTargetEMA
+AnyTargetEMA = ConstantTargetEMA | AdaptiveTargetEMA | TargetEMA
 
 
 @dataclasses.dataclass(frozen=True)

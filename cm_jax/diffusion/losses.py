@@ -73,7 +73,7 @@ class InverseGap(Weighting):
         return 1 / (t - r)
 
 
-AnyWeighting = Uniform | SNR | SNRPlusOne | TruncatedSNR | Karras | InverseGap
+AnyWeighting = Uniform | SNR | SNRPlusOne | TruncatedSNR | Karras | InverseGap | Weighting
 
 
 class Distance(abc.ABC):

@@ -82,7 +82,7 @@ class DiscreteLogNormal(_Normal, IndexDistribution):
         return (edges[:-1] - edges[1:]) / (edges[0] - edges[-1])
 
 
-AnyIndexDistribution = UniformIndex | DiscreteLogNormal
+AnyIndexDistribution = UniformIndex | DiscreteLogNormal | IndexDistribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,4 +140,4 @@ class CappedInterval(IntervalDistribution):
         return t, jnp.minimum(t, r)
 
 
-AnyIntervalDistribution = SortedInterval | CappedInterval
+AnyIntervalDistribution = SortedInterval | CappedInterval | IntervalDistribution

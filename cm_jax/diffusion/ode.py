@@ -78,7 +78,7 @@ class HeunStep(ODEStep):
         return heun_step(functools.partial(dx_dsigma, teacher), x, t, r)
 
 
-AnyODEStep = EulerStep | HeunStep
+AnyODEStep = EulerStep | HeunStep | ODEStep
 
 
 def _over_pixels(level: Level) -> Array:

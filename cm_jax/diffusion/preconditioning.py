@@ -229,4 +229,6 @@ AnyPreconditioning = (
     | VPPreconditioning
     | VEPreconditioning
     | IDDPMPreconditioning
+    | Preconditioning
 )
+"""`Preconditioning` admits those of other packages; files hold registered ones."""

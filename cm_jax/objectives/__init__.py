@@ -15,6 +15,7 @@ from cm_jax.objectives.base import (
     Metrics,
     Models,
     Objective,
+    PairObjective,
     Resized,
 )
 from cm_jax.objectives.consistency_distillation import ConsistencyDistillation
@@ -36,4 +37,6 @@ AnyObjective = (
     | ContinuousDistillation
     | MeanFlow
     | ProgressiveDistillation
+    | Objective
 )
+"""`Objective` admits those of other packages; files hold registered ones."""

@@ -138,7 +138,7 @@ class Resized(Distance):
 
 
 AnyDistance = Absolute | Squared | PseudoHuber | Resized | LPIPS | Distance
-"""`Distance` admits one that has its weights (LPIPS during training); files hold the others."""
+"""`Distance` admits one that has its weights (LPIPS during training), and registered ones."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from cm_jax.arguments import as_array
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.errors import InputError, one_line
-from cm_jax.samplers import SAMPLERS
+from cm_jax.errors import InputError
+from cm_jax.samplers import sampler_named
 from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels
 from cm_jax.samplers.guidance import Guidance
 
@@ -40,9 +40,7 @@ def make_plan(
     if sampler is None:
         sampler = "consistency" if consistency else "heun"
     if not isinstance(sampler, Sampler):
-        if not isinstance(sampler, str) or sampler not in SAMPLERS:
-            raise InputError(f"Expected one of the samplers {', '.join(SAMPLERS)}; got {one_line(sampler)}.")
-        sampler = SAMPLERS[sampler]
+        sampler = sampler_named(sampler)
     if not levels_given(levels):
         levels = NoiseLevelArgs(steps=1 if consistency else TEACHER_STEPS)
     if clip is not None or (sampler.clip is None and not config.clip_denoised):

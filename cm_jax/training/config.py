@@ -16,6 +16,7 @@ from cm_jax.objectives import AnyObjective, Denoising
 from cm_jax.parallelism import Kind
 from cm_jax.training.ema import AnyEMA, ConstantEMA, PowerEMA
 from cm_jax.training.optimizers import Adam, AnyOptimizer
+from cm_jax.types import parameter_count
 
 PARAMETERS = "parameters"
 """Value of `PeriodicEvaluation.ema` that stands for the parameters without EMA."""
@@ -216,7 +217,7 @@ class TrainConfig:
         """What snapshots of the EMAs the run stores, and their size; empty for a run without two such EMAs."""
         widths = " and ".join(map(str, self.power_ema))
         if self.ema_snapshot_every:
-            size = 4 * self.network.parameter_count() * len(self.power_ema) / 2**30
+            size = 4 * parameter_count(self.network.shapes()) * len(self.power_ema) / 2**30
             total, every = self.batches // self.ema_snapshot_every * size, f"{self.ema_snapshot_every:,}"
             return f"EMA snapshots: widths {widths} every {every} batches, {size:.2g} GiB each, {total:.2g} GiB in all."
         if len(self.power_ema) < 2 or self.objective.replaces_teacher:

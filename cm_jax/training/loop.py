@@ -16,15 +16,14 @@ from cm_jax.io.atomic import atomic_write, user_path
 from cm_jax.io.images import fits_png
 from cm_jax.parallelism.processes import in_any
 from cm_jax.progress import activity
-from cm_jax.training.config import PARAMETERS, TrainConfig
+from cm_jax.training.config import TrainConfig
 from cm_jax.training.run.evaluation_hook import EvaluationHook, sample_grid
 from cm_jax.training.run.folder import Retention, RunFolder
-from cm_jax.training.run.metrics_log import MetricsLog, MetricsWindow
+from cm_jax.training.run.metrics_log import LogCallback, MetricsLog, MetricsWindow
 from cm_jax.training.run.plots import plot
 from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start
 from cm_jax.training.run.signals import StopSignal
-from cm_jax.training.run.state_io import to_host
 from cm_jax.training.schedules import (
     NEW_RUN,
     check_learning_rate,
@@ -35,7 +34,7 @@ from cm_jax.training.schedules import (
 )
 from cm_jax.training.setup import COMPILING, TrainingSetup, prepare
 from cm_jax.training.step import TrainState
-from cm_jax.types import Params
+from cm_jax.types import Params, parameter_count
 
 FORMAT = 1
 """Version of a run's config.json."""
@@ -45,16 +44,20 @@ _SYNC_EVERY = 10
 Print = Callable[[str], None]
 
 
-def train(config: TrainConfig, folder: str | Path, print_line: Print = print) -> None:
+def train(
+    config: TrainConfig, folder: str | Path, print_line: Print = print, *, log: LogCallback | None = None
+) -> None:
     """Train in a folder, from its latest checkpoint if it has one, until the run is finished or stopped by a signal.
 
-    Raises InputError if the settings contradict each other or those in the folder.
+    log: called with (batches, {name: number}) for every row of metrics.csv and, with names "evaluation/...", of
+    evaluations.csv; in process 0 only. Raises InputError if the settings contradict each other or those in the folder.
     """
     stored = _stored_config(user_path(folder) / "config.json")
     new = not native.run_checkpoints(Path(folder))
     last = native.last_config(Path(folder))
     setup = prepare(config, stored and stored.network, resumed=last, initial=new)
     config = setup.config
+    serialization.encode(config)  # raises InputError for components of other packages that are not registered
     fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
     setup = dataclasses.replace(setup, initial=None)  # frees its memory
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
@@ -72,15 +75,21 @@ def train(config: TrainConfig, folder: str | Path, print_line: Print = print) ->
             return
         record_start(opened.path, done)
         hook.start()
-        _loop(setup, opened, hook, state, done, print_line)
+        _loop(setup, opened, hook, state, done, print_line, log)
 
 
 def _loop(
-    setup: TrainingSetup, folder: RunFolder, hook: EvaluationHook, state: TrainState, done: int, print_line: Print
+    setup: TrainingSetup,
+    folder: RunFolder,
+    hook: EvaluationHook,
+    state: TrainState,
+    done: int,
+    print_line: Print,
+    callback: LogCallback | None,
 ) -> None:
     config, total = setup.config, setup.config.batches
     constants, key, program = setup.constants(), jax.random.key(config.seed), setup.compiled()
-    log, progress = MetricsLog(folder.path, done), Progress(done, total, config.batch_size)
+    log, progress = MetricsLog(folder.path, done, callback=callback), Progress(done, total, config.batch_size)
     feed, steps = prefetch(setup.dispatches(done, total)), 0
     with StopSignal() as stop, log, progress, contextlib.closing(feed):
         window = MetricsWindow(config, log, progress, done)
@@ -90,11 +99,12 @@ def _loop(
                 print_line(hook.evaluate(done, params, log))
 
         if hook.due(done):  # the run was stopped before this evaluation
-            evaluate(done, _sampled_params(setup, state))
+            evaluate(done, setup.sampled_params(state))
         for dispatches, batches in enumerate(feed, start=1):
             before, steps = steps, len(jax.tree.leaves(batches)[0])
             with activity(*COMPILING) if steps != before else contextlib.nullcontext():
                 state, metrics = program(state, constants, setup.parallelism.place_batches(batches), key)
+            folder.started = True
             window.add(metrics)
             before, done = done, done + steps
             asked = jax.process_count() == 1 or dispatches % _SYNC_EVERY == 0
@@ -106,7 +116,7 @@ def _loop(
             sampling = _passes(config.sample_every, before, done) or (last and not stopping)
             if saving or sampling:
                 window.flush(write=last)
-                params = _sampled_params(setup, state)
+                params = setup.sampled_params(state)
                 if saving:
                     folder.save(done, setup.model_config, params, state, snapshot=snapshot)
                 if sampling:
@@ -143,13 +153,6 @@ def prefetch(items: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]
             yield item
     finally:
         thread.shutdown(cancel_futures=True)
-
-
-def _sampled_params(setup: TrainingSetup, state: TrainState) -> Params:
-    """The parameters to sample from, on the host, without those of the objective."""
-    name, extras = setup.config.sampled_ema, setup.config.objective.extras()
-    params = state.params if name == PARAMETERS else state.ema[name]
-    return to_host({name: branch for name, branch in params.items() if name not in extras})
 
 
 def _checked_config(folder: RunFolder, config: TrainConfig) -> tuple[TrainConfig | None, list[str]]:
@@ -195,10 +198,10 @@ def _stored_config(file: Path) -> TrainConfig | None:
 
 def _summary(setup: TrainingSetup, done: int, notes: Iterable[str]) -> Iterator[str]:
     config, network = setup.config, setup.config.network
-    devices = setup.parallelism.devices
+    devices, count = setup.parallelism.devices, parameter_count(network.shapes())
     yield setup.dataset.description
     yield (
-        f"{type(config.objective).__name__}, {type(network).__name__} with {network.parameter_count():,} parameters, "
+        f"{type(config.objective).__name__}, {type(network).__name__} with {count:,} parameters, "
         f"{network.precision}, on {len(devices)} x {devices[0].device_kind} ({type(setup.parallelism).__name__})."
     )
     if setup.teacher is not None:

@@ -85,7 +85,7 @@ class InverseRootDecay(LearningRate):
         return lambda count: self.peak / jnp.sqrt(jnp.maximum(1.0, count / self.steps))
 
 
-AnyLearningRate = ConstantRate | LinearDecay | CosineDecay | InverseRootDecay
+AnyLearningRate = ConstantRate | LinearDecay | CosineDecay | InverseRootDecay | LearningRate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ class RAdam(Optimizer):
         return (*decay, scale_by_radam(self.beta1, self.beta2, self.epsilon))
 
 
-AnyOptimizer = Adam | AdamW | RAdam
+AnyOptimizer = Adam | AdamW | RAdam | Optimizer
 
 
 class RAdamState(NamedTuple):

@@ -20,13 +20,15 @@ from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.guidance import UniformGuidance
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS
 from cm_jax.errors import InputError, indented_list
+from cm_jax.model import Model
 from cm_jax.networks import AnyNetwork, SongUNet
 from cm_jax.objectives import Models
 from cm_jax.parallelism import Parallelism, check_batch_size, choose
 from cm_jax.progress import activity
 from cm_jax.training.class_order import in_order_of_all, in_order_of_run
-from cm_jax.training.config import TrainConfig
+from cm_jax.training.config import PARAMETERS, TrainConfig
 from cm_jax.training.run.evaluation_hook import Evaluator, make_evaluator
+from cm_jax.training.run.state_io import to_host
 from cm_jax.training.step import Constants, Curves, StepBatch, TrainingStep, TrainState
 from cm_jax.types import Params
 
@@ -107,6 +109,30 @@ class TrainingSetup:
         for number in range(start, stop, steps):
             group = [next(batches) for _ in range(min(steps, stop - number))]
             yield jax.tree.map(lambda *arrays: np.stack(arrays), *group)
+
+    def steps(self, state: TrainState | None = None) -> Iterator[tuple[int, TrainState, Curves]]:
+        """Train from `state` (default: the initial one) to the end, in this process, without a folder.
+
+        Yields (batches done, state, metrics [steps]) after every dispatch. A state is valid until the next step, which
+        reuses its memory; `model` copies what it needs.
+        """
+        done = 0 if state is None else int(np.max(to_host(state.batches)))
+        state = self.parallelism.place_state(state or self.initial_state())
+        constants, key, program = self.constants(), jax.random.key(self.config.seed), self.compiled()
+        for batches in self.dispatches(done, self.config.batches):
+            state, metrics = program(state, constants, self.parallelism.place_batches(batches), key)
+            done += len(jax.tree.leaves(batches)[0])
+            yield done, state, metrics
+
+    def model(self, state: TrainState) -> Model:
+        """The model of a state, with the EMA that the run samples from."""
+        return Model(self.model_config, self.config.network.prepare(self.sampled_params(state)))
+
+    def sampled_params(self, state: TrainState) -> Params:
+        """The parameters to sample from, on the host, without those of the objective."""
+        name, extras = self.config.sampled_ema, self.config.objective.extras()
+        params = state.params if name == PARAMETERS else state.ema[name]
+        return to_host({name: branch for name, branch in params.items() if name not in extras})
 
     def compiled(self) -> Callable[..., tuple[TrainState, Curves]]:
         return self.parallelism.compile(functools.partial(self.step.run_steps, self.parallelism), self.abstract_state())
@@ -246,9 +272,12 @@ def _inherit_network(config: TrainConfig, found: AnyNetwork) -> tuple[TrainConfi
 
 
 def _with_runtime_fields(network: AnyNetwork, given: AnyNetwork) -> AnyNetwork:
-    embedded = network.guidance_embedding or given.guidance_embedding  # new ones start at zero
-    kept = {name: getattr(given, name) for name in RUNTIME_FIELDS}
-    return dataclasses.replace(network, guidance_embedding=embedded, **kept)
+    """The network with the runtime fields of another one that both have, and a guidance embedding if it has one."""
+    shared = serialization.hints(type(network)).keys() & serialization.hints(type(given)).keys()
+    kept = {name: getattr(given, name) for name in RUNTIME_FIELDS if name in shared}
+    if given.guidance_embedding and "guidance_embedding" in shared:  # a new one starts at zero
+        kept["guidance_embedding"] = True
+    return dataclasses.replace(network, **kept)  # type: ignore[type-var]
 
 
 def _check_initial_weights(config: TrainConfig, source: Source) -> None:

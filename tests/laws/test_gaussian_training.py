@@ -72,6 +72,7 @@ class Affine:
     interval_embedding: bool = False
     guidance_embedding: bool = False
     attention: str = "plain"
+    precision: str = "float32"
     image_shape: tuple[int, int, int] = SHAPE
     classes: int | None = None
 

@@ -125,7 +125,7 @@ def test_help_lists_the_presets_and_then_every_field(capsys):
     ("door", "line", "message"),
     [
         (main_sample, "--step 3", "There is no option --step. Did you mean --steps?"),
-        (main_sample, "--sampler huen", "progdist, segments, vp, ve, got 'huen'. Did you mean"),
+        (main_sample, "--sampler huen", "progdist, segments, vp, ve; got 'huen'. Did you mean 'heun'"),
         (main_sample, "--count x", "--count: expected a whole number or none, got 'x'."),
         (main_sample, "a b", "Unexpected argument 'b'"),
         (main_convert, "", "Missing from python -m convert: SOURCE"),

@@ -120,6 +120,31 @@ def test_an_error_of_the_loop_is_not_hidden_and_the_save_is_finished(tmp_path):
         same(folder.restore(1, state()), state(1))
 
 
+@pytest.mark.parametrize("began", ["absent", "empty", "in use"])
+def test_a_failed_start_leaves_the_folder_as_it_was(began, tmp_path):
+    run = tmp_path / "runs" / "one"
+    if began != "absent":
+        run.mkdir(parents=True)
+    if began == "in use":
+        save(run, 1)
+        (run / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail(started):
+        with RunFolder(run) as folder:
+            (run / "config.json").write_text("{}")
+            (run / "tensorboard").mkdir()
+            folder.started = started
+            raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        fail(started=False)
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(KeyError, match="on purpose"):
+        fail(started=True)
+    assert (run / "config.json").exists()
+
+
 def test_a_folder_that_cannot_be_one(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Cannot train in"):

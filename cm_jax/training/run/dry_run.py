@@ -10,6 +10,7 @@ from cm_jax.progress import activity
 from cm_jax.training.schedules import outrun_schedules, unfinished_schedules
 from cm_jax.training.setup import COMPILING, TrainingSetup
 from cm_jax.training.step import StepBatch
+from cm_jax.types import parameter_count
 
 _COMPONENTS = ("params", "optimizer", "target", "teacher", "ema")
 
@@ -21,7 +22,8 @@ def report(setup: TrainingSetup) -> Iterator[str]:
     state, constants = setup.abstract_state(), setup.constants()
     yield f"data        {setup.dataset.description}" + (", copied to the devices" if setup.resident else "")
     yield f"objective   {type(config.objective).__name__}"
-    yield f"network     {type(network).__name__}, {network.parameter_count():,} parameters, {network.precision}"
+    count = parameter_count(network.shapes())
+    yield f"network     {type(network).__name__}, {count:,} parameters, {network.precision}"
     yield f"images      {'x'.join(map(str, network.image_shape))}, {network.classes or 'no'} classes"
     parallelism = type(setup.parallelism).__name__
     yield f"batch       {config.batch_size} images over {len(devices)} x {devices[0].device_kind} ({parallelism})"

@@ -81,8 +81,12 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     With several processes (jax.distributed), all open it and call its methods together. Process 0 alone writes, so the
     folder must be shared. An error in one process is raised in all.
 
-    Opening raises InputError if another process trains in the folder or it cannot be written.
+    Opening raises InputError if another process trains in the folder or it cannot be written. A start that fails leaves
+    the folder as it was: an exception before `started` is set removes what is new in it.
     """
+
+    started = False
+    """Whether a batch was trained, or a checkpoint saved."""
 
     def __init__(self, path: str | Path, retention: Retention | None = None) -> None:
         self.path = user_path(path).absolute()
@@ -90,6 +94,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self._saved: set[int] = set()
         self._written: Future[None] | None = None
         self._resources = contextlib.ExitStack()
+        self._former = None if not self.path.is_dir() else {entry.name for entry in self.path.iterdir()}
+        self._missing = [folder for folder in self.path.parents if not folder.exists()]
         with raised_in_all():
             if jax.process_index() == 0:
                 self._resources.callback(os.close, _lock(self.path))
@@ -102,6 +108,17 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         elif self._written is not None and (failure := self._written.exception()) is not None:
             _log.warning("%s", failure)  # not raised: the other processes may not have this error
         self._resources.close()
+        if kind is not None and not self.started and jax.process_index() == 0:
+            self._remove_new()
+
+    def _remove_new(self) -> None:
+        """Remove what is new in the folder, and the folder itself if it is new."""
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if entry.name not in (self._former or ()):
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in [*([self.path] if self._former is None else []), *self._missing]:
+                folder.rmdir()
 
     def save(self, batches: int, config: ModelConfig, params: Params, state: Any, *, snapshot: bool = False) -> None:
         """Save a checkpoint after `batches`: `params` to sample from, and `state`, any tree of arrays.
@@ -116,6 +133,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             return
         host_params, host_state = state_io.to_host((params, state))
         self._saved.add(batches)
+        self.started = True
         if jax.process_index() == 0:
             leaves = state_io.named_arrays(state, host_state)
             self._written = self._writer.submit(self._write, batches, config, host_params, leaves, snapshot)

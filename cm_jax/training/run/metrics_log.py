@@ -11,7 +11,7 @@ import io
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ METRICS = "metrics.csv"
 EVALUATIONS = "evaluations.csv"
 BATCHES = "batches"
 """First column of both files: number of batches seen."""
+LogCallback = Callable[[int, dict[str, float]], None]
+"""Called with the number of batches seen and the values of a row."""
 _COUNTERS = ("skipped", "consecutive_skips")
 
 _log = logging.getLogger(__name__)
@@ -42,10 +44,13 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     With several processes, only process 0 writes. Raises InputError if a file cannot be written or is not a log.
     """
 
-    def __init__(self, run: Path, batches: int = 0, *, tensorboard: bool = True) -> None:
+    def __init__(
+        self, run: Path, batches: int = 0, *, tensorboard: bool = True, callback: LogCallback | None = None
+    ) -> None:
         self._run = run
         self._writes = jax.process_index() == 0
         self._events: Any = None
+        self._callback = callback
         if not self._writes:
             return
         self._tables = {name: _Table(run / name, batches) for name in (METRICS, EVALUATIONS)}
@@ -92,6 +97,8 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     def _add(self, table: str, tag_prefix: str, batches: int, values: Mapping[str, Any]) -> None:
         if self._writes:
             self._tables[table].add(batches, values)
+            if self._callback is not None:
+                self._callback(batches, {f"{tag_prefix}{name}": float(value) for name, value in values.items()})
         if self._events is not None:
             for name, value in values.items():
                 if math.isfinite(value):  # tensorboardX warns about others

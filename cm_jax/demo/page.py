@@ -7,8 +7,9 @@ import itertools
 import os
 import signal
 import socket
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from cm_jax.editing.algorithm import EDIT_STEPS
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 
-_Function = Callable[..., tuple[Any, ...]]
-_Wrapper = Callable[[_Function], _Function]
+_Load = Callable[[str], Model]
 
 _ANY = -1
+_EMPTY: Any = None, None, gr.update(value=None, interactive=False), ""
+"""Two pictures, a download and a status line, cleared."""
 _numbers = itertools.count()
 _CSS = """
 .pixels img { image-rendering: pixelated; padding-top: 2rem; }
@@ -42,44 +44,49 @@ _LIMITS: Any = {"max_file_size": 2**25, "state_session_capacity": 64}
 _OFF: Any = dict.fromkeys(["share", "ssr_mode", "pwa", "mcp_server", "enable_monitoring", "run_history"], False)
 
 
-def page(names: Sequence[str], load: Callable[[str], Model]) -> gr.Blocks:
+def page(names: Sequence[str], load: _Load) -> gr.Blocks:
     """The page, on which models can be chosen by name; `load` gives that of a name."""
-    callback = functools.partial(_callback, load)
     with gr.Blocks(analytics_enabled=False, title="cm_jax", delete_cache=(600, 3600)) as blocks:
         gr.Markdown(f"# cm_jax\n{_INTRODUCTION}")
         with gr.Row(equal_height=True):
             name = gr.Dropdown(list(names), label="Model")
             about = gr.Markdown(elem_classes="about")
         labels = _hidden_class(render=False), _hidden_class(render=False)
-        changed = gr.on([blocks.load, name.change], callback(show_model), name, [about, *labels], **_QUICK)
+        guidance = gr.Slider(1, 4, 1, step=0.1, label="Guidance", visible=False, render=False)
+        shown = [about, *labels, guidance]
+        changed = gr.on([blocks.load, name.change], _callback(load, show_model), name, shown, **_QUICK)
         with gr.Tab("Sample"), gr.Row():
-            _sample_tab(callback, name, labels[0])
+            _sample_tab(load, name, labels[0], guidance)
         with gr.Tab("Edit"), gr.Row():
-            _edit_tab(callback, name, labels[1], changed)
+            _edit_tab(load, name, labels[1], changed)
     return blocks
 
 
-def _sample_tab(callback: _Wrapper, name: gr.Dropdown, label: gr.Dropdown) -> None:
+def _sample_tab(load: _Load, name: gr.Dropdown, label: gr.Dropdown, guidance: gr.Slider) -> None:
     with gr.Column(scale=2, min_width=260):
         label.render()
-        seed = gr.Number(0, label="Seed", precision=0)
-        steps = gr.Slider(2, MAX_STEPS, 2, step=1, label="Steps")
+        seeds = gr.Textbox("0", label="Seed", info="Several seeds, such as 3, 8, give an image each.")
+        steps = gr.Slider(1, MAX_STEPS, 2, step=1, label="Steps")
         count = gr.Slider(1, MAX_IMAGES, MAX_IMAGES, step=1, label="Number of images")
+        guidance.render()
+        compare = gr.Checkbox(True, label="Compare one, two and four steps")
         button = gr.Button("Sample", variant="primary")
-    with gr.Column(scale=5):
-        with gr.Row():
-            one, several = _image("One step"), _image("Several steps from the same noise")
-        levels = gr.Markdown()
-    settings, outputs = [name, label, seed, steps, count], [one, several, levels]
-    button.click(callback(sample), settings, outputs, show_progress_on=several, **_DEVICES)
+        status = gr.Markdown(elem_classes="status")
+    with gr.Column(scale=3, min_width=300):
+        images, file = _image("Samples"), _download("Download the samples")
+    with gr.Column(scale=4, min_width=400):
+        strip = _image("The same noise in one, two and four steps")
+    settings, outputs = [name, label, seeds, steps, count, guidance, compare], [images, strip, file, status]
+    button.click(_job(load, sample), settings, outputs, show_progress_on=[images, strip], **_DEVICES)
+    name.change(lambda: _EMPTY, None, outputs, **_QUICK)
 
 
-def _edit_tab(callback: _Wrapper, name: gr.Dropdown, label: gr.Dropdown, model_changed: Any) -> None:
+def _edit_tab(load: _Load, name: gr.Dropdown, label: gr.Dropdown, model_changed: Any) -> None:
     first, _ = rendering.example(next(iter(EXAMPLES)))
     picture = gr.State(first)
     with gr.Column(scale=3, min_width=420):
         example = gr.Radio(list(EXAMPLES), value=first.name, label="Picture")
-        file = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
+        upload_button = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
         brush = gr.Brush(default_size=32, colors=["#e6007e"], color_mode="fixed")
         size, prompt = (CANVAS, CANVAS), "Paint over the part to inpaint"
         canvas = gr.ImageEditor(label=prompt, brush=brush, canvas_size=size, height=CANVAS + 60, **_EDITOR)
@@ -93,14 +100,19 @@ def _edit_tab(callback: _Wrapper, name: gr.Dropdown, label: gr.Dropdown, model_c
             steps = gr.Slider(1, MAX_STEPS, EDIT_STEPS, step=1, label="Steps")
             count = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of images")
         button = gr.Button("Edit", variant="primary")
+        status = gr.Markdown(elem_classes="status")
         with gr.Row():
             known, edits = _image("Input and known part", buttons=[], min_width=120), _image("Edits", scale=3)
-    model_changed.success(callback(show_picture), [name, picture], shown, **_QUICK)
-    canvas.clear(callback(show_picture), [name, picture], shown, **_QUICK)
-    file.upload(callback(upload), [name, file], [picture, example, *shown], **_QUICK)
-    example.input(callback(use_example), [name, example], [picture, label, *shown], **_QUICK)
+        file = _download("Download the edits")
+    results = [known, edits, file, status]
+    model_changed.success(_callback(load, show_picture), [name, picture], shown, **_QUICK)
+    canvas.clear(_callback(load, show_picture), [name, picture], shown, **_QUICK)
+    for change in (upload_button.upload, example.input, name.change):
+        change(lambda: _EMPTY, None, results, **_QUICK)
+    upload_button.upload(_callback(load, upload), [name, upload_button], [picture, example, *shown], **_QUICK)
+    example.input(_callback(load, use_example), [name, example], [picture, label, *shown], **_QUICK)
     settings = [name, kind, picture, canvas, label, seed, steps, count]
-    button.click(callback(edit), settings, [known, edits], show_progress_on=edits, **_DEVICES)
+    button.click(_job(load, edit), settings, results, show_progress_on=edits, **_DEVICES)
 
 
 def _hidden_class(**options: Any) -> gr.Dropdown:
@@ -112,28 +124,65 @@ def _image(label: str, **options: Any) -> gr.Image:
     return gr.Image(label=label, format="png", interactive=False, elem_classes="pixels", **options)
 
 
-def _callback(load: Callable[[str], Model], function: _Function) -> _Function:
+def _download(label: str) -> gr.DownloadButton:
+    return gr.DownloadButton(f"{label} (.zip)", size="sm", interactive=False)
+
+
+def _callback(load: _Load, function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """`function` with the name of a model as its first argument, whose InputError is shown on the page."""
 
     @functools.wraps(function)
     def call(name: str, *values: Any) -> tuple[Any, ...]:
         try:
-            outputs = function(load(name), *values)
+            return _numbered(function(load(name), *values))
         except InputError as error:
-            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
-        for output in outputs:  # Gradio names files by content, and would overwrite one that a browser is reading
-            if isinstance(output, Image.Image):
-                output.info["number"] = str(next(_numbers))
-        return outputs
+            raise _shown(error) from error
 
     return call
+
+
+def _job(load: _Load, function: Callable[..., Iterator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """The same for a function that shows results one after another; after an error no results stay."""
+
+    @functools.wraps(function)
+    def call(name: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        try:
+            for outputs in function(load(name), *values):
+                yield _numbered(outputs)
+        except Exception as error:
+            yield _EMPTY
+            raise _shown(error) if isinstance(error, InputError) else error from error
+
+    return call
+
+
+def _shown(error: InputError) -> gr.Error:
+    return gr.Error(html.escape(str(error)), duration=None, print_exception=False)
+
+
+def _numbered(outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pictures with a number: Gradio names files by content, and would overwrite one that a browser is reading."""
+    for output in outputs:
+        if isinstance(output, Image.Image):
+            output.info["number"] = str(next(_numbers))
+    return outputs
+
+
+def _file(name: str, content: bytes) -> Any:
+    """A download of this file. Gradio copies it; the names of the last files are used again."""
+    path = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()) / f"{name}-{next(_numbers) % 64}.zip"
+    path.write_bytes(content)
+    return gr.update(value=str(path), interactive=True)
 
 
 def show_model(model: Model) -> tuple[Any, ...]:
     choices = rendering.class_choices(model)
     sample_class = gr.Dropdown(choices=[("any", _ANY), *choices], value=_ANY, visible=bool(choices))
     edit_class = gr.Dropdown(choices=choices, value=0, visible=True) if choices else _hidden_class()
-    return rendering.describe_model(model), sample_class, edit_class
+    strengths = rendering.guidance_range(model)
+    low, high = strengths or (1, 4)
+    guidance = gr.Slider(low, high, max(low, 1), visible=bool(strengths))
+    return rendering.describe_model(model), sample_class, edit_class, guidance
 
 
 def show_picture(model: Model, picture: Picture) -> tuple[Any, ...]:
@@ -152,12 +201,32 @@ def use_example(model: Model, example: str) -> tuple[Any, ...]:
     return (picture, number, *show_picture(model, picture))
 
 
-def sample(model: Model, label: int, seed: int, steps: int, count: int) -> tuple[Any, ...]:
-    return rendering.sample_grids(model, seed, None if label == _ANY else label, steps, count)
+def sample(
+    model: Model, label: int, seeds: str, steps: int, count: int, guidance: float, compare: bool
+) -> Iterator[tuple[Any, ...]]:
+    """The samples, then the strip."""
+    request = rendering.read_request(model, seeds, None if label == _ANY else label, count, guidance)
+    guided = request.guidance not in (None, 1)
+    program, strip = (model, len(request.names), guided, steps), (model, min(4, len(request.names)), guided)
+    yield (*_EMPTY[:3], rendering.compiling(*program))
+    with rendering.running(*program):
+        images, archive, about = rendering.sample_grid(model, request, steps)
+    yield images, None, _file("samples", archive), (compare and rendering.compiling(*strip)) or about
+    if compare:
+        with rendering.running(*strip):
+            rows = rendering.steps_strip(model, request)
+        yield gr.skip(), rows, gr.skip(), about
 
 
-def edit(model: Model, kind: str, picture: Picture, canvas: dict, label: int, *settings: int) -> tuple[Any, ...]:
-    return rendering.edit_grids(model, kind, picture, canvas["layers"], None if label == _ANY else label, *settings)
+def edit(
+    model: Model, kind: str, picture: Picture, canvas: dict, label: int, seed: int, steps: int, count: int
+) -> Iterator[tuple[Any, ...]]:
+    program = model, kind, steps, count
+    yield (*_EMPTY[:3], rendering.compiling(*program))
+    settings = None if label == _ANY else label, seed, steps, count
+    with rendering.running(*program):
+        known, edits, archive = rendering.edit_grids(model, kind, picture, canvas["layers"], *settings)
+    yield known, edits, _file("edits", archive), ""
 
 
 def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None]) -> None:

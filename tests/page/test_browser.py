@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import jax
@@ -155,23 +156,53 @@ def until(condition):
         time.sleep(0.2)
 
 
-def test_sampling_in_one_step_and_in_several(page, screenshot):
+def cleared(page, label):
+    """The image below a label disappears."""
+    page.locator(".block", has=page.get_by_text(label, exact=True)).locator("img").wait_for(state="detached")
+
+
+def downloaded(page, name):
+    """The images of a downloaded .zip file."""
+    with page.expect_download() as download:
+        page.get_by_text(name, exact=True).click()
+    with zipfile.ZipFile(download.value.path()) as files:
+        return [np.asarray(Image.open(files.open(each))).astype(int) for each in files.namelist()]
+
+
+def test_sampling_and_the_effect_of_steps(page, screenshot):
     choose(page, "Class", "Flags")
     page.get_by_label("Seed").locator("visible=true").fill("7")
     press(page, "Sample")
-    pictures = [shown(page, label) for label in ("One step", "Several steps from the same noise")]
-    *expected, levels = rendering.sample_grids(cm_jax.load("emoji16_cd"), 7, 8, 2, 16)
+    page.get_by_text("Compiling for these settings").wait_for()
+    found = shown(page, "Samples"), shown(page, "The same noise in one, two and four steps")
+    model = cm_jax.load("emoji16_cd")
+    request = rendering.read_request(model, "7", 8, 16, None)
+    sheet, archive, levels = rendering.sample_grid(model, request, 2)
     wait_for(page, levels)
-    for picture, sheet in zip(pictures, expected, strict=True):
-        np.testing.assert_allclose(picture, np.asarray(sheet), atol=1)
+    for picture, expected in zip(found, (sheet, rendering.steps_strip(model, request)), strict=True):
+        np.testing.assert_allclose(picture, np.asarray(expected), atol=1)
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        expected = np.asarray(Image.open(files.open("seed7_03.png")))
+    images = downloaded(page, "Download the samples (.zip)")
+    assert len(images) == 16
+    np.testing.assert_allclose(images[3], expected, atol=1)
     screenshot("sample")
 
 
-def test_an_invalid_seed(page):
+def test_an_error_clears_the_results(page):
     page.get_by_label("Seed").locator("visible=true").fill("-1")
     press(page, "Sample")
     assert "A seed must be a whole number" in message(page)
-    page.get_by_label("Seed").locator("visible=true").fill("0")
+    cleared(page, "Samples")
+    cleared(page, "The same noise in one, two and four steps")
+
+
+def test_several_seeds_alone(page, screenshot):
+    page.get_by_label("Seed").locator("visible=true").fill("7, 3")
+    page.get_by_label("Compare one, two and four steps").uncheck()
+    press(page, "Sample")
+    assert shown(page, "Samples").shape == (132, 262, 3)
+    screenshot("seeds")
 
 
 def paint(page):
@@ -215,6 +246,7 @@ def test_inpainting(page, screenshot):
         np.testing.assert_array_equal(edit[~hole], picture[~hole])
         changed.append((edit != picture).any(-1)[hole].mean())
     assert min(changed) > 0.5
+    np.testing.assert_array_equal(downloaded(page, "Download the edits (.zip)")[1], edits[2:130:8, 132:260:8])
     screenshot("inpaint")
 
 
@@ -225,6 +257,8 @@ def test_a_broken_upload_and_another(page, screenshot, tmp_path):
     page.wait_for_timeout(500)  # fade-in
     screenshot("broken_upload")
     text = message(page)
+    cleared(page, "Edits")
+    cleared(page, "Input and known part")
     assert "broken.png cannot be read as a picture: expected one of the formats" in text
     assert "Traceback" not in text
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
@@ -271,7 +305,7 @@ def test_interruption_while_an_open_page_is_sampling(tmp_path):
         (sample,) = (each["id"] for each in json.load(ask("config"))["dependencies"] if each["api_name"] == "sample")
         ask("gradio_api/heartbeat/one").readline()
         ask("gradio_api/queue/join", json.dumps(
-            {"session_hash": "one", "fn_index": sample, "data": ["emoji16_cd", -1, 0, 8, 16]}
+            {"session_hash": "one", "fn_index": sample, "data": ["emoji16_cd", -1, "0", 8, 16, 1, True]}
         ).encode())  # fmt: skip
         events = ask("gradio_api/queue/data?session_hash=one")
         until(lambda: b"process_starts" in events.readline())

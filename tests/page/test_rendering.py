@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import sys
+import zipfile
 
 import jax
 import numpy as np
@@ -72,14 +73,65 @@ def stroke(place, size=(40, 40)):
     return layer
 
 
-def test_one_step_and_several_steps_from_one_seed(model):
-    one, several, levels = rendering.sample_grids(model, 3, 1, 2, 5)
-    assert cells(one).shape == cells(several).shape == (8, SIDE, SIDE, 3)  # two rows of four, three of them white
-    assert (cells(one)[5:] == 255).all()
+def request(model, seeds="3", label=1, count=5, guidance=None):
+    return rendering.read_request(model, seeds, label, count, guidance)
+
+
+def pictures(archive):
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        return {name: np.asarray(Image.open(files.open(name))).astype(int) for name in files.namelist()}
+
+
+def test_samples_of_one_seed(model):
+    sheet, archive, levels = rendering.sample_grid(model, request(model), 2)
+    assert cells(sheet).shape == (8, SIDE, SIDE, 3)  # two rows of four, three of them white
+    assert (cells(sheet)[5:] == 255).all()
     assert levels.startswith("Noise levels of the 2 steps: 80, ")
-    fewer, _, _ = rendering.sample_grids(model, 3, 1, 2, 2)
-    np.testing.assert_array_equal(cells(fewer), cells(one)[:2])
-    assert (cells(one)[:5] != cells(several)[:5]).mean() > 0.5
+    files = pictures(archive)
+    assert list(files) == [f"seed3_{index:02d}.png" for index in range(5)]
+    np.testing.assert_array_equal(np.stack(list(files.values())), cells(sheet)[:5])
+
+
+def test_samples_of_several_seeds(model):
+    sheet, archive, levels = rendering.sample_grid(model, request(model, "3, 8"), 1)
+    assert levels == "Noise level of the step: 80"
+    assert list(pictures(archive)) == ["seed3.png", "seed8.png"]
+    for seed, cell in zip((3, 8), cells(sheet), strict=True):
+        alone, _, _ = rendering.sample_grid(model, request(model, str(seed), count=1), 1)
+        np.testing.assert_allclose(cells(alone)[0], cell, atol=1)
+
+
+def test_the_strip_has_a_row_for_each_number_of_steps(model):
+    strip = np.asarray(rendering.steps_strip(model, request(model)))
+    rows = cells(strip[:, -4 * 130 - 2 :]).reshape(3, 4, SIDE, SIDE, 3)  # after the names
+    for steps, row in zip((1, 2, 4), rows, strict=True):
+        expected, _, _ = rendering.sample_grid(model, request(model, count=4), steps)
+        np.testing.assert_allclose(row, cells(expected), atol=1)
+    assert (rows[0] != rows[1]).mean() > 0.5
+
+
+def test_guidance_is_offered_where_it_is_possible(model):
+    denoiser = dataclasses.replace(model.config, preconditioning=EDMPreconditioning())
+    assert rendering.guidance_range(model) is None
+    assert rendering.guidance_range(Model(denoiser, model.params)) == (1, 4)
+    trained = dataclasses.replace(denoiser, label_dropout=0.0)
+    assert rendering.guidance_range(Model(trained, model.params)) is None
+    student = dataclasses.replace(
+        model.config, network=dataclasses.replace(SMALL, guidance_embedding=True), guidance_range=(1, 3)
+    )
+    assert rendering.guidance_range(Model(student, model.params)) == (1, 3)
+    assert request(model, guidance=1.5).guidance is None
+
+
+def test_compilation_is_announced_once():
+    assert rendering.compiling("a", 1).startswith("Compiling")
+    with pytest.raises(ValueError, match="no"), rendering.running("a", 1):
+        raise ValueError("no")
+    assert rendering.compiling("a", 1)
+    with rendering.running("a", 1):
+        pass
+    assert rendering.compiling("a", 1) == ""
+    assert "the last program took" in rendering.compiling("a", 2)
 
 
 def test_inpainting_preserves_unpainted_pixels(model):
@@ -87,7 +139,8 @@ def test_inpainting_preserves_unpainted_pixels(model):
     shown, about = rendering.canvas_image(model, picture)
     assert about == "center of some.png, 24 x 20 pixels, resized to 8 x 8"
     layer = stroke(np.s_[1:9, 36:], shown.shape[:2])
-    known, edited = rendering.edit_grids(model, "Inpaint", picture, [layer], 2, 0, 2, 3)
+    known, edited, archive = rendering.edit_grids(model, "Inpaint", picture, [layer], 2, 0, 2, 3)
+    assert list(pictures(archive)) == [f"edit{index:02d}_seed0.png" for index in range(3)]
     (picture, known), edited = cells(known), cells(edited)
     zoom = len(shown) // SIDE
     np.testing.assert_array_equal(shown[::zoom, ::zoom], picture)
@@ -100,9 +153,9 @@ def test_inpainting_preserves_unpainted_pixels(model):
 
 
 def test_the_other_edits_need_no_paint(model):
-    (given, gray), _ = map(cells, rendering.edit_grids(model, "Colorize", some_picture(), [], 0, 0, 1, 1))
+    (given, gray), _ = map(cells, rendering.edit_grids(model, "Colorize", some_picture(), [], 0, 0, 1, 1)[:2])
     assert np.ptp(gray, axis=-1).max() == 0 < np.ptp(given, axis=-1).max()
-    (given, means), _ = map(cells, rendering.edit_grids(model, "Super-resolution", some_picture(), [], 0, 0, 1, 1))
+    (given, means), _ = map(cells, rendering.edit_grids(model, "Super-resolution", some_picture(), [], 0, 0, 1, 1)[:2])
     np.testing.assert_allclose(means[0, 0], given[:4, :4].mean((0, 1)), atol=1)
 
 
@@ -140,10 +193,12 @@ def test_errors(model):
         (lambda: rendering.read_picture(b"no picture", "broken.png"), "^broken.png cannot be read as a picture"),
         (lambda: rendering.painted_pixels([]), "Nothing is painted yet"),
         (lambda: rendering.painted_pixels([stroke(np.s_[:0])]), "Nothing is painted yet"),
-        (lambda: rendering.sample_grids(model, 0, None, 1, 1), "Steps must be"),
-        (lambda: rendering.sample_grids(model, 0, None, 2, 17), "Number of images must be"),
-        (lambda: rendering.sample_grids(model, 0, 3, 2, 1), "A label must be"),
-        (lambda: rendering.sample_grids(model, -1, 0, 2, 1), "A seed must be"),
+        (lambda: rendering.sample_grid(model, request(model), 0), "Steps must be"),
+        (lambda: request(model, count=17), "Number of images must be"),
+        (lambda: rendering.sample_grid(model, request(model, label=3), 2), "A label must be"),
+        (lambda: rendering.sample_grid(model, request(model, "-1"), 2), "A seed must be"),
+        (lambda: request(model, "3 8"), "Expected a seed or several, separated by commas, got '3 8'"),
+        (lambda: request(model, ",".join("1" * 17)), "Number of seeds must be"),
         (lambda: rendering.edit_grids(model, "Inpaint", some_picture(), [], 0, 0, 2, 1), "Nothing is painted yet"),
         (
             lambda: rendering.edit_grids(model, "Inpaint", some_picture(), everywhere, None, 0, 2, 1),

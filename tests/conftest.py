@@ -16,6 +16,9 @@ import tests.typechecker  # noqa: F401  imported for the hook below
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
+# PyTorch's threads wait for each other by spinning, which takes a hundred times the time where cores are shared.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Compilation takes most of the test time. Worker processes and subprocesses inherit these settings.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

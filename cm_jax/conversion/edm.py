@@ -29,7 +29,7 @@ from cm_jax.diffusion.preconditioning import (
 )
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import read_errors
-from cm_jax.networks import BuiltInNetwork, EDM2UNet
+from cm_jax.networks import BuiltInNetwork, EDM2UNet, SongUNet
 from cm_jax.types import Params, leaves, nested
 
 _PRECONDITIONINGS = (
@@ -64,9 +64,11 @@ class EDMCheckpoint(NamedTuple):
     config: ModelConfig
     params: Params
     tensors: Tensors
-    """Its tensors without the prefix of the preconditioning."""
+    """Its tensors, with buffers, without the prefix of the preconditioning."""
     notes: tuple[str, ...]
     """What the user should know about the file."""
+    record: Record | None = None
+    """The network as a pickle describes it."""
 
 
 def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | None = None) -> EDMCheckpoint:
@@ -107,15 +109,14 @@ def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | No
     config = _config(path, network, outer, trained, _class_names(network.classes, content))
     config = dataclasses.replace(config, latents=_latents(path, content))
     if network.classes is not None and outer.kind in _EDM_DENOISERS:
-        rate = _number(path, arguments, "label_dropout", 0.0, 0.0, 1.0)
-        config = dataclasses.replace(config, label_dropout=float(rate))
+        rate = float(_number(path, arguments, "label_dropout", 0.0, 0.0, 1.0))
+        config = dataclasses.replace(config, label_dropout=rate)
     notes = (_LICENSE, _LATENT_NOTE) if config.latents else (_LICENSE,)
-    return _finished(path, config, tensors, prefix, notes)
+    return _finished(path, config, tensors, prefix, notes)._replace(record=outer)
 
 
-_LATENT_NOTE = (
-    "This model samples latents of an autoencoder, not images: `sample` writes them to an .npz file for its decoder."
-)
+_HEADS_NOTE = "Attention heads are assumed to have 64 channels; tensors do not determine this (--head-dim)."
+_LATENT_NOTE = "This model samples latents of an autoencoder, not images: `sample` writes an .npz file for its decoder."
 
 
 def read_state_dict(
@@ -130,15 +131,15 @@ def read_state_dict(
     network = _infer(path, shapes, prefix, head_dim)
     if preconditioning is None:
         raise InputError(
-            f"{path.name} is a state dict of the EDM family, which does not determine its preconditioning. Convert it "
-            "with cm-jax convert and this option:\n  --preconditioning edm (a denoiser), consistency (ECT, CMT) or "
-            "edm-consistency (TCM, and ECT on ImageNet)"
+            f"{path.name} is a state dict of the EDM family without its preconditioning. Convert it with "
+            "--preconditioning edm (a denoiser), consistency (ECT, CMT) or edm-consistency (TCM, and ECT on ImageNet)."
         )
     trigflow = getattr(network, "variant", "") == "trigflow" or network.modulation == "normalized"
     lowest = 0.003 if preconditioning == "consistency" else 0.0  # ECT's boundary
     outer = Record("TrigFlowPrecond" if trigflow else "ECMPrecond", {"sigma_data": 0.5, "sigma_min": lowest})
     config = _config(path, network, outer, preconditioning, _class_names(network.classes, {}))
-    return _finished(path, config, tensors, prefix, (_LICENSE,))
+    notes = (_LICENSE,) if head_dim or isinstance(network, SongUNet) else (_LICENSE, _HEADS_NOTE)
+    return _finished(path, config, tensors, prefix, notes)
 
 
 def write_state_dict(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
@@ -173,8 +174,9 @@ def _infer(path: Path, shapes: dict[str, tuple[int, ...]], prefix: str, head_dim
 
 def _finished(path: Path, config: ModelConfig, tensors: Tensors, prefix: str, notes: tuple[str, ...]) -> EDMCheckpoint:
     network = config.network
-    named = {short: tensor for name, tensor in tensors.items() if (short := edm_names.without_prefix(name, prefix))}
-    params = from_source(edm_names.rules(network), network.shapes(), named, source=str(path))
+    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    stored = {name: tensor for name, tensor in named.items() if not edm_names.is_buffer(name)}
+    params = from_source(edm_names.rules(network), network.shapes(), stored, source=str(path))
     if isinstance(config.preconditioning, TrigFlowPreconditioning):
         params = _negated_head(params)
     return EDMCheckpoint(config, params, named, notes)

@@ -32,10 +32,9 @@ def network_prefix(shapes: Shapes) -> str:
     return stem[: stem.rindex("enc.")]
 
 
-def without_prefix(name: str, prefix: str) -> str | None:
-    """The name of a tensor without the network's prefix; None for buffers that follow from the architecture."""
-    name = name.removeprefix(prefix)
-    return None if _BUFFERS.fullmatch(name) else name
+def is_buffer(name: str) -> bool:
+    """Whether a tensor follows from the architecture: filters, and the levels of iDDPM."""
+    return _BUFFERS.fullmatch(name) is not None
 
 
 def rules(network: AnyNetwork) -> list[Rule]:
@@ -83,7 +82,7 @@ def _rules(network: SongUNet | ADMUNet) -> Iterator[Rule]:
     if not song and network.classes:
         yield Rule("embedding/table", ("map_label.weight",), Layout.DENSE)
     yield from _layer("stem", f"enc.{size}x{size}_conv", Layout.CONVOLUTION)
-    for path, unit, source in _units(network):
+    for path, unit, source in units(network):
         match unit.kind:
             case "residual":
                 for layer, name in _RESIDUAL.items():
@@ -125,7 +124,7 @@ def _edm2_rules(network: EDM2UNet) -> Iterator[Rule]:
     if network.interval_embedding:
         yield Rule("embedding/interval", ("emb_t_k.weight",), Layout.DENSE)
     yield linear("stem", f"enc.{size}x{size}_conv", Layout.CONVOLUTION)
-    for path, unit, source in _units(network):
+    for path, unit, source in units(network):
         if unit.kind == "attention":
             yield linear(f"{path}/qkv", f"{source}.attn_qkv", Layout.INTERLEAVED)
             yield linear(f"{path}/projection", f"{source}.attn_proj", Layout.POINTWISE)
@@ -142,7 +141,7 @@ def _edm2_rules(network: EDM2UNet) -> Iterator[Rule]:
         yield linear("uncertainty/output", "logvar_linear")
 
 
-def _units(network: BuiltInNetwork) -> Iterator[tuple[str, Unit, str]]:
+def units(network: BuiltInNetwork) -> Iterator[tuple[str, Unit, str]]:
     """(parameter path, unit, source prefix) of every unit, in order."""
     plan, per_level, size = network.plan(), network.blocks_per_level, network.image_shape[0]
     deepest = len(network.channel_mult) - 1
@@ -173,7 +172,7 @@ def buffers(network: BuiltInNetwork) -> dict[str, np.ndarray]:
     taps = np.array([1, 3, 3, 1] if network.resampling == "fir" else [1, 1], np.float32)
     kernel = np.outer(taps, taps)[None, None] / np.square(taps.sum())
     names = []
-    for _, unit, source in _units(network):
+    for _, unit, source in units(network):
         if unit.resample:
             names += [source] if unit.kind == "pyramid" else [f"{source}.conv0", f"{source}.skip"]
     return {f"{name}.resample_filter": kernel for name in names}

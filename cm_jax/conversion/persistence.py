@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 
 from cm_jax.conversion.pickles import Inert, RestrictedUnpickler, number_type
-from cm_jax.conversion.torch_files import LEGACY, Storage, TensorUnpickler, tensor_view
+from cm_jax.conversion.torch_files import LEGACY, Storage, TensorUnpickler, is_legacy, tensor_view
 from cm_jax.io.atomic import read_errors
 from cm_jax.io.safetensors import LazyTensor
 
@@ -32,9 +32,9 @@ _MOST_MODULES, _DEEPEST = 20_000, 16
 
 
 def is_persistent(path: Path) -> bool:
-    """Whether a file starts like a pickle of this family."""
+    """Whether a file starts like a pickle of this family, and not like one of torch.save before PyTorch 1.6."""
     with path.open("rb") as file:
-        return file.read(3) in _STARTS
+        return file.read(3) in _STARTS and not is_legacy(path)
 
 
 class Record(Inert):

@@ -42,11 +42,13 @@ class Source:
     format: UNetFormat | None = None
     """The format of its tensors, for PyTorch checkpoints."""
     tensors: Tensors = dataclasses.field(default_factory=dict)
-    """Its tensors under their source names, for PyTorch checkpoints."""
+    """Its tensors under their source names, for PyTorch checkpoints and the EDM family."""
     notes: tuple[str, ...] = ()
     """What was chosen, removed or left out while reading the file, and what else its user should know: a line each."""
     overridden: tuple[str, ...] = ()
     """A line for each setting of a native checkpoint that the hints change."""
+    record: persistence.Record | None = None
+    """What a pickle of the EDM family states of its network."""
     qkv_order: QKVOrder = "thirds"
     """The order of q, k and v in the file; `params` are in the order thirds."""
 
@@ -185,7 +187,7 @@ def _from_edm(path: Path, found: edm.EDMCheckpoint, hints: CheckpointHints) -> S
     if hints.heads or hints.image_size:
         raise InputError(f"{path} determines its heads and image size; leave out --heads and --image-size.")
     config = dataclasses.replace(found.config, num_levels=hints.num_levels or found.config.num_levels)
-    return Source(path, config, found.params, notes=found.notes)
+    return Source(path, config, found.params, tensors=found.tensors, notes=found.notes, record=found.record)
 
 
 def _read_jcm(path: Path, hints: CheckpointHints) -> Source:

@@ -7,6 +7,7 @@ was five pickles followed by the storages. A TorchScript file is an archive that
 import collections
 import io
 import math
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,13 +29,21 @@ _LARGEST_DESCRIPTION = 64 * 2**20
 _LARGEST_RATIO = 20
 """Of unpacked to packed bytes. torch.save does not compress, and compressed weights stay near 1."""
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""Pickled magic number of torch.save before PyTorch 1.6."""
+"""Pickled magic number of torch.save before PyTorch 1.6, in protocol 2."""
+_LEGACY = re.compile(rb"\x80[\x02-\x05](\x95.{8})?" + re.escape(LEGACY[2:]), re.S)
+"""The same in any protocol; from 4 on, pickles are in frames."""
 
 
 def is_torch(path: Path) -> bool:
     """Whether a file starts with the bytes of a torch.save file."""
     with path.open("rb") as file:
-        return file.read(len(LEGACY)).startswith((b"PK", LEGACY))
+        return file.read(2) == b"PK" or is_legacy(path)
+
+
+def is_legacy(path: Path) -> bool:
+    """Whether a file starts with the bytes of a torch.save file before PyTorch 1.6."""
+    with path.open("rb") as file:
+        return _LEGACY.match(file.read(32)) is not None
 
 
 def read_torch(path: Path) -> dict[str, LazyTensor]:
@@ -74,9 +83,7 @@ def read_content(path: Path) -> Any:
     For a TorchScript file the tensors by name. Raises InputError for a damaged file, and for code in the file.
     """
     with read_errors(path, "file of torch.save"):
-        with path.open("rb") as file:
-            legacy = file.read(len(LEGACY)) == LEGACY
-        content = _read_legacy(path) if legacy else _read_zip(path)
+        content = _read_legacy(path) if is_legacy(path) else _read_zip(path)
         return dict(_script_tensors(content)) if isinstance(content, _ScriptObject) else content
 
 

@@ -13,7 +13,9 @@ import pytest
 
 from cm_jax.conversion import edm_names, read
 from cm_jax.conversion.edm import read_pickle, read_state_dict, write_state_dict
+from cm_jax.conversion.edm_parity import Inputs, Reference, preconditioning
 from cm_jax.conversion.persistence import read_persistent
+from cm_jax.conversion.read import Source
 from cm_jax.conversion.rules import source_shapes
 from cm_jax.errors import InputError
 from tests.support import DATA, compiled, nhwc, relative
@@ -101,14 +103,53 @@ def test_network_outputs_match(name):
         time = jnp.full(len(images), recorded["c_noise"][level], jnp.float32)
         length = jnp.full(len(images), recorded["t_k"][level], jnp.float32) if "t_k" in recorded else None
         output = sign * network.predict(params, jnp.asarray(x), time, labels, None, length)
-        assert relative(output, nhwc(recorded["F"][level])[..., : network.image_channels]) < bound
+        assert relative(output, nhwc(recorded["F"][level])[..., : images.shape[-1]]) < bound
+
+
+def source_of(name):
+    """A checkpoint as `read` returns it, shared with the other tests of the family."""
+    found = checkpoint(name)
+    return Source(FOLDER / f"{name}.pkl", found.config, found.params, tensors=found.tensors, record=found.record)
+
+
+def one_hot(source, labels):
+    return None if labels is None else np.eye(source.config.network.classes, dtype=np.float32)[np.asarray(labels)]
+
+
+def inputs_of(source, level):
+    """Recorded network inputs of a noise level, with random parameters of augmentation."""
+    recorded, network = golden(source.path.stem), source.config.network
+    images, sigma, labels, _ = list(levels(source.path.stem))[level]
+    c_in = preconditioning(source, np.asarray(sigma))["c_in"].astype(np.float32)
+    time = np.full(len(images), recorded["c_noise"][level], np.float32)
+    augmentation = np.ones((len(images), network.augment_dim), np.float32) if network.augment_dim else None
+    segment = np.full(len(images), recorded["t_k"][level], np.float32) if "t_k" in recorded else None
+    return Inputs(c_in[:, None, None, None] * images, time, one_hot(source, labels), augmentation, segment)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pytorch_networks_of_the_parity_check_match(name):
+    """Also the preconditioning that a pickle names. The recorded float32 error is the bound."""
+    source, recorded = source_of(name), golden(name)
+    reference, bound = Reference(source), max(BOUND, 2 * float(recorded["error_F"]))
+    sign = -1 if "t" in recorded else 1
+    for level, (images, sigma, _, expected) in enumerate(levels(name)):
+        inputs = dataclasses.replace(inputs_of(source, level), augmentation=None)
+        output = reference.run(inputs)
+        assert relative(sign * output, nhwc(recorded["F"][level])[..., : images.shape[-1]]) < bound
+        found = {key: value[:, None, None, None] for key, value in preconditioning(source, np.asarray(sigma)).items()}
+        if name != SEGMENTS:
+            assert relative(found["c_skip"] * images + found["c_out"] * output, expected) < BOUND
+            assert found["c_noise"].ravel() == pytest.approx(recorded["c_noise"][level], rel=1e-3)
+        if "logvar" in recorded:
+            assert reference.log_variance(inputs.c_noise) == pytest.approx(recorded["logvar"][level], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "D_no_label" in golden(name) and name != SEGMENTS])
 def test_label_beyond_the_classes_stands_for_no_label(name):
     denoise, params = function(name)
-    images, sigma, labels, _ = list(levels(name))[1]
-    none = jnp.full(len(labels), denoise.network.classes, jnp.int32)
+    images, sigma, _, _ = list(levels(name))[1]
+    none = jnp.full(len(images), denoise.network.classes or 0, jnp.int32)
     output = denoise(params, jnp.asarray(images), sigma, none)
     assert relative(output, nhwc(golden(name)["D_no_label"])) < BOUND
 
@@ -123,6 +164,19 @@ def test_augmentation_parameters_enter_the_network(name):
     inputs = (jnp.asarray(x), coefficients.c_noise(sigma), labels, None, None, augmentation)
     output = jax.jit(network.predict)(network.prepare(found.params), *inputs)
     assert relative(coefficients.blend(jnp.asarray(images), sigma, output, 0.0), nhwc(recorded["D_augmented"])) < BOUND
+
+
+def test_bfloat16_is_near_the_recorded_outputs():
+    """The bound of the other networks (test_networks.py)."""
+    found = checkpoint("edm2_guide_cond")
+    network = found.config.network.at_precision("bfloat16")
+    denoise = dataclasses.replace(found.config.function, network=network)
+    params, errors = network.prepare(found.params), []
+    for images, sigma, labels, expected in levels("edm2_guide_cond"):
+        output = jax.jit(denoise)(params, jnp.asarray(images), sigma, labels)
+        assert output.dtype == jnp.float32
+        errors.append(relative(output, expected))
+    assert 4e-4 < max(errors) < 4e-2
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "logvar" in golden(name)])
@@ -175,8 +229,15 @@ def test_state_dict_is_the_same_model_as_its_pickle(name):
     assert again.config.preconditioning == found.config.preconditioning
     assert again.config.schedule == found.config.schedule
     assert again.config.network.shapes() == found.config.network.shapes()
+    assert not any("--head-dim" in note for note in again.notes)
     with pytest.raises(InputError, match="--preconditioning"):
         read_state_dict(FOLDER / f"{name}.pth", tensors)
+
+
+def test_assumed_heads_are_noted():
+    tensors = read_persistent(FOLDER / "edm_adm_cond.pkl")["ema"].tensors()
+    found = read_state_dict(FOLDER / "edm_adm_cond.pth", tensors, preconditioning="edm")
+    assert "Attention heads are assumed to have 64 channels" in found.notes[-1]
 
 
 def test_ect_is_the_identity_at_its_sigma_min():

@@ -274,7 +274,7 @@ def forget():
         del sys.modules[name]
 
 
-@pytest.mark.parametrize(("protocol", "legacy"), [(2, False), (4, False), (2, True)])
+@pytest.mark.parametrize(("protocol", "legacy"), [(2, False), (4, False), (2, True), (4, True)])
 def test_objects_next_to_the_tensors_are_inert_data(tmp_path, foreign, protocol, legacy):
     """Neither their classes are imported, nor anything in them called."""
     content = {

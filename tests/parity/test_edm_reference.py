@@ -15,6 +15,7 @@ from cm_jax.errors import InputError
 from cm_jax.networks import SongUNet
 from cm_jax.types import leaves, nested
 from tests.parity.test_edm_family import FOLDER, SEGMENTS, inputs_of, source_of
+from tests.support import random_params
 
 
 @pytest.mark.parametrize(
@@ -65,8 +66,17 @@ def test_native_networks_are_checked_in_the_names_of_edm(name):
     assert preconditioning(native, np.ones(1)) == {}
 
 
-def test_networks_that_edm_does_not_have_are_refused():
+def test_a_table_of_classes_becomes_the_linear_layer_of_edm():
     network = SongUNet(image_size=8, base_channels=8, channel_mult=(1, 1), blocks_per_level=1, classes=3)
+    config, params = ModelConfig(network, ConsistencyPreconditioning()), random_params(network)
+    tensors = Reference(Source(FOLDER, config, params))._network.tensors
+    one_hot = torch.eye(3) * 3**0.5
+    labels = one_hot @ tensors["map_label.weight"].T + tensors["map_label.bias"]
+    np.testing.assert_allclose(labels, params["embedding"]["table"], rtol=1e-6)
+
+
+def test_networks_that_edm_does_not_have_are_refused():
+    network = SongUNet(image_size=(8, 16), base_channels=8, channel_mult=(1, 1), blocks_per_level=1)
     config = ModelConfig(network, ConsistencyPreconditioning())
-    with pytest.raises(InputError, match=r"--check cannot run this network .* a table of classes"):
+    with pytest.raises(InputError, match=r"--check cannot run this network .* square networks only"):
         Reference(Source(FOLDER, config, {}))

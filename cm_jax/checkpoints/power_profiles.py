@@ -9,8 +9,8 @@ A linear combination of EMAs is the average whose weights are the same combinati
 approximated by those of snapshots, by least squares.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -25,8 +25,7 @@ def gamma(width: float) -> float:
     return max(0.0, float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()))
 
 
-@dataclasses.dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """The weights in time of a power-function EMA."""
 
     steps: int
@@ -35,8 +34,7 @@ class Profile:
     """Standard deviation of the weights over t."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Combination:
+class Combination(NamedTuple):
     """An approximation of a profile by a linear combination of others."""
 
     weights: tuple[float, ...]

@@ -223,10 +223,12 @@ BOUND_TO_OTHERS = {
     *(("EDM2UNet", name) for name in ("augment_dim", "modulation", "output_channels")),
     ("EvalConfig", "metrics"),
     ("PeriodicEvaluation", "metrics"),
-    *(("TrainConfig", name) for name in ("augmentation", "label_dropout")),
+    *(("TrainConfig", name) for name in ("augmentation", "label_dropout", "ema_snapshot_every")),
+    *(("TrainConfig", f"{place}_{choice}") for place in ("teacher", "init_from") for choice in ("key", "ema")),
 }
 """Fields that cannot change alone, or not to any text: one of the first two is set, names need classes, latents need as
-many scales as channels, and EDM2's network has no other modulation."""
+many scales as channels, EDM2's network has no other modulation, snapshots need power-function EMAs, and keys and EMAs
+need a checkpoint."""
 
 
 @pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__name__)

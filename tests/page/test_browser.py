@@ -288,8 +288,9 @@ def test_a_port_in_use(address):
 def test_an_address_of_another_machine(host):
     done = run("-m", "cm_jax.demo", "--host", host)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Cannot listen on ")
-    assert len(done.stderr.splitlines()) == 1
+    progress, error = done.stderr.splitlines()
+    assert progress == "Starting the page ..."
+    assert error.startswith("error: Cannot listen on ")
 
 
 def test_interruption_while_an_open_page_is_sampling(tmp_path):

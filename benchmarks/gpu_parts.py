@@ -74,7 +74,8 @@ def ceilings(task: Task) -> None:
 def training_step(part: str, rivals: tuple[str, ...], task: Task) -> None:
     """Time of a training step at the largest batch size that fits, compared with PyTorch."""
     family = "imagenet64" if part in ("edm", "cd") else "cifar10"
-    network: Any = task.network(PRESETS[f"{family}-{part}"]().network)
+    usual: Any = PRESETS[f"{family}-{part}"]().network
+    network: Any = task.network(usual)
     batches = (2,) if task.small else {"imagenet64": (32, 16), "cifar10": (256, 128)}[family]
     print(HEADER, flush=True)
     done: dict[Row, Measurement] = {}

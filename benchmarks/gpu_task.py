@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import failure
 from benchmarks.profiles import Ceilings, Program, profile, table
-from cm_jax.networks import ADMUNet, AnyNetwork, SongUNet
+from cm_jax.networks import ADMUNet, BuiltInNetwork, SongUNet
 
 TINY = ADMUNet(
     image_size=8, base_channels=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(), head_dim=32, classes=3
@@ -23,7 +23,7 @@ TINY_SONG = SongUNet(
     image_size=8, base_channels=16, channel_mult=(1,), blocks_per_level=1, embedding="positional", resampling="plain",
     pyramid=False,
 )  # fmt: skip
-Network = AnyNetwork
+Network = BuiltInNetwork
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,8 @@ def train_config(method: str, teacher: Path, budget: Budget, network: Any) -> Tr
     """The preset of a method with the network of the teacher, scaled to the budget."""
     name, _, distance = method.partition("-")
     preset = PRESETS[f"emoji32-{name}"]()
-    fields = {field: getattr(preset.network, field) for field in ("attention", "interval_embedding")}
+    usual: Any = preset.network
+    fields = {field: getattr(usual, field) for field in ("attention", "interval_embedding")}
     chosen = scale_steps(preset, budget.batches / preset.batches)
     rate = chosen.optimizer.learning_rate
     if distance:
@@ -101,7 +102,7 @@ def train_config(method: str, teacher: Path, budget: Budget, network: Any) -> Tr
     )
     return replace(
         chosen,
-        network=replace(network, **fields, dropout=min(network.dropout, preset.network.dropout)),
+        network=replace(network, **fields, dropout=min(network.dropout, usual.dropout)),
         optimizer=replace(chosen.optimizer, learning_rate=replace(rate, peak=budget.lr_scale * rate.peak)),
         teacher=str(teacher) if preset.teacher else "",
         init_from=str(teacher) if preset.init_from else "",

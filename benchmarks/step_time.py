@@ -15,6 +15,7 @@ import dataclasses
 import os
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -41,9 +42,8 @@ from cm_jax.types import Precision
 SMALL = ADMUNet(
     image_size=32, base_channels=64, channel_mult=(1, 2, 2), blocks_per_level=1, attention_factors=(2,), classes=10
 )
-EMOJI = dataclasses.replace(
-    PRESETS["emoji32-edm"]().network, base_channels=32, channel_mult=(1, 2, 4), blocks_per_level=1
-)
+_PRESET: Any = PRESETS["emoji32-edm"]().network
+EMOJI = dataclasses.replace(_PRESET, base_channels=32, channel_mult=(1, 2, 4), blocks_per_level=1)
 """The network of the bundled model."""
 METHODS = {"EDM": "edm", "CD": "cd", "ECT": "ect", "sCM": "sct"}
 """Suffix of the preset's name."""
@@ -52,9 +52,10 @@ METHODS = {"EDM": "edm", "CD": "cd", "ECT": "ect", "sCM": "sct"}
 def train_config(family: str, method: str, batch: int, network: ADMUNet | SongUNet | None = None) -> TrainConfig:
     """The preset with RAdam, one EMA, no dropout and no flips, so that PyTorch can reproduce it."""
     preset = PRESETS[f"{family}-{METHODS[method]}"]()
+    chosen: Any = network or preset.network
     return dataclasses.replace(
         preset,
-        network=dataclasses.replace(network or preset.network, dropout=0.0, precision="float32"),
+        network=dataclasses.replace(chosen, dropout=0.0, precision="float32"),
         optimizer=RAdam(ConstantRate(1e-3)),  # large enough to change the checked losses
         ema_decay=(0.9999,),
         power_ema=(),

@@ -190,11 +190,7 @@ def _negated_head(params: Params) -> Params:
 
 
 def _with_attributes(
-    path: Path,
-    network: BuiltInNetwork,
-    arguments: dict[str, Any],
-    inner: Record,
-    modules: dict[str, Record],
+    path: Path, network: BuiltInNetwork, arguments: dict[str, Any], inner: Record, modules: dict[str, Record]
 ) -> BuiltInNetwork:
     """The network with the settings that shapes do not determine. Raises InputError for unknown numbers of heads."""
     changes: dict[str, Any] = {"dropout": _number(path, arguments, "dropout", 0.0, 0.0, 0.99)}

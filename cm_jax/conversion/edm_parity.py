@@ -14,7 +14,7 @@ from cm_jax.conversion.read import Source
 from cm_jax.conversion.torch_files import as_torch
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, TrigFlowPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.networks import AnyNetwork, SongUNet
+from cm_jax.networks import BuiltInNetwork, SongUNet
 from cm_jax.types import Params, leaves, nested
 
 _BALANCES = ("label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act")
@@ -47,7 +47,7 @@ class Reference:
                 raise InputError(f"--check cannot run this network in PyTorch; leave out --check. {error}") from error
             tensors = {re.sub(r"^(model|unet)\.", "", name): array for name, array in written.items()}
         self._sign = -1 if isinstance(source.config.preconditioning, TrigFlowPreconditioning) else 1
-        self._channels = source.config.network.image_channels
+        self._channels = source.config.network.image_shape[2]
         self._network = EDMReference(
             {name: as_torch(array).float() for name, array in tensors.items()}, _facts(source, tensors)
         )
@@ -61,7 +61,7 @@ class Reference:
             x = torch.from_numpy(inputs.x.transpose(0, 3, 1, 2).copy())
             return self._sign * _nhwc(self._network(x, *given))[..., : self._channels]
 
-    def units(self, network: AnyNetwork) -> dict[str, np.ndarray]:
+    def units(self, network: BuiltInNetwork) -> dict[str, np.ndarray]:
         """Outputs of the blocks in the last run, by the path of their last unit."""
         paths = {name: path for path, unit, name in edm_names.units(network) if unit.kind != "pyramid"}
         return {path: _nhwc(self._network.outputs[name]) for name, path in paths.items()}
@@ -95,6 +95,7 @@ def _facts(source: Source, tensors: dict[str, np.ndarray]) -> Facts:
     """As the pickle states them, otherwise from the model's config."""
     network = source.config.network
     if source.record is None:
+        assert isinstance(network, BuiltInNetwork)
         matches = ((re.fullmatch(r"(.*)\.(attn_)?qkv\.weight", name), array) for name, array in tensors.items())
         heads = {match[1]: network.heads_for(array.shape[1]) for match, array in matches if match}
         fields = {name: getattr(network, _FIELDS.get(name, name), None) for name in _BALANCES}

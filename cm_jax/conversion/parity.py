@@ -19,7 +19,7 @@ from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import as_torch
 from cm_jax.conversion.unet_format import DIFFUSERS
 from cm_jax.errors import InputError
-from cm_jax.networks import ADMUNet, AnyNetwork
+from cm_jax.networks import ADMUNet, BuiltInNetwork
 from cm_jax.networks.layers import NORM_GROUPS
 from cm_jax.types import Params
 
@@ -67,7 +67,9 @@ def compare(source: Source, *, inputs: int = 3, seed: int = 0) -> Parity:
     neither format has the network.
     """
     config = source.config
-    network: Any = dataclasses.replace(config.network, precision="float32", attention="plain")
+    if not isinstance(config.network, BuiltInNetwork):
+        raise InputError(f"--check needs a network of this package, not {type(config.network).__name__}: leave it out.")
+    network = dataclasses.replace(config.network, precision="float32", attention="plain")
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((inputs, *network.image_shape), np.float32)
     sigmas = np.geomspace(config.schedule.sigma_max, config.schedule.sigma_min, inputs, dtype=np.float32)
@@ -99,7 +101,7 @@ def _compare_diffusers(
 
 def _compare_edm(
     source: Source,
-    network: AnyNetwork,
+    network: BuiltInNetwork,
     params: Params,
     x: np.ndarray,
     sigmas: np.ndarray,

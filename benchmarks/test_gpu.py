@@ -173,7 +173,7 @@ def test_all_parts_on_a_cpu(tmp_path: Path) -> None:
         "benchmarks.gpu",
         "--small",
         "--seconds",
-        "500",
+        "3000",
         "--folder",
         str(tmp_path / "kept"),
     ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
@@ -30,9 +31,11 @@ TINY = ADMUNet(
 
 
 @pytest.fixture(autouse=True)
-def fast_compilation() -> Iterator[None]:
-    """Disable optimizations, because compilation takes most of the time."""
+def fast_compilation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few optimizations in JAX and none in torch.compile, because compilation takes most of the time."""
     torch.set_num_threads(1)
+    compile_with: Any = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compile_with(module, backend="aot_eager", dynamic=False))
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield

@@ -48,6 +48,9 @@ def test_labels_are_dropped_at_the_given_rate():
     np.testing.assert_array_equal(drop_labels(labels[50:60], keys[50:60], 0.1, ToyNetwork()), dropped[50:60])
 
 
+PROGRAMS = {}
+
+
 def trained(network, params, labels, across=ONE, label_dropout=0.0):
     """Parameters after three steps of denoising."""
     models = Models(ConsistencyFunction(network, EDMPreconditioning()))
@@ -55,8 +58,9 @@ def trained(network, params, labels, across=ONE, label_dropout=0.0):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, *network.image_shape), dtype=np.uint8)
     batches = StepBatch(images, None if labels is None else np.tile(labels, (3, 1)))
     state = across.place_state(step.initial_state(params))
-    program = across.compile(functools.partial(step.run_steps, across), state)
-    state, _ = program(state, Constants(), across.place_batches(batches), jax.random.key(4))
+    if (step, across) not in PROGRAMS:
+        PROGRAMS[step, across] = across.compile(functools.partial(step.run_steps, across), state)
+    state, _ = PROGRAMS[step, across](state, Constants(), across.place_batches(batches), jax.random.key(4))
     return jax.device_get(state.params)["mlp"]
 
 

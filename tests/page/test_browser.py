@@ -40,7 +40,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-PATIENCE = 240
+PATIENCE = 600
 """Timeout in seconds, for a busy machine."""
 
 

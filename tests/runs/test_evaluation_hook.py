@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import cm_jax
 from cm_jax.checkpoints.published import resolve
@@ -17,7 +16,6 @@ from cm_jax.data import EmojiData
 from cm_jax.errors import InputError
 from cm_jax.evaluation import FeatureExtractor, evaluate, load_inception, of_dataset, of_model
 from cm_jax.parallelism import OneDevice
-from cm_jax.training import loop
 from cm_jax.training.config import PeriodicEvaluation
 from cm_jax.training.loop import train
 from cm_jax.training.run import evaluation_hook
@@ -26,7 +24,7 @@ from cm_jax.training.run.evaluation_hook import EvaluationHook, Evaluator
 from cm_jax.training.run.folder import Retention, RunFolder
 from cm_jax.training.run.metrics_log import MetricsLog
 from cm_jax.training.run.plots import plot
-from cm_jax.training.setup import TrainingSetup, prepare
+from cm_jax.training.setup import prepare
 from tests.laws.test_evaluation import toy_features
 from tests.runs.test_commands import failed
 from tests.runs.test_run_folder import CONFIG, PARAMS
@@ -58,17 +56,9 @@ def toy(weights=""):
 
 @pytest.fixture(scope="module", autouse=True)
 def toys(tmp_path_factory):
-    """The toy, no pictures, a cache of references, and programs that are compiled once."""
-    compiled, programs = TrainingSetup.compiled, {}
-
-    def once(run):
-        return programs.setdefault(run.step, compiled(run))
-
+    """The toy, no pictures, and a cache of references."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation_hook, "load_inception", toy)
-        patch.setattr(loop, "sample_grid", lambda config, params: Image.new("RGB", (8, 8)))
-        patch.setattr(loop, "plot", lambda run: None)
-        patch.setattr(TrainingSetup, "compiled", once)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -104,7 +105,8 @@ def test_a_teacher_without_label_dropout_cannot_guide_itself(teacher):
 
 def test_a_run_folder_without_label_dropout_still_loads(teacher, tmp_path):
     """Configs written before the field existed."""
-    fields = json.loads((teacher[0] / "config.json").read_text())
+    run = shutil.copytree(teacher[0], tmp_path / "run")
+    fields = json.loads((run / "config.json").read_text())
     del fields["label_dropout"]
-    (teacher[0] / "config.json").write_text(json.dumps(fields))
-    train(dataclasses.replace(SMALL, sample_every=12), teacher[0], lambda line: None)
+    (run / "config.json").write_text(json.dumps(fields))
+    train(dataclasses.replace(SMALL, sample_every=12), run, lambda line: None)

@@ -73,14 +73,12 @@ def settings(shape, folder):
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def trained(request, tmp_path_factory):
+def trained(request, tmp_path_factory, sampled_runs):
     """(shape, run folder, printed lines) of a run that was resumed after 12 of 20 batches."""
     folder, said = tmp_path_factory.mktemp("shape"), []
     config = settings(request.param, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot", lambda folder: None)  # takes a fifth of the time
-        for images in (4 * 12, 4 * 20):
-            loop.train(dataclasses.replace(config, images=images), folder / "run", said.append)
+    for images in (4 * 12, 4 * 20):
+        loop.train(dataclasses.replace(config, images=images), folder / "run", said.append)
     return request.param, folder / "run", said
 
 

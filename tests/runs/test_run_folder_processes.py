@@ -88,43 +88,51 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
 
 
 KILLER = r"""
-moments = random.Random(int(sys.argv[2]))
+names = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+def kill_before(operation):
+    left = operation
+
+    def hook(name, arguments):
+        nonlocal left
+        left -= name in names and sys.argv[1] in str(arguments[0])
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
 sure = 0
-for _ in range(13):
+for operation in range(1, 100, 3):
     here, there = os.pipe()
     pid = os.fork()  # nothing has used a device or a thread yet
     if pid == 0:
         try:
+            kill_before(operation)
             train(sys.argv[1], lambda line: os.write(there, (line + "\n").encode()))
         except BaseException as error:
             os.write(there, f"failed {error!r}\n".encode())
         os._exit(1)
     os.close(there)
     with os.fdopen(here) as lines:
-        while not (line := lines.readline()).startswith(("ready", "failed")):
-            pass
-        assert line.startswith("ready"), line
-        done = int(line.split()[1])
-        assert sure <= done <= sure + 1, (sure, done)
-        time.sleep(moments.uniform(0, 0.6))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        half = any(name.startswith(".") for name in os.listdir(sys.argv[1] + "/checkpoints"))
-        rest = lines.read().split("\n")
-    assert not any(line.startswith("failed") for line in rest), rest
-    sure = max([done, *(int(line.split()[1]) for line in rest if line.startswith("saved") and line in rest[:-1])])
-    print("killed", done, sure, half, flush=True)
+        said = [line.split() for line in lines]
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert all(kind in ("ready", "saved") for kind, _ in said), said
+    done = [int(number) for _, number in said]
+    assert not done or sure <= done[0] <= sure + 1, (sure, done)
+    sure = max([sure, *done])
+    half = any(name.startswith(".") for name in os.listdir(sys.argv[1] + "/checkpoints"))
+    print("killed", sure, half, flush=True)
 """
 
 
-def test_killed_at_random_moments_the_newest_checkpoint_is_whole(tmp_path):
-    process = child(LOOP + KILLER, str(tmp_path), "0")
-    output, errors = process.communicate(timeout=300)
+def test_killed_before_any_file_operation_the_newest_checkpoint_is_whole(tmp_path):
+    process = child(LOOP + KILLER, str(tmp_path))
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     kills = [line.split() for line in output.splitlines()]
-    assert len(kills) == 13
-    assert int(kills[-1][1]) > 3
-    assert sum(half == "True" for *_, half in kills) > 3, "too few died while they wrote"
+    assert len(kills) == 33
+    assert int(kills[-1][1]) > 30
+    assert sum(half == "True" for *_, half in kills) > 10, "too few died while they wrote"
 
 
 PROCESS = """
@@ -244,7 +252,7 @@ def test_two_processes_save_restore_and_evaluate_together(tmp_path, unchecked_ty
         port = str(probe.getsockname()[1])
     processes = [child(PROCESS, str(me), port, str(tmp_path)) for me in (0, 1)]
     try:
-        done = [process.communicate(timeout=200) for process in processes]
+        done = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()

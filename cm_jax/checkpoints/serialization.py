@@ -18,6 +18,8 @@ from cm_jax.errors import InputError, nearest, one_line
 from cm_jax.io.validation import check_value
 
 T = TypeVar("T")
+HIDDEN = {"hidden": True}
+"""Metadata of a field that files hold and command lines do not."""
 
 
 def kinds(hint: Any) -> dict[str, type]:
@@ -110,14 +112,16 @@ def from_text(text: str, kind: type[T], version: int, source: str, what: str) ->
 
 def differences(old: Any, new: Any, place: str = "", there: str = "in the folder") -> list[str]:
     """One line for each value that differs between two encoded configurations; `there` says where the old one is."""
+    found = changed_values(old, new, place).items()
+    return [f"{name}: {in_words(before)} {there}, {in_words(now)} now" for name, (before, now) in found]
+
+
+def changed_values(old: Any, new: Any, place: str = "") -> dict[str, tuple[Any, Any]]:
+    """{"optimizer.beta1": (old value, new value)} for each value that differs between two encoded configurations."""
     if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind"):
-        names = {**old, **new}
-        return [
-            line for name in names for line in differences(old.get(name), new.get(name), within(place, name), there)
-        ]
-    if old == new and isinstance(old, bool) == isinstance(new, bool):
-        return []
-    return [f"{place}: {_in_words(old)} {there}, {_in_words(new)} now"]
+        pairs = ((old.get(name), new.get(name), within(place, name)) for name in {**old, **new})
+        return {name: values for pair in pairs for name, values in changed_values(*pair).items()}
+    return {} if old == new and isinstance(old, bool) == isinstance(new, bool) else {place: (old, new)}
 
 
 def within(place: str, name: str) -> str:
@@ -152,5 +156,6 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A value of an encoded configuration: of a component, its kind."""
     return str(value.get("kind", "an object")) if isinstance(value, dict) else json.dumps(value)

@@ -16,7 +16,7 @@ import docstring_parser
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo, StructConstructorSpec, StructFieldSpec
 
-from cm_jax.checkpoints.serialization import decode, encode, hints, kinds, may_be_none
+from cm_jax.checkpoints.serialization import HIDDEN, decode, encode, hints, kinds, may_be_none
 from cm_jax.errors import InputError, nearest
 from cm_jax.types import ImageSize
 
@@ -102,11 +102,17 @@ class _Option(NamedTuple):
 
 
 def _options(config: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
-    for name, hint in hints(type(config)).items():
+    for name, hint in _shown(type(config)).items():
         value = getattr(config, name)
         yield _Option((*above, name), hint, value)
         if dataclasses.is_dataclass(value):
             yield from _options(value, (*above, name))
+
+
+def _shown(kind: type) -> dict[str, Any]:
+    """The types of the fields that command lines have."""
+    hidden = {field.name for field in dataclasses.fields(kind) if field.metadata == HIDDEN}
+    return {name: hint for name, hint in hints(kind).items() if name not in hidden}
 
 
 def _exchange(config: Any, words: Sequence[str]) -> tuple[Any, list[str]]:
@@ -192,7 +198,7 @@ def _struct(info: Any) -> StructConstructorSpec | None:
     if not dataclasses.is_dataclass(kind):
         return None
     fields, texts, annotated = [], _descriptions(kind), typing.get_type_hints(kind, include_extras=True)
-    order = (name for base in kind.__mro__ for name in inspect.get_annotations(base) if name in hints(kind))
+    order = (name for base in kind.__mro__ for name in inspect.get_annotations(base) if name in _shown(kind))
     for name in dict.fromkeys(order):
         hint, text = annotated[name], texts.get(name)
         option = _Option((name,), hints(kind)[name], getattr(info.default, name))

@@ -24,6 +24,9 @@ class Options(Distributed, Compilation):
 
     run: str = ""
     """Folder of the run. Training resumes from its latest checkpoint if there is one. Default: runs/PRESET."""
+    allow_config_change: bool = False
+    """Resume with other settings than those in the folder, such as batch size, learning rate or EMAs. The change is
+    recorded in config_history.json."""
     dry_run: bool = False
     """Print shapes, parameters, memory and FLOPs per step, and exit."""
 
@@ -38,4 +41,5 @@ def main(prog: str, words: Sequence[str]) -> None:
             for line in report(prepare(settings)):
                 say(line)
         else:
-            train(settings, Path(options.run or f"runs/{preset}"), say)
+            folder = Path(options.run or f"runs/{preset}")
+            train(settings, folder, say, allow_config_change=options.allow_config_change)

@@ -2,17 +2,18 @@
 
 A run reads an infinite sequence of images: one permutation of the data set per epoch, which depends on the seed and the
 epoch only. Batch k of size B has elements [k B, (k + 1) B) of the sequence and may span epochs. So the position in the
-data is the number of batches seen.
+data is the number of batches seen. A run whose batch size changes adds a constant offset to it (`Dataset.shifted`).
 """
 
 import abc
 import contextlib
 import copy
 import functools
+import hashlib
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Integer, UInt8
@@ -52,12 +53,17 @@ class Dataset(abc.ABC):
     classes or names. description: one line for the log.
     """
 
+    content_hash: str | None = None
+    """Number of images and hash of their content and labels, wherever they are; None if unknown. Of encoded images, the
+    files of at most 1,000 are read, evenly spaced."""
+
     def __init__(
         self, place: str, size: int, shape: tuple[int, ...], classes: int | None, names: tuple[str, ...], how: str
     ) -> None:
         self.size, self.place = size, place
         self.image_shape: tuple[int, int, int] = shape  # type: ignore[assignment]
         self.classes, self.class_names = classes, names
+        self.offset = 0
         labels = f"{classes} classes" if classes else "no labels"
         images = f"{size:,} image{'s' if size != 1 else ''} of {in_pixels(shape)}"
         images += {1: ", gray", 3: ""}.get(shape[2], f", {shape[2]} channels")
@@ -71,9 +77,17 @@ class Dataset(abc.ABC):
         other._renumber(order)
         return other
 
+    def shifted(self, offset: int) -> "Dataset":
+        """The same images, with batch k from position k B + offset of the sequence on. Negative positions are refused
+        by `indices`."""
+        other = copy.copy(self)
+        other.offset = self.offset + offset
+        return other
+
     def indices(self, batch_size: int, seed: int, number: int) -> Int32[np.ndarray, " b"]:
         """Indices of the images in batch `number`."""
-        parts, position, end = [], number * batch_size, (number + 1) * batch_size
+        position = check_int("The position in the data", number * batch_size + self.offset, 0, 2**62)
+        parts, end = [], position + batch_size
         while position < end:
             epoch, first = divmod(position, self.size)
             parts.append(permutation(self.size, seed, epoch)[first : first + end - position])
@@ -128,6 +142,7 @@ class InMemory(Dataset):
         class_names: tuple[str, ...] = (),
         classes: int | None = None,
         place: str = "an array",
+        content_hash: str = "",
     ) -> None:
         if not images.size:
             raise InputError(f"{place} has no images: its shape is {list(images.shape)}.")
@@ -144,6 +159,7 @@ class InMemory(Dataset):
             classes, class_names = None, ()
         self.images = images
         self.labels = None if labels is None else labels.astype(np.int32)
+        self.content_hash = content_hash or hashed(len(images), class_names, (images, self.labels))
         how = f"in memory ({images.nbytes / 1e6:,.0f} MB)"
         super().__init__(place, len(images), images.shape[1:], classes, tuple(class_names), how)
 
@@ -179,8 +195,10 @@ class Generated(Dataset):
         self._order: np.ndarray | None = None
 
     def _batches(self, batch_size: int, seed: int, start: int, rows: slice) -> Batches:
+        if self.offset % batch_size:
+            raise InputError(f"{self.place} cannot continue within a batch of another size: keep the batch size.")
         expected, labeled = (batch_size, *self.image_shape), self.classes is not None
-        for images, labels in self._make(batch_size, seed, start):
+        for images, labels in self._make(batch_size, seed, start + self.offset // batch_size):
             images = np.asarray(images)
             if images.dtype != np.uint8 or images.shape != expected:
                 found = f"{images.dtype} {list(images.shape)}"
@@ -197,6 +215,14 @@ class Generated(Dataset):
 
     def _renumber(self, order: Int32[np.ndarray, " classes"]) -> None:
         self._order = order if self._order is None else order[self._order]
+
+
+def hashed(count: int, class_names: Iterable[str], parts: Iterable[Any]) -> str:
+    """The content hash of `count` images: "3334 images, 0a1b2c3d4e5f6071". parts: bytes, or arrays where known."""
+    digest = hashlib.blake2b("\n".join(class_names).encode(), digest_size=8)
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part or b"")
+    return f"{count} images, {digest.hexdigest()}"
 
 
 class Data(abc.ABC):

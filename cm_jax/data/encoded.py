@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import logging
 import math
 import multiprocessing.connection
@@ -14,7 +15,7 @@ import threading
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from cm_jax.data.base import Batches, Data, Dataset, InMemory, RawBatch, check_image_size
+from cm_jax.data.base import Batches, Data, Dataset, InMemory, RawBatch, check_image_size, hashed
 from cm_jax.data.decoding import MODES, decode
 from cm_jax.errors import InputError, indented_list
 from cm_jax.progress import activity
@@ -25,6 +26,8 @@ log = logging.getLogger("cm_jax.data")
 THREADS = min(16, os.cpu_count() or 1)
 Shape = tuple[int, int, int]
 """Height, width and channels of images."""
+_HASHED = 1_000
+"""Largest number of images whose files are read for the content hash."""
 _CHUNK = 64
 """Images that a thread decodes before its progress is counted."""
 
@@ -157,7 +160,29 @@ def decode_all(encoded: Encoded, shape: Shape, max_corrupt: int) -> InMemory:
             images[place], labels[place] = images[index], labels[index]
     names, classes = encoded.class_names, encoded.classes
     kept_labels = None if classes is None else labels[: len(kept)]
-    return InMemory(images[: len(kept)], kept_labels, class_names=names, classes=classes, place=encoded.place)
+    return InMemory(
+        images[: len(kept)],
+        kept_labels,
+        class_names=names,
+        classes=classes,
+        place=encoded.place,
+        content_hash=content_hash(encoded),
+    )
+
+
+def content_hash(encoded: Encoded) -> str:
+    """Hash of the encoded content and the classes of images; those that cannot be read count as empty."""
+
+    def part(index: int) -> bytes:
+        try:
+            content, label = encoded.read(index)
+        except Exception:  # reported where the image is decoded
+            content, label = b"", 0
+        return hashlib.blake2b(b"%d " % label + content, digest_size=8).digest()
+
+    indices = np.unique(np.linspace(0, len(encoded) - 1, _HASHED, dtype=int)).tolist()
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return hashed(len(encoded), encoded.class_names, pool.map(part, indices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +214,7 @@ class Streamed(Dataset):
         self.encoded, self.max_corrupt, self.workers = encoded, max_corrupt, workers
         by = f"{workers} process{'es' if workers != 1 else ''}" if workers else f"{THREADS} threads"
         self._order: np.ndarray | None = None
+        self.content_hash = content_hash(encoded)
         how = f"streamed by {by}"
         super().__init__(encoded.place, len(encoded), shape, encoded.classes, encoded.class_names, how)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar, Literal
 
+from cm_jax.checkpoints.serialization import HIDDEN
 from cm_jax.data import AnyData, EmojiData
 from cm_jax.data.augmentation import Augmentation
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
@@ -146,11 +147,9 @@ class TrainConfig:
     evaluation: PeriodicEvaluation | None = None
     """Evaluation during training (FID and others)."""
 
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        *("images", "steps_per_dispatch", "parallel", "shards", "max_consecutive_skips", "log_every", "sample_every"),
-        *("checkpoint_every", "keep_last", "keep_every", "keep_hours", "ema_snapshot_every", "evaluation"),
-    )
-    """Fields that may change when a run resumes, because they do not change the numbers that are computed."""
+    image_offset: int = dataclasses.field(default=0, metadata=HIDDEN)
+    """Images before batch 0, which may be negative: a resumed run sets it when its batch size changes, so that images
+    are counted and read without a gap."""
 
     def __post_init__(self) -> None:
         sizes = ("batch_size", "images", "grad_accum_steps", "steps_per_dispatch", "max_consecutive_skips")
@@ -196,7 +195,11 @@ class TrainConfig:
     @property
     def batches(self) -> int:
         """Batches of the whole run."""
-        return -(-self.images // self.batch_size)
+        return -((self.image_offset - self.images) // self.batch_size)
+
+    def images_after(self, batches: int) -> int:
+        """Images that the run has trained on after `batches`."""
+        return batches * self.batch_size + self.image_offset
 
     @property
     def initial_checkpoint(self) -> str:

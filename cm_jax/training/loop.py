@@ -11,24 +11,24 @@ from typing import Any
 import jax
 
 from cm_jax.checkpoints import native, serialization
-from cm_jax.errors import InputError, indented_list
-from cm_jax.io.atomic import atomic_write, user_path
+from cm_jax.io.atomic import user_path
 from cm_jax.io.images import fits_png
-from cm_jax.parallelism.processes import in_any
+from cm_jax.parallelism.processes import in_any, raised_in_all
 from cm_jax.progress import activity
+from cm_jax.training.adaptation import adapted, template
 from cm_jax.training.config import TrainConfig
+from cm_jax.training.run.changes import Settings, check_changes
 from cm_jax.training.run.evaluation_hook import EvaluationHook, sample_grid
 from cm_jax.training.run.folder import Retention, RunFolder
+from cm_jax.training.run.history import Period, RunHistory, read_config, read_history
 from cm_jax.training.run.metrics_log import LogCallback, MetricsLog, MetricsWindow
 from cm_jax.training.run.plots import plot
 from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start
 from cm_jax.training.run.signals import StopSignal
 from cm_jax.training.schedules import (
-    NEW_RUN,
     check_learning_rate,
     continuation,
-    extensible,
     outrun_schedules,
     unfinished_schedules,
 )
@@ -36,8 +36,6 @@ from cm_jax.training.setup import COMPILING, TrainingSetup, prepare
 from cm_jax.training.step import TrainState
 from cm_jax.types import Params, parameter_count
 
-FORMAT = 1
-"""Version of a run's config.json."""
 _SYNC_EVERY = 10
 """Dispatches between exchanges of the stop flag among processes, which wait for each other."""
 
@@ -45,37 +43,54 @@ Print = Callable[[str], None]
 
 
 def train(
-    config: TrainConfig, folder: str | Path, print_line: Print = print, *, log: LogCallback | None = None
+    config: TrainConfig,
+    folder: str | Path,
+    print_line: Print = print,
+    *,
+    allow_config_change: bool = False,
+    log: LogCallback | None = None,
 ) -> None:
     """Train in a folder, from its latest checkpoint if it has one, until the run is finished or stopped by a signal.
 
-    log: called with (batches, {name: number}) for every row of metrics.csv and, with names "evaluation/...", of
-    evaluations.csv; in process 0 only. Raises InputError if the settings contradict each other or those in the folder.
+    allow_config_change: whether a resumed run may change settings that change the numbers, which config_history.json
+    records. log: called with (batches, {name: number}) for every row of metrics.csv and, with names "evaluation/...",
+    of evaluations.csv; in process 0 only. Raises InputError if the settings contradict each other or the folder's.
     """
-    stored = _stored_config(user_path(folder) / "config.json")
+    stored = read_config(user_path(folder))
     new = not native.run_checkpoints(Path(folder))
     last = native.last_config(Path(folder))
     setup = prepare(config, stored and stored.network, resumed=last, initial=new)
-    config = setup.config
-    serialization.encode(config)  # raises InputError for components of other packages that are not registered
+    serialization.encode(setup.config)  # raises InputError for components of other packages that are not registered
     fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
     setup = dataclasses.replace(setup, initial=None)  # frees its memory
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
-        before, changes = _checked_config(opened, config)
+        content = setup.dataset.content_hash
+        now = Settings(setup.config, content)
+        with raised_in_all():
+            before, history = read_history(opened.path) or (now, RunHistory((Period(0, now),)))
+            changes = check_changes(opened.path, before, now, opened.latest() or 0, allow_config_change)
         with activity("Reading the latest checkpoint"):
-            resumed = opened.resume(setup.abstract_state())
+            resumed = opened.resume(lambda batches: template(setup, history.at(batches).config))
         done, state = resumed or (0, setup.parallelism.place_state(fresh or setup.initial_state()))
         del fresh
+        if resumed:
+            setup, state, adaptations = adapted(setup, state, history.at(done).config, done)
+            changes += adaptations
+        config = setup.config
+        check_learning_rate(config, opened.path, done)
+        history = history.continued(done, Settings(config, content))
+        history.write(opened.path, config)
         hook = EvaluationHook(config, setup.evaluator, opened, done)
-        notes = [*changes, *unfinished_schedules(config), *outrun_schedules(config, before, done)]
+        schedules = (*unfinished_schedules(config), *outrun_schedules(config, before.config, done))
+        notes = [*history.lines(done), *changes, *schedules]
         for line in _summary(setup, done, notes):
             print_line(line)
         if done >= config.batches and not hook.due(done):
             print_line(f"{opened.path} is finished after {done} batches. {continuation(config)}")
             return
-        record_start(opened.path, done)
+        record_start(opened.path, done, data=content)
         hook.start()
-        _loop(setup, opened, hook, state, done, print_line, log)
+        _loop(setup, opened, hook, state, done, print_line, log, len(history.periods) - 1)
 
 
 def _loop(
@@ -86,13 +101,15 @@ def _loop(
     done: int,
     print_line: Print,
     callback: LogCallback | None,
+    configuration: int,
 ) -> None:
+    """configuration: its number in the history of the run."""
     config, total = setup.config, setup.config.batches
     constants, key, program = setup.constants(), jax.random.key(config.seed), setup.compiled()
     log, progress = MetricsLog(folder.path, done, callback=callback), Progress(done, total, config.batch_size)
     feed, steps = prefetch(setup.dispatches(done, total)), 0
     with StopSignal() as stop, log, progress, contextlib.closing(feed):
-        window = MetricsWindow(config, log, progress, done)
+        window = MetricsWindow(config, log, progress, done, configuration)
 
         def evaluate(done: int, params: Params) -> None:
             with activity("Evaluating"):
@@ -153,47 +170,6 @@ def prefetch(items: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]
             yield item
     finally:
         thread.shutdown(cancel_futures=True)
-
-
-def _checked_config(folder: RunFolder, config: TrainConfig) -> tuple[TrainConfig | None, list[str]]:
-    """(former settings of the run, changes to report); writes RUN/config.json.
-
-    Raises InputError if the folder holds a run with other settings. Besides TrainConfig.MAY_CHANGE, the length of a
-    schedule that has not ended may change.
-    """
-    file, done = folder.path / "config.json", folder.latest() or 0
-    before, changes = _stored_config(file), []
-    if before is not None:
-        same = dataclasses.replace(config, **{name: getattr(before, name) for name in TrainConfig.MAY_CHANGE})
-        found = serialization.differences(serialization.encode(before), serialization.encode(same))
-        allowed = extensible(before, done)
-        changes = [line for line in found if line.partition(":")[0] in allowed]
-        complaints = [line for line in found if line not in changes]
-        if before.sampled_ema != config.sampled_ema:  # all checkpoints of a run must hold the same EMA
-            complaints.append(f"evaluation.ema: {before.sampled_ema} in the folder, {config.sampled_ema} now")
-        if complaints:
-            ended = extensible(before, 0).intersection(line.partition(":")[0] for line in complaints)
-            advice = f" The schedule of {', '.join(sorted(ended))} has ended: to train on, {NEW_RUN}." if ended else ""
-            raise InputError(
-                f"{folder.path} holds a run with other settings:\n  {indented_list(complaints)}\n"
-                f"Give the same settings or another folder.{advice}"
-            )
-        check_learning_rate(config, folder.path, done)
-    if jax.process_index() == 0:
-        with atomic_write(file) as fresh:
-            fresh.write_text(serialization.to_text(config, FORMAT), "utf-8")
-    return before, [f"Changed after batch {done:,}: {line}." for line in changes]
-
-
-def _stored_config(file: Path) -> TrainConfig | None:
-    """The settings in RUN/config.json, if there is one."""
-    if not file.exists():
-        return None
-    try:
-        text = file.read_text("utf-8", "replace")
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or error}.") from error
-    return serialization.from_text(text, TrainConfig, FORMAT, str(file), "the config of a run")
 
 
 def _summary(setup: TrainingSetup, done: int, notes: Iterable[str]) -> Iterator[str]:

@@ -80,31 +80,34 @@ class TrainingSetup:
                 params |= {"guidance": jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), added)}
         return self.step.initial_state(params, self.teacher and self.teacher.params)
 
+    def state_shapes(self, step: TrainingStep | None = None) -> TrainState:
+        """Shapes and dtypes of a state of the run's step, or of another."""
+        teacher = self.teacher and self.teacher.config.network.shapes()
+        return jax.eval_shape((step or self.step).initial_state, self.config.network.shapes(), teacher)
+
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state."""
-        teacher = self.teacher and self.teacher.config.network.shapes()
-        shapes = jax.eval_shape(self.step.initial_state, self.config.network.shapes(), teacher)
-        shardings = self.parallelism.shardings(shapes)
-        return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
+        shapes = self.state_shapes()
+        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, self.parallelism.shardings(shapes))
 
     def constants(self) -> Constants:
         """Constants of the step, on the devices."""
         teacher, function, data = None, self.step.models.teacher, self.resident
         if self.teacher and function and not self.step.objective.replaces_teacher:
             teacher = function.network.prepare(self.teacher.params)
-        images = data and data.images
         labels = data.labels if data and self.config.network.classes else None
-        return self.parallelism.place_constants(Constants(teacher, self.perceptual, images, labels))
+        return self.parallelism.place_constants(Constants(teacher, self.perceptual, data and data.images, labels))
 
     def dispatches(self, start: int, stop: int) -> Iterator[StepBatch]:
         """This process's share of batches start ... stop - 1: NumPy arrays [steps, b, ...]; the last may be shorter."""
         size, seed, steps = self.config.batch_size, self.config.seed, self.config.steps_per_dispatch
         host, hosts, labeled = jax.process_index(), jax.process_count(), self.config.network.classes is not None
-        if (data := self.resident) is not None:
+        data = self.dataset.shifted(self.config.image_offset)
+        if self.resident is not None:
             share = slice(host * size // hosts, (host + 1) * size // hosts)
             batches = (StepBatch(indices=data.indices(size, seed, number)[share]) for number in range(start, stop))
         else:
-            read = self.dataset.batches(size, seed, start, host, hosts)
+            read = data.batches(size, seed, start, host, hosts)
             batches = (StepBatch(images, labels if labeled else None) for images, labels in read)
         for number in range(start, stop, steps):
             group = [next(batches) for _ in range(min(steps, stop - number))]

@@ -99,9 +99,13 @@ class TrainingStep:
         """State before the first step. `teacher` is kept only if it changes during training."""
         zero, params = jnp.int32(0), {**params, **self.objective.extras()}
         optimizer, ema = self.optimizer.transformation().init(params), {ema.name: params for ema in self.emas}
-        target = params if self.objective.has_target and self.target_ema is not None else None
+        target = self.initial_target(params)
         teacher = teacher if self.objective.replaces_teacher else None
         return TrainState(zero, zero, zero, params, optimizer, target, teacher, ema)
+
+    def initial_target(self, params: Params) -> Params | None:
+        """The target network that starts as the student; None if it is the student."""
+        return params if self.objective.has_target and self.target_ema is not None else None
 
     def run_steps(
         self, parallelism: Parallelism, state: TrainState, constants: Constants, batches: StepBatch, key: Key[Array, ""]

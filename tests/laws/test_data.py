@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cm_jax.data import Encoded, InMemory, Streamed, permutation
-from cm_jax.data.encoded import decode_all
+from cm_jax.data.encoded import content_hash, decode_all
 from cm_jax.errors import InputError
 from tests.laws.test_decoding import png
 
@@ -61,6 +61,26 @@ def test_every_image_comes_once_an_epoch(size, batch_size):
     if size > 5:
         assert len({tuple(epoch) for epoch in epochs}) == 5
         assert not (row[:size] == data.indices(size, 4, 0)).all()
+
+
+def test_another_batch_size_continues_where_the_last_batch_ended():
+    """Three batches of 8, then batches of 5 from number 3 on."""
+    data = in_memory(12)
+    sequence = np.concatenate([data.indices(12, 3, number) for number in range(4)])
+    shifted = data.shifted(3 * 8 - 3 * 5)
+    found = np.concatenate([data.indices(8, 3, k) for k in range(3)] + [shifted.indices(5, 3, k) for k in range(3, 7)])
+    np.testing.assert_array_equal(found, sequence[: 24 + 20])
+    np.testing.assert_array_equal(taken(shifted.batches(5, 3, start=3), 4).ravel(), sequence[24:44])
+
+
+def test_the_content_hash_tells_images_and_labels_apart():
+    hashes = [in_memory(count).content_hash for count in (10, 10, 11)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    images = in_memory(10).images
+    assert len({InMemory(images, labels).content_hash for labels in (None, np.arange(10) % 2, np.arange(10) % 5)}) == 3
+    streamed, decoded = Streamed(Files(10), (6, 6, 3)), decode_all(Files(10), (6, 6, 3), 0)
+    assert streamed.content_hash == decoded.content_hash == content_hash(Files(10))
+    assert content_hash(Files(10, damaged=[9])) != content_hash(Files(10)) != content_hash(Files(9))
 
 
 def test_the_order_of_an_epoch_is_near_uniform():

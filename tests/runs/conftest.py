@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -60,3 +61,14 @@ def teacher(tmp_path_factory):
         patch.setattr(loop, "sample_grid", sample_grid)
         loop.train(dataclasses.replace(SMALL, sample_every=12, ema_snapshot_every=6), folder, said.append)
     return folder, said
+
+
+@pytest.fixture(scope="module")
+def without_pictures():
+    """Runs without plots and grids of samples, which take longer than a few training steps."""
+    from cm_jax.training import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot", lambda run: None)
+        patch.setattr(loop, "sample_grid", lambda *arguments: np.zeros((1, 8, 8, 3), np.uint8))
+        yield

@@ -15,8 +15,9 @@ from cm_jax.checkpoints.serialization import encode, from_text, to_text
 from cm_jax.evaluation import FeatureExtractor
 from cm_jax.presets import PRESETS
 from cm_jax.training.config import TrainConfig
-from cm_jax.training.loop import FORMAT, train
+from cm_jax.training.loop import train
 from cm_jax.training.run import evaluation_hook
+from cm_jax.training.run.history import FORMAT
 from cm_jax.training.setup import prepare
 from tests.laws.test_evaluation import toy_features
 from tests.support import DATA, relative

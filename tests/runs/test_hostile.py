@@ -25,8 +25,8 @@ from cm_jax.conversion.torch_files import LEGACY
 from cm_jax.data import NpzData
 from cm_jax.errors import DamagedError, InputError
 from cm_jax.evaluation.features import read_statistics
-from cm_jax.training import loop
 from cm_jax.training.run import state_io
+from cm_jax.training.run.history import read_config
 from tests.runs.test_commands import failed
 from tests.support import EMOJI, run
 from tools.fuzz import commands, payloads, seeds
@@ -225,11 +225,11 @@ def test_code_in_a_storage_of_an_edm_pickle_is_refused(tmp_path, good, monkeypat
 def test_a_run_config_that_is_not_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(InputError, match="is not the config of a run"):
-        loop._stored_config(tmp_path / "config.json")
+        read_config(tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
-        loop._stored_config(tmp_path / "config.json")
+        read_config(tmp_path)
 
 
 LONG = "x" * 300

@@ -224,7 +224,7 @@ def test_train_command_and_dry_run(monkeypatch, capsys):
     trained, joined = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
     monkeypatch.setattr(command, "PRESETS", PRESETS)
-    monkeypatch.setattr(command, "train", lambda settings, folder, say: trained.append((settings, folder)))
+    monkeypatch.setattr(command, "train", lambda settings, folder, say, **flags: trained.append((settings, folder)))
     monkeypatch.setattr(command, "prepare", lambda settings: settings)
     monkeypatch.setattr(command, "report", lambda settings: [f"seed {settings.seed}"])
     cache = ["--compilation-cache", "off"]

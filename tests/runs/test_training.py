@@ -211,7 +211,7 @@ def test_a_decay_that_has_not_ended_may_be_extended_on_resuming(tmp_path):
     other, said = tmp_path / "other", []
     train(decaying(4, 6), other, said.append)
     train(decaying(8, 8), other, said.append)
-    assert "Note: Changed after batch 4: optimizer.learning_rate.steps: 6 in the folder, 8 now." in said
+    assert "Note: optimizer.learning_rate.steps: 6 -> 8 from batch 4 on." in said
     assert not [line for line in said if "ends after" in line]
     rates = [float(row["learning_rate"]) for row in rows(other)]
     np.testing.assert_allclose(

@@ -1,5 +1,6 @@
 """Small valid files of every kind in one folder, to be damaged."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -26,7 +27,8 @@ from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.feature_networks import lpips
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.presets import PRESETS
-from cm_jax.training import loop
+from cm_jax.training.run import history
+from cm_jax.training.run.changes import Settings, changes
 from cm_jax.training.run.folder import Retention, RunFolder
 from cm_jax.training.run.metrics_log import MetricsLog
 from cm_jax.types import nested
@@ -66,7 +68,7 @@ def write(top: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     np.savez(top / "images.npz", images=images, labels=np.arange(4) % 3, class_names=np.array(["a", "b", "c"]))
     _pictures(top)
-    (top / "training.json").write_text(serialization.to_text(PRESETS["emoji32-sct"](), loop.FORMAT))
+    (top / "training.json").write_text(serialization.to_text(PRESETS["emoji32-sct"](), history.FORMAT))
 
 
 def _shards(folder: Path, sharded: Path) -> None:
@@ -126,7 +128,9 @@ def _run(run: Path, params: Any) -> None:
             log.metrics(batches, {"images": 8 * batches, "loss": 0.5, "seconds": 1.0})
             log.evaluation(batches, {"images": 8 * batches, "fid": 1.5})
     (run / "run.json").write_text(json.dumps({"starts": [{"batches": 0, "command": "train.py"}]}))
-    (run / "config.json").write_text(serialization.to_text(PRESETS["emoji32-edm"](), loop.FORMAT))
+    before, now = (Settings(dataclasses.replace(PRESETS["emoji32-edm"](), batch_size=size), "") for size in (4, 8))
+    changed = history.Period(5, now, "2026-01-01T00:00:00Z", tuple(changes(before, now)))
+    history.RunHistory((history.Period(0, before), changed)).write(run, now.config)
     (run / ".lock").unlink()
 
 

@@ -21,8 +21,8 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation import features
 from cm_jax.evaluation.image_sets import open_images
 from cm_jax.feature_networks import lpips
-from cm_jax.training import loop
 from cm_jax.training.config import TrainConfig
+from cm_jax.training.run import history
 from cm_jax.training.run.folder import RunFolder
 from cm_jax.training.run.metrics_log import EVALUATIONS, METRICS, MetricsLog, read_metrics
 from cm_jax.training.run.provenance import record_start
@@ -70,7 +70,7 @@ def _run(run: Path, rng: random.Random) -> None:
         lambda: read_metrics(run / METRICS),
         lambda: read_metrics(run / EVALUATIONS),
         lambda: record_start(run, 10, ["train.py"]),
-        lambda: loop._stored_config(run / "config.json"),
+        lambda: history.read_history(run),
         lambda: _resume(run, rng),
         lambda: MetricsLog(run, 5).close(),
     ]
@@ -92,7 +92,7 @@ def _resume(run: Path, rng: random.Random) -> None:
 
 def _train_config(file: Path, rng: random.Random) -> None:
     text = file.read_text("utf-8", "replace")
-    serialization.from_text(text, TrainConfig, loop.FORMAT, str(file), "the config of a run")
+    serialization.from_text(text, TrainConfig, history.FORMAT, str(file), "the config of a run")
 
 
 def _images(file: Path, rng: random.Random) -> None:

@@ -27,7 +27,7 @@ def report(setup: TrainingSetup) -> Iterator[str]:
     yield f"images      {'x'.join(map(str, network.image_shape))}, {network.classes or 'no'} classes"
     parallelism = type(setup.parallelism).__name__
     yield f"batch       {config.batch_size} images over {len(devices)} x {devices[0].device_kind} ({parallelism})"
-    yield f"length      {config.batches:,} batches, {config.batches * config.batch_size:,} images"
+    yield f"length      {config.batches:,} batches, {config.images_after(config.batches):,} images"
     yield from (f"            {line}" for line in (*unfinished_schedules(config), *outrun_schedules(config)))
     yield from (f"note        {note}" for note in setup.notes)
     if config.snapshot_note:

@@ -160,8 +160,8 @@ class EvaluationHook:
         """Whether to evaluate after `done` batches."""
         if self._evaluator is None or done <= self._last:
             return False
-        every, size = self._evaluator.settings.every, self._config.batch_size
-        return done >= self._config.batches or done * size // every > self._last * size // every
+        every, images = self._evaluator.settings.every, self._config.images_after
+        return done >= self._config.batches or images(done) // every > images(self._last) // every
 
     def evaluate(self, done: int, params: Params, log: MetricsLog) -> str:
         """Evaluate the checkpoint after `done` batches with these parameters; a line for the user.
@@ -178,7 +178,7 @@ class EvaluationHook:
         if best:
             self._best = score
             self._folder.mark_best(done, values[evaluator.best_column], {"evaluation": _compared(evaluator.settings)})
-        log.evaluation(done, {"images": done * self._config.batch_size, **values})
+        log.evaluation(done, {"images": self._config.images_after(done), **values})
         self._last = done
         return f"Evaluated after {done:,} batches: {words}.{' The best so far.' if best else ''}"
 

@@ -193,6 +193,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     def resume(self, template: Any) -> tuple[int, Any] | None:
         """(batches, state) of the latest readable checkpoint; None if the run has no checkpoint.
 
+        template: as of `restore`, or a function that returns it for a number of batches.
         Damaged checkpoints are skipped with a warning. Raises InputError if all are damaged or one differs from the
         template.
         """
@@ -200,7 +201,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         candidates = self.steps()
         while (batches := from_first(candidates.pop() if candidates else -1)) >= 0:
             try:
-                state = self.restore(batches, template)
+                state = self.restore(batches, template(batches) if callable(template) else template)
             except DamagedError as error:
                 damaged.append(error)
                 continue

@@ -167,13 +167,17 @@ def _encode(lines: list[list[str]]) -> bytes:
 class MetricsWindow:
     """Averages step metrics over `log_every` batches, and logs the first step too.
 
-    Metrics of a dispatch are fetched while the next one runs.
+    configuration: its number in the history of the run, for a column of that name unless it is 0. Metrics of a dispatch
+    are fetched while the next one runs.
     """
 
-    def __init__(self, config: TrainConfig, log: MetricsLog, progress: Progress, done: int) -> None:
+    def __init__(
+        self, config: TrainConfig, log: MetricsLog, progress: Progress, done: int, configuration: int = 0
+    ) -> None:
         self._config, self._log, self._progress, self._done = config, log, progress, done
         self._pending: Curves | None = None
         self._values: dict[str, list[float]] = {}
+        self._configuration = {"configuration": configuration} if configuration else {}
         self._learning_rate = config.optimizer.learning_rate.schedule()
 
     def add(self, metrics: Curves | None) -> None:
@@ -212,10 +216,10 @@ class MetricsWindow:
         row = {name: _mean(values) for name, values in self._values.items() if name not in _COUNTERS}
         skipped = int(self._values["skipped"][-1])
         learning_rate = float(np.asarray(self._learning_rate(self._done - skipped - 1)))
-        row |= {"skipped": skipped, "learning_rate": learning_rate}
+        row |= {"skipped": skipped, "learning_rate": learning_rate, **self._configuration}
         if self._progress.images_per_second:
             row["images_per_second"] = self._progress.images_per_second
-        self._log.metrics(self._done, {"images": self._done * self._config.batch_size} | row)
+        self._log.metrics(self._done, {"images": self._config.images_after(self._done)} | row)
         if not keep:
             self._values = {}
 

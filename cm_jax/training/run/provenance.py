@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,18 +25,15 @@ _ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE
 """Variables that affect the computation."""
 
 
-def record_start(run: Path, batches: int, command: Sequence[str] | None = None) -> None:
+def record_start(run: Path, batches: int, command: Sequence[str] | None = None, data: str | None = None) -> None:
     """Append a start after `batches` to RUN/run.json (in process 0 only).
 
-    command: the program and its arguments. Default: those of this process. Raises InputError if the file is damaged or
-    cannot be written.
+    command: the program and its arguments. Default: those of this process. data: content hash of the images. Raises
+    InputError if the file is damaged or cannot be written.
     """
     if jax.process_index() != 0:
         return
-    file = run / "run.json"
-    starts = read_json(file).get("starts") if file.exists() else []
-    if not isinstance(starts, list):
-        raise InputError(f"{file} has no list of starts: move it away, and a new one is written.")
+    file, starts = run / "run.json", _starts(run / "run.json")
     kinds = [device.device_kind for device in jax.devices()]
     versions = {"python": platform.python_version(), "cm_jax": cm_jax.__version__}
     for name in _PACKAGES:
@@ -44,6 +42,7 @@ def record_start(run: Path, batches: int, command: Sequence[str] | None = None) 
     start = {
         "batches": batches,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "data": data,
         "command": shlex.join(command or sys.argv),
         "versions": versions,
         "commit": _commit(),
@@ -54,6 +53,20 @@ def record_start(run: Path, batches: int, command: Sequence[str] | None = None) 
     }
     with atomic_write(file) as fresh:
         fresh.write_text(json.dumps({"starts": [*starts, start]}, indent=2) + "\n", "utf-8")
+
+
+def last_content(run: Path) -> str | None:
+    """Content hash of the images at the last start; None if it is not known."""
+    starts = _starts(run / "run.json")
+    found = starts[-1].get("data") if starts and isinstance(starts[-1], dict) else None
+    return found if isinstance(found, str) and found else None
+
+
+def _starts(file: Path) -> list[Any]:
+    starts = read_json(file).get("starts") if file.exists() else []
+    if not isinstance(starts, list):
+        raise InputError(f"{file} has no list of starts: move it away, and a new one is written.")
+    return starts
 
 
 def _commit() -> str | None:

@@ -222,7 +222,7 @@ def test_the_evaluated_ema_is_the_one_saved_for_sampling(tmp_path):
         train(dataclasses.replace(short, evaluation=chosen), tmp_path / name, quiet)
         kernel = cm_jax.load(tmp_path / name / "best").params["stem"]["kernel"]
         np.testing.assert_array_equal(kernel, arrays(tmp_path / name, 3)[f"{branch}/stem/kernel"])
-    with pytest.raises(InputError, match=r"evaluation.ema: power_0.1 in the folder, exponential_0.9 now"):
+    with pytest.raises(InputError, match=r'evaluation.ema: "power_0.1" in the folder, "exponential_0.9" now'):
         train(short, tmp_path / "power_0.1", quiet)
     with pytest.raises(InputError, match=r"exponential_0.9 or .*parameters, got 'power_0.2'"):
         dataclasses.replace(short, evaluation=PeriodicEvaluation(ema="power_0.2"))

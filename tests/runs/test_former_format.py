@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -94,6 +95,19 @@ def test_contradictory_config_is_refused(name, message):
 # models
 
 
+def rounded_otherwise(model):
+    """The model with every parameter changed by about half a unit in the last place.
+
+    Rounding differs between kinds of processors, and the denoiser of random weights amplifies it to 4e-5.
+    """
+    signs = np.random.default_rng(0)
+
+    def change(leaf):
+        return np.asarray(leaf) * (1 + 6e-8 * signs.choice([-1, 1], leaf.shape)).astype(np.float32)
+
+    return dataclasses.replace(model, params=jax.tree.map(change, model.params))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name):
     with np.load(FORMER / "models" / f"{name}.npz") as file:
@@ -108,7 +122,9 @@ def test_model(name):
             assert relative(denoised, recorded["denoised"]) < 1e-6
     with kernels.off():
         assert relative(model.sample(0, 2), recorded["sample"]) < 1e-6
-        assert relative(model.sample(0, 2, steps=3), recorded["sample_3_steps"]) < 1e-5
+        samples = model.sample(0, 2, steps=3)
+        rounding = relative(rounded_otherwise(model).sample(0, 2, steps=3), samples)
+        assert relative(samples, recorded["sample_3_steps"]) < max(1e-5, 3 * rounding)
         if "sample_2_steps" in recorded:  # at the tuned timesteps, of a class by name
             found = model.sample(0, 2, steps=2, labels="king penguin")
             assert relative(found, recorded["sample_2_steps"]) < 1e-6

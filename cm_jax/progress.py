@@ -150,7 +150,8 @@ def _log(activity: Activity, ended: threading.Event) -> None:
 
 def terminal() -> "Console | None":
     """The terminal of standard error or the notebook; None for a file, a pipe, or a terminal with a fixed cursor."""
-    notebook = "ipykernel" in sys.modules
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    notebook = kernel is not None and kernel.IPKernelApp.initialized()
     if not (sys.stderr.isatty() or notebook):
         return None
     from rich.console import Console

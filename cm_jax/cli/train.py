@@ -14,8 +14,7 @@ from cm_jax.cli.running import say, use_compilation_cache
 from cm_jax.presets import PRESETS
 from cm_jax.progress import listening, silent
 from cm_jax.training.loop import train
-from cm_jax.training.run.dry_run import report
-from cm_jax.training.setup import prepare
+from cm_jax.training.run.dry_run import dry_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     options.connect()
     with listening(silent) if jax.process_index() else contextlib.nullcontext():
         if options.dry_run:
-            for line in report(prepare(settings)):
+            for line in dry_run(settings, PRESETS[preset]()):
                 say(line)
         else:
             folder = Path(options.run or f"runs/{preset}")

@@ -2,18 +2,14 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm_jax import conversion
 from cm_jax.checkpoints import serialization
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.checkpoints.published import resolve
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset, InMemory
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
@@ -27,6 +23,7 @@ from cm_jax.parallelism import Parallelism, check_batch_size, choose
 from cm_jax.progress import activity
 from cm_jax.training.class_order import in_order_of_all, in_order_of_run
 from cm_jax.training.config import PARAMETERS, TrainConfig
+from cm_jax.training.inputs import Inputs
 from cm_jax.training.run.evaluation_hook import Evaluator, make_evaluator
 from cm_jax.training.run.state_io import to_host
 from cm_jax.training.step import Constants, Curves, StepBatch, TrainingStep, TrainState
@@ -72,7 +69,7 @@ class TrainingSetup:
             with activity("Initializing the parameters"):
                 params = network.initialize(jax.random.fold_in(jax.random.key(self.config.seed), 2**31))
         else:
-            source = source if source and not name else self.initial or _read_checkpoint(self.config, "init_from")
+            source = source if source and not name else self.initial or Inputs().checkpoint(self.config, "init_from")
             _check_initial_weights(self.config, source)
             params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
             if network.guidance_embedding and not source.config.network.guidance_embedding:
@@ -92,11 +89,15 @@ class TrainingSetup:
 
     def constants(self) -> Constants:
         """Constants of the step, on the devices."""
+        return self.parallelism.place_constants(self.host_constants())
+
+    def host_constants(self) -> Constants:
+        """Constants of the step before they are placed."""
         teacher, function, data = None, self.step.models.teacher, self.resident
         if self.teacher and function and not self.step.objective.replaces_teacher:
             teacher = function.network.prepare(self.teacher.params)
         labels = data.labels if data and self.config.network.classes else None
-        return self.parallelism.place_constants(Constants(teacher, self.perceptual, data and data.images, labels))
+        return Constants(teacher, self.perceptual, data and data.images, labels)
 
     def dispatches(self, start: int, stop: int) -> Iterator[StepBatch]:
         """This process's share of batches start ... stop - 1: NumPy arrays [steps, b, ...]; the last may be shorter."""
@@ -147,18 +148,19 @@ def prepare(
     *,
     resumed: ModelConfig | None = None,
     initial: bool = False,
+    inputs: Inputs | None = None,
 ) -> TrainingSetup:
     """Set up a run. Raises InputError.
 
-    stored: the network of a run that resumes, if it
-    inherits one, so that the checkpoint is not needed again. resumed: config of the run's last checkpoint. initial:
-    whether to read the checkpoint in init_from, as a new run needs it.
+    stored: the network of a run that resumes, if it inherits one, so that the checkpoint is not needed again. resumed:
+    config of the run's last checkpoint. initial: whether to read the checkpoint in init_from, as a new run needs it.
+    inputs: where checkpoints and data come from.
     """
-    parallelism, objective = make_parallelism(config), config.objective
+    inputs, parallelism, objective = inputs or Inputs(), make_parallelism(config), config.objective
     given = config.init_from not in ("", "fresh")
-    teacher, function, changes = _read_teacher(config), None, ()
+    teacher, function, changes = _read_teacher(config, inputs), None, ()
     inherits = config.inherit_network and bool(config.initial_checkpoint)
-    start = _read_checkpoint(config, "init_from") if given and (initial or (inherits and stored is None)) else None
+    start = inputs.checkpoint(config, "init_from") if given and (initial or (inherits and stored is None)) else None
     if inherits:
         found = stored or next(source.config.network for source in (start, teacher) if source)
         config, changes = _inherit_network(config, found)
@@ -171,7 +173,7 @@ def prepare(
     step = make_step(config, function)
     if teacher is not None and not config.init_from:
         _check_initial_weights(config, teacher)
-    dataset = config.data.open(network.image_shape[:2], channels=network.image_shape[2])
+    dataset = inputs.data(config)
     _check_data(config, dataset)
     if network.classes is not None:
         orders = [(name, source.config.class_names) for name, source in sources]
@@ -232,7 +234,7 @@ def _check_data(config: TrainConfig, dataset: Dataset) -> None:
         )
 
 
-def _read_teacher(config: TrainConfig) -> Source | None:
+def _read_teacher(config: TrainConfig, inputs: Inputs) -> Source | None:
     method = type(config.objective).__name__
     if not config.objective.has_teacher:
         if config.teacher:
@@ -240,7 +242,7 @@ def _read_teacher(config: TrainConfig) -> Source | None:
         return None
     if not config.teacher:
         raise InputError(f"{method} needs a teacher: give a denoiser with --teacher CHECKPOINT.")
-    teacher = _read_checkpoint(config, "teacher")
+    teacher = inputs.checkpoint(config, "teacher")
     if teacher.config.distilled:
         raise InputError(f"Expected a denoiser as teacher, got the consistency model {config.teacher}.")
     if config.objective.guidance is not None and teacher.config.label_dropout == 0:
@@ -249,20 +251,6 @@ def _read_teacher(config: TrainConfig) -> Source | None:
             "with --label-dropout 0.1, or give --objective.guidance none."
         )
     return teacher
-
-
-def _read_checkpoint(config: TrainConfig, field: Literal["teacher", "init_from"]) -> Source:
-    name, flag = getattr(config, field), field.replace("_", "-")
-    key, ema = (getattr(config, f"{field}_{choice}") or None for choice in ("key", "ema"))
-    try:
-        return conversion.read(resolve(name), conversion.CheckpointHints(key=key, ema=ema))
-    except InputError as error:
-        folder = name.removesuffix("/best")
-        preset = folder.removeprefix("runs/")
-        advice = f" Train it first: cm-jax train {preset}." if preset != folder and not os.path.exists(folder) else ""
-        if os.path.isfile(name):
-            advice = f" Convert it with `cm-jax convert` and give the new folder to --{flag}."
-        raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
 
 def _inherit_network(config: TrainConfig, found: AnyNetwork) -> tuple[TrainConfig, tuple[str, ...]]:

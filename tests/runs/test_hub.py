@@ -336,7 +336,7 @@ def test_commands_take_ids(server, pipeline, tmp_path, capsys):
     assert "denoiser" in bits
     teacher = failed(capsys, main, "train", "emoji32-cd", "--teacher", "me/tiny", "--dry-run")
     assert "Expected a denoiser as teacher, got the consistency model me/tiny" in teacher
-    assert "There is no checkpoint runs/emoji32-edm" in failed(capsys, main, "train", "emoji32-cd", "--dry-run")
+    assert "There is no checkpoint runs/emoji32-edm" in failed(capsys, main, "train", "emoji32-cd")
     assert server.count("runs/emoji32-edm") == 0
 
 

@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 
 from cm_jax.diffusion.preconditioning import EDMPreconditioning, MeanFlowPreconditioning
+from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
 from cm_jax.objectives import MeanFlow
 from cm_jax.presets import PRESETS
+from cm_jax.training.run.dry_run import StandIns, dry_run
 from cm_jax.training.schedules import extensible, outrun_schedules, unfinished_schedules
-from cm_jax.training.setup import make_step
+from cm_jax.training.setup import make_step, prepare
 
 COUNTS = {
     "emoji32": 6_990_467,
@@ -44,6 +46,31 @@ def test_presets_match_their_names(name):
     assert list(unfinished_schedules(settings)) == list(outrun_schedules(settings)) == []
     if curriculum is not None:
         assert int(curriculum(steps)) == settings.objective.final_num_levels
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_dry_run_needs_neither_the_checkpoint_nor_the_data(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = PRESETS[name]()
+    inputs = StandIns(settings)
+    setup = prepare(settings, inputs=inputs)
+    assert setup.config.network.image_shape == settings.network.image_shape
+    read = settings.teacher or (settings.inherit_network and settings.init_from)
+    assert any(note.startswith(f"{read} is not here") for note in inputs.notes) == bool(read)
+    assert any("data are not here" in note for note in inputs.notes) == (not name.startswith("emoji32"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_reports_a_distillation_without_its_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preset = PRESETS["emoji32-cd"]()
+    tiny = dataclasses.replace(preset.network, base_channels=8, channel_mult=(1,), blocks_per_level=1)
+    small = dataclasses.replace(preset, network=tiny, batch_size=8)
+    lines = "\n".join(dry_run(small, small))
+    assert "FLOP per step" in lines
+    assert "runs/emoji32-edm is not here: its network is assumed to be that of the preset" in lines
+    with pytest.raises(InputError, match="--teacher elsewhere"):
+        list(dry_run(dataclasses.replace(small, teacher="elsewhere"), small))
 
 
 @pytest.mark.parametrize(

@@ -223,16 +223,15 @@ def test_any_settings_can_be_spelt_out():
 def test_train_command_and_dry_run(monkeypatch, capsys):
     trained, joined = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
-    monkeypatch.setattr(command, "PRESETS", PRESETS)
+    monkeypatch.setattr(command, "PRESETS", {"plain": TrainConfig})
     monkeypatch.setattr(command, "train", lambda settings, folder, say, **flags: trained.append((settings, folder)))
-    monkeypatch.setattr(command, "prepare", lambda settings: settings)
-    monkeypatch.setattr(command, "report", lambda settings: [f"seed {settings.seed}"])
+    monkeypatch.setattr(command, "dry_run", lambda settings, preset: [f"seed {settings.seed}, not {preset.seed}"])
     cache = ["--compilation-cache", "off"]
     command.main("train.py", ["plain", *cache])
     command.main("train.py", ["plain", "--run", "elsewhere", "--seed", "3", *cache])
     assert trained == [(TrainConfig(), Path("runs/plain")), (TrainConfig(seed=3), Path("elsewhere"))]
     command.main("train.py", ["plain", "--dry-run", "--seed", "4", *cache])
-    assert capsys.readouterr().out == "seed 4\n"
+    assert capsys.readouterr().out == "seed 4, not 0\n"
     assert len(trained) == 2
     assert not joined
     several = ["--coordinator", "a.b:123", "--processes", "4", "--process", "3"]

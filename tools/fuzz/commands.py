@@ -214,7 +214,7 @@ def without_work(cache: Path) -> Iterator[None]:
         "cm_jax.model": ("generate", "edit_batches", "slerp_batches"),
         "cm_jax.conversion.parity": ("compare",),
         "urllib.request": ("urlopen",),
-        "cm_jax.cli.train": ("report", "train"),
+        "cm_jax.cli.train": ("dry_run", "train"),
         "cm_jax.cli.evaluate": ("evaluate", "evaluate_bits"),
         "cm_jax.cli.tune": ("tune",),
         "cm_jax.cli.demo": ("_serve",),

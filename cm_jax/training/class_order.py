@@ -24,10 +24,10 @@ def in_class_order(dataset: Dataset, class_names: Names, source: str) -> Dataset
     names, others = _without_ids(dataset.class_names), _without_ids(class_names)
     if not names or not others or names == others:
         return dataset
-    found = [find_classes(name, others) for name in names]
-    order = [numbers[0] for numbers in found if len(numbers) == 1]
-    if len(order) != len(names) or sorted(order) != list(range(len(others))):
-        lacking = [name for name, numbers in zip(names, found, strict=True) if len(numbers) != 1]
+    rows = class_rows(names, others)
+    order = [row for row in rows if row is not None]
+    if not same_classes(names, others):
+        lacking = [name for name, row in zip(names, rows, strict=True) if row is None]
         unused = [name for number, name in enumerate(others) if number not in order]
         raise InputError(
             f"The class names of the data differ from those of {source}. Only in the data: {_listed(lacking)}. Only in "
@@ -36,6 +36,21 @@ def in_class_order(dataset: Dataset, class_names: Names, source: str) -> Dataset
     if order == list(range(len(others))):
         return dataset
     return dataset.renumbered(np.asarray(order, np.int32), class_names, f"as in {source}")
+
+
+def class_rows(names: Names, others: Names) -> list[int | None]:
+    """For each name the number of the class in `others` that it means; None if there are none or several."""
+    names, others = _without_ids(names), _without_ids(others)
+    if names == others:
+        return list(range(len(names)))
+    found = [find_classes(name, others) for name in names]
+    return [numbers[0] if len(numbers) == 1 else None for numbers in found]
+
+
+def same_classes(names: Names, others: Names) -> bool:
+    """Whether both name the same classes, in any order."""
+    rows = class_rows(names, others)
+    return None not in rows and sorted(row for row in rows if row is not None) == list(range(len(others)))
 
 
 def in_order_of_all(dataset: Dataset, sources: Iterable[tuple[str, Names]]) -> Dataset:

@@ -101,7 +101,13 @@ class TrainConfig:
     """For --init-from: as --teacher-ema. Default: the one that the run samples from."""
     inherit_network: bool = False
     """Take the architecture from the checkpoint of --init-from or --teacher. Of --network, only dropout, dropout-size,
-    precision, attention and rematerialize are used."""
+    precision, attention, rematerialize and the fields in --network-fields are used. With --init-from, the number of
+    classes is that of the data. Default on the command line: if there is a checkpoint and no --network NAME."""
+    network_fields: tuple[str, ...] = ()
+    """Fields of --network that replace those of the inherited architecture. The command line adds those it sets."""
+    inherit_data: bool = False
+    """Take the data from the run of --init-from or --teacher. Default on the command line: if there is such a run and
+    no --data."""
     batch_size: int = 128
     """Images per training step, over all devices and processes."""
     images: int = 10_000_000

@@ -29,7 +29,16 @@ class Inputs:
                 advice = f" Convert it with `cm-jax convert` and give the new folder to --{flag}."
             raise InputError(f"--{flag} {name}: {error}{advice}") from error
 
-    def data(self, config: TrainConfig) -> Dataset:
-        """The training images. Raises InputError."""
+    def data(self, config: TrainConfig, inherited: bool = False) -> Dataset:
+        """The training images at the size of the network. Raises InputError.
+
+        inherited: whether they are those of the run of the checkpoint, for the message.
+        """
         shape = config.network.image_shape
-        return config.data.open(shape[:2], channels=shape[2])
+        try:
+            return config.data.open(shape[:2], channels=shape[2])
+        except InputError as error:
+            advice = (
+                f" These are the data of {config.initial_checkpoint}: give others with --data." if inherited else ""
+            )
+            raise InputError(f"{error}{advice}") from error

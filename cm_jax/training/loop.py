@@ -59,7 +59,7 @@ def train(
     stored = read_config(user_path(folder))
     new = not native.run_checkpoints(Path(folder))
     last = native.last_config(Path(folder))
-    setup = prepare(config, stored and stored.network, resumed=last, initial=new)
+    setup = prepare(config, stored, resumed=last, initial=new)
     serialization.encode(setup.config)  # raises InputError for components of other packages that are not registered
     fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
     setup = dataclasses.replace(setup, initial=None)  # frees its memory

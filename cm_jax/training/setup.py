@@ -8,29 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm_jax.checkpoints import serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset, InMemory
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.guidance import UniformGuidance
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS
-from cm_jax.errors import InputError, indented_list
+from cm_jax.errors import InputError
 from cm_jax.model import Model
-from cm_jax.networks import AnyNetwork, SongUNet
 from cm_jax.objectives import Models
 from cm_jax.parallelism import Parallelism, check_batch_size, choose
 from cm_jax.progress import activity
-from cm_jax.training.class_order import in_order_of_all, in_order_of_run
+from cm_jax.training.class_order import in_order_of_all, in_order_of_run, same_classes
 from cm_jax.training.config import PARAMETERS, TrainConfig
+from cm_jax.training.inheritance import inherited_data, inherited_network, with_classes_of
+from cm_jax.training.initial_weights import check_initial_weights, initial_params, transfer_notes
 from cm_jax.training.inputs import Inputs
 from cm_jax.training.run.evaluation_hook import Evaluator, make_evaluator
 from cm_jax.training.run.state_io import to_host
 from cm_jax.training.step import Constants, Curves, StepBatch, TrainingStep, TrainState
 from cm_jax.types import Params
 
-RUNTIME_FIELDS = ("dropout", "dropout_size", "precision", "attention", "rematerialize")
-"""Fields of a network that do not change the meaning of its parameters."""
 COMPILING = ("Compiling the training step", "usually 10 to 60 s")
 """Name of an activity, and its note."""
 MAX_RESIDENT_BYTES = 512 * 2**20
@@ -65,16 +63,14 @@ class TrainingSetup:
     def initial_state(self) -> TrainState:
         """State before the first step, on the host."""
         network, name, source = self.config.network, self.config.init_from, self.teacher
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 2**31)
         if name == "fresh" or not (name or source):
             with activity("Initializing the parameters"):
-                params = network.initialize(jax.random.fold_in(jax.random.key(self.config.seed), 2**31))
+                params = network.initialize(key)
         else:
             source = source if source and not name else self.initial or Inputs().checkpoint(self.config, "init_from")
-            _check_initial_weights(self.config, source)
-            params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), source.params)
-            if network.guidance_embedding and not source.config.network.guidance_embedding:
-                added = network.shapes()["guidance"]
-                params |= {"guidance": jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), added)}
+            check_initial_weights(self.config, source)
+            params = initial_params(source, network, self.model_config.class_names, key)
         return self.step.initial_state(params, self.teacher and self.teacher.params)
 
     def state_shapes(self, step: TrainingStep | None = None) -> TrainState:
@@ -144,7 +140,7 @@ class TrainingSetup:
 
 def prepare(
     config: TrainConfig,
-    stored: AnyNetwork | None = None,
+    stored: TrainConfig | None = None,
     *,
     resumed: ModelConfig | None = None,
     initial: bool = False,
@@ -152,36 +148,49 @@ def prepare(
 ) -> TrainingSetup:
     """Set up a run. Raises InputError.
 
-    stored: the network of a run that resumes, if it inherits one, so that the checkpoint is not needed again. resumed:
-    config of the run's last checkpoint. initial: whether to read the checkpoint in init_from, as a new run needs it.
-    inputs: where checkpoints and data come from.
+    stored: the settings of a run that resumes, from which it inherits network and data, so that the checkpoint is not
+    needed again. resumed: config of the run's last checkpoint. initial: whether to read the checkpoint in init_from, as
+    a new run needs it. inputs: where checkpoints and data come from.
     """
     inputs, parallelism, objective = inputs or Inputs(), make_parallelism(config), config.objective
-    given = config.init_from not in ("", "fresh")
-    teacher, function, changes = _read_teacher(config, inputs), None, ()
+    teacher, function, given, changes = _read_teacher(config, inputs), None, config.data, []
     inherits = config.inherit_network and bool(config.initial_checkpoint)
-    start = inputs.checkpoint(config, "init_from") if given and (initial or (inherits and stored is None)) else None
+    chooses = inherits and stored is None
+    reads = config.init_from not in ("", "fresh") and (initial or chooses)
+    start = inputs.checkpoint(config, "init_from") if reads else None
+    if config.inherit_data and config.initial_checkpoint:
+        config, changes = inherited_data(config, stored)
     if inherits:
-        found = stored or next(source.config.network for source in (start, teacher) if source)
-        config, changes = _inherit_network(config, found)
+        found = stored.network if stored else next(source.config.network for source in (start, teacher) if source)
+        config, more = inherited_network(config, found)
+        changes += more
     sources = [(f"{flag} {each.path}", each) for flag, each in (("--teacher", teacher), ("--init-from", start)) if each]
-    notes = (*(f"{name}: {note}" for name, each in sources for note in each.notes), *changes)
-    network = config.network
+    notes = [f"{name}: {note}" for name, each in sources for note in each.notes] + changes
     if teacher is not None:
-        at_precision = teacher.config.network.at_precision(network.precision)
+        at_precision = teacher.config.network.at_precision(config.network.precision)
         function = dataclasses.replace(teacher.config.function, network=at_precision)
     step = make_step(config, function)
     if teacher is not None and not config.init_from:
-        _check_initial_weights(config, teacher)
-    dataset = inputs.data(config)
+        check_initial_weights(config, teacher)
+    dataset = inputs.data(config, inherited=config.data != given)
+    if chooses and start is not None and (other := with_classes_of(dataset, config)) != config:
+        config, step = other, make_step(other, function)
+    network = config.network
     _check_data(config, dataset)
     if network.classes is not None:
-        orders = [(name, source.config.class_names) for name, source in sources]
+        orders = [
+            (name, source.config.class_names)
+            for name, source in sources
+            if source is teacher or same_classes(dataset.class_names, source.config.class_names)
+        ]
         if resumed is None:
             dataset = in_order_of_all(dataset, orders)
         else:
             dataset = in_order_of_run(dataset, resumed.class_names, orders)
     names = dataset.class_names if network.classes == len(dataset.class_names) else ()
+    if start is not None and resumed is None:
+        check_initial_weights(config, start)
+        notes += transfer_notes(start, network, names)
     num_levels = objective.final_num_levels or config.num_levels or NUM_LEVELS
     consistency, guidance = not objective.makes_denoiser, objective.guidance
     saved = ModelConfig(
@@ -200,7 +209,7 @@ def prepare(
         pixels = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
         jax.eval_shape(objective.distance.with_weights(perceptual), pixels, pixels)
     start = start if initial else None
-    return TrainingSetup(config, dataset, saved, parallelism, step, teacher, perceptual, evaluator, notes, start)
+    return TrainingSetup(config, dataset, saved, parallelism, step, teacher, perceptual, evaluator, tuple(notes), start)
 
 
 def make_parallelism(config: TrainConfig) -> Parallelism:
@@ -251,38 +260,3 @@ def _read_teacher(config: TrainConfig, inputs: Inputs) -> Source | None:
             "with --label-dropout 0.1, or give --objective.guidance none."
         )
     return teacher
-
-
-def _inherit_network(config: TrainConfig, found: AnyNetwork) -> tuple[TrainConfig, tuple[str, ...]]:
-    """The config with the network of the initial checkpoint, and what it changes."""
-    network = _with_runtime_fields(found, config.network)
-    encoded = serialization.encode(config.network), serialization.encode(network)
-    changes = serialization.differences(*encoded, "network", there="given")
-    notes = (f"The network is that of {config.initial_checkpoint}:\n  {indented_list(changes)}",) if changes else ()
-    return dataclasses.replace(config, network=network), notes
-
-
-def _with_runtime_fields(network: AnyNetwork, given: AnyNetwork) -> AnyNetwork:
-    """The network with the runtime fields of another one that both have, and a guidance embedding if it has one."""
-    shared = serialization.hints(type(network)).keys() & serialization.hints(type(given)).keys()
-    kept = {name: getattr(given, name) for name in RUNTIME_FIELDS if name in shared}
-    if given.guidance_embedding and "guidance_embedding" in shared:  # a new one starts at zero
-        kept["guidance_embedding"] = True
-    return dataclasses.replace(network, **kept)  # type: ignore[type-var]
-
-
-def _check_initial_weights(config: TrainConfig, source: Source) -> None:
-    """Raise InputError if the student cannot be initialized from a checkpoint."""
-    found, expected = _with_runtime_fields(source.config.network, config.network), config.network
-    if isinstance(found, SongUNet) and isinstance(expected, SongUNet):  # a setting of the random weights alone
-        found = dataclasses.replace(found, fourier_scale=expected.fourier_scale)
-    encoded = serialization.encode(found), serialization.encode(expected)
-    complaints = serialization.differences(*encoded, there="in the checkpoint")
-    sigma, theirs, ours = jnp.full(1, 2.0), source.config.preconditioning, config.preconditioning
-    if float(theirs.c_noise(sigma)[0]) != float(ours.c_noise(sigma)[0]):
-        complaints.append(f"c_noise(sigma): that of {theirs} in the checkpoint, that of {ours} now")
-    if complaints:
-        raise InputError(
-            f"The network in {source.path} differs from this run's:\n  {indented_list(complaints)}\n"
-            "Take its network with --inherit-network and give --preconditioning its values, or use --init-from fresh."
-        )

@@ -18,8 +18,9 @@ from cm_jax.diffusion.preconditioning import TrigFlowPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.evaluation.image_sets import of_model
 from cm_jax.presets import PRESETS
+from cm_jax.training.initial_weights import RUNTIME_FIELDS
 from cm_jax.training.loop import train
-from cm_jax.training.setup import RUNTIME_FIELDS, prepare
+from cm_jax.training.setup import prepare
 from cm_jax.types import leaves
 from tests.runs.test_commands import succeeded
 from tests.support import DATA

@@ -224,6 +224,7 @@ def test_train_command_and_dry_run(monkeypatch, capsys):
     trained, joined = [], []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
     monkeypatch.setattr(command, "PRESETS", {"plain": TrainConfig})
+    monkeypatch.setattr(command, "inheriting", lambda settings, words: settings)
     monkeypatch.setattr(command, "train", lambda settings, folder, say, **flags: trained.append((settings, folder)))
     monkeypatch.setattr(command, "dry_run", lambda settings, preset: [f"seed {settings.seed}, not {preset.seed}"])
     cache = ["--compilation-cache", "off"]

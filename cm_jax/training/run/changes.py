@@ -32,6 +32,7 @@ EFFECTS: Mapping[str, Effect] = {
         Effect.NONE: (
             *("images", "image_offset", "max_consecutive_skips", "log_every", "sample_every", "checkpoint_every"),
             *("keep_last", "keep_every", "keep_hours", "evaluation", "inherit_network", "ema_snapshot_every"),
+            *("network_fields", "inherit_data"),
             *("data.in_memory_gib", "data.max_corrupt", "data.workers"),
         ),
         Effect.ROUNDING: (

@@ -62,10 +62,10 @@ class StandIns(Inputs):
         found = ModelConfig(network, EDMPreconditioning(time_factor=factor), preset.schedule)
         return Source(Path(name), found, network.shapes())
 
-    def data(self, config: TrainConfig) -> Dataset:
+    def data(self, config: TrainConfig, inherited: bool = False) -> Dataset:
         """The data, or black images of the network's shape."""
         try:
-            return super().data(config)
+            return super().data(config, inherited)
         except InputError as error:
             if config.data != self._preset.data:
                 raise

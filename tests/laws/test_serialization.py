@@ -81,7 +81,7 @@ NO_SETTINGS = {
 def package():
     """The settings of the package: frozen dataclasses that a file can hold."""
     for found in pkgutil.walk_packages(cm_jax.__path__, "cm_jax."):
-        if {"cli", "conversion", "published", "assets"} & set(found.name.split(".")):
+        if {"cli", "conversion", "demo", "published", "assets"} & set(found.name.split(".")):
             continue
         for name, kind in vars(importlib.import_module(found.name)).items():
             own = isinstance(kind, type) and kind.__module__ == found.name and name not in NO_SETTINGS

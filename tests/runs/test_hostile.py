@@ -70,6 +70,10 @@ def test_command_lines_run_or_are_refused(place, command, rng):
     assert found.outcome != "fault", f"{words}\n{found.reason}"
 
 
+def test_every_command_has_lines():
+    assert set(commands.LINES) == {"", *cli._COMMANDS}
+
+
 @pytest.mark.parametrize(
     ("use", "why"),
     [

@@ -23,6 +23,8 @@ from cm_jax.cli.demo import Demo
 from cm_jax.cli.download import Download
 from cm_jax.cli.edit import _KINDS
 from cm_jax.cli.evaluate import Evaluate
+from cm_jax.cli.export import Export
+from cm_jax.cli.reconstruct_ema import ReconstructEMA
 from cm_jax.cli.sample import Sample
 from cm_jax.cli.train import Options
 from cm_jax.cli.tune import Tune
@@ -109,6 +111,8 @@ LINES: dict[str, tuple[str, ...]] = {
     ),
     "tune": ("native images.npz --count 4", "run folder --steps 3 --count 3"),
     "download": ("", "cd_imagenet64_lpips", "edm-cifar10-32x32-uncond-vp --force"),
+    "export": ("native new", "run/best new --steps 2 --platforms cpu", "diffusers new --precision bfloat16"),
+    "reconstruct-ema": ("run --width 0.07 --output new", "run/best --width 0.03,0.07 --at 2 --output new"),
     "demo": ("native", "native openai.pt --port 8000", "--host 127.0.0.1"),
     "": ("sample native", "edit inpaint picture.png", "--help", "train --help", "sampel"),
 }
@@ -121,6 +125,8 @@ _OPTIONS = {
     "evaluate": (Evaluate,),
     "tune": (Tune,),
     "download": (Download,),
+    "export": (Export,),
+    "reconstruct-ema": (ReconstructEMA,),
     "demo": (Demo,),
 }
 
@@ -218,6 +224,7 @@ def without_work(cache: Path) -> Iterator[None]:
         "cm_jax.cli.evaluate": ("evaluate", "evaluate_bits"),
         "cm_jax.cli.tune": ("tune",),
         "cm_jax.cli.demo": ("_serve",),
+        "cm_jax.cli.export": ("write_artifact",),
         "jax.distributed": ("initialize",),
     }
     with contextlib.ExitStack() as stack:

@@ -5,6 +5,7 @@ code point) and the two sketches in docs/images/emoji.
 """
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 
 from cm_jax.checkpoints.published import DEFAULT
-from cm_jax.data.npz import bundled_emoji
+from cm_jax.data.npz import bundled_emoji, resized
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError
+from cm_jax.evaluation import nearest
+from cm_jax.feature_networks.lpips import LPIPS
 from cm_jax.io.atomic import atomic_write
 from cm_jax.io.images import grid, quantize
 from cm_jax.loading import load
 from cm_jax.model import Model
+from cm_jax.types import Params
 
 Images = Float[np.ndarray, "b h w c"]
 
@@ -122,6 +126,25 @@ def denoised(model: Model) -> Image.Image:
     return sheet(across(columns), len(columns), list(PICTURES), headings)
 
 
+def neighbors(model: Model, lpips: Params | None) -> Image.Image:
+    """Sixteen one-step samples, each above its nearest training image by pixels and, with weights, by LPIPS.
+
+    Prints the median distances of 431 samples beside those of the 431 held-out images.
+    """
+    arrays, size = bundled_emoji(), model.config.network.image_shape[0]
+    train, held_out = (resized(arrays["images"][arrays["held_out"] == part], size) for part in (False, True))
+    samples = quantize(model.sample(0, len(held_out), labels=arrays["labels"][arrays["held_out"]], steps=1))
+    rows, names = [samples[:: len(samples) // 16][:16]], ["sample"]
+    for name, weights in [("pixels", None), ("LPIPS", lpips)][: 1 + bool(lpips)]:
+        found = nearest(samples, train, weights)
+        medians = np.median(found.distances), np.median(nearest(held_out, train, weights).distances)
+        print(f"Median distance to the nearest training image ({name}): ", end="")
+        print(f"{medians[0]:.3g} of samples, {medians[1]:.3g} of held-out images.")
+        rows.append(train[found.indices[:: len(samples) // 16][:16]])
+        names.append(f"nearest by {name}")
+    return sheet(np.concatenate(rows) / 127.5 - 1, 16, names)
+
+
 def emoji(codes: Iterable[str], model: Model) -> tuple[Images, list[int]]:
     """The Noto emoji of these code points at the model's size, and their classes."""
     arrays, size = bundled_emoji(), model.config.network.image_shape[0]
@@ -170,11 +193,13 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT, help=f"checkpoint or bundled model; default: {DEFAULT}")
     parser.add_argument("--teacher", help="denoiser whose samples are shown too; default: none")
     parser.add_argument("--folder", type=Path, default=IMAGES, help="output folder; default: docs/images")
+    parser.add_argument("--only", help="one figure, such as neighbors; default: all")
     arguments = parser.parse_args()
     try:
         model = load(arguments.model)
         teacher = load(arguments.teacher) if arguments.teacher else None
         check(model, teacher)
+        lpips = LPIPS().load_weights() if os.environ.get("CM_JAX_LPIPS") else None
     except InputError as error:
         parser.error(str(error))
     figures = {
@@ -187,8 +212,13 @@ def main() -> None:
         "superres": lambda: edits(model, PatchMean(4), "known"),
         "strokes": lambda: strokes(model),
         "denoise": lambda: denoised(model),
+        "neighbors": lambda: neighbors(model, lpips),
     }
+    if arguments.only not in (None, *figures):
+        parser.error(f"Expected --only with one of {', '.join(figures)}, got {arguments.only}.")
     for name, figure in figures.items():
+        if arguments.only not in (None, name):
+            continue
         path = arguments.folder / f"gallery_{name}.png"
         with atomic_write(path) as temporary:
             figure().save(temporary, "PNG", optimize=True)

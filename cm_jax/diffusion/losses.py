@@ -143,6 +143,14 @@ class Perceptual(Distance):
         squares = (head * jnp.square(_unit(of_x) - _unit(of_y)) for head, of_x, of_y in layers)
         return sum((square.sum(-1).mean((1, 2)) for square in squares), jnp.zeros(x.shape[0]))
 
+    def embed(self, x: Images) -> Float[Array, "b _"]:
+        """Vectors whose squared Euclidean distance is this distance. Heads must not be negative."""
+        scaled = (
+            _unit(of_x) * jnp.sqrt(head / of_x[0, ..., 0].size)
+            for head, of_x in zip(self.heads, self.features(x), strict=True)
+        )
+        return jnp.concatenate([each.reshape(len(x), -1) for each in scaled], axis=1)
+
 
 def _unit(features: Features) -> Features:
     """features / (||features|| + 1e-10) over channels; zero, with zero gradient, where all channels are zero."""

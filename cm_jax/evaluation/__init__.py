@@ -25,3 +25,4 @@ from cm_jax.evaluation.metrics import (
     squared_mmd,
     to_json,
 )
+from cm_jax.evaluation.neighbors import Neighbors, nearest

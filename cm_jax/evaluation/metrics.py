@@ -167,7 +167,7 @@ def overlap(real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], n
     real_radii, sample_radii = _radii(real, neighbors), _radii(samples, neighbors)
     precise = balls = 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for rows, distances in _squared_distances(samples, real):
+    for rows, distances in squared_distances(samples, real):
         inside: Bool[np.ndarray, "b n"] = distances <= real_radii
         precise += int(inside.any(1).sum())
         balls += int(inside.sum())
@@ -180,13 +180,13 @@ def overlap(real: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], n
 def _radii(features: Float64[np.ndarray, "n d"], neighbors: int) -> Float64[np.ndarray, " n"]:
     """Squared distance of each image to its k-th nearest other image."""
     radii = np.empty(len(features))
-    for rows, distances in _squared_distances(features, features):
+    for rows, distances in squared_distances(features, features):
         distances[np.arange(len(distances)), np.arange(len(features))[rows]] = np.inf
         radii[rows] = np.partition(distances, neighbors - 1)[:, neighbors - 1]
     return radii
 
 
-def _squared_distances(
+def squared_distances(
     x: Float64[np.ndarray, "m d"], y: Float64[np.ndarray, "n d"]
 ) -> Iterator[tuple[slice, Float64[np.ndarray, "b n"]]]:
     """(rows of x, their distances |x|^2 + |y|^2 - 2 x . y to all of y), block by block."""

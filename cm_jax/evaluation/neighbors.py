@@ -1,0 +1,65 @@
+"""Nearest training images: whether a model memorized the images that it was trained on."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from cm_jax.diffusion.losses import Perceptual
+from cm_jax.errors import InputError
+from cm_jax.evaluation.metrics import squared_distances
+from cm_jax.feature_networks.lpips import TAPS, vgg16_features
+from cm_jax.types import Params
+
+_BATCH = 64
+
+
+class Neighbors(NamedTuple):
+    """The nearest reference of each image, and its distance."""
+
+    indices: Int[np.ndarray, " b"]
+    distances: Float[np.ndarray, " b"]
+
+
+def nearest(
+    images: UInt8[np.ndarray, "b _ _ _"], references: UInt8[np.ndarray, "n _ _ _"], lpips: Params | None = None
+) -> Neighbors:
+    """The nearest reference of each image.
+
+    The distance is the root mean square difference of the 8-bit values, or LPIPS (RGB, max pooling, no resizing) with
+    `lpips`, the weights of `LPIPS().load_weights()`. Raises InputError for images of different sizes.
+    """
+    if images.shape[1:] != references.shape[1:] or not len(references):
+        raise InputError(
+            f"Expected images and references of one size, got {list(images.shape)} and {list(references.shape)}."
+        )
+    embed: Callable[[Any], Any] = _pixels if lpips is None else lambda batch: _perceptual(lpips, jnp.asarray(batch))
+    points = _batches(embed, images)
+    indices, squares = np.zeros(len(images), int), np.full(len(images), np.inf)
+    for start in range(0, len(references), _BATCH):
+        others = _batches(embed, references[start : start + _BATCH])
+        for rows, distances in squared_distances(points, others):
+            best = distances.argmin(1)
+            found = distances[np.arange(len(best)), best]
+            indices[rows] = np.where(found < squares[rows], start + best, indices[rows])
+            squares[rows] = np.minimum(found, squares[rows])
+    return Neighbors(indices, squares if lpips is not None else np.sqrt(squares / points.shape[1]))
+
+
+def _batches(embed: Callable[[Any], Any], images: UInt8[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b d"]:
+    parts = [np.asarray(embed(images[start : start + _BATCH])) for start in range(0, len(images), _BATCH)]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _pixels(images: UInt8[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b d"]:
+    return images.reshape(len(images), -1).astype(np.float64)
+
+
+@jax.jit
+def _perceptual(lpips: Params, images: UInt8[jax.Array, "b h w c"]) -> Float[jax.Array, "b d"]:
+    features = functools.partial(vgg16_features, lpips["vgg16"])
+    return Perceptual(features, [lpips["heads"][tap] for tap in TAPS]).embed(jnp.float32(images) / 127.5 - 1)

@@ -13,7 +13,8 @@ import jax
 import torch
 
 from benchmarks.common import failure
-from benchmarks.profiles import Ceilings, Program, profile, table
+from benchmarks.hlo import Program
+from benchmarks.profiles import Ceilings, profile, table
 from cm_jax.networks import ADMUNet, BuiltInNetwork, SongUNet
 
 TINY = ADMUNet(

@@ -1,0 +1,168 @@
+"""Sampling and training programs compiled for GPUs and TPUs by their own compilers, on any machine; nothing is run.
+
+    python -m benchmarks.compiled --target h100 --programs imagenet64-forward --batches 1,256
+    python -m benchmarks.compiled --target v5e:16x16 --programs imagenet64-cd --batches 8 --parallel mesh,sharded
+
+Needs `pip install -e '.[aot]'` (Linux, x86-64). Programs: imagenet64 or lsun256 with -forward (the network), -gradient
+(of its mean squared output), -sample-1 and -sample-2 (a consistency model in one and two steps); training steps by the
+names of their presets; imagenet64-meanflow. Batch sizes are per device.
+
+Each program is compiled in its own process with a time limit, and its results are appended to --results, one JSON
+object per line; programs that are already there are not compiled again, unless they failed and --retry is given.
+
+Columns. Memory: arguments, results and temporaries of a device, of its memory. Traffic: bytes to and from memory,
+operands and results of every kernel; slices count as what they read. Operations: of products, with those by padding
+(CUDA), or as the compiler counts (TPU). Time: roofline, the larger of operations / peak and traffic / bandwidth, and
+their sum; the compiler's estimate. Collectives: number and bytes of their results.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT, failure, header, parser, row
+
+HEADER = header(
+    *("Program", "Batch", "Precision", "Parallel", "State GB", "Temporaries GB", "Of memory", "TFLOP", "Traffic GB"),
+    *("Kernels", "Roofline ms", "Sum ms", "Estimate ms", "Collectives", "Compiled in s"),
+)
+
+
+def compile_job(fields: dict[str, Any], text: str) -> dict[str, Any]:
+    """Costs of one job in this process, as JSON values. Writes the compiled program to the file `text`, if any."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from benchmarks.compiled_programs import Job, lowered
+    from benchmarks.targets import TARGETS, costs
+
+    job = Job(**fields)
+    target, began = TARGETS[job.target], time.perf_counter()
+    with target.active():
+        compiled = lowered(job).compile()
+    found = costs(compiled)
+    if text:
+        Path(text).write_text(compiled.as_text() or "")
+    at_peak, of_memory = found.roofline(target, float32=job.precision == "float32")
+    return {
+        **found._asdict(),
+        "traffic": [entry._asdict() for entry in found.traffic],
+        "bytes": found.bytes,
+        "kernels": found.kernels,
+        "memory": found.memory,
+        "fraction": found.memory / target.memory,
+        "compute_s": at_peak,
+        "memory_s": of_memory,
+        "compiled_in_s": time.perf_counter() - began,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of JAX and of the compilers."""
+    found = {}
+    for package in ("jax", "jax-cuda13-pjrt", "libtpu"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def in_process(fields: dict[str, Any], limit: float, text: str) -> dict[str, Any]:
+    """Results of a job that is compiled in its own process, or its failure."""
+    command = [sys.executable, "-m", "benchmarks.compiled", "--job", json.dumps(fields), "--text", text]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failure": f"not compiled within {limit:.0f} s"}
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        last = done.stderr.strip().splitlines()[-1:]
+        return {"failure": f"the process ended with status {done.returncode}: {''.join(last)[:200]}"}
+
+
+def line(fields: dict[str, Any], found: dict[str, Any]) -> str:
+    """A row of the table."""
+    precision = fields["precision"] + (", rematerialized" if fields["rematerialize"] else "")
+    cells = [fields["program"], fields["batch"], precision, fields["parallel"]]
+    if "failure" in found:
+        return row(*cells, found["failure"], *[""] * 10)
+    sent = ", ".join(f"{number} {kind} {size / 1e9:.3g} GB" for kind, (number, size) in found["collectives"].items())
+    times = found["compute_s"], found["memory_s"]
+    return row(
+        *cells,
+        *(f"{found[name] / 1e9:.3g}" for name in ("arguments", "temporaries")),
+        f"{found['fraction']:.0%}",
+        *(f"{found['operations'] / 1e12:.4g}", f"{found['bytes'] / 1e9:.4g}", found["kernels"]),
+        *(f"{1000 * max(times):.1f}", f"{1000 * sum(times):.1f}"),
+        f"{1000 * found['estimate']:.1f}" if found.get("estimate") else "",
+        sent or "none",
+        f"{found['compiled_in_s']:.0f}",
+    )
+
+
+def by_kind(found: dict[str, Any], most: int) -> Iterator[str]:
+    """The largest kinds of kernels."""
+    for entry in found.get("traffic", [])[:most]:
+        yield f"    {entry['bytes'] / 1e9:8.2f} GB, {entry['number']:5} x {entry['kind']}"
+
+
+def main() -> None:
+    from benchmarks.compiled_programs import PARALLEL, Job
+    from benchmarks.targets import TARGETS
+
+    options = parser(__doc__)
+    options.add_argument("--target", choices=TARGETS, default="h100", help="Device and number of devices.")
+    options.add_argument("--programs", default="imagenet64-forward", help="Programs, comma-separated.")
+    options.add_argument("--batches", default="1", help="Images per device, comma-separated.")
+    options.add_argument("--precisions", default="bfloat16", help="bfloat16 and float32, comma-separated.")
+    options.add_argument("--parallel", default="one", help=f"Comma-separated: {', '.join(PARALLEL)}.")
+    options.add_argument("--rematerialize", default="no", choices=("no", "yes", "both"), help="Rematerialize blocks.")
+    options.add_argument("--limit", type=float, default=1800, help="Time limit of a program in seconds.")
+    options.add_argument("--results", type=Path, default=Path("compiled.json"), help="File of all results.")
+    options.add_argument("--retry", action="store_true", help="Compile programs again that failed.")
+    options.add_argument("--again", action="store_true", help="Compile all programs again.")
+    options.add_argument("--kinds", type=int, default=0, help="Number of kinds of kernels to print, by traffic.")
+    options.add_argument("--text", default="", help="File to write the compiled program to; for one program.")
+    options.add_argument("--job", help="Compile one program in this process, given as JSON.")
+    args = options.parse_args()
+    if args.job:
+        try:
+            found = compile_job(json.loads(args.job), args.text)
+        except Exception as error:
+            found = {"failure": failure(error)}
+        print(json.dumps(found))
+        return
+    found = versions()
+    print(f"Compiled, not run. {', '.join(' '.join(pair) for pair in found.items())}; target {args.target}.")
+    print(HEADER, flush=True)
+    remat = {"no": (False,), "yes": (True,), "both": (False, True)}[args.rematerialize]
+    lists: list[Any] = [getattr(args, name).split(",") for name in ("programs", "precisions", "parallel", "batches")]
+    for program, precision, parallel, batch, again in itertools.product(*lists, remat):
+        fields = dataclasses.asdict(Job(args.target, program, int(batch), precision, parallel, again))
+        results = {} if args.again else earlier(args.results, found).get(json.dumps(fields), {})
+        if not results or ("failure" in results and args.retry):
+            results = in_process(fields, args.limit, args.text)
+            entry = {"job": fields, "versions": found, "date": datetime.date.today().isoformat(), **results}
+            with args.results.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        print(line(fields, results), *by_kind(results, args.kinds), sep="\n", flush=True)
+
+
+def earlier(path: Path, of: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The latest results in a file by job, of the same versions."""
+    entries = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return {json.dumps(entry["job"]): entry for entry in entries if entry["versions"] == of}
+
+
+if __name__ == "__main__":
+    main()

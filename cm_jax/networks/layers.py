@@ -4,6 +4,9 @@ Feature maps are NHWC in the compute precision; norms, softmax and embeddings ar
 """
 
 import dataclasses
+import functools
+import itertools
+import operator
 from typing import Literal
 
 import flax.linen as nn
@@ -14,12 +17,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cm_jax.errors import InputError
-from cm_jax.networks.operations import Implementation, attend, convolve_3x3, group_norm, multiply
+from cm_jax.networks.operations import Implementation, attend, concatenated, convolve_3x3, group_norm, multiply
 from cm_jax.types import Keys, Labels
 
 Features = Float[Array, "b h w c"]
 Outputs = Float[Array, "b h2 w2 c2"]
 """Features with another size or number of channels."""
+Joined = Float[Array, "b h w j"]
+"""Features with another number of channels."""
 Embedding = Float[Array, "b t"]
 Resample = Literal["down", "up"]
 Filter = Literal["fir", "plain"]
@@ -161,9 +166,12 @@ class Dense(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        kernel = parameter(self, "kernel", (x.shape[-1], self.features))
-        result = multiply(x.astype(self.dtype), kernel.astype(self.dtype))
+    def __call__(self, x: Float[Array, "... i"], *more: Float[Array, "... _"]) -> Float[Array, "... o"]:
+        """The layer applied to x and `more` concatenated along the last axis, without copying them."""
+        parts = [part.astype(self.dtype) for part in (x, *more)]
+        *starts, channels = itertools.accumulate(part.shape[-1] for part in parts)
+        kernel = parameter(self, "kernel", (channels, self.features)).astype(self.dtype)
+        result = functools.reduce(operator.add, map(multiply, parts, jnp.split(kernel, starts)))
         return result + parameter(self, "bias", (self.features,)).astype(self.dtype) if self.use_bias else result
 
 
@@ -221,20 +229,21 @@ class GroupNorm(nn.Module):
     def __call__(
         self,
         x: Features,
-        scale: Float[Array, "b c"] | None = None,
-        shift: Float[Array, "b c"] | None = None,
-        *,
-        offset: Float[Array, "b c"] | None = None,
+        *more: Float[Array, "b h w _"],
+        scale: Float[Array, "b _"] | None = None,
+        shift: Float[Array, "b _"] | None = None,
+        offset: Float[Array, "b _"] | None = None,
         silu: bool = False,
-    ) -> Features:
-        b, _, _, channels = x.shape
+    ) -> Joined:
+        """The layer applied to x and `more` concatenated along channels, without copying them."""
+        b, channels = len(x), sum(part.shape[-1] for part in (x, *more))
         gain = parameter(self, "scale", (channels,))
         bias = parameter(self, "bias", (channels,))
         if scale is not None and shift is not None:
             gain, bias = gain * scale, bias * scale + shift
         gain, bias = (jnp.broadcast_to(values, (b, channels)) for values in (gain, bias))
         groups, epsilon = self.style.groups(channels), self.style.epsilon
-        return group_norm(x, offset, gain, bias, groups=groups, epsilon=epsilon, silu=silu)
+        return group_norm(x, offset, gain, bias, *more, groups=groups, epsilon=epsilon, silu=silu)
 
 
 class ResidualBlock(nn.Module):
@@ -250,9 +259,12 @@ class ResidualBlock(nn.Module):
     style: Style = Style()
 
     @nn.compact
-    def __call__(self, x: Features, embedding: Embedding, dropout_keys: Keys | None = None) -> Outputs:
-        style = self.style
-        h = resampled(GroupNorm(style, name="norm_1")(x, silu=True), self.resample, style.resampling)
+    def __call__(
+        self, x: Features, embedding: Embedding, dropout_keys: Keys | None = None, joined: Joined | None = None
+    ) -> Outputs:
+        """joined: features concatenated to x along channels."""
+        style, parts = self.style, [x] if joined is None else concatenated(x, joined)
+        h = resampled(GroupNorm(style, name="norm_1")(*parts, silu=True), self.resample, style.resampling)
         h, bias = Convolution(self.features, dtype=self.dtype, name="conv_1").without_bias(h)
         offset = jnp.broadcast_to(bias, (h.shape[0], self.features))
 
@@ -265,18 +277,18 @@ class ResidualBlock(nn.Module):
             scale, shift = jnp.split(modulation, 2, axis=1)
             normalized = self.modulation == "normalized"
             scale, shift = (pixel_norm(scale), pixel_norm(shift)) if normalized else (1 + scale, shift)
-            h = norm(h, scale, shift, offset=offset, silu=True)
+            h = norm(h, scale=scale, shift=shift, offset=offset, silu=True)
         if self.dropout_size is None or max(h.shape[1:3]) <= self.dropout_size:
             h = dropout(h, self.dropout, dropout_keys, self.dropout_layer)
         h = Convolution(self.features, dtype=self.dtype, name="conv_2")(h)
 
         skip = Dense(self.features, dtype=self.dtype, name="skip")
-        if x.shape[-1] == self.features and not (self.resample and style.skip_conv):
-            x = resampled(x, self.resample, style.resampling)
+        if sum(part.shape[-1] for part in parts) == self.features and not (self.resample and style.skip_conv):
+            x = resampled(jnp.concatenate(parts, axis=-1), self.resample, style.resampling)
         elif self.resample == "up" and style.resampling == "plain":
-            x = resampled(skip(x), "up")  # equal, with 25 % of the multiplications
+            x = resampled(skip(*parts), "up")  # equal, with 25 % of the multiplications
         else:
-            x = skip(resampled(x, self.resample, style.resampling))
+            x = skip(*(resampled(part, self.resample, style.resampling) for part in parts))
         return (x + h) * style.residual_scale
 
 

@@ -22,6 +22,7 @@ from cm_jax.networks.layers import (
     Embedding,
     Features,
     GroupNorm,
+    Joined,
     Outputs,
     ResidualBlock,
     SmoothedConvolution,
@@ -213,8 +214,8 @@ class UNetModule(nn.Module):
             Dense(1, name="uncertainty")(sinusoid(c_noise, UNCERTAINTY_FEATURES))
         numbers = itertools.count()
 
-        def apply(block: Block, h: Features, pyramid: Pyramid) -> Outputs:
-            return _Block(config, block, next(numbers), name=block.name)(h, pyramid, embedding, dropout_keys)
+        def apply(block: Block, h: Features, pyramid: Pyramid, skip: Joined | None = None) -> Outputs:
+            return _Block(config, block, next(numbers), name=block.name)(h, pyramid, embedding, dropout_keys, skip)
 
         pyramid = x
         h = Convolution(config.stem_channels, dtype=config.precision, name="stem")(x)
@@ -225,19 +226,29 @@ class UNetModule(nn.Module):
             skips.append(h)
         h = apply(plan.middle, h, pyramid)
         for block in plan.decoder:
-            h = apply(block, jnp.concatenate([h, skips.pop()], axis=-1), pyramid)
+            h = apply(block, h, pyramid, skips.pop())
         return _Head(config, name="head")(h.astype(jnp.float32))[..., : config.image_channels]
 
 
 class _Block(nn.Module):
-    """The units of one block in turn. Block number and unit index identify a dropout layer."""
+    """The units of one block in turn. Block number and unit index identify a dropout layer.
+
+    The first unit of a decoder block, a residual block, takes the features of `skip` as well.
+    """
 
     config: UNetConfig
     block: Block
     number: int
 
     @nn.compact
-    def __call__(self, h: Features, pyramid: Pyramid, embedding: Embedding, dropout_keys: Keys | None) -> Outputs:
+    def __call__(
+        self,
+        h: Features,
+        pyramid: Pyramid,
+        embedding: Embedding,
+        dropout_keys: Keys | None,
+        skip: Joined | None = None,
+    ) -> Outputs:
         config = self.config
         dtype, style = config.precision, config.style
         remat = nn.remat if config.rematerialize else lambda module: module
@@ -254,7 +265,7 @@ class _Block(nn.Module):
                         dtype=dtype,
                         style=style,
                         name=unit.name,
-                    )(h, embedding, dropout_keys)
+                    )(h, embedding, dropout_keys, None if index else skip)
                 case "attention":
                     heads = config.heads_for(unit.channels_out)
                     h = remat(AttentionBlock)(heads, config.attention, dtype, style, name=unit.name)(h)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm_jax import kernels
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, SongUNet
-from cm_jax.networks.layers import GroupNorm, downsample, upsample
+from cm_jax.networks.layers import Dense, GroupNorm, downsample, upsample
 from cm_jax.networks.operations import attend, convolve_3x3
 from cm_jax.types import leaves
 from tests.support import SMALL, adm_golden, nhwc, random_params, relative
@@ -120,6 +121,36 @@ def test_group_norm_is_accurate_with_one_very_large_pixel(pixel):
     assert relative(values, exact) < 1e-6
     typical = np.s_[:, 200:, 200:]
     assert relative(values[typical], exact[typical]) < 1e-5
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0, 100.0])
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11)])
+def test_group_norm_in_half_precision_is_accurate_to_the_rounding_of_input_and_output(mean, dtype, rounding):
+    given = np.random.default_rng(0).standard_normal((2, 16, 16, 64)).astype(np.float32) + np.float32(mean)
+    x = jnp.asarray(given, dtype)
+
+    def exact(values):
+        groups = np.asarray(values, np.float64).reshape(2, 256, 32, 2)
+        average, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+        return ((groups - average) / np.sqrt(variance + 1e-5)).reshape(x.shape)
+
+    of_input = np.abs(exact(given) - exact(x)).max()
+    of_output = rounding * np.abs(exact(x)).max()
+    values = np.asarray(GroupNorm().apply({"params": plain_norm(64)}, x), np.float64)
+    assert np.abs(values - exact(x)).max() < of_input + of_output
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_a_norm_and_a_dense_layer_of_parts_are_those_of_the_concatenated_features(dtype, bound):
+    x, more = (jax.random.normal(jax.random.key(c), (2, 4, 4, c)).astype(dtype) + 1 for c in (40, 24))
+    joined, dense = jnp.concatenate([x, more], axis=-1), Dense(32, dtype=dtype)
+    weights = {"kernel": jax.random.normal(jax.random.key(0), (64, 32)) / 8, "bias": jnp.arange(32.0)}
+    with kernels.off():
+        norm = [GroupNorm().apply({"params": plain_norm(64)}, *parts, silu=True) for parts in ([x, more], [joined])]
+        product = [dense.apply({"params": weights}, *parts) for parts in ([x, more], [joined])]
+    for apart, together in (norm, product):
+        assert apart.shape == together.shape
+        assert relative(np.asarray(apart, np.float32), np.asarray(together, np.float32)) < bound
 
 
 def test_downsampling_averages_and_upsampling_repeats():

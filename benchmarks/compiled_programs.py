@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.targets import TARGETS, Target, placed
+from benchmarks.targets import TARGETS, placed
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.preconditioning import (
@@ -62,25 +62,26 @@ def train_config(name: str) -> TrainConfig:
 
 def lowered(job: Job) -> jax.stages.Lowered:
     """The program of a job, for its target. The caller is inside `target.active()`."""
-    target = TARGETS[job.target]
     family, _, kind = job.program.partition("-")
+    across = parallelism(job.parallel, TARGETS[job.target].count)
+    changes: dict[str, Any] = {"precision": job.precision, "rematerialize": job.rematerialize}
     if kind in ("forward", "gradient") or kind.startswith("sample-"):
-        network = dataclasses.replace(NETWORKS[family], precision=job.precision, rematerialize=job.rematerialize)
-        function, arguments = (_sampling if kind.startswith("sample-") else _pass)(network, kind, job.batch)
-        return function.lower(*placed(arguments, OneDevice().replicated))
-    config = train_config(job.program)
-    network = dataclasses.replace(config.network, precision=job.precision, rematerialize=job.rematerialize)  # type: ignore[arg-type]
-    return lowered_step(dataclasses.replace(config, network=network), job.batch, parallelism(job.parallel, target))
+        program, arguments = network_program(dataclasses.replace(NETWORKS[family], **changes), kind, job.batch)
+    else:
+        config, usual = train_config(job.program), train_config(job.program).network
+        config = dataclasses.replace(config, network=dataclasses.replace(usual, **changes))  # type: ignore[type-var]
+        program, arguments = step_program(config, job.batch, across)
+    return program.lower(*(placed(arguments, across.replicated) if job.parallel == "one" else arguments))
 
 
-def parallelism(name: str, target: Target) -> Parallelism:
-    count = target.count
+def parallelism(name: str, count: int) -> Parallelism:
+    """One of PARALLEL over `count` devices."""
     found = {"one": OneDevice(), "pmap": Pmap(count), "mesh": DataMesh(count), "sharded": Sharded(count)}
     return found[name] if name in found else Sharded(count, shards=8)
 
 
-def lowered_step(config: TrainConfig, batch: int, across: Parallelism) -> jax.stages.Lowered:
-    """A training step with `batch` images on each device, from the shapes of its arguments."""
+def step_program(config: TrainConfig, batch: int, across: Parallelism) -> tuple[Any, tuple[Any, ...]]:
+    """The compiled function of a training step with `batch` images on each device, and the shapes of its arguments."""
     teacher, network, count = None, config.network, len(across.devices)
     if config.objective.has_teacher:
         log_sigma = isinstance(config.preconditioning, LogSigmaPreconditioning)
@@ -94,39 +95,28 @@ def lowered_step(config: TrainConfig, batch: int, across: Parallelism) -> jax.st
     split = (count, 1, batch) if isinstance(across, Pmap) else (1, count * batch)
     images: Any = jax.ShapeDtypeStruct((*split, *network.image_shape), jnp.uint8)
     labels: Any = jax.ShapeDtypeStruct(split, jnp.int32) if network.classes else None
-    arguments = state, constants, StepBatch(images, labels), _key()
-    if isinstance(across, OneDevice):
-        arguments = placed(arguments, across.replicated)
-    program: Any = across.compile(functools.partial(step.run_steps, across), state)
-    return program.lower(*arguments)
+    program = across.compile(functools.partial(step.run_steps, across), state)
+    return program, (state, constants, StepBatch(images, labels), _key())
 
 
 def _key(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jax.random.key(0).dtype)
 
 
-def _pass(network: Any, kind: str, batch: int) -> tuple[Any, Any]:
-    """The network alone, or the gradient of its mean squared output."""
-    x, times = (jax.ShapeDtypeStruct((batch, *rest), jnp.float32) for rest in (network.image_shape, ()))
+def network_program(network: Any, kind: str, batch: int) -> tuple[Any, tuple[Any, ...]]:
+    """forward, gradient (of the mean squared output) or sample-STEPS (images of a consistency model, from keys)."""
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32) if network.classes else None
-    if kind == "forward":
-        return jax.jit(network.predict), (_prepared(network), x, times, labels)
-    return jax.jit(jax.grad(lambda *given: jnp.mean(network.predict(*given) ** 2))), (
-        *(network.shapes(), x, times, labels),
-    )
-
-
-def _sampling(network: Any, kind: str, batch: int) -> tuple[Any, Any]:
-    """Images of a consistency model, from keys."""
+    params, prepared = network.shapes(), jax.eval_shape(network.prepare, network.shapes())
+    if not kind.startswith("sample-"):
+        x, times = (jax.ShapeDtypeStruct((batch, *rest), jnp.float32) for rest in (network.image_shape, ()))
+        if kind == "forward":
+            return jax.jit(network.predict), (prepared, x, times, labels)
+        gradient = jax.grad(lambda *given: jnp.mean(network.predict(*given) ** 2))
+        return jax.jit(gradient), (params, x, times, labels)
     config = ModelConfig(network, ConsistencyPreconditioning(), num_levels=40)
     plan = make_plan(config, None, steps=int(kind.removeprefix("sample-")))
 
     def program(params: Any, keys: Any, labels: Any) -> jax.Array:
         return sample(config.function, plan.sampler, params, plan.levels, keys, labels)
 
-    labels = jax.ShapeDtypeStruct((batch,), jnp.int32) if network.classes else None
-    return jax.jit(program), (_prepared(network), _key(batch), labels)
-
-
-def _prepared(network: Any) -> Any:
-    return jax.eval_shape(network.prepare, network.shapes())
+    return jax.jit(program), (prepared, _key(batch), labels)

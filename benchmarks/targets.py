@@ -26,7 +26,7 @@ gpu_device_info {
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
-device_description_str: "CUDA: NVIDIA H100 80GB HBM3"
+device_description_str: "NVIDIA H100 80GB HBM3"
 """
 """XLA's text of an H100 SXM."""
 
@@ -61,26 +61,34 @@ class Target:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask Google Cloud which TPU this is
         return topologies.get_topology_desc(self.topology, platform="tpu").devices[: self.count]
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Traces as on these devices: they are jax.devices(), and the library chooses its operations for them."""
-        devices, name = list(self.devices), "gpu" if self.platform == "cuda" else "tpu"
-        attention = "jax._src.cudnn.fused_attention_stablehlo"
-        replaced = {
-            "jax.devices": lambda: devices,
-            "jax.local_devices": lambda: devices,
-            "jax.device_count": lambda: len(devices),
-            "jax.local_device_count": lambda: len(devices),
-            "jax.default_backend": lambda: name,
-            f"{attention}.check_compute_capability": lambda capability: float(capability) <= 9.0,
-            f"{attention}.is_cuda_compute_capability_equal": lambda capability: capability == "9.0",
-        }
-        jax.clear_caches()  # of operations chosen for other devices
-        with contextlib.ExitStack() as stack:
-            for place, function in replaced.items():
-                stack.enter_context(unittest.mock.patch(place, function))
-            yield
-        jax.clear_caches()
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Traces as on these devices."""
+        return tracing_for(self.platform, self.devices)
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str, devices: Sequence[Any] = ()) -> Iterator[None]:
+    """Traces as on `devices` of a platform: they are jax.devices(), and the library chooses its operations for them.
+
+    Without devices, programs can be lowered but not compiled, by `traced.lower(lowering_platforms=(platform,))`, and
+    placed on meshes of the devices of this machine.
+    """
+    name, attention = {"cuda": "gpu", "tpu": "tpu"}[platform], "jax._src.cudnn.fused_attention_stablehlo"
+    replaced: dict[str, Callable[..., Any]] = {
+        "jax.default_backend": lambda: name,
+        f"{attention}.check_compute_capability": lambda capability: float(capability) <= 9.0,
+        f"{attention}.is_cuda_compute_capability_equal": lambda capability: capability == "9.0",
+        f"{attention}.check_cudnn_version": lambda: 91000,
+        "cm_jax.networks.operations._on_cuda": lambda: platform == "cuda",
+    }
+    if devices:
+        replaced |= {f"jax.{each}": lambda: list(devices) for each in ("devices", "local_devices")}
+    jax.clear_caches()  # of operations chosen for other devices
+    with contextlib.ExitStack() as stack:
+        for place, function in replaced.items():
+            stack.enter_context(unittest.mock.patch(place, function))
+        yield
+    jax.clear_caches()
 
 
 _H100_SXM = {"platform": "cuda", "peak": 989e12, "peak_float32": 67e12, "bandwidth": 3.352e12, "memory": 84.9e9}

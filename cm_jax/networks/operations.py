@@ -179,5 +179,8 @@ def _split(qkv: Array, heads: int) -> list[Heads]:
 
 def _cudnn_runs(query: Heads) -> bool:
     supported = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
-    cuda = jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
-    return supported and cuda
+    return supported and _on_cuda()
+
+
+def _on_cuda() -> bool:
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()

@@ -1,6 +1,7 @@
 # make demo          sample images with the bundled models; convert a checkpoint in OpenAI's format, with --check
 # make test          lint, type checks, tests
 # make test-newest   tests/laws and a training run with the newest Python here and the newest packages, in .venv-newest
+# make test-aot      compile small programs for H100 and TPU, without the devices, by their compilers in .venv-aot
 # make wheel-check   build the package and test the wheel in an empty environment
 # Each creates .venv if necessary; PYTHON selects the interpreter (3.11 or newer).
 
@@ -11,7 +12,7 @@ NEWEST ?= $(shell for name in python3.14 python3.13 python3.12 \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$name" && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test test-newest lint types format constraints wheel-check clean
+.PHONY: demo test test-newest test-aot lint types format constraints wheel-check clean
 
 demo: .venv/.ready-demo
 	rm -rf demo
@@ -33,6 +34,17 @@ test-newest: .venv-newest/.ready
 	$(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade pip
 	.venv-newest/bin/pip install --quiet -e '.[test-jax]'
+	@touch $@
+
+test-aot: .venv-aot/.ready
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -n 2 tests/laws/test_compiled_for_devices.py
+
+# The compilers beside the packages of .venv, not in it: JAX looks for devices wherever their compilers are installed.
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+.venv-aot/.ready: pyproject.toml constraints.txt | .venv/.ready-dev
+	$(BIN)/python -m venv .venv-aot
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PACKAGES))')" > $$(.venv-aot/bin/python $(PACKAGES))/dev.pth
+	.venv-aot/bin/python -m pip install --quiet -c constraints.txt -e '.[aot]'
 	@touch $@
 
 lint: .venv/.ready-dev
@@ -65,7 +77,7 @@ format: .venv/.ready-dev
 constraints: .venv/.ready-dev
 	$(BIN)/pip install --quiet uv
 	echo "torch==2.13.0; python_version < '0'" > .venv/without-torch.txt
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra train --extra demo --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra train --extra demo --extra aot --universal --python-version 3.11 \
 		--no-header --no-annotate --override .venv/without-torch.txt --quiet -o constraints.txt
 	sed -i '/^-e /d; /^torch==/d' constraints.txt
 	echo "torch==2.13.0" >> constraints.txt
@@ -74,4 +86,4 @@ wheel-check: .venv/bin/python
 	tools/check_wheel.sh $(BIN)/python
 
 clean:
-	rm -rf .venv .venv-newest demo
+	rm -rf .venv .venv-newest .venv-aot demo

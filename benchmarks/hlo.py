@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+_KINDS = frozenset(
+    ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+)
 
 
 class Collective(NamedTuple):
@@ -26,17 +28,30 @@ def collectives(program: str) -> list[tuple[str, int]]:
 
 
 def collectives_with_groups(program: str) -> list[Collective]:
-    """Each collective operation in the text of a compiled program."""
-    found = []
-    for shapes, kind, rest in re.findall(rf"= (.*?) ({_KINDS})(?:-start)?\((.*)", program):
-        arrays = [
-            (int(bits), np.prod([int(n) for n in dims.split(",") if n]))
-            for bits, dims in re.findall(r"[fsu](\d+)\[([\d,]*)\]", shapes)
-        ]
-        size = sum(bits // 8 * count for bits, count in arrays)
-        groups = frozenset(frozenset(map(int, row)) for row in _groups(rest))
-        found.append(Collective(kind, int(size), groups))
-    return found
+    """Each collective operation in the text of a compiled program.
+
+    TPUs split the work of one over several fusions, which share its channel, and write reduce-scatter as a fusion.
+    """
+    parsed = Program(program)
+    bodies = parsed.computations
+    fused = {_called(each.rest) for body in bodies.values() for each in body if each.opcode == "fusion"}
+    found: dict[object, Collective] = {}
+    for name, body in bodies.items():
+        for each in body:
+            kind = each.opcode.removesuffix("-start")
+            if kind not in _KINDS:
+                continue
+            channel = re.search(r"channel_id=(\d+)", each.rest)
+            identity = (kind, channel[1]) if channel and name in fused else each.name
+            scattered = name in fused and name.startswith("all-reduce-scatter")
+            shape = body[-1].shape if scattered else each.shape
+            arrays = [match[0] for match in _ARRAY.finditer(shape)]
+            if each.opcode != kind and kind != "all-reduce" and len(arrays) > len(each.operands):
+                arrays = arrays[len(each.operands) : 2 * len(each.operands)]  # the first half are the operands
+            size = sum(_bytes(array.partition("{")[0]) for array in arrays)
+            groups = frozenset(frozenset(map(int, row)) for row in _groups(each.rest))
+            found.setdefault(identity, Collective("reduce-scatter" if scattered else kind, size, groups))
+    return list(found.values())
 
 
 def _groups(operation: str) -> np.ndarray | list[list[int]]:
@@ -77,7 +92,7 @@ class Work(NamedTuple):
 
 
 _LINE = re.compile(
-    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
 )
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -85,7 +100,7 @@ _SCRATCH = re.compile(r"\b[us]8\[\d*\](\{[^}]*\})?")
 """Scratch space among the results of a library kernel."""
 _FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"))
 """Instructions that take no time."""
-_BOTH = frozenset(("copy-start", "all-gather-start", "collective-permute-start"))
+_BOTH = frozenset(("copy-start", "all-gather-start", "reduce-scatter-start", "collective-permute-start"))
 """Instructions whose results contain their operands."""
 
 
@@ -114,7 +129,7 @@ class Program:
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         self._by_name: dict[str, Instruction] = {}
-        current: list[Instruction] = []
+        current = self.computations.setdefault("", [])
         for line in text.splitlines():
             if begun := _COMPUTATION.match(line):
                 current = self.computations.setdefault(begun["name"], [])

@@ -30,6 +30,16 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 """XLA's text of an H100 SXM."""
 
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+"""Environment in which libtpu does not ask Google Cloud which TPU this machine has, lets several processes compile at
+the same time, and writes no log files."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -58,7 +68,8 @@ class Target:
         if self.platform == "cuda":
             options = {"target_config": _H100, "topology": self.topology}
             return topologies.get_topology_desc(platform="cuda", **options).devices[: self.count]
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask Google Cloud which TPU this is
+        for name, value in _NO_TPU.items():
+            os.environ.setdefault(name, value)
         return topologies.get_topology_desc(self.topology, platform="tpu").devices[: self.count]
 
     def active(self) -> contextlib.AbstractContextManager[None]:
@@ -80,6 +91,7 @@ def tracing_for(platform: str, devices: Sequence[Any] = ()) -> Iterator[None]:
         f"{attention}.is_cuda_compute_capability_equal": lambda capability: capability == "9.0",
         f"{attention}.check_cudnn_version": lambda: 91000,
         "cm_jax.networks.operations._on_cuda": lambda: platform == "cuda",
+        "jax._src.compilation_cache.is_cache_used": lambda _: False,  # programs cannot be read back without the device
     }
     if devices:
         replaced |= {f"jax.{each}": lambda: list(devices) for each in ("devices", "local_devices")}

@@ -87,8 +87,7 @@ def test_training_steps_can_be_lowered(name, on_gpu):
 
 @pytest.mark.parametrize("across", [DataMesh(8), Sharded(8), Sharded(8, shards=4)], ids=str)
 def test_steps_on_meshes_can_be_lowered(across, on_gpu):
-    step = dataclasses.replace(STEPS["emoji32-cd"], network=ToyNetwork(classes=9))
-    lowered(*step_program(step, 2, across), "cuda", "tpu")
+    lowered(*step_program(with_network(STEPS["emoji32-cd"], ToyNetwork(classes=9)), 2, across), "cuda", "tpu")
 
 
 @pytest.mark.parametrize("network", [SONG, EDM2], ids=lambda network: type(network).__name__)

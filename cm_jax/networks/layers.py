@@ -236,7 +236,7 @@ class GroupNorm(nn.Module):
         silu: bool = False,
     ) -> Joined:
         """The layer applied to x and `more` concatenated along channels, without copying them."""
-        b, channels = len(x), sum(part.shape[-1] for part in (x, *more))
+        b, channels = x.shape[0], sum(part.shape[-1] for part in (x, *more))
         gain = parameter(self, "scale", (channels,))
         bias = parameter(self, "bias", (channels,))
         if scale is not None and shift is not None:

@@ -10,24 +10,31 @@ names of their presets; imagenet64-meanflow. Batch sizes are per device.
 Each program is compiled in its own process with a time limit, and its results are appended to --results, one JSON
 object per line; programs that are already there are not compiled again, unless they failed and --retry is given.
 
-Columns. Memory: arguments, results and temporaries of a device, of its memory. Traffic: bytes to and from memory,
-operands and results of every kernel; slices count as what they read. Operations: of products, with those by padding
-(CUDA), or as the compiler counts (TPU). Time: roofline, the larger of operations / peak and traffic / bandwidth, and
-their sum; the compiler's estimate. Collectives: number and bytes of their results.
+Code generation takes most of the time (95 % for a TPU). It is left out unless --machine-code is given: the program is
+optimized, scheduled and placed in memory. TPU programs then have temporaries by their schedule, up to 15 % too low.
+
+Columns. State: arguments of a device. Of memory: arguments, results and temporaries. Traffic: bytes to and from memory,
+operands and results of every kernel; slices count as what they read, and a TPU's VMEM does not count. TFLOP: of
+products, with those by padding in cuDNN's convolutions. Roofline: the larger of operations / peak and traffic /
+bandwidth; then their sum, and the compiler's estimate. Collectives: number and bytes of their results.
 """
 
+import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import importlib.metadata
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.common import ROOT, failure, header, parser, row
 
@@ -37,29 +44,69 @@ HEADER = header(
 )
 
 
-def compile_job(fields: dict[str, Any], text: str) -> dict[str, Any]:
-    """Costs of one job in this process, as JSON values. Writes the compiled program to the file `text`, if any."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
+class Dump(NamedTuple):
+    """Files that a compiler writes before it generates code."""
+
+    variable: str
+    """Environment variable of its flags."""
+    flags: str
+    program: str
+    after: str
+    """Pattern of a file that is written after the program."""
+
+
+DUMPS = {
+    "cuda": Dump(
+        "XLA_FLAGS",
+        "--xla_dump_to={} --xla_dump_hlo_as_text",
+        "*gpu_after_optimizations.txt",
+        "*gpu_after_optimizations-memory-usage-report.txt",
+    ),
+    "tpu": Dump(
+        "LIBTPU_INIT_ARGS",
+        "--xla_jf_dump_to={} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false",
+        "*-TLP-hlo.txt",
+        "*-TLP-*-deduplication-map.txt",
+    ),
+}
+
+
+def compile_job(fields: dict[str, Any], text: str, folder: str) -> dict[str, Any]:
+    """Costs of one job in this process, as JSON values. Writes the compiled program to the file `text`, if any.
+
+    folder: empty, to which the compiler writes the program before it generates code, which goes on in another thread.
+    """
     from benchmarks.compiled_programs import Job, lowered
-    from benchmarks.targets import TARGETS, costs
+    from benchmarks.targets import TARGETS, costs, costs_of_text
 
     job = Job(**fields)
     target, began = TARGETS[job.target], time.perf_counter()
+    dump, dumped = DUMPS[target.platform], Path(folder)
+    if folder:
+        os.environ[dump.variable] = f"{os.environ.get(dump.variable, '')} {dump.flags.format(folder)}"
     with target.active():
-        compiled = lowered(job).compile()
-    found = costs(compiled)
+        compiling = concurrent.futures.ThreadPoolExecutor().submit(lowered(job).compile)
+        while not compiling.done() and not (folder and any(dumped.glob(dump.after))):
+            concurrent.futures.wait([compiling], timeout=0.5)
+    if compiling.done():
+        found, program = costs(compiling.result()), compiling.result().as_text() or ""
+    else:
+        program, report = (next(dumped.glob(pattern)).read_text() for pattern in (dump.program, dump.after))
+        found = costs_of_text(program)
+        if total := re.search(r"Total bytes: (\d+)", report):
+            found = found._replace(temporaries=int(total[1]) - found.arguments)
     if text:
-        Path(text).write_text(compiled.as_text() or "")
-    at_peak, of_memory = found.roofline(target, float32=job.precision == "float32")
+        Path(text).write_text(program)
+    compute, memory = found.roofline(target, float32=job.precision == "float32")
     return {
         **found._asdict(),
         "traffic": [entry._asdict() for entry in found.traffic],
         "bytes": found.bytes,
         "kernels": found.kernels,
-        "memory": found.memory,
         "fraction": found.memory / target.memory,
-        "compute_s": at_peak,
-        "memory_s": of_memory,
+        "compute_s": compute,
+        "memory_s": memory,
+        "machine_code": compiling.done(),
         "compiled_in_s": time.perf_counter() - began,
     }
 
@@ -75,14 +122,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def in_process(fields: dict[str, Any], limit: float, text: str) -> dict[str, Any]:
+def in_process(fields: dict[str, Any], limit: float, text: str, machine_code: bool) -> dict[str, Any]:
     """Results of a job that is compiled in its own process, or its failure."""
     command = [sys.executable, "-m", "benchmarks.compiled", "--job", json.dumps(fields), "--text", text]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"failure": f"not compiled within {limit:.0f} s"}
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": limit}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run([*command, *([] if machine_code else ["--folder", folder])], **options)
+        except subprocess.TimeoutExpired:
+            return {"failure": f"not compiled within {limit:.0f} s"}
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -133,15 +182,17 @@ def main() -> None:
     options.add_argument("--again", action="store_true", help="Compile all programs again.")
     options.add_argument("--kinds", type=int, default=0, help="Number of kinds of kernels to print, by traffic.")
     options.add_argument("--text", default="", help="File to write the compiled program to; for one program.")
-    options.add_argument("--job", help="Compile one program in this process, given as JSON.")
+    options.add_argument("--machine-code", action="store_true", help="Generate the machine code, too.")
+    options.add_argument("--job", help=argparse.SUPPRESS)
+    options.add_argument("--folder", default="", help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.job:
         try:
-            found = compile_job(json.loads(args.job), args.text)
+            found = compile_job(json.loads(args.job), args.text, args.folder)
         except Exception as error:
             found = {"failure": failure(error)}
-        print(json.dumps(found))
-        return
+        print(json.dumps(found), flush=True)
+        os._exit(0)  # the compiler may be generating code
     found = versions()
     print(f"Compiled, not run. {', '.join(' '.join(pair) for pair in found.items())}; target {args.target}.")
     print(HEADER, flush=True)
@@ -151,7 +202,7 @@ def main() -> None:
         fields = dataclasses.asdict(Job(args.target, program, int(batch), precision, parallel, again))
         results = {} if args.again else earlier(args.results, found).get(json.dumps(fields), {})
         if not results or ("failure" in results and args.retry):
-            results = in_process(fields, args.limit, args.text)
+            results = in_process(fields, args.limit, args.text, args.machine_code)
             entry = {"job": fields, "versions": found, "date": datetime.date.today().isoformat(), **results}
             with args.results.open("a") as file:
                 file.write(json.dumps(entry) + "\n")

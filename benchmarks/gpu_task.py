@@ -13,8 +13,8 @@ import jax
 import torch
 
 from benchmarks.common import failure
-from benchmarks.hlo import Program
 from benchmarks.profiles import Ceilings, profile, table
+from benchmarks.program import Program
 from cm_jax.networks import ADMUNet, BuiltInNetwork, SongUNet
 
 TINY = ADMUNet(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks.common import header, row
-from benchmarks.hlo import Program, Work
+from benchmarks.program import Program, Work
 
 
 class Ceilings(NamedTuple):

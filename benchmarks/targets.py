@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.hlo import Program, Traffic, collectives
+from benchmarks.hlo import collectives
+from benchmarks.program import Program, Traffic
 
 _H100 = """
 gpu_device_info {
@@ -127,7 +128,7 @@ class Costs(NamedTuple):
     temporaries: int
     """Bytes."""
     operations: float
-    """Floating-point operations: of products (CUDA), or as the compiler counts (TPU)."""
+    """Floating-point operations of products; with those by padding in cuDNN's convolutions."""
     traffic: list[Traffic]
     """Bytes to and from memory: operands and results of every kernel, each array once."""
     collectives: dict[str, tuple[int, int]]
@@ -156,22 +157,26 @@ class Costs(NamedTuple):
 
 def costs(compiled: jax.stages.Compiled) -> Costs:
     """Costs of a program that a target's compiler has compiled."""
-    text, memory, analysis = compiled.as_text() or "", compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, analysis = compiled.memory_analysis(), compiled.cost_analysis() or {}
     assert memory is not None
-    traffic = Program(text).traffic()
-    sent: dict[str, tuple[int, int]] = {}
+    estimate = analysis.get("optimal_seconds", 0.0)
+    return costs_of_text(compiled.as_text() or "")._replace(
+        arguments=memory.argument_size_in_bytes,
+        results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        estimate=estimate if estimate > 0 else None,  # negative for large programs
+    )
+
+
+def costs_of_text(text: str) -> Costs:
+    """Costs by the text of an optimized and scheduled program. Temporaries include results and are a lower bound."""
+    program, sent = Program(text), dict[str, tuple[int, int]]()
     for kind, size in collectives(text):
         number, total = sent.get(kind, (0, 0))
         sent[kind] = number + 1, total + size
-    return Costs(
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes,
-        analysis.get("flops") or sum(row.operations for row in traffic),
-        traffic,
-        sent,
-        analysis.get("optimal_seconds"),
-    )
+    traffic = program.traffic()
+    operations = sum(row.operations for row in traffic)
+    return Costs(program.arguments(), 0, program.peak(), operations, traffic, sent, None)
 
 
 def compile_for(target: Target, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:

@@ -17,9 +17,9 @@ from benchmarks.common import ROOT
 from benchmarks.gpu import COMPILED, EAGER, TIME_SHARES, goals, run_parts
 from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_task import TINY
-from benchmarks.hlo import Program
 from benchmarks.products import products
 from benchmarks.profiles import Ceilings, costs, table
+from benchmarks.program import Program
 from cm_jax import kernels
 
 ABSENT = ("tyro", "grain", "tensorflow_datasets", "diffusers")

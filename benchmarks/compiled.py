@@ -74,7 +74,7 @@ DUMPS = {
 def compile_job(fields: dict[str, Any], text: str, folder: str) -> dict[str, Any]:
     """Costs of one job in this process, as JSON values. Writes the compiled program to the file `text`, if any.
 
-    folder: empty, to which the compiler writes the program before it generates code, which goes on in another thread.
+    folder: empty, to which the compiler writes the program before it generates code, in another thread.
     """
     from benchmarks.compiled_programs import Job, lowered
     from benchmarks.targets import TARGETS, costs, costs_of_text

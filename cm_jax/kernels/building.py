@@ -79,12 +79,14 @@ def switched_off() -> bool:
 
 
 def suits(x: Array, channels: int | None = None) -> bool:
-    """Whether the kernels support x: non-empty float32 on a CPU with channels in multiples of `lanes()`.
+    """Whether the kernels suit x: non-empty, on a CPU, with channels in multiples of `lanes()`, in float32 or less.
+
+    The caller casts half precision to float32, as XLA does on CPUs.
 
     channels: number of output channels if it differs from that of x.
     """
     return (
-        x.dtype == jnp.float32
+        x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
         and x.size > 0
         and not switched_off()
         and jax.default_backend() == "cpu"

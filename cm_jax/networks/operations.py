@@ -1,7 +1,7 @@
-"""Operations of the networks, each with a C++ kernel for float32 on CPUs and an XLA form for everything else."""
+"""Operations of the networks, each with a C++ kernel for CPUs and an XLA form for everything else."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -26,10 +26,15 @@ def product_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def _in_float32(kernel: Callable[..., Array], *args: Array, **settings: Any) -> Array:
+    """The result of a float32 kernel, rounded to the precision of the first argument."""
+    return kernel(*(arg.astype(jnp.float32) for arg in args), **settings).astype(args[0].dtype)
+
+
 def multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Array, "... o"]:
     """x @ matrix in the precision of x."""
     if x.ndim > 2 and kernels.suits(x, matrix.shape[-1]):
-        return kernels.multiply(x.reshape(-1, x.shape[-1]), matrix).reshape(*x.shape[:-1], -1)
+        return _in_float32(kernels.multiply, x.reshape(-1, x.shape[-1]), matrix).reshape(*x.shape[:-1], -1)
     return jnp.dot(x, matrix, precision=product_precision(x.dtype))
 
 
@@ -44,7 +49,7 @@ def convolve_3x3(
     if max(x.shape[1:3]) <= 2 and stride == padding == 1:
         return _tiny_convolution(x, kernel)
     if stride == padding == 1 and min(x.shape[1:3]) > 2 and kernels.suits(x, kernel.shape[-1]):
-        return kernels.convolve(x, kernel)
+        return _in_float32(kernels.convolve, x, kernel)
     layout, precision = ("NHWC", "HWIO", "NHWC"), product_precision(x.dtype)
     return jax.lax.conv_general_dilated(x, kernel, strides, sides, dimension_numbers=layout, precision=precision)
 
@@ -84,7 +89,8 @@ def group_norm(
     """
     settings: dict[str, Any] = {"groups": groups, "epsilon": epsilon, "silu": silu}
     if not more and kernels.suits(x) and x.shape[-1] % groups == 0:
-        return _fused_norm(x, jnp.zeros_like(gain) if offset is None else offset, gain, bias, **settings)
+        offset = jnp.zeros_like(gain) if offset is None else offset
+        return _in_float32(_fused_norm, x, offset, gain, bias, **settings)
     return _plain_norm(x, offset, gain, bias, *more, **settings)
 
 
@@ -145,12 +151,12 @@ def _group_mean(values: PerImage, groups: int) -> PerImage:
 def attend(qkv: Float[Array, "b s c3"], heads: int, implementation: Implementation = "auto") -> Float[Array, "b s c"]:
     """softmax(q k^T / sqrt(d)) v for every head, with a float32 softmax.
 
-    qkv: queries, keys and values as thirds of the channels, each ordered by head. float32 on CPUs uses attention.cc,
-    which keeps the scores in the cache.
+    qkv: queries, keys and values as thirds of the channels, each ordered by head. On CPUs attention.cc keeps the scores
+    in the cache.
     """
     pixels, head_dim = qkv.shape[1], qkv.shape[2] // 3 // heads
     if implementation != "cudnn" and kernels.suits(qkv, head_dim) and kernels.suits(qkv, pixels):
-        return _fused_attention(qkv, heads=heads)
+        return _in_float32(_fused_attention, qkv, heads=heads)
     query, key, value = _split(qkv, heads)
     fused = implementation == "cudnn" or (implementation == "auto" and _cudnn_runs(query))
     if fused and not kernels.switched_off():

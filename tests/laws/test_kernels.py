@@ -197,9 +197,31 @@ def test_pmap_uses_the_kernels_on_every_device():
     assert relative(apart.reshape(8, *x.shape[1:3], -1), exact(function, x, kernel)) < 8e-6
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", ONE_PER_KERNEL)
+def test_half_precision_rounds_the_values_and_gradients_of_float32(case, precision):
+    function, args = CASES[case]
+
+    def both(*args):
+        values, transpose = jax.vjp(function, *args)
+        return values, *transpose(values)
+
+    halves = tuple(arg.astype(precision) for arg in args)
+    assert kernels_called(both, *halves) == kernels_called(both, *args) != set()
+    first, *gradients = jax.jit(both)(*halves)
+    widened = tuple(arg.astype(np.float32) for arg in halves)
+    values, transpose = jax.vjp(function, *widened)
+    np.testing.assert_array_equal(first, values.astype(precision))
+    expected = transpose(first.astype(jnp.float32))
+    for gradient, each in zip(gradients, expected, strict=True):
+        assert gradient.dtype == precision
+        np.testing.assert_array_equal(gradient, each.astype(precision))
+
+
 def test_unsupported_precisions_channels_and_sizes_use_xla():
     function, (x, kernel) = convolution()
-    assert not kernels_called(function, x.astype(jnp.bfloat16), kernel)
+    with jax.enable_x64(True):
+        assert not kernels_called(function, x.astype(np.float64), kernel)
     assert not kernels_called(function, x[..., :5], kernel[:, :, :5])
     assert not kernels_called(function, x[:, :2, :2], kernel)
 

@@ -37,6 +37,13 @@ def announced() -> Iterator[list[str]]:
         yield found
 
 
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch PWNED",)
+
+
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
 EMOJI = ROOT / "cm_jax" / "assets" / "emoji16_cd.pt"

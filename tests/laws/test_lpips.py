@@ -20,8 +20,7 @@ from cm_jax.objectives import ConsistencyTraining
 from cm_jax.objectives.base import Resized
 from cm_jax.types import leaves, per_image
 from tests.runs.test_commands import failed, succeeded
-from tests.runs.test_convert_command import Payload
-from tests.support import ROOT
+from tests.support import ROOT, Payload
 
 X, Y = jax.random.uniform(jax.random.key(0), (2, 2, 24, 16, 3), minval=-1)
 

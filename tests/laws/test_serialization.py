@@ -194,6 +194,7 @@ def different(kind, name):
         True,
         False,
         "other",
+        ("other",),
         (1,),
         (1, 2),
         (2, 2, 3, 4),

@@ -167,9 +167,9 @@ def unchecked(part, **fields):
         ('{"format": 2, "path": 1}', "x.json: path must be a text, got 1"),
         (
             '{"format": 2, "path": "x", "objective": {"kind": "Denoising", "distance": '
-            + '{"kind": "Resized", "distance": ' * 300
+            + '{"kind": "Resized", "distance": ' * 600
             + "null"
-            + "}" * 300
+            + "}" * 600
             + "}}",
             "too deep",
         ),

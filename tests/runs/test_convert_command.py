@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import pickle
 import random
 import shutil
@@ -25,7 +24,7 @@ from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.io.safetensors import LazyTensor
 from tests.runs.test_commands import failed, succeeded
-from tests.support import DATA, EMOJI, ROOT
+from tests.support import DATA, EMOJI, ROOT, Payload
 
 GOLDEN = DATA / "openai" / "adm_unconditional.pt"
 TOLD = ("--image-size", "16", "--head-dim", "32", "--preconditioning", "consistency", "--num-levels", "40")
@@ -161,11 +160,6 @@ def compare_with_damage(source):
     layer = source.params["down_1_0"]["residual"]["conv_2"]
     layer["bias"] = layer["bias"] + np.float16(0.1)
     return compare(dataclasses.replace(source, format=DIFFUSERS, tensors=tensors))
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch PWNED",)
 
 
 def poisoned(path):

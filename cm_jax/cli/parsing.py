@@ -225,26 +225,27 @@ def _primitive(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     if not choices and kind not in ((int, float, str, Path) if optional else (int, float)):
         return None
 
-    def read(words: list[str]) -> Any:
-        (word,) = words
-        if optional and word.lower() == "none":
-            return None
-        shown = repr(word) if len(word) < 60 else f"{word[:56]!r} ..."
-        if choices and word not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}, got {shown}.{nearest(word, choices)}")
-        try:
-            return word if choices else kind(word)
-        except ValueError as error:
-            wanted = "a whole number" if kind is int else "a number"
-            raise ValueError(f"expected {wanted}{' or none' if optional else ''}, got {shown}.") from error
-
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
-        instance_from_str=read,
+        instance_from_str=lambda words: _value(words[0], kind, choices, optional),
         is_instance=lambda value: value is None or value in choices or isinstance(value, kind),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
+
+
+def _value(word: str, kind: Callable[[str], Any], choices: tuple[str, ...], optional: bool) -> Any:
+    """The value of a word. Raises ValueError."""
+    if optional and word.lower() == "none":
+        return None
+    shown = repr(word) if len(word) < 60 else f"{word[:56]!r} ..."
+    if choices and word not in choices:
+        raise ValueError(f"expected one of {', '.join(choices)}, got {shown}.{nearest(word, choices)}")
+    try:
+        return word if choices else kind(word)
+    except ValueError as error:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"expected {wanted}{' or none' if optional else ''}, got {shown}.") from error
 
 
 @_REGISTRY.primitive_rule
@@ -270,6 +271,7 @@ def _image_size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     )
 
 
+@functools.cache
 def _descriptions(kind: type) -> dict[str, str]:
     """The docstrings of a dataclass's fields."""
     bases = reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)])

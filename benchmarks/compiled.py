@@ -5,7 +5,8 @@
 
 Needs `pip install -e '.[aot]'` (Linux, x86-64). Programs: imagenet64 or lsun256 with -forward (the network), -gradient
 (of its mean squared output), -sample-1 and -sample-2 (a consistency model in one and two steps); training steps by the
-names of their presets; imagenet64-meanflow. Batch sizes are per device.
+names of their presets; imagenet64-meanflow. Batch sizes are per device. Without --programs, the main programs of the
+target: sampling in both precisions and training steps, or training steps under pmap, mesh and sharded.
 
 Each program is compiled in its own process with a time limit, and its results are appended to --results, one JSON
 object per line; programs that are already there are not compiled again, unless they failed and --retry is given.
@@ -166,12 +167,12 @@ def by_kind(found: dict[str, Any], most: int) -> Iterator[str]:
 
 
 def main() -> None:
-    from benchmarks.compiled_programs import PARALLEL, Job
+    from benchmarks.compiled_programs import PARALLEL, Job, main_programs
     from benchmarks.targets import TARGETS
 
     options = parser(__doc__)
     options.add_argument("--target", choices=TARGETS, default="h100", help="Device and number of devices.")
-    options.add_argument("--programs", default="imagenet64-forward", help="Programs, comma-separated.")
+    options.add_argument("--programs", default="", help="Programs, comma-separated. Default: the main ones.")
     options.add_argument("--batches", default="1", help="Images per device, comma-separated.")
     options.add_argument("--precisions", default="bfloat16", help="bfloat16 and float32, comma-separated.")
     options.add_argument("--parallel", default="one", help=f"Comma-separated: {', '.join(PARALLEL)}.")
@@ -198,8 +199,12 @@ def main() -> None:
     print(HEADER, flush=True)
     remat = {"no": (False,), "yes": (True,), "both": (False, True)}[args.rematerialize]
     lists: list[Any] = [getattr(args, name).split(",") for name in ("programs", "precisions", "parallel", "batches")]
-    for program, precision, parallel, batch, again in itertools.product(*lists, remat):
-        fields = dataclasses.asdict(Job(args.target, program, int(batch), precision, parallel, again))
+    chosen = (
+        Job(args.target, program, int(batch), precision, parallel, again)
+        for program, precision, parallel, batch, again in itertools.product(*lists, remat)
+    )
+    for job in chosen if args.programs else main_programs(args.target):
+        fields = dataclasses.asdict(job)
         results = {} if args.again else earlier(args.results, found).get(json.dumps(fields), {})
         if not results or ("failure" in results and args.retry):
             results = in_process(fields, args.limit, args.text, args.machine_code)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,31 @@ class Job:
     precision: Precision = "bfloat16"
     parallel: str = "one"
     rematerialize: bool = False
+
+
+METHODS = ("cd", "edm", "ect", "sct", "scd", "meanflow")
+_BATCHES = {"imagenet64": (256, 32), "lsun256": (16, 1), "cifar10": (0, 128)}
+"""Images per device of sampling and of training steps with 80 GB or more; with less, a quarter."""
+
+
+def main_programs(name: str) -> Iterator[Job]:
+    """The main programs of a target: sampling and training on one device, training on several."""
+    target = TARGETS[name]
+    sampling, training = (
+        {family: max(1, sizes[index] // (1 if target.memory > 8e10 else 4)) for family, sizes in _BATCHES.items()}
+        for index in (0, 1)
+    )
+    one = target.count == 1
+    if one:
+        for kind in ("forward", "sample-1", "sample-2"):
+            for family, precision in itertools.product(NETWORKS, get_args(Precision)[:2][::-1]):
+                yield Job(name, f"{family}-{kind}", sampling[family], precision)
+        yield Job(name, "imagenet64-forward", 1)
+        yield Job(name, "imagenet64-gradient", training["imagenet64"])
+        yield Job(name, "imagenet64-cd", training["imagenet64"], rematerialize=True)
+    for method, family in itertools.product(METHODS, ("imagenet64", "cifar10")):
+        for parallel in ("one",) if one else ("pmap", "mesh", "sharded"):
+            yield Job(name, f"{family}-{method}", training[family], parallel=parallel)
 
 
 def train_config(name: str) -> TrainConfig:

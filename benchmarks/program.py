@@ -93,7 +93,7 @@ class Program:
         size = array_bytes(_SCRATCH.sub("", each.shape) if _target(each) else each.shape)
         if each.opcode == "slice-start":  # ((operand), slice, context)
             part = list(ARRAY.finditer(each.shape))[len(each.operands)][0]
-            size = array_bytes(part) + array_bytes(part.partition("{")[0])
+            size = array_bytes(part) + array_bytes(re.sub(r"S\(\d+\)", "", part))
         elif each.opcode not in _BOTH:
             size += sum(self._read(each, o) for o in dict.fromkeys(each.operands) if o in self._by_name)
         operations = self._operations(each)

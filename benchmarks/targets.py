@@ -91,7 +91,7 @@ def tracing_for(platform: str, devices: Sequence[Any] = ()) -> Iterator[None]:
         f"{attention}.check_compute_capability": lambda capability: float(capability) <= 9.0,
         f"{attention}.is_cuda_compute_capability_equal": lambda capability: capability == "9.0",
         f"{attention}.check_cudnn_version": lambda: 91000,
-        "cm_jax.networks.operations._on_cuda": lambda: platform == "cuda",
+        "cm_jax.networks.operations._cuda_capability": lambda: 9.0 if platform == "cuda" else 0.0,
         "jax._src.compilation_cache.is_cache_used": lambda _: False,  # programs cannot be read back without the device
     }
     if devices:

@@ -184,9 +184,14 @@ def _split(qkv: Array, heads: int) -> list[Heads]:
 
 
 def _cudnn_runs(query: Heads) -> bool:
-    supported = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
-    return supported and _on_cuda()
+    """Whether cuDNN has a fused kernel for these queries: heads of at most 128 channels, since Hopper of 256."""
+    capability, head_dim = _cuda_capability(), query.shape[-1]
+    supported = query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0
+    return supported and capability > 0 and head_dim <= (256 if capability >= 9 else 128)
 
 
-def _on_cuda() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+def _cuda_capability() -> float:
+    """Compute capability of the first device; 0 if it is not an NVIDIA GPU."""
+    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version.lower():
+        return 0.0
+    return float(jax.devices()[0].compute_capability)

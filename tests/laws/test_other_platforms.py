@@ -3,13 +3,15 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks.compiled_programs import network_program, step_program
 from benchmarks.targets import tracing_for
 from cm_jax.diffusion.curricula import Halving
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
-from cm_jax.networks import ADMUNet, EDM2UNet, SongUNet
+from cm_jax.networks import ADMUNet, EDM2UNet, SongUNet, operations
 from cm_jax.objectives import ProgressiveDistillation
 from cm_jax.parallelism import DataMesh, OneDevice, Sharded
 from cm_jax.presets import PRESETS
@@ -105,3 +107,19 @@ def test_fused_attention_in_training(on_gpu):
     text = lowered(*step_program(STEPS["emoji32-cd"], 2, OneDevice()), "cuda")
     assert ATTENTION in text
     assert f"{ATTENTION}Backward" in text
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "fused"), [(128, 8.0, True), (136, 8.0, False), (256, 9.0, True), (264, 9.0, False)]
+)
+def test_fused_attention_up_to_the_widest_heads_of_the_gpu(monkeypatch, head_dim, capability, fused):
+    qkv = jax.ShapeDtypeStruct((1, 64, 3 * head_dim), jnp.bfloat16)
+    with tracing_for("cuda"):
+        monkeypatch.setattr(operations, "_cuda_capability", lambda: capability)
+        monkeypatch.setattr(
+            "jax._src.cudnn.fused_attention_stablehlo.check_compute_capability",
+            lambda wanted: float(wanted) <= capability,
+        )
+        program = jax.jit(lambda qkv: operations.attend(qkv, 1)).trace(qkv).lower(lowering_platforms=("cuda",))
+        monkeypatch.undo()
+    assert (ATTENTION in program.as_text()) == fused

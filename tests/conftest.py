@@ -29,6 +29,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 jaxtyping.install_import_hook("cm_jax", "tests.typechecker.checked")
 
 
+@pytest.fixture(params=["C++ kernels", "XLA"])
+def each_implementation(request):
+    """The C++ kernels, then the operations of XLA, which all other devices use."""
+    from cm_jax import kernels
+
+    with kernels.off() if request.param == "XLA" else contextlib.nullcontext():
+        yield
+
+
 @pytest.fixture
 def optimized():
     """Compile with all optimizations, as users do."""

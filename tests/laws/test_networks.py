@@ -125,7 +125,9 @@ def test_group_norm_is_accurate_with_one_very_large_pixel(pixel):
 
 @pytest.mark.parametrize("mean", [0.0, 10.0, 100.0])
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11)])
-def test_group_norm_in_half_precision_is_accurate_to_the_rounding_of_input_and_output(mean, dtype, rounding):
+def test_group_norm_in_half_precision_is_accurate_to_the_rounding_of_input_and_output(
+    each_implementation, mean, dtype, rounding
+):
     given = np.random.default_rng(0).standard_normal((2, 16, 16, 64)).astype(np.float32) + np.float32(mean)
     x = jnp.asarray(given, dtype)
 
@@ -182,7 +184,7 @@ def test_cudnn_attention_is_an_error_where_unsupported_and_auto_falls_back():
 # Every product rounds to 8 bits (bfloat16) or 11 bits (float16); measured at most 1.9e-2 and 2.0e-3.
 @pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 4e-2), ("float16", 5e-3)])
 @pytest.mark.parametrize("name", ["class_cond", "conv_resample", "unconditional"])
-def test_half_precision_is_near_float32(precision, bound, name):
+def test_half_precision_is_near_float32(each_implementation, precision, bound, name):
     network, params, golden = adm_golden(name)
     network = dataclasses.replace(network, precision=precision)
     labels = jnp.asarray(golden["y"]) if "y" in golden else None

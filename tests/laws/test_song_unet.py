@@ -182,7 +182,7 @@ def test_initial_values_have_the_variances_of_ncsnpp():
     assert all(leaf.dtype == jnp.float32 for _, leaf in leaves(params))
 
 
-def test_bfloat16_is_near_float32():
+def test_bfloat16_is_near_float32(each_implementation):
     params = random_params(SMALL)
     half = SMALL.at_precision("bfloat16")
     prepared = half.prepare(params)

@@ -194,7 +194,7 @@ def test_a_curriculum_compiles_once():
     assert len(traced) == 1
 
 
-def test_masters_stay_float32_and_half_precision_stays_near():
+def test_masters_stay_float32_and_half_precision_stays_near(each_implementation):
     """The gradient with bfloat16 products: 3 % of the float32 one's norm at most, here."""
     batches = raw_batches(UNET, 1, 4)
 

@@ -166,7 +166,7 @@ def test_augmentation_parameters_enter_the_network(name):
     assert relative(coefficients.blend(jnp.asarray(images), sigma, output, 0.0), nhwc(recorded["D_augmented"])) < BOUND
 
 
-def test_bfloat16_is_near_the_recorded_outputs():
+def test_bfloat16_is_near_the_recorded_outputs(each_implementation):
     """The bound of the other networks (test_networks.py)."""
     found = checkpoint("edm2_guide_cond")
     network = found.config.network.at_precision("bfloat16")

@@ -39,6 +39,20 @@ KILLS = [
     ("os.rename", "00000007", 1, 7),  # when the third one is complete, and the first is about to be removed
     ("shutil.rmtree", "00000007-removed", 2, 21),  # when the first one is renamed, but not removed
 ]
+QUICK = """
+import sys
+
+class WithoutTorch:  # tensorboardX would import it
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, WithoutTorch())
+from cm_jax.cli import main_train
+from cm_jax.training import loop
+loop.plot = lambda run: None
+"""
+"""Plots and PyTorch take half of the time of such a short run."""
 KILLED = """
 import os, signal, sys
 event, part, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -52,13 +66,12 @@ def kill(name, arguments):
 
 sys.argv[1:] = sys.argv[4:]
 sys.addaudithook(kill)
-from cm_jax.cli import main_train
 main_train()
 """
 """Trains, and kills its own process before a file operation."""
 
 
-def begin(folder, cache, *words, devices=1, launcher=(), program=(str(ROOT / "train.py"),)):
+def begin(folder, cache, *words, devices=1, launcher=(), program=("-c", QUICK + "main_train()")):
     environment = (
         os.environ
         | dict(launcher)
@@ -103,9 +116,9 @@ def test_a_killed_run_becomes_the_unbroken_one(tmp_path, cache):
     What a killed process leaves are its files, so the moments are those between file operations.
     """
     folder, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    finish(begin(unbroken, cache, *BROKEN))
+    finish(begin(unbroken, cache, *BROKEN, program=(str(ROOT / "train.py"),)))
     for event, part, number, reached in KILLS:
-        child = begin(folder, cache, *BROKEN, program=("-c", KILLED, event, part, str(number)))
+        child = begin(folder, cache, *BROKEN, program=("-c", QUICK + KILLED, event, part, str(number)))
         output, _ = child.communicate(timeout=600)
         assert child.returncode == -signal.SIGKILL, output
         assert (f"Resuming after batch {reached}:" if reached else "Starting:") in output

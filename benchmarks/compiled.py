@@ -178,7 +178,7 @@ def main() -> None:
     options.add_argument("--parallel", default="one", help=f"Comma-separated: {', '.join(PARALLEL)}.")
     options.add_argument("--rematerialize", default="no", choices=("no", "yes", "both"), help="Rematerialize blocks.")
     options.add_argument("--limit", type=float, default=1800, help="Time limit of a program in seconds.")
-    options.add_argument("--results", type=Path, default=Path("compiled.json"), help="File of all results.")
+    options.add_argument("--results", type=Path, default=Path("compiled.jsonl"), help="File of all results.")
     options.add_argument("--retry", action="store_true", help="Compile programs again that failed.")
     options.add_argument("--again", action="store_true", help="Compile all programs again.")
     options.add_argument("--kinds", type=int, default=0, help="Number of kinds of kernels to print, by traffic.")

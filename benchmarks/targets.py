@@ -185,16 +185,9 @@ def compile_for(target: Target, function: Callable[..., Any], *arguments: Any) -
     arguments: arrays or their shapes, jax.ShapeDtypeStruct. The caller is inside `target.active()`.
     """
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
-    place = jax.sharding.SingleDeviceSharding(target.devices[0])
-    return jitted.lower(*placed(arguments, place)).compile()
+    return jitted.lower(*placed(arguments, jax.sharding.SingleDeviceSharding(target.devices[0]))).compile()
 
 
-def placed(tree: Any, sharding: Any) -> Any:
-    """The shapes of arrays, on devices: one sharding, or a tree of them."""
-
-    def place(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=where)
-
-    if isinstance(sharding, jax.sharding.Sharding):
-        return jax.tree.map(lambda leaf: place(leaf, sharding), tree)
-    return jax.tree.map(place, tree, sharding)
+def placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes of arrays, on devices."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), tree)

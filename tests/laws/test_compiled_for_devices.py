@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from benchmarks.compiled_programs import network_program, parallelism, step_program
-from benchmarks.targets import TARGETS, costs, placed
+from benchmarks.targets import TARGETS, compile_for, costs
 from cm_jax.parallelism import OneDevice
 from cm_jax.types import parameter_count
 from tests.laws.test_other_platforms import ADM, ATTENTION, STEPS, with_network
@@ -26,30 +26,30 @@ def target(request):
         yield found
 
 
-def compiled(program, arguments, across=None):
-    """Costs of a program on one device, or on several."""
-    if across is None:
-        arguments = placed(arguments, OneDevice().replicated)
-    return costs(program.lower(*arguments).compile())
+def compiled(target, program, arguments):
+    """Costs of a program on one device."""
+    return costs(compile_for(target, program, *arguments))
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_training_steps_compile(name, target):
-    found = compiled(*step_program(with_network(STEPS[name], TOY), 2, OneDevice()))
+    found = compiled(target, *step_program(with_network(STEPS[name], TOY), 2, OneDevice()))
     assert found.kernels
     assert found.bytes > 3 * GRADIENT  # parameters and two moments
     assert not found.collectives
 
 
 def test_a_network_compiles_in_half_precision(target):
-    found = compiled(*network_program(ADM, "sample-2", 2))
+    found = compiled(target, *network_program(ADM, "sample-2", 2))
     assert any(ATTENTION in entry.kind for entry in found.traffic) == (target.platform == "cuda")
     assert found.operations > 2 * 2 * 8 * 8 * 4 * 9 * 32 * 32  # two steps, two images, four convolutions
 
 
 def test_the_gradient_of_a_network_compiles(target):
     """Of the fused attention on a GPU; with forward-mode derivatives on a TPU."""
-    found = compiled(*step_program(STEPS["emoji32-cd" if target.platform == "cuda" else "emoji32-sct"], 2, OneDevice()))
+    found = compiled(
+        target, *step_program(STEPS["emoji32-cd" if target.platform == "cuda" else "emoji32-sct"], 2, OneDevice())
+    )
     fused = any(f"{ATTENTION}Backward" in entry.kind for entry in found.traffic)
     assert fused == (target.platform == "cuda")
 
@@ -58,7 +58,8 @@ def test_the_gradient_of_a_network_compiles(target):
 def test_collectives(name, target):
     """Data parallelism sums the gradient once; sharding also gathers student and target, and sums no more."""
     across = parallelism(name, target.count)
-    found = compiled(*step_program(with_network(STEPS["emoji32-cd"], TOY), 2, across), across).collectives
+    program, arguments = step_program(with_network(STEPS["emoji32-cd"], TOY), 2, across)
+    found = costs(program.lower(*arguments).compile()).collectives
     if name in ("pmap", "mesh"):
         assert set(found) == {"all-reduce"}
         number, size = found["all-reduce"]

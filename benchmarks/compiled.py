@@ -9,7 +9,8 @@ names of their presets; imagenet64-meanflow. Batch sizes are per device. Without
 target: sampling in both precisions and training steps, or training steps under pmap, mesh and sharded.
 
 Each program is compiled in its own process with a time limit, and its results are appended to --results, one JSON
-object per line; programs that are already there are not compiled again, unless they failed and --retry is given.
+object per line. Programs that are already there, from the same commit and versions, are not compiled again; --again
+compiles all, and --retry those that failed.
 
 Code generation takes most of the time (95 % for a TPU). It is left out unless --machine-code is given: the program is
 optimized, scheduled and placed in memory. TPU programs then have temporaries by their schedule, up to 15 % too low.
@@ -29,13 +30,14 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from benchmarks.common import ROOT, failure, header, parser, row
 
@@ -113,8 +115,10 @@ def compile_job(fields: dict[str, Any], text: str, folder: str) -> dict[str, Any
 
 
 def versions() -> dict[str, str]:
-    """Versions of JAX and of the compilers."""
-    found = {}
+    """Versions of the checkout, of JAX and of the compilers."""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
+    found = {"cm_jax": done.stdout.strip() if done and not done.returncode else "unknown"}
     for package in ("jax", "jax-cuda13-pjrt", "libtpu"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -166,16 +170,37 @@ def by_kind(found: dict[str, Any], most: int) -> Iterator[str]:
         yield f"    {entry['bytes'] / 1e9:8.2f} GB, {entry['number']:5} x {entry['kind']}"
 
 
+def listed(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",") if text else []
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> None:
-    from benchmarks.compiled_programs import PARALLEL, Job, main_programs
+    from benchmarks.compiled_programs import PARALLEL, Job, main_programs, program_names
     from benchmarks.targets import TARGETS
+    from cm_jax.types import Precision
 
     options = parser(__doc__)
     options.add_argument("--target", choices=TARGETS, default="h100", help="Device and number of devices.")
-    options.add_argument("--programs", default="", help="Programs, comma-separated. Default: the main ones.")
-    options.add_argument("--batches", default="1", help="Images per device, comma-separated.")
-    options.add_argument("--precisions", default="bfloat16", help="bfloat16 and float32, comma-separated.")
-    options.add_argument("--parallel", default="one", help=f"Comma-separated: {', '.join(PARALLEL)}.")
+    lists: dict[str, Any] = {
+        "programs": (listed(program_names()), "", "Programs, comma-separated. Default: the main ones."),
+        "precisions": (listed(get_args(Precision)), "bfloat16", "Compute precisions, comma-separated."),
+        "parallel": (listed(PARALLEL), "one", f"Of training steps, comma-separated: {', '.join(PARALLEL)}."),
+        "batches": (integers, "1", "Images per device, comma-separated."),
+    }
+    for name, (kind, default, help) in lists.items():
+        options.add_argument(f"--{name}", type=kind, default=default, help=help)
     options.add_argument("--rematerialize", default="no", choices=("no", "yes", "both"), help="Rematerialize blocks.")
     options.add_argument("--limit", type=float, default=1800, help="Time limit of a program in seconds.")
     options.add_argument("--results", type=Path, default=Path("compiled.jsonl"), help="File of all results.")
@@ -194,14 +219,17 @@ def main() -> None:
             found = {"failure": failure(error)}
         print(json.dumps(found), flush=True)
         os._exit(0)  # the compiler may be generating code
-    found = versions()
+    found, compiler = versions(), {"cuda": "jax-cuda13-pjrt", "tpu": "libtpu"}[TARGETS[args.target].platform]
+    if found[compiler] == "not installed":
+        options.error(f"{compiler} is not installed: run `make test-aot`, then .venv-aot/bin/python.")
     print(f"Compiled, not run. {', '.join(' '.join(pair) for pair in found.items())}; target {args.target}.")
     print(HEADER, flush=True)
     remat = {"no": (False,), "yes": (True,), "both": (False, True)}[args.rematerialize]
-    lists: list[Any] = [getattr(args, name).split(",") for name in ("programs", "precisions", "parallel", "batches")]
     chosen = (
-        Job(args.target, program, int(batch), precision, parallel, again)
-        for program, precision, parallel, batch, again in itertools.product(*lists, remat)
+        Job(args.target, program, batch, precision, parallel, again)
+        for program, precision, parallel, batch, again in itertools.product(
+            *(getattr(args, name) for name in lists), remat
+        )
     )
     for job in chosen if args.programs else main_programs(args.target):
         fields = dataclasses.asdict(job)

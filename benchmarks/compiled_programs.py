@@ -54,6 +54,11 @@ _BATCHES = {"imagenet64": (256, 32), "lsun256": (16, 1), "cifar10": (0, 128)}
 """Images per device of sampling and of training steps with 80 GB or more; with less, a quarter."""
 
 
+def program_names() -> list[str]:
+    kinds = ("forward", "gradient", "sample-1", "sample-2")
+    return [*(f"{name}-{kind}" for name in NETWORKS for kind in kinds), *PRESETS, "imagenet64-meanflow"]
+
+
 def main_programs(name: str) -> Iterator[Job]:
     """The main programs of a target: sampling and training on one device, training on several."""
     target = TARGETS[name]

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import compiled
-from benchmarks.compiled_programs import PARALLEL, main_programs
+from benchmarks.compiled_programs import PARALLEL, main_programs, program_names
 from benchmarks.hlo import collectives
 from benchmarks.program import Program
 from benchmarks.targets import TARGETS
-from cm_jax.presets import PRESETS
 
 TPU_PROGRAM = """\
 HloModule jit_f, is_scheduled=true, input_output_alias={ {1}: (2, {}, may-alias) }, entry_computation_layout={()->()}
@@ -72,9 +71,15 @@ def test_main_programs(name: str) -> None:
     jobs = list(main_programs(name))
     assert len(set(jobs)) == len(jobs)
     for job in jobs:
-        kind = job.program.partition("-")[2]
-        assert job.program in PRESETS or kind in ("forward", "gradient", "sample-1", "sample-2", "meanflow")
+        assert job.program in program_names()
         assert job.parallel in PARALLEL
+
+
+def test_unknown_programs_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["compiled", "--programs", "imagenet64-forward,imagenet64"])
+    with pytest.raises(SystemExit, match="2"):
+        compiled.main()
+    assert "unknown: imagenet64; choose from imagenet64-forward, " in capsys.readouterr().err
 
 
 def test_results_are_read_back(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ newest:
 	@touch $@
 
 test-aot: .venv-aot/.ready
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -n 2 tests/laws/test_compiled_for_devices.py
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -n 2 --dist worksteal tests/laws/test_compiled_for_devices.py
 
 # The compilers beside the packages of .venv, not in it: JAX looks for devices wherever their compilers are installed.
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'

@@ -46,10 +46,7 @@ def test_a_network_compiles_in_half_precision(target):
 
 
 def test_the_gradient_of_a_network_compiles(target):
-    """Of the fused attention on a GPU; with forward-mode derivatives on a TPU."""
-    found = compiled(
-        target, *step_program(STEPS["emoji32-cd" if target.platform == "cuda" else "emoji32-sct"], 2, OneDevice())
-    )
+    found = compiled(target, *network_program(ADM, "gradient", 2))
     fused = any(f"{ATTENTION}Backward" in entry.kind for entry in found.traffic)
     assert fused == (target.platform == "cuda")
 

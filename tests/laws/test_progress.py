@@ -42,8 +42,10 @@ def messages(monkeypatch):
 
     handler = Recorded()
     progress.log.addHandler(handler)
-    monkeypatch.setattr(progress.log, "level", logging.INFO)
+    level = progress.log.level
+    progress.log.setLevel(logging.INFO)  # an assignment would keep cached answers of isEnabledFor
     yield lambda count: [arrived.acquire(timeout=10) for _ in range(count)] and text.getvalue().splitlines()
+    progress.log.setLevel(level)
     progress.log.removeHandler(handler)
 
 

@@ -12,7 +12,7 @@ NEWEST ?= $(shell for name in python3.14 python3.13 python3.12 \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$name" && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test test-newest test-newest-quick newest test-aot lint types format constraints wheel-check clean
+.PHONY: demo test test-newest test-newest-quick test-aot lint types format constraints wheel-check clean
 
 demo: .venv/.ready-demo
 	rm -rf demo
@@ -34,10 +34,6 @@ test-newest-quick: NEWEST_TESTS := $(addprefix tests/laws/test_,kernels.py seria
 	tests/runs/test_training.py::test_a_run_leaves_all_that_it_promises
 test-newest test-newest-quick: .venv-newest/.ready
 	.venv-newest/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(NEWEST_TESTS)
-
-# Prints the newest Python here; nothing without Python 3.12 or newer.
-newest:
-	@echo "$(NEWEST)"
 
 .venv-newest/.ready: pyproject.toml
 	@test -n "$(NEWEST)" || { echo "No Python 3.12 or newer found: install one, or run make NEWEST=/path/to/python3." >&2; exit 2; }

@@ -31,12 +31,12 @@ def nearest(
     """The nearest reference of each image.
 
     The distance is the root mean square difference of the 8-bit values, or LPIPS (RGB, max pooling, no resizing) with
-    `lpips`, the weights of `LPIPS().load_weights()`. Raises InputError for images of different sizes.
+    `lpips`, the weights of `LPIPS().load_weights()`. Raises InputError for images of different sizes and
+    for none.
     """
-    if images.shape[1:] != references.shape[1:] or not len(references):
-        raise InputError(
-            f"Expected images and references of one size, got {list(images.shape)} and {list(references.shape)}."
-        )
+    if images.shape[1:] != references.shape[1:] or not len(images) or not len(references):
+        found = f"got {list(images.shape)} and {list(references.shape)}"
+        raise InputError(f"Expected images and references of one size, at least one of each, {found}.")
     embed: Callable[[Any], Any] = _pixels if lpips is None else lambda batch: _perceptual(lpips, jnp.asarray(batch))
     points = _batches(embed, images)
     indices, squares = np.zeros(len(images), int), np.full(len(images), np.inf)

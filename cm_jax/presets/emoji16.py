@@ -1,4 +1,4 @@
-"""A first run in minutes: the bundled emoji at 16 pixels, with OpenAI's architecture (1.9 million parameters)."""
+"""A first run in minutes: the bundled emoji at 16 pixels, with OpenAI's architecture (2.1 million parameters)."""
 
 import functools
 from dataclasses import replace

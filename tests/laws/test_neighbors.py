@@ -42,3 +42,8 @@ def test_perceptual_distance_is_lpips(narrow):  # noqa: F811
 def test_other_sizes_are_refused(references):
     with pytest.raises(InputError, match="Expected images and references of one size"):
         nearest(IMAGES, references)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(InputError, match="at least one of each, got \\[0, 16, 24, 3\\]"):
+        nearest(IMAGES[:0], REFERENCES)

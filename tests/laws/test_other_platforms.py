@@ -17,29 +17,17 @@ from cm_jax.parallelism import DataMesh, OneDevice, Sharded
 from cm_jax.presets import PRESETS
 from tests.toy import ToyNetwork
 
-ADM: Any = ADMUNet(
-    image_size=8,
-    base_channels=32,
-    channel_mult=(1,),
-    blocks_per_level=1,
-    attention_factors=(1,),
-    head_dim=32,
-    classes=9,
-    precision="bfloat16",
-)
-SONG: Any = SongUNet(
-    image_size=8, base_channels=32, channel_mult=(1,), blocks_per_level=1, attention_factors=(1,), precision="bfloat16"
-)
-EDM2: Any = EDM2UNet(
-    image_size=8,
-    base_channels=32,
-    channel_mult=(1,),
-    blocks_per_level=1,
-    attention_factors=(1,),
-    head_dim=32,
-    classes=9,
-    precision="bfloat16",
-)
+TINY: Any = {
+    "image_size": 8,
+    "base_channels": 32,
+    "channel_mult": (1,),
+    "blocks_per_level": 1,
+    "attention_factors": (1,),
+    "precision": "bfloat16",
+}
+ADM: Any = ADMUNet(**TINY, head_dim=32, classes=9)
+SONG: Any = SongUNet(**TINY)
+EDM2: Any = EDM2UNet(**TINY, head_dim=32, classes=9)
 ATTENTION = "__cudnn$fmhaSoftmax"
 
 

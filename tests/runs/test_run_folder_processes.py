@@ -104,7 +104,7 @@ def kill_before(operation):
     sys.addaudithook(hook)
 
 sure = 0
-for operation in range(1, 100, 3):
+for operation in range(1, 130, 3):
     here, there = os.pipe()
     pid = os.fork()  # nothing has used a device or a thread yet
     if pid == 0:
@@ -132,8 +132,8 @@ def test_killed_before_any_file_operation_the_newest_checkpoint_is_whole(tmp_pat
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     kills = [line.split() for line in output.splitlines()]
-    assert len(kills) == 33
-    assert int(kills[-1][1]) > 20, "too few checkpoints were completed"
+    assert len(kills) == 43
+    assert int(kills[-1][1]) > 30, "too few checkpoints were completed"
     assert sum(half == "True" for *_, half in kills) > 10, "too few died while they wrote"
 
 

@@ -216,9 +216,7 @@ def main() -> None:
     }
     if arguments.only not in (None, *figures):
         parser.error(f"Expected --only with one of {', '.join(figures)}, got {arguments.only}.")
-    for name, figure in figures.items():
-        if arguments.only not in (None, name):
-            continue
+    for name, figure in figures.items() if arguments.only is None else [(arguments.only, figures[arguments.only])]:
         path = arguments.folder / f"gallery_{name}.png"
         with atomic_write(path) as temporary:
             figure().save(temporary, "PNG", optimize=True)

@@ -16,6 +16,8 @@ from cm_jax.feature_networks.lpips import TAPS, vgg16_features
 from cm_jax.types import Params
 
 _BATCH = 64
+_LARGE = 512
+"""Images whose embeddings are kept at once: 0.5 GB for LPIPS of 32 x 32 pixels."""
 
 
 class Neighbors(NamedTuple):
@@ -37,6 +39,12 @@ def nearest(
     if images.shape[1:] != references.shape[1:] or not len(images) or not len(references):
         found = f"got {list(images.shape)} and {list(references.shape)}"
         raise InputError(f"Expected images and references of one size, at least one of each, {found}.")
+    parts = [_nearest(images[start : start + _LARGE], references, lpips) for start in range(0, len(images), _LARGE)]
+    return Neighbors(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def _nearest(images: np.ndarray, references: np.ndarray, lpips: Params | None) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and distances of the nearest references."""
     embed: Callable[[Any], Any] = _pixels if lpips is None else lambda batch: _perceptual(lpips, jnp.asarray(batch))
     points = _batches(embed, images)
     indices, squares = np.zeros(len(images), int), np.full(len(images), np.inf)
@@ -47,7 +55,7 @@ def nearest(
             found = distances[np.arange(len(best)), best]
             indices[rows] = np.where(found < squares[rows], start + best, indices[rows])
             squares[rows] = np.minimum(found, squares[rows])
-    return Neighbors(indices, squares if lpips is not None else np.sqrt(squares / points.shape[1]))
+    return indices, squares if lpips is not None else np.sqrt(squares / points.shape[1])
 
 
 def _batches(embed: Callable[[Any], Any], images: UInt8[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b d"]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cm_jax.errors import InputError
-from cm_jax.evaluation import nearest
+from cm_jax.evaluation import nearest, neighbors
 from cm_jax.feature_networks.lpips import LPIPS
 from tests.laws.test_lpips import narrow  # noqa: F401
 
@@ -22,7 +22,8 @@ def test_an_image_of_the_set_is_its_own_neighbor(narrow):  # noqa: F811
         np.testing.assert_allclose(found.distances, 0, atol=error)
 
 
-def test_pixel_distance_is_that_of_a_direct_search():
+def test_pixel_distance_is_that_of_a_direct_search(monkeypatch):
+    monkeypatch.setattr(neighbors, "_LARGE", 32)
     found = nearest(IMAGES, REFERENCES)
     every = np.sqrt(((IMAGES[:, None].astype(float) - REFERENCES) ** 2).mean((2, 3, 4)))
     np.testing.assert_array_equal(found.indices, every.argmin(1))

@@ -2,6 +2,7 @@
 
     python -m benchmarks.methods train --images 200000     # needs the run of the teacher, see --teacher
     python -m benchmarks.methods measure --count 1000 --picture methods.png --curves methods_curves.png
+    python -m benchmarks.methods measure --methods old.safetensors,emoji32 --count 500    # checkpoints instead of runs
 
 The distilled methods, ECT and sCT start from the teacher's weights, the others from random ones. Settings are those of
 the presets except: the teacher's network with at most its dropout, the batch size, an EMA over 10 % of the run,
@@ -156,18 +157,24 @@ def _reference(extractor: FeatureExtractor, split: Any, size: int) -> FeatureSta
 
 def evaluate_run(extractor: FeatureExtractor, folder: Path, count: int) -> dict[str, Any]:
     """Scores of a run for every sampling plan, cached in its scores.json until the run is trained further."""
-    model, cache = load(folder), folder / "scores.json"
+    cache = folder / "scores.json"
     seen, minutes = training_time(folder)
     cached = json.loads(cache.read_text("utf-8")) if cache.exists() else {}
     same = (cached.get("images"), cached.get("count")) == (seen, count)
-    plans = cached.get("plans", {}) if same else {}
     result = {"images": seen, "minutes": minutes, "count": count, "plans": {}}
-    for name, plan in sampling_plans(model).items():
-        result["plans"][name] = plans.get(name) or scores(
-            extractor, of_model(model, model.plan(**plan), count, seed=0, name=folder.name)
-        )
+    for name, found in evaluate(extractor, load(folder), count, cached.get("plans", {}) if same else {}):
+        result["plans"][name] = found
         cache.write_text(json.dumps(result, indent=2), "utf-8")
     return result
+
+
+def evaluate(
+    extractor: FeatureExtractor, model: Model, count: int, known: dict[str, Scores]
+) -> Iterator[tuple[str, Scores]]:
+    """Every sampling plan with its scores, computed where they are not known."""
+    for name, plan in sampling_plans(model).items():
+        samples = of_model(model, model.plan(**plan), count, seed=0, name="samples")
+        yield name, known.get(name) or scores(extractor, samples)
 
 
 def training_time(folder: Path) -> tuple[int, float]:
@@ -185,8 +192,9 @@ HEADER = header(
 
 
 def lines(name: str, result: dict[str, Any]) -> Iterator[str]:
+    training = (f"{result['images']:,}", f"{result['minutes']:.0f}") if "images" in result else ("", "")
     for plan, found in result["plans"].items():
-        cells = (name, f"{result['images']:,}", f"{result['minutes']:.0f}", plan)
+        cells = (name, *training, plan)
         yield row(*cells, *_all_metrics(found["train"]), *_fid_kid(found["held_out"]))
 
 
@@ -237,7 +245,9 @@ def main() -> None:
     options.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of the runs.")
     options.add_argument("--teacher", type=Path, default=Path("runs/emoji32-edm"), help="Run folder of the teacher.")
     options.add_argument(
-        "--methods", default=",".join(METHODS), help="Methods, comma-separated; `measure` also accepts other runs."
+        "--methods",
+        default=",".join(METHODS),
+        help="Methods, comma-separated; `measure` also accepts other runs, and checkpoints by file or id.",
     )
     options.add_argument("--images", type=int, default=200_000, help="Number of training images per student.")
     options.add_argument("--batch-size", type=int, default=32, help="Training batch size.")
@@ -271,22 +281,29 @@ def main() -> None:
 
 def measure(teacher: Path, folders: dict[str, Path], args: argparse.Namespace) -> None:
     """Print the table of scores; write the pictures."""
-    found = {"teacher": teacher} | {name: path for name, path in folders.items() if path.exists()}
-    if missing := [str(path) for name, path in folders.items() if name not in found and name not in METHODS]:
-        raise InputError(f"Run folders not found: {', '.join(missing)}.")
+    runs = {name: path for name, path in {"teacher": teacher, **folders}.items() if path.exists()}
+    checkpoints = [name for name in folders if name not in runs and name not in METHODS]
     extractor = dataclasses.replace(load_inception(), cache=user_cache("references"))
-    models = {name: load(path) for name, path in found.items()}
-    config: ModelConfig = models["teacher"].config
+    models = {name: load(path) for name, path in runs.items()} | {name: load(name) for name in checkpoints}
+    if not models:
+        raise InputError(f"Found no runs of {args.methods} in {args.runs}: see --runs and --methods.")
+    if args.curves and "teacher" not in runs:
+        raise InputError(f"--curves also shows the teacher, but {teacher} does not exist: see --teacher.")
+    config: ModelConfig = next(iter(models.values())).config
     print(f"{args.count} images per run, seed 0.")
     print(HEADER, flush=True)
     print(*reference_rows(extractor, config.network.image_shape, args.count), sep="\n", flush=True)
     results = {}
-    for name, path in found.items():
-        results[name] = evaluate_run(extractor, path, args.count)
+    for name, model in models.items():
+        run = runs.get(name)
+        if run:
+            results[name] = evaluate_run(extractor, run, args.count)
+        else:
+            results[name] = {"plans": dict(evaluate(extractor, model, args.count, {}))}
         print(*lines(name, results[name]), sep="\n", flush=True)
     if args.curves:
         (scores_of_teacher,) = results["teacher"]["plans"].values()
-        plot_curves(found, scores_of_teacher["train"], args.curves)
+        plot_curves(runs, scores_of_teacher["train"], args.curves)
     if args.picture:
         picture(models).save(args.picture)
 

@@ -42,8 +42,7 @@ from cm_jax.types import Precision
 SMALL = ADMUNet(
     image_size=32, base_channels=64, channel_mult=(1, 2, 2), blocks_per_level=1, attention_factors=(2,), classes=10
 )
-_PRESET: Any = PRESETS["emoji32-edm"]().network
-EMOJI = dataclasses.replace(_PRESET, base_channels=32, channel_mult=(1, 2, 4), blocks_per_level=1)
+EMOJI: Any = PRESETS["emoji32-edm"]().network
 """The network of the bundled model."""
 METHODS = {"EDM": "edm", "CD": "cd", "ECT": "ect", "sCM": "sct"}
 """Suffix of the preset's name."""

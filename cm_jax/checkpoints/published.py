@@ -24,8 +24,13 @@ _EMOJI_CLASSES = (
     "Smileys & Emotion/People & Body/Animals & Nature/Food & Drink/Travel & Places/Activities/Objects/Symbols/Flags"
 )
 
-BUNDLED = {"emoji32": _ASSETS / "emoji32.safetensors", "emoji16_cd": _ASSETS / "emoji16_cd.pt"}
-"""Files of the bundled checkpoints: emoji32 was trained with this package, emoji16_cd with OpenAI's code."""
+BUNDLED = {
+    "emoji32": _ASSETS / "emoji32.safetensors",
+    "emoji32_edm": _ASSETS / "emoji32_edm.safetensors",
+    "emoji16_cd": _ASSETS / "emoji16_cd.pt",
+}
+"""Files of the bundled checkpoints: emoji32 and the denoiser emoji32_edm were trained with this package, emoji16_cd
+with OpenAI's code."""
 DEFAULT = "emoji32"
 """The checkpoint that `load` reads by default."""
 
@@ -241,8 +246,10 @@ def _named(name: str, *, fetch: bool) -> Path:
             f"There is no checkpoint {name}, and it is not an id of the Hugging Face Hub, because {owner} exists here. "
             "Give an existing path, or run the command in another folder."
         )
+    same = Path(name).name.replace("-", "_")
+    hint = f" {same} is bundled." if same in BUNDLED else nearest(name, BUNDLED | remote())
     raise InputError(
         f"There is no checkpoint {name}. Expected a .pt file, a diffusers folder, a jcm checkpoint, a native "
         f"checkpoint, an id of the Hugging Face Hub (owner/name), or the name of a bundled ({', '.join(BUNDLED)}) or "
-        f"published checkpoint.{nearest(name, BUNDLED | remote())}"
+        f"published checkpoint.{hint}"
     )

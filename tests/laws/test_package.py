@@ -34,8 +34,8 @@ def test_the_wheel_contains_the_package(built):
         if path.is_file() and path.parent.name != "__pycache__"
     }
     assert {name: content for name, content in built[0].items() if not name.startswith(f"{INFO}/")} == files
-    bundled = {f"cm_jax/assets/{name}" for name in ("emoji32.safetensors", "emoji16_cd.pt", "emoji32.npz")}
-    assert {*bundled, "cm_jax/conversion/rules.py"} <= set(files)
+    bundled = {f"cm_jax/assets/{name}" for name in ("emoji32.safetensors", "emoji32_edm.safetensors", "emoji16_cd.pt")}
+    assert {*bundled, "cm_jax/assets/emoji32.npz", "cm_jax/conversion/rules.py"} <= set(files)
 
 
 def test_the_wheel_contains_licenses_and_the_command(built):

@@ -26,7 +26,7 @@ def parse_settings(words):
 
 @pytest.mark.parametrize("command", COMMAND.findall(TEXT))
 def test_commands_are_valid(command):
-    assert parse_settings(shlex.split(command)).batches == 10_000 or command not in SHORTER_RUNS
+    assert parse_settings(shlex.split(command)).batches == 2_400 or command not in SHORTER_RUNS
 
 
 def test_curricula_of_shorter_runs_end_with_the_run():

@@ -336,7 +336,9 @@ def test_commands_take_ids(server, pipeline, tmp_path, capsys):
     assert "denoiser" in bits
     teacher = failed(capsys, main, "train", "emoji32-cd", "--teacher", "me/tiny", "--dry-run")
     assert "Expected a denoiser as teacher, got the consistency model me/tiny" in teacher
-    assert "There is no checkpoint runs/emoji32-edm" in failed(capsys, main, "train", "emoji32-cd")
+    absent = failed(capsys, main, "train", "emoji32-cd")
+    assert "There is no checkpoint runs/emoji32-edm" in absent
+    assert absent.rstrip().endswith("emoji32_edm is bundled.")
     assert server.count("runs/emoji32-edm") == 0
 
 

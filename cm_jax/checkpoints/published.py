@@ -246,10 +246,8 @@ def _named(name: str, *, fetch: bool) -> Path:
             f"There is no checkpoint {name}, and it is not an id of the Hugging Face Hub, because {owner} exists here. "
             "Give an existing path, or run the command in another folder."
         )
-    same = Path(name).name.replace("-", "_")
-    hint = f" {same} is bundled." if same in BUNDLED else nearest(name, BUNDLED | remote())
     raise InputError(
         f"There is no checkpoint {name}. Expected a .pt file, a diffusers folder, a jcm checkpoint, a native "
         f"checkpoint, an id of the Hugging Face Hub (owner/name), or the name of a bundled ({', '.join(BUNDLED)}) or "
-        f"published checkpoint.{hint}"
+        f"published checkpoint.{nearest(name, BUNDLED | remote())}"
     )

@@ -4,7 +4,7 @@ import os
 from typing import Literal
 
 from cm_jax import conversion
-from cm_jax.checkpoints.published import resolve
+from cm_jax.checkpoints.published import BUNDLED, resolve
 from cm_jax.conversion import Source
 from cm_jax.data import Dataset
 from cm_jax.errors import InputError
@@ -24,7 +24,9 @@ class Inputs:
             folder = name.removesuffix("/best")
             preset = folder.removeprefix("runs/")
             named = preset != folder and not os.path.exists(folder)
-            advice = f" Train it first: cm-jax train {preset}." if named else ""
+            bundled = preset.replace("-", "_")
+            instead = f", or use the bundled one: --{flag} {bundled}" if bundled in BUNDLED else ""
+            advice = f" Train it first: cm-jax train {preset}{instead}." if named else ""
             if os.path.isfile(name):
                 advice = f" Convert it with `cm-jax convert` and give the new folder to --{flag}."
             raise InputError(f"--{flag} {name}: {error}{advice}") from error

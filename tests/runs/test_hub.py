@@ -338,7 +338,7 @@ def test_commands_take_ids(server, pipeline, tmp_path, capsys):
     assert "Expected a denoiser as teacher, got the consistency model me/tiny" in teacher
     absent = failed(capsys, main, "train", "emoji32-cd")
     assert "There is no checkpoint runs/emoji32-edm" in absent
-    assert absent.rstrip().endswith("emoji32_edm is bundled.")
+    assert absent.rstrip().endswith("train emoji32-edm, or use the bundled one: --teacher emoji32_edm.")
     assert server.count("runs/emoji32-edm") == 0
 
 

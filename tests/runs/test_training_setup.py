@@ -211,7 +211,9 @@ def test_the_original_s_checkpoint_is_a_teacher(tmp_path):
 
 
 def test_a_refused_start_leaves_no_folder(tmp_path):
-    chosen = dataclasses.replace(PRESETS["emoji32-edm"](), init_from="emoji32")
+    preset = PRESETS["emoji32-edm"]()
+    wider = dataclasses.replace(preset.network, base_channels=64)
+    chosen = dataclasses.replace(preset, network=wider, init_from="emoji32")
     with pytest.raises(InputError, match=r"(?s)network in .* differs from this run.*in the checkpoint"):
         train(chosen, tmp_path / "run")
     assert not (tmp_path / "run").exists()

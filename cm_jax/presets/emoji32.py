@@ -108,5 +108,5 @@ def emoji32_meanflow() -> TrainConfig:
         network=replace(_NETWORK, dropout=0.05, attention="plain", interval_embedding=True),
         preconditioning=MeanFlowPreconditioning(),
         objective=objectives.MeanFlow(),
-        optimizer=Adam(ConstantRate(6e-4, warm_up=500), beta2=0.95, clip_norm=1.0),
+        optimizer=Adam(ConstantRate(6e-4, warm_up=_STEPS // 100), beta2=0.95, clip_norm=1.0),
     )

@@ -64,6 +64,7 @@ def former_preset(name):
     if family != "emoji32":
         return now
     objective, rate = now.objective, now.optimizer.learning_rate
+    warm_up = 5 * rate.warm_up if method == "meanflow" else rate.warm_up
     for field, length in (("curriculum", "steps"), ("gap", "steps_per_stage"), ("warm_up", "steps")):
         schedule = getattr(objective, field, None)
         if hasattr(schedule, length):
@@ -74,7 +75,7 @@ def former_preset(name):
         now,
         network=replace(now.network, **larger, dropout=EMOJI_DROPOUT.get(method, 0.0)),
         objective=objective,
-        optimizer=replace(now.optimizer, learning_rate=replace(rate, peak=rate.peak / 2)),
+        optimizer=replace(now.optimizer, learning_rate=replace(rate, peak=rate.peak / 2, warm_up=warm_up)),
         batch_size=128,
         images=6_400_000,
         ema_decay=(0.999, 0.9999),

@@ -217,3 +217,18 @@ def test_a_refused_start_leaves_no_folder(tmp_path):
     with pytest.raises(InputError, match=r"(?s)network in .* differs from this run.*in the checkpoint"):
         train(chosen, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("cd", "teacher"), ("scd", "teacher"), ("ect", "init_from"), ("sct", "init_from")]
+)
+def test_the_bundled_denoiser_is_a_teacher_of_the_emoji_presets(name, field):
+    denoiser = cm_jax.load("emoji32_edm")
+    begun = prepare(dataclasses.replace(PRESETS[f"emoji32-{name}"](), **{field: "emoji32_edm"})).initial_state()
+    network = {name: begun.params[name] for name in denoiser.params}  # sCM's weighting has parameters of its own
+    assert all(map(np.array_equal, jax.tree.leaves(network), jax.tree.leaves(denoiser.params)))
+    held_out = EmojiData("held_out").open(32)
+    images = np.stack([held_out.images[i] for i in range(16)]).astype(np.float32) / 127.5 - 1
+    noise = np.random.default_rng(0).standard_normal(images.shape, np.float32)
+    denoised = denoiser.denoise(images + 0.5 * noise, 0.5, labels=held_out.labels[:16])
+    assert np.sqrt(np.mean(np.square(denoised - images))) < 0.1  # 0.083; emoji32: 0.137

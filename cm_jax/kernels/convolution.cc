@@ -191,7 +191,7 @@ inline void transform_kernel_gradient(const float* p, ptrdiff_t plane, Vector w[
 
 // ---- Convolution ---------------------------------------------------------------------------------------------------
 
-constexpr int64_t kTiles = 96;     // tiles per group
+constexpr int64_t kTiles = 96;     // maximum number of tiles per group
 constexpr int64_t kDepth = 64;     // channels summed in registers before a store
 
 // Distance between the starts of the 24 matrices of `values` elements each. The padding avoids multiples of 4 kB, which
@@ -278,12 +278,16 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   Images shape{in[0], in[1], in[2]};
   Kernel chosen{kernel.typed_data(), in[3], mirrored ? taps[2] : taps[3], mirrored};
   int64_t vectors = vectors_at_once(chosen.out), width = vectors * kLanes;
+  // Groups of equal size. If there are few, several tasks share a group and divide its output channels. Every task
+  // transforms its whole group, so there are only as many as balance the threads.
   int64_t groups = (shape.tiles() + kTiles - 1) / kTiles;
-  // If there are few tiles, several tasks share a group of tiles and divide its output channels.
-  int64_t columns = chosen.out / width, parts = std::min<int64_t>(columns, std::max<int64_t>(1, 16 / groups));
+  int64_t size = ((shape.tiles() + groups - 1) / groups + kRows - 1) / kRows * kRows;
+  groups = (shape.tiles() + size - 1) / size;
+  int64_t columns = chosen.out / width;
+  int64_t parts = std::min(columns, (3 * pool.num_threads() + groups - 1) / groups);
   run(pool, groups * parts, [&](int64_t task) {
     int64_t group = task / parts, part = task % parts;
-    int64_t first = group * kTiles, tiles = std::min(kTiles, shape.tiles() - first);
+    int64_t first = group * size, tiles = std::min(size, shape.tiles() - first);
     int64_t out = columns * part / parts * width, last = columns * (part + 1) / parts * width;
     auto work = vectors == 3 ? convolve<3> : vectors == 2 ? convolve<2> : convolve<1>;
     work(shape, x.typed_data(), chosen, y->typed_data(), first, tiles, out, last);

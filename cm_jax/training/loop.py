@@ -30,6 +30,7 @@ from cm_jax.training.schedules import (
     check_learning_rate,
     continuation,
     outrun_schedules,
+    slow_target,
     unfinished_schedules,
 )
 from cm_jax.training.setup import COMPILING, TrainingSetup, prepare
@@ -81,8 +82,12 @@ def train(
         history = history.continued(done, Settings(config, content))
         history.write(opened.path, config)
         hook = EvaluationHook(config, setup.evaluator, opened, done)
-        schedules = (*unfinished_schedules(config), *outrun_schedules(config, before.config, done))
-        notes = [*history.lines(done), *changes, *schedules]
+        schedules = (
+            *unfinished_schedules(config),
+            *outrun_schedules(config, before.config, done),
+            *slow_target(config),
+        )
+        notes = [*history.lines(done), *changes, *schedules, *slow_target(config)]
         for line in _summary(setup, done, notes):
             print_line(line)
         if done >= config.batches and not hook.due(done):

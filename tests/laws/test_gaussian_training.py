@@ -285,6 +285,18 @@ def test_training_approaches_the_exact_function(name):
     assert before / after > 5, f"{before / after:.1f} times, where it was {measured} once"
 
 
+@pytest.mark.parametrize(("end", "learns"), [(150, False), (20, True)])
+def test_consistency_training_needs_a_target_that_crosses_the_noise_levels(end, learns):
+    """Steps (1 - mu) / (N - 1) is 0.05 for 150 intervals and 2.6 for 20."""
+    curriculum, target = Progressive(10, end, STEPS), AdaptiveTargetEMA(start=0.9)
+    crossings = STEPS * (1 - float(target(STEPS, curriculum))) / end
+    assert (crossings > 1) == learns
+    start = fresh(BOUNDARY)
+    trained_params = trained(ConsistencyTraining(curriculum), BOUNDARY, start, target)
+    before, after = (error(BOUNDARY.student, exact_function, params, 80.0) for params in (start, trained_params))
+    assert (before / after > 5) if learns else (before / after < 1.5)
+
+
 def test_denoising_approaches_the_exact_denoiser_and_tuning_goes_on_from_there():
     start = fresh(EDM)
     denoiser = trained(Denoising(), EDM, start, None)

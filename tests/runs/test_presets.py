@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 
+from cm_jax.diffusion.curricula import Progressive
 from cm_jax.diffusion.preconditioning import EDMPreconditioning, MeanFlowPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet
-from cm_jax.objectives import MeanFlow
+from cm_jax.objectives import ConsistencyTraining, MeanFlow
 from cm_jax.presets import PRESETS
 from cm_jax.training.run.dry_run import StandIns, dry_run
-from cm_jax.training.schedules import extensible, outrun_schedules, unfinished_schedules
+from cm_jax.training.schedules import crossings, extensible, outrun_schedules, slow_target, unfinished_schedules
 from cm_jax.training.setup import make_step, prepare
 
 COUNTS = {
@@ -44,7 +45,7 @@ def test_presets_match_their_names(name):
     curriculum = settings.objective.curriculum
     assert getattr(curriculum, "steps", steps) == steps
     assert settings.batches * settings.batch_size >= settings.images
-    assert list(unfinished_schedules(settings)) == list(outrun_schedules(settings)) == []
+    assert list(unfinished_schedules(settings)) == list(outrun_schedules(settings)) == list(slow_target(settings)) == []
     if curriculum is not None:
         assert int(curriculum(steps)) == settings.objective.final_num_levels
 
@@ -91,6 +92,16 @@ def test_a_run_that_ends_before_its_curriculum_says_so(name, flags):
     for line, flag in zip(lines, flags, strict=True):
         assert f"Change {flag} or raise --images." in line
         assert "the run has 782" in line
+
+
+def test_a_target_that_is_too_slow_for_the_run_is_named():
+    preset = PRESETS["emoji32-ct"]()
+    assert crossings(preset) == pytest.approx(10_000 * (1 - 0.9 ** (10 / 60)) / 60)
+    assert not list(slow_target(preset))
+    paper = dataclasses.replace(preset, objective=ConsistencyTraining(Progressive(2, 150, 10_000)))
+    (line,) = slow_target(paper)
+    assert "in 10,000 steps information crosses them 0.094 times" in line
+    assert crossings(PRESETS["emoji32-ict"]()) is None
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from cm_jax.networks import AnyNetwork
 from cm_jax.progress import activity
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.inputs import Inputs
-from cm_jax.training.schedules import outrun_schedules, unfinished_schedules
+from cm_jax.training.schedules import outrun_schedules, slow_target, unfinished_schedules
 from cm_jax.training.setup import COMPILING, TrainingSetup, prepare
 from cm_jax.training.step import Constants, StepBatch
 from cm_jax.types import Params, parameter_count
@@ -102,7 +102,8 @@ def report(setup: TrainingSetup) -> Iterator[str]:
     parallelism = type(setup.parallelism).__name__
     yield f"batch       {config.batch_size} images over {len(devices)} x {devices[0].device_kind} ({parallelism})"
     yield f"length      {config.batches:,} batches, {config.images_after(config.batches):,} images"
-    yield from (f"            {line}" for line in (*unfinished_schedules(config), *outrun_schedules(config)))
+    warnings = (*unfinished_schedules(config), *outrun_schedules(config), *slow_target(config))
+    yield from (f"            {line}" for line in warnings)
     yield from (f"note        {note}" for note in setup.notes)
     if config.snapshot_note:
         yield f"disk        {config.snapshot_note}"

@@ -70,6 +70,8 @@ def former_preset(name):
         if hasattr(schedule, length):
             longer = replace(schedule, **{length: 5 * getattr(schedule, length)})
             objective = replace(objective, **{field: longer})
+    if method == "ct":
+        objective = replace(objective, curriculum=replace(objective.curriculum, start=2, end=150))
     larger = {"base_channels": 64, "channel_mult": (1, 2, 2), "blocks_per_level": 2}
     return replace(
         now,

@@ -13,7 +13,7 @@ from tests.support import ROOT
 
 TEXT = (ROOT / "docs" / "recipes.md").read_text("utf-8").replace("\\\n", "")
 COMMAND = re.compile(r"^python train\.py (.+)$", re.MULTILINE)
-SHORTER_RUNS = COMMAND.findall(TEXT.partition("## Shorter runs")[2])
+SHORTER_RUNS = COMMAND.findall(TEXT.partition("## Shorter runs")[2].partition("\n## ")[0])
 SETTINGS = sorted(set(re.findall(r"`(--[a-z][^`]*) ?`", TEXT)) - {"--images", "--batch-size", "--network", "--count"})
 SAMPLING_OPTIONS = {"--sigmas 80,0.8"}
 """Options of sample.py, not of train.py."""

@@ -167,13 +167,13 @@ def test_the_teacher_is_replaced_when_the_curriculum_moves_on(optimized):
     step = dataclasses.replace(step, models=Models(step.models.teacher, step.models.teacher))
     batches = raw_batches(TOY, 4, 4)
     first = TOY.initialize(jax.random.key(2))
-    early, _ = run(step, TOY, OneDevice(), StepBatch(batches.images[:2], batches.labels[:2]))
+    early, _ = run(step, TOY, OneDevice(), StepBatch(batches.images[:2], batches.labels[:2]), dispatches=2)
     assert farthest(early.teacher, first) == 0
-    over, _ = run(step, TOY, OneDevice(), StepBatch(batches.images[:3], batches.labels[:3]))
+    over, _ = run(step, TOY, OneDevice(), StepBatch(batches.images[:3], batches.labels[:3]), dispatches=3)
     assert farthest(over.teacher, over.params) == 0
     assert farthest(over.ema["exponential_0.9"], over.params) == 0
     assert farthest(over.optimizer, jax.tree.map(np.zeros_like, over.optimizer)) == 0
-    later, _ = run(step, TOY, OneDevice(), batches)
+    later, _ = run(step, TOY, OneDevice(), batches, dispatches=4)
     assert farthest(later.teacher, over.params) == 0
     assert farthest(later.params, over.params) > 0
 

@@ -98,7 +98,7 @@ class Model:
         labels: None samples them from the key (see `sample_labels`). levels: by default one step, or 40 for a denoiser.
         sampler: a sampler or its name in cm_jax.samplers.SAMPLERS; by default consistency, or heun for a denoiser.
         noise: standard normal noise to use instead of the key's: the initial noise, then one sample for each step.
-        progress: show a bar, which advances with each batch, on a terminal or in a notebook.
+        progress: show a bar, which advances with each batch, on a terminal or, with ipywidgets, in a notebook.
         """
         self._check_untraced("sample", key, seeds, labels, noise)
         plan = self.plan(sampler=sampler, **levels)

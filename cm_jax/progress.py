@@ -13,6 +13,7 @@ silent unless the program configures logging.
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import logging
 import sys
 import threading
@@ -149,9 +150,14 @@ def _log(activity: Activity, ended: threading.Event) -> None:
 
 
 def terminal() -> "Console | None":
-    """The terminal of standard error or the notebook; None for a file, a pipe, or a terminal with a fixed cursor."""
+    """The terminal of standard error or the notebook; None for a file, a pipe, or a terminal with a fixed cursor.
+
+    Also None for a notebook without ipywidgets, where rich would show a warning in place of the progress.
+    """
     kernel = sys.modules.get("ipykernel.kernelapp")
     notebook = kernel is not None and kernel.IPKernelApp.initialized()
+    if notebook and importlib.util.find_spec("ipywidgets") is None:
+        return None
     if not (sys.stderr.isatty() or notebook):
         return None
     from rich.console import Console

@@ -284,7 +284,8 @@ ffi::Error Convolve(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   int64_t size = ((shape.tiles() + groups - 1) / groups + kRows - 1) / kRows * kRows;
   groups = (shape.tiles() + size - 1) / size;
   int64_t columns = chosen.out / width;
-  int64_t parts = std::min(columns, (3 * pool.num_threads() + groups - 1) / groups);
+  int64_t tasks = 3 * std::max<int64_t>(1, pool.num_threads());
+  int64_t parts = std::min(columns, (tasks + groups - 1) / groups);
   run(pool, groups * parts, [&](int64_t task) {
     int64_t group = task / parts, part = task % parts;
     int64_t first = group * size, tiles = std::min(size, shape.tiles() - first);

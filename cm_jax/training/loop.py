@@ -87,7 +87,7 @@ def train(
             *outrun_schedules(config, before.config, done),
             *slow_target(config),
         )
-        notes = [*history.lines(done), *changes, *schedules, *slow_target(config)]
+        notes = [*history.lines(done), *changes, *schedules]
         for line in _summary(setup, done, notes):
             print_line(line)
         if done >= config.batches and not hook.due(done):

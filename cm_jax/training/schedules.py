@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from cm_jax.diffusion.curricula import Curriculum, StepSchedule
+from cm_jax.diffusion.curricula import Curriculum, StepSchedule, TargetEMA
 from cm_jax.errors import InputError
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.optimizers import LearningRate
@@ -43,26 +43,26 @@ def outrun_schedules(config: TrainConfig, before: TrainConfig | None = None, don
         )
 
 
-def crossings(config: TrainConfig) -> float | None:
-    """How often information crosses all noise levels, through the target: steps (1 - mu) / (N - 1), by the last step.
+def crossings(target: TargetEMA, curriculum: Curriculum, steps: int) -> float:
+    """How often information crosses all noise levels: steps (1 - mu) / (N - 1), with mu and N of the last step.
 
     A target of rate mu follows the student after about 1 / (1 - mu) steps, and every pair of adjacent levels carries
-    information one level up, from the clean image at the lowest. None without a target EMA or a curriculum of N.
+    information one level up, from the clean image at the lowest.
     """
-    curriculum = getattr(config.objective, "curriculum", None)
-    if config.target_ema is None or not isinstance(curriculum, Curriculum):
-        return None
-    rate = float(config.target_ema(config.batches, curriculum))
-    return config.batches * (1 - rate) / max(1, int(curriculum(config.batches)) - 1)
+    rate = float(target(steps, curriculum))
+    return steps * (1 - rate) / max(1, int(curriculum(steps)) - 1)
 
 
 def slow_target(config: TrainConfig) -> Iterator[str]:
-    """A warning if information crosses the noise levels less than once: the images of one step stay gray."""
-    found = crossings(config)
-    if found is not None and found < 1:
+    """A warning if information crosses the noise levels less than once, so that images of one step may stay gray."""
+    curriculum = getattr(config.objective, "curriculum", None)
+    if config.target_ema is None or not isinstance(curriculum, Curriculum):
+        return
+    found = crossings(config.target_ema, curriculum, config.batches)
+    if found < 1:
         yield (
             f"--target-ema is too slow for the noise levels: in {config.batches:,} steps information crosses them "
-            f"{found:.2g} times, and images stay gray below about one. Train for more steps, with fewer noise levels "
+            f"{found:.2g} times; below one, images may stay gray. Train for more steps, with fewer noise levels "
             "(--objective.curriculum) or with a faster target."
         )
 

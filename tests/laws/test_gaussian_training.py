@@ -46,6 +46,7 @@ from cm_jax.objectives import (
     Objective,
 )
 from cm_jax.objectives.continuous_time import trigflow_field
+from cm_jax.training.schedules import crossings
 from cm_jax.types import Network, per_image
 
 MEAN, STD, SIGMA_DATA = 0.3, 0.2, 0.5
@@ -287,10 +288,9 @@ def test_training_approaches_the_exact_function(name):
 
 @pytest.mark.parametrize(("end", "learns"), [(150, False), (20, True)])
 def test_consistency_training_needs_a_target_that_crosses_the_noise_levels(end, learns):
-    """Steps (1 - mu) / (N - 1) is 0.05 for 150 intervals and 2.6 for 20."""
+    """Training warns below one crossing: there are 0.05 with 150 intervals and 2.6 with 20."""
     curriculum, target = Progressive(10, end, STEPS), AdaptiveTargetEMA(start=0.9)
-    crossings = STEPS * (1 - float(target(STEPS, curriculum))) / end
-    assert (crossings > 1) == learns
+    assert (crossings(target, curriculum, STEPS) > 1) == learns
     start = fresh(BOUNDARY)
     trained_params = trained(ConsistencyTraining(curriculum), BOUNDARY, start, target)
     before, after = (error(BOUNDARY.student, exact_function, params, 80.0) for params in (start, trained_params))

@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import importlib.util
 import io
 import logging
+import sys
 import threading
+import types
 
 import jax
 import numpy as np
@@ -135,3 +138,12 @@ def test_reading_and_decoding_images_announce_themselves(tmp_path):
         f"Reading {tmp_path / 'some.npz'}",
         "Resizing: 0 of 3 images",
     ]
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_shows_live_lines_only_with_ipywidgets(widgets, monkeypatch):
+    """Without it, rich shows a warning and no progress."""
+    kernel = types.SimpleNamespace(IPKernelApp=types.SimpleNamespace(initialized=lambda: True))
+    monkeypatch.setitem(sys.modules, "ipykernel.kernelapp", kernel)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if widgets else None)
+    assert (progress.terminal() is not None) == widgets

@@ -176,6 +176,8 @@ def test_the_teacher_is_replaced_when_the_curriculum_moves_on(optimized):
     later, _ = run(step, TOY, OneDevice(), batches, dispatches=4)
     assert farthest(later.teacher, over.params) == 0
     assert farthest(later.params, over.params) > 0
+    in_one_call, _ = run(step, TOY, OneDevice(), batches)
+    assert farthest(in_one_call.teacher, over.params) < 1e-6
 
 
 def test_a_curriculum_compiles_once():

@@ -12,7 +12,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-import tests.typechecker  # noqa: F401  imported for the hook below
+from tests import typechecker
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -33,7 +33,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-jaxtyping.install_import_hook("cm_jax", "tests.typechecker.checked")
+typechecker.install()
 
 
 @pytest.fixture(params=["C++ kernels", "XLA"])

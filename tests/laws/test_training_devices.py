@@ -16,7 +16,7 @@ from tests.laws.test_training_step import KEY, TOY, UNET, distilling, farthest, 
 @functools.cache
 def on_one_device(network, size):
     """The run of 50 steps that the others are compared with."""
-    return run(distilling(network), network, OneDevice(), raw_batches(network, 50, size), dispatches=50)
+    return run(distilling(network), network, OneDevice(), raw_batches(network, 50, size))
 
 
 WAYS = [Pmap(2), Pmap(8), DataMesh(8), Sharded(2), Sharded(8), Sharded(8, shards=4)]
@@ -26,7 +26,7 @@ WAYS = [Pmap(2), Pmap(8), DataMesh(8), Sharded(2), Sharded(8), Sharded(8, shards
 def test_devices_do_not_change_the_result(across):
     batches = raw_batches(TOY, 50, 16)
     one, alone = on_one_device(TOY, 16)
-    many, together = run(distilling(TOY), TOY, across, batches, dispatches=50)
+    many, together = run(distilling(TOY), TOY, across, batches)
     np.testing.assert_allclose(together["loss"], alone["loss"], rtol=1e-5)
     np.testing.assert_allclose(together["loss_sigma"][:, 2], alone["loss_sigma"][:, 2], rtol=1e-5)
     assert farthest(one.params, TOY.initialize(jax.random.key(1))) > 0.01  # the parameters changed
@@ -36,7 +36,7 @@ def test_devices_do_not_change_the_result(across):
 @pytest.mark.parametrize("across", [Pmap(8)], ids=str)
 def test_devices_do_not_change_the_result_of_a_unet(across):
     _, alone = on_one_device(UNET, 8)
-    _, together = run(distilling(UNET), UNET, across, raw_batches(UNET, 50, 8), dispatches=50)
+    _, together = run(distilling(UNET), UNET, across, raw_batches(UNET, 50, 8))
     np.testing.assert_allclose(together["loss"], alone["loss"], atol=1e-5 * alone["loss"].max())
 
 

@@ -77,7 +77,7 @@ def test_a_new_batch_size_continues_the_data_and_the_count_of_images(run):
     np.testing.assert_array_equal(np.concatenate(seen), np.concatenate(whole[4:]))
     assert [row["images"] for row in rows(run)] == ["8", "16", "24", "32", "48", "64"]
     assert [row["configuration"] for row in rows(run)] == ["", "", "", "", "1", "1"]
-    after, name = arrays(run, 6), "mu/stem/kernel"
+    after, name = arrays(run, 6), "mu/mlp/in"
     assert after["optimizer/1/count"] == after["optimizer/3/count"] == 6
     change = np.abs(after[f"optimizer/1/{name}"] - saved[f"optimizer/0/{name}"]).max()
     assert 0 < change < 0.1 * np.abs(saved[f"optimizer/0/{name}"]).max() + 0.02
@@ -119,8 +119,8 @@ def test_emas_and_the_optimizer_are_carried_over(run, tmp_path):
         assert f"Note: The EMA {name} is dropped." in said
     assert "Note: The optimizer's moments start anew (RAdamState)." in said
     assert 'Note: evaluation.ema: "exponential_0.9" -> "exponential_0.95" from batch 4 on.' in said
-    near = before["ema/exponential_0.9/stem/kernel"] * 0.95 + before["params/stem/kernel"] * 0.05
-    np.testing.assert_allclose(after["ema/exponential_0.95/stem/kernel"], near, atol=1e-6)
+    near = before["ema/exponential_0.9/mlp/in"] * 0.95 + before["params/mlp/in"] * 0.05
+    np.testing.assert_allclose(after["ema/exponential_0.95/mlp/in"], near, atol=1e-6)
     assert after["optimizer/1/steps"] == 1
     assert after["optimizer/2/count"] == 5
     assert float(rows(run)[-1]["learning_rate"]) == pytest.approx(1e-12 * (1 - 4 / 100))
@@ -132,7 +132,7 @@ def test_emas_and_the_optimizer_are_carried_over(run, tmp_path):
 
 def test_what_the_parameters_mean_cannot_change(run):
     for change, place in (
-        ({"network": dataclasses.replace(NETWORK, blocks_per_level=2)}, "network.blocks_per_level"),
+        ({"network": dataclasses.replace(NETWORK, width=64)}, "network.width"),
         ({"objective": EasyConsistencyTuning()}, "objective"),
     ):
         with pytest.raises(InputError, match=f"(?s){place}.*cannot change in a run: start a new run"):

@@ -53,7 +53,7 @@ def short(preset, file, folder, **changes):
 def test_cifar10_ect_starts_from_a_pickle_resumes_without_it_and_samples(tmp_path):
     """The network is the file's, with the preset's dropout."""
     file = shutil.copy(CIFAR, tmp_path / "edm.pkl")
-    settings, said = short("cifar10-ect", file, tmp_path, images=4 * 10), []
+    settings, said = short("cifar10-ect", file, tmp_path, images=4 * 10, power_ema=(), ema_decay=(0.999,)), []
     train(settings, tmp_path / "run", said.append)
     expected = read(CIFAR)
     config, params = native.restore(tmp_path / "run" / "checkpoints" / "00000010")

@@ -220,8 +220,8 @@ def test_the_evaluated_ema_is_the_one_saved_for_sampling(tmp_path):
     for name, branch in (("power_0.1", "ema/power_0.1"), ("parameters", "params")):
         chosen = dataclasses.replace(EVALUATED.evaluation, ema=name, steps=(2,), metrics=("fid",))
         train(dataclasses.replace(short, evaluation=chosen), tmp_path / name, quiet)
-        kernel = cm_jax.load(tmp_path / name / "best").params["stem"]["kernel"]
-        np.testing.assert_array_equal(kernel, arrays(tmp_path / name, 3)[f"{branch}/stem/kernel"])
+        kernel = cm_jax.load(tmp_path / name / "best").params["mlp"]["in"]
+        np.testing.assert_array_equal(kernel, arrays(tmp_path / name, 3)[f"{branch}/mlp/in"])
     with pytest.raises(InputError, match=r'evaluation.ema: "power_0.1" in the folder, "exponential_0.9" now'):
         train(short, tmp_path / "power_0.1", quiet)
     with pytest.raises(InputError, match=r"exponential_0.9 or .*parameters, got 'power_0.2'"):

@@ -21,7 +21,7 @@ from cm_jax.training.initial_weights import initial_params, transfer_notes
 from cm_jax.training.loop import train
 from cm_jax.training.optimizers import Adam, ConstantRate
 from cm_jax.training.setup import prepare
-from tests.runs.test_training import NETWORK, SMALL, arrays
+from tests.runs.test_training import SMALL, UNET, arrays
 from tests.runs.test_training_setup import STUDENT
 from tests.support import random_params
 
@@ -108,11 +108,19 @@ def three_classes(folder):
     return NpzData(str(folder / "three.npz"))
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The folder of a U-Net's run of one batch."""
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    train(dataclasses.replace(SMALL, network=UNET, images=8), folder, lambda line: None)
+    return folder
+
+
 def test_fine_tuning_on_other_classes_at_another_size(teacher, tmp_path):
-    folder, said = teacher[0], []
+    folder, said = teacher, []
     settings = dataclasses.replace(
         SMALL,
-        network=dataclasses.replace(NETWORK, image_size=16, base_channels=64, dropout=0.0),
+        network=dataclasses.replace(UNET, image_size=16, base_channels=64, dropout=0.0),
         data=three_classes(tmp_path),
         init_from=str(folder),
         inherit_network=True,
@@ -125,7 +133,7 @@ def test_fine_tuning_on_other_classes_at_another_size(teacher, tmp_path):
     assert any("8x8 pixels and is trained on 16x16" in line for line in said)
     model = cm_jax.load(tmp_path / "run")
     assert model.config.class_names[1] == "Something else"
-    assert model.config.network == dataclasses.replace(NETWORK, image_size=16, classes=3, dropout=0.0)
+    assert model.config.network == dataclasses.replace(UNET, image_size=16, classes=3, dropout=0.0)
     table, before = (
         arrays(tmp_path / "run", 1)["params/embedding/table"],
         cm_jax.load(folder).params["embedding"]["table"],
@@ -136,23 +144,23 @@ def test_fine_tuning_on_other_classes_at_another_size(teacher, tmp_path):
 
 
 def test_what_is_not_of_the_data_must_fit(teacher, tmp_path):
-    wide = dataclasses.replace(NETWORK, base_channels=32)
+    wide = dataclasses.replace(UNET, base_channels=32)
     with pytest.raises(InputError, match=r"base_channels: 16 in the checkpoint, 32 now"):
-        prepare(dataclasses.replace(SMALL, network=wide, init_from=str(teacher[0])), initial=True)
-    fewer = dataclasses.replace(STUDENT, teacher=str(teacher[0]), data=three_classes(tmp_path))
+        prepare(dataclasses.replace(SMALL, network=wide, init_from=str(teacher)), initial=True)
+    fewer = dataclasses.replace(STUDENT, teacher=str(teacher), data=three_classes(tmp_path))
     with pytest.raises(InputError, match="Student and teacher need the same images and classes"):
-        prepare(dataclasses.replace(fewer, network=dataclasses.replace(STUDENT.network, classes=3)))
+        prepare(dataclasses.replace(fewer, network=dataclasses.replace(UNET, dropout=0.0, classes=3)))
 
 
 def test_a_student_inherits_network_and_data(teacher, tmp_path):
-    folder = teacher[0]
+    folder = teacher
     preset = PRESETS["emoji32-cd"]()
     settings = inheriting(
         dataclasses.replace(preset, teacher=str(folder), data=NpzData("other.npz")), ["--teacher", "x"]
     )
-    for name in (str(folder), f"{folder}/checkpoints/00000012"):
+    for name in (str(folder), f"{folder}/checkpoints/00000001"):
         setup = prepare(dataclasses.replace(settings, teacher=name, parallel="one"))
-        assert setup.config.network == dataclasses.replace(NETWORK, dropout=0.0)
+        assert setup.config.network == dataclasses.replace(UNET, dropout=0.0)
         assert setup.config.data == EmojiData()
         assert f"The data are those of {name}. To use others, give --data." in setup.notes
 

@@ -19,7 +19,7 @@ from cm_jax.training.loop import train
 from cm_jax.training.setup import prepare
 from tests.laws.test_interval_embedding import SONG
 from tests.runs.test_commands import failed, succeeded
-from tests.runs.test_training import SMALL
+from tests.runs.test_training import SMALL, UNET
 from tests.runs.test_training_setup import STUDENT
 from tests.support import random_params
 
@@ -75,13 +75,13 @@ def test_guidance_of_images_is_refused(capsys):
 
 
 def test_a_run_records_its_label_dropout_and_a_guided_student_starts_as_its_teacher(tmp_path):
-    teacher = dataclasses.replace(SMALL, label_dropout=0.5, images=SMALL.batch_size)
+    teacher = dataclasses.replace(SMALL, network=UNET, label_dropout=0.5, images=SMALL.batch_size)
     train(teacher, tmp_path / "teacher", lambda line: None)
     assert cm_jax.load(tmp_path / "teacher").config.label_dropout == 0.5
     student = dataclasses.replace(
         STUDENT,
         teacher=str(tmp_path / "teacher"),
-        network=dataclasses.replace(STUDENT.network, guidance_embedding=True),
+        network=dataclasses.replace(UNET, dropout=0.0, guidance_embedding=True),
         objective=dataclasses.replace(STUDENT.objective, guidance=UniformGuidance(1.0, 3.0)),
         images=STUDENT.batch_size,
     )

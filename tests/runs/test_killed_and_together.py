@@ -14,20 +14,8 @@ import pytest
 
 from tests.support import ROOT
 
-SMALL = [
-    *(
-        "--network.image-size",
-        "8",
-        "--network.base-channels",
-        "16",
-        "--network.channel-mult",
-        "1",
-        "--network.dropout",
-        "0.1",
-    ),
-    *("--network.blocks-per-level", "1", "--batch-size", "8", "--log-every", "1", "--sample-every", "1000000"),
-    *("--ema-decay", "0.99", "--keep-last", "2"),
-]
+SMALL = "--network toy-network --network.image-size 8 --network.classes 9 --network.width 32 --batch-size 8".split()
+SMALL += "--log-every 1 --sample-every 1000000 --ema-decay 0.99 --keep-last 2".split()
 
 BROKEN = ("--images", "280", "--checkpoint-every", "7")
 """35 batches, with checkpoints after 7, 14, 21, 28 and 35, of which two are kept."""
@@ -48,11 +36,14 @@ class WithoutTorch:  # tensorboardX would import it
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, WithoutTorch())
+import cm_jax
 from cm_jax.cli import main_train
 from cm_jax.training import loop
+from tests.toy import ToyNetwork
 loop.plot = lambda run: None
+cm_jax.register(ToyNetwork)
 """
-"""Plots and PyTorch take half of the time of such a short run."""
+"""Plots, PyTorch and compiling a U-Net take most of the time of such a short run."""
 KILLED = """
 import os, signal, sys
 event, part, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -80,6 +71,7 @@ def begin(folder, cache, *words, devices=1, launcher=(), program=("-c", QUICK + 
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
         }
     )
@@ -116,7 +108,7 @@ def test_a_killed_run_becomes_the_unbroken_one(tmp_path, cache):
     What a killed process leaves are its files, so the moments are those between file operations.
     """
     folder, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    finish(begin(unbroken, cache, *BROKEN, program=(str(ROOT / "train.py"),)))
+    finish(begin(unbroken, cache, *BROKEN))
     for event, part, number, reached in KILLS:
         child = begin(folder, cache, *BROKEN, program=("-c", QUICK + KILLED, event, part, str(number)))
         output, _ = child.communicate(timeout=600)
@@ -177,7 +169,7 @@ def open_mpi(process, port):
     return ["--distributed", "auto"], job | {"OMPI_COMM_WORLD_SIZE": "2"} | rank
 
 
-TOGETHER = ("--images", "160", "--checkpoint-every", "20", "--network.base-channels", "32")
+TOGETHER = ("--images", "160", "--checkpoint-every", "20")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import os
 
 import pytest
 from PIL import Image
@@ -18,7 +19,7 @@ def sizes(notebook):
 
 
 def test_the_tour_runs_and_gives_images_of_the_stored_sizes(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of the time
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0")  # compiling is most of the time
     stored = read()
     again = executed(copy.deepcopy(stored))
     assert len(sizes(stored)) >= 7

@@ -21,7 +21,7 @@ from cm_jax.training.optimizers import Adam, LinearDecay
 from cm_jax.training.run.dry_run import report
 from cm_jax.training.schedules import unfinished_schedules
 from cm_jax.training.setup import prepare
-from tests.runs.test_training import NETWORK, SMALL, arrays
+from tests.runs.test_training import NETWORK, SMALL, UNET, arrays
 
 STUDENT = dataclasses.replace(
     SMALL,
@@ -110,8 +110,8 @@ REFUSED = {
     "no teacher": ({"teacher": ""}, "ConsistencyDistillation needs a teacher: give a denoiser with --teacher"),
     "teacher that is not there": ({"teacher": "nowhere"}, "--teacher nowhere: There is no checkpoint nowhere"),
     "teacher of another shape": (
-        {"network": dataclasses.replace(NETWORK, base_channels=32)},
-        r"network.*\n  .*base_channels: 16 .*32",
+        {"network": dataclasses.replace(NETWORK, width=64)},
+        r"network.*\n  .*width: 32 .*64",
     ),
     "teacher with other noise conditioning": (
         {"preconditioning": ConsistencyPreconditioning()},
@@ -171,8 +171,8 @@ def test_labels_that_the_network_does_not_want_are_left_out(tmp_path):
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = "\n".join(report(prepare(SMALL)))
-    assert f"{NETWORK.parameter_count():,} parameters" in lines
+    lines = "\n".join(report(prepare(dataclasses.replace(SMALL, network=UNET))))
+    assert f"{UNET.parameter_count():,} parameters" in lines
     assert "12 batches, 96 images" in lines
     assert "FLOP per step" in lines
     assert list(tmp_path.iterdir()) == []

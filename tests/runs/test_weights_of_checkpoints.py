@@ -29,11 +29,11 @@ from cm_jax.training.run.dry_run import report
 from cm_jax.training.run.folder import RunFolder
 from cm_jax.training.setup import prepare
 from cm_jax.training.step import TrainState
-from tests.runs.test_training import SMALL
+from tests.runs.test_training import SMALL, UNET
 from tests.runs.test_training_setup import STUDENT
 from tests.support import EMOJI, ROOT
 
-NETWORK = dataclasses.replace(SMALL.network, base_channels=8)
+NETWORK = dataclasses.replace(UNET, base_channels=8)
 CONFIG = ModelConfig(NETWORK, SMALL.preconditioning)
 VALUES = {"exponential_0.9": 2.0, "exponential_0.99": 3.0, "power_0.1": 4.0}
 

@@ -47,7 +47,7 @@ def each_implementation(request):
 
 @pytest.fixture
 def optimized(monkeypatch):
-    """Compile with all optimizations, as users do."""
+    """Compile with all optimizations, as users do: for networks whose outputs are recorded. It takes twice the time."""
     import jax
     from jax._src import compiler
 
@@ -79,6 +79,23 @@ def _returned_memory():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "keep_memory", lambda: False)
         yield
+
+
+@pytest.fixture
+def copying(tmp_path_factory):
+    """A compiler that copies the library of this process, because compiling it takes ten seconds, and its log."""
+    from cm_jax import kernels
+
+    folder = tmp_path_factory.mktemp("compiler")
+    script, log = folder / "c++", folder / "log"
+    library = kernels.building._library()._name
+    script.write_text(f'''#!/bin/sh
+for last; do :; done
+case "$*" in *-shared*) sleep "${{LINK_SECONDS:-0}}"; cp "{library}" "$last"; echo linked >> "{log}";; *) : > "$last";; esac
+''')
+    script.chmod(0o755)
+    log.touch()
+    return str(script), log
 
 
 RESIDENT_LIMIT = 1.2e9

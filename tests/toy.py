@@ -1,34 +1,34 @@
 """A network that compiles quickly, with all features that training needs: classes, dropout, large parameters."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cm_jax.networks import BaseNetwork
 from cm_jax.networks.layers import class_embedding
+from cm_jax.types import ImageSize, height_width
 
 
 @dataclasses.dataclass(frozen=True)
-class ToyNetwork:
+class ToyNetwork(BaseNetwork):
     """An MLP with one hidden layer over all pixels."""
 
-    image_size: int = 4
+    image_size: ImageSize = 4
+    image_channels: int = 3
     classes: int | None = 3
     width: int = 128
     dropout: float = 0.2
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: str = "plain"
     interval_embedding: bool = False
     guidance_embedding: bool = False
 
     @property
     def image_shape(self):
-        return (self.image_size, self.image_size, 3)
-
-    def check_input(self, shape, labeled):
-        assert shape[1:] == self.image_shape
-        assert labeled == (self.classes is not None)
+        return (*height_width(self.image_size), self.image_channels)
 
     def shapes(self):
         pixels = int(np.prod(self.image_shape))
@@ -40,12 +40,6 @@ class ToyNetwork:
     def initialize(self, key):
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.1), jnp.float32), self.shapes())
-
-    def prepare(self, params):
-        return params
-
-    def constrain(self, params):
-        return params
 
     def at_precision(self, precision):
         return dataclasses.replace(self, precision=precision)

@@ -14,10 +14,11 @@ from cm_jax.editing import Luma, Mask, Strokes
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.samplers import Consistency, NoiseLevelArgs
-from tests.support import SMALL, random_params
+from tests.support import random_params
+from tests.toy import ToyNetwork
 
-TINY = dataclasses.replace(SMALL, image_size=8, channel_mult=(1,), attention_factors=(), classes=3)
-MODEL = Model(ModelConfig(TINY, ConsistencyPreconditioning(), num_levels=18), TINY.prepare(random_params(TINY)))
+TOY = ToyNetwork(image_size=8, dropout=0.0)
+MODEL = Model(ModelConfig(TOY, ConsistencyPreconditioning(), num_levels=18), TOY.prepare(random_params(TOY)))
 LEVELS = tuple(NoiseLevelArgs.__annotations__)
 IMAGES = np.linspace(-1, 1, 2 * 8 * 8 * 3, dtype=np.float32).reshape(2, 8, 8, 3)
 KEY = jax.random.key(3)

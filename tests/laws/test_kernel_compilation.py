@@ -26,21 +26,6 @@ def availability(tmp_path, **environment):
     return subprocess.run([sys.executable, "-c", SCRIPT], env=own, capture_output=True, text=True, check=True)
 
 
-@pytest.fixture
-def copying(tmp_path_factory):
-    """A compiler that copies the library of this process, because compiling it takes ten seconds, and its log."""
-    folder = tmp_path_factory.mktemp("compiler")
-    script, log = folder / "c++", folder / "log"
-    library = kernels.building._library()._name
-    script.write_text(f'''#!/bin/sh
-for last; do :; done
-case "$*" in *-shared*) cp "{library}" "$last"; echo linked >> "{log}";; *) : > "$last";; esac
-''')
-    script.chmod(0o755)
-    log.touch()
-    return str(script), log
-
-
 def test_compilation_failure_gives_one_warning_and_no_kernels(tmp_path):
     for compiler, word in (("/no/such/compiler", "No such file"), ("false", "exit status 1")):
         done = availability(tmp_path, CXX=compiler)

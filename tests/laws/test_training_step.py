@@ -284,7 +284,7 @@ EDM2 = EDM2UNet(
 
 def test_edm2_kernels_are_normalized_before_each_gradient():
     """With a learning rate of zero, a step returns the parameters at which it takes the gradient."""
-    start = jax.tree.map(lambda leaf: 3 * leaf + 0.1, EDM2.initialize(jax.random.key(1)))
+    start = jax.tree.map(lambda leaf: 3 * np.asarray(leaf) + np.float32(0.1), EDM2.initialize(jax.random.key(1)))
     models = Models(ConsistencyFunction(EDM2, EDMPreconditioning()))
     step = TrainingStep(Denoising(uncertainty=True), models, Adam(ConstantRate(1e-30)))
     across, batches = OneDevice(), raw_batches(EDM2, 1, 2)
@@ -315,6 +315,7 @@ def test_the_uncertainty_weights_the_loss_of_a_denoiser():
     params, batch = EDM2.initialize(jax.random.key(1)), Batch(jnp.ones((2, 8, 8, 3)), jnp.arange(2))
     keys = jax.random.split(KEY, 2)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def evaluate(objective, params):
         return objective(Models(function), params, FrozenParams(), batch, keys, jnp.int32(0))
 

@@ -24,7 +24,7 @@ from tests.support import DATA, EMOJI, SMALL, nhwc, random_params
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 @pytest.mark.parametrize(("key", "options"), [("1step", {"steps": 1}), ("22_0", {"timesteps": (22, 0)})])
-def test_recorded_pipeline_images(flavor, key, options):
+def test_recorded_pipeline_images(flavor, key, options, optimized):
     golden = np.load(DATA / "diffusers" / "diffusers_golden.npz")
     network = FLAVORS[flavor]
     model = Model(ModelConfig(network, ConsistencyPreconditioning()), flavor_params(flavor))

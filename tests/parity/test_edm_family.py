@@ -93,7 +93,7 @@ def test_denoised_images_match(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_network_outputs_match(name):
+def test_network_outputs_match(name, optimized):
     """Where angles reach 999 rad (VP), float32 itself deviates by more than 1e-5; its recorded error is the bound."""
     recorded, (found, params) = golden(name), function(name)
     network, coefficients, sign = found.network, found.preconditioning, -1 if "t" in recorded else 1

@@ -40,7 +40,7 @@ def params(published):
 
 
 @torch.no_grad()
-def test_features_match_pytorch(published, params):
+def test_features_match_pytorch(published, params, optimized):
     graph, image, _ = published
     features = jax.jit(inception_v3.network_features)(params, np.ascontiguousarray(nhwc(image.numpy())))
     spatial = []

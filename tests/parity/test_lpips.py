@@ -78,7 +78,7 @@ def params(published):
 @pytest.mark.parametrize(
     ("pooling", "size", "shape"), [("max", 0, (33, 18)), ("average", 0, (17, 16)), ("average", 32, (24, 24))]
 )
-def test_values_and_gradients_match_pytorch(published, params, pooling, size, shape):
+def test_values_and_gradients_match_pytorch(published, params, pooling, size, shape, optimized):
     _, tensors, heads = published
     network = layers(pooling)
     network.load_state_dict(tensors)

@@ -23,7 +23,7 @@ CONFIGURATIONS = ["class_cond", "conv_resample", "unconditional"]
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_recorded_network_output(each_implementation, name):
+def test_recorded_network_output(each_implementation, name, optimized):
     network, params, golden = adm_golden(name)
     labels = jnp.asarray(golden["y"]) if "y" in golden else None
     out = compiled(network).predict(params, jnp.asarray(nhwc(golden["x"])), jnp.asarray(golden["timesteps"]), labels)

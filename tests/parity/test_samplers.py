@@ -53,13 +53,13 @@ def test_all_samplers_are_recorded():
     ("run", "options"),
     [("cd_onestep", {"steps": 1}), ("cd_multistep", {"indices": (0, 8, 17)}), ("cd_multistep", {"timesteps": (8, 0)})],
 )
-def test_samples_of_the_bundled_model(run, options):
+def test_samples_of_the_bundled_model(run, options, optimized):
     golden = np.load(DATA / "emoji16" / "runs.npz")
     images = load("emoji16_cd").sample(0, 18, labels=golden["y"], noise=nhwc(golden[f"{run}_noise"]), **options)
     np.testing.assert_allclose(images, nhwc(golden[f"{run}_out"]), atol=BOUND)
 
 
-def test_samples_of_the_teacher():
+def test_samples_of_the_teacher(optimized):
     golden = np.load(DATA / "emoji16" / "runs.npz")
     source = read(DATA / "emoji16" / "emoji16_edm.pt", CheckpointHints(32, None, "edm", 18, 16))
     model = Model(source.config, source.config.network.prepare(source.params))

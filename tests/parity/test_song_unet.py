@@ -107,7 +107,7 @@ def float32_output(name, quantity):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("quantity", ["raw", "denoiser", "distiller", "distiller_jvp"])
-def test_recorded_outputs(name, quantity):
+def test_recorded_outputs(name, quantity, optimized):
     """Compare with float64, because these weights amplify float32 rounding.
 
     The output must be within BOUND of the float64 output, or within twice the effect of rounding every weight once

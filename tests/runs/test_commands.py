@@ -214,11 +214,10 @@ def test_a_closed_pipe_ends_a_command_quietly():
         command.stderr.close()
 
 
-def test_the_first_compilation_of_the_kernels_is_reported(tmp_path):
+@pytest.mark.skipif(not kernels.available(), reason="No C++ compiler.")
+def test_the_first_compilation_of_the_kernels_is_reported(tmp_path, copying):
     arguments = ("sample.py", "emoji16_cd", "--count", "1", "--output", str(tmp_path / "s.npz"))
-    first, second = (run(*arguments, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
-    if not kernels.available():
-        return
+    first, second = (run(*arguments, XDG_CACHE_HOME=str(tmp_path), CXX=copying[0], LINK_SECONDS="3") for _ in range(2))
     assert "Compiling the CPU kernels" in first.stderr
     assert not re.search(r"[^\n -~]", first.stderr)  # no control characters
     assert "kernels" not in second.stderr

@@ -91,7 +91,10 @@ def copying(tmp_path_factory):
     library = kernels.building._library()._name
     script.write_text(f'''#!/bin/sh
 for last; do :; done
-case "$*" in *-shared*) sleep "${{LINK_SECONDS:-0}}"; cp "{library}" "$last"; echo linked >> "{log}";; *) : > "$last";; esac
+case "$*" in
+    *-shared*) sleep "${{LINK_SECONDS:-0}}"; cp "{library}" "$last"; echo linked >> "{log}";;
+    *) : > "$last";;
+esac
 ''')
     script.chmod(0o755)
     log.touch()

@@ -1,6 +1,5 @@
 """Arguments of the Python API: every value gives images or one clear line, and equal values give equal images."""
 
-import dataclasses
 import inspect
 
 import jax

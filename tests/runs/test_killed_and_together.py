@@ -14,8 +14,10 @@ import pytest
 
 from tests.support import ROOT
 
-SMALL = "--network toy-network --network.image-size 8 --network.classes 9 --network.width 32 --batch-size 8".split()
-SMALL += "--log-every 1 --sample-every 1000000 --ema-decay 0.99 --keep-last 2".split()
+SMALL = [
+    *("--network", "toy-network", "--network.image-size", "8", "--network.classes", "9", "--network.width", "32"),
+    *("--batch-size", "8", "--log-every", "1", "--sample-every", "1000000", "--ema-decay", "0.99", "--keep-last", "2"),
+]
 
 BROKEN = ("--images", "280", "--checkpoint-every", "7")
 """35 batches, with checkpoints after 7, 14, 21, 28 and 35, of which two are kept."""

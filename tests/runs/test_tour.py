@@ -19,7 +19,8 @@ def sizes(notebook):
 
 
 def test_the_tour_runs_and_gives_images_of_the_stored_sizes(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0")  # compiling is most of the time
+    flags = os.environ.get("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_backend_optimization_level=0")  # compiling is most of the time
     stored = read()
     again = executed(copy.deepcopy(stored))
     assert len(sizes(stored)) >= 7

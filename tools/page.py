@@ -5,7 +5,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from tests.page.test_browser import CHROMIUM, FLAGS, canvas_colors, paint, press, served, shown, until, wait_for
+from tests.page.test_browser import CHROMIUM, FLAGS, open_and_paint, press, served, shown
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "page.png"
 
@@ -21,11 +21,7 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 940})
         page.set_default_timeout(600_000)
         page.goto(address)
-        page.get_by_role("tab", name="Edit").click()
-        wait_for(page, "cat, 32 x 32 pixels")
-        until(lambda: canvas_colors(page) == (True, False))
-        paint(page)
-        until(lambda: canvas_colors(page) == (True, True))
+        open_and_paint(page, "cat, 32 x 32 pixels")
         press(page, "Edit")
         shown(page, "Edits")
         page.mouse.move(0, 0)

@@ -205,6 +205,15 @@ def test_several_seeds_alone(page, screenshot):
     screenshot("seeds")
 
 
+def open_and_paint(page, picture):
+    """Open the tab of edits, and paint over its first picture when that is shown with this description."""
+    page.get_by_role("tab", name="Edit").click()
+    wait_for(page, picture)
+    until(lambda: canvas_colors(page) == (True, False))
+    paint(page)
+    until(lambda: canvas_colors(page) == (True, True))
+
+
 def paint(page):
     """A stroke over the cat's mouth, with the mouse."""
     box = page.locator("canvas").first.bounding_box()
@@ -225,11 +234,7 @@ def canvas_colors(page):
 
 
 def test_inpainting(page, screenshot):
-    page.get_by_role("tab", name="Edit").click()
-    wait_for(page, "cat, 32 x 32 pixels, resized to 16 x 16")
-    until(lambda: canvas_colors(page) == (True, False))
-    paint(page)
-    until(lambda: canvas_colors(page) == (True, True))
+    open_and_paint(page, "cat, 32 x 32 pixels, resized to 16 x 16")
     press(page, "Clear canvas")
     until(lambda: canvas_colors(page) == (True, False))
     press(page, "Edit")

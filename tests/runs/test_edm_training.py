@@ -53,10 +53,10 @@ def short(preset, file, folder, **changes):
 def test_cifar10_ect_starts_from_a_pickle_resumes_without_it_and_samples(tmp_path):
     """The network is the file's, with the preset's dropout."""
     file = shutil.copy(CIFAR, tmp_path / "edm.pkl")
-    settings, said = short("cifar10-ect", file, tmp_path, images=4 * 3), []
+    settings, said = short("cifar10-ect", file, tmp_path, images=4 * 10), []
     train(settings, tmp_path / "run", said.append)
     expected = read(CIFAR)
-    config, params = native.restore(tmp_path / "run" / "checkpoints" / "00000003")
+    config, params = native.restore(tmp_path / "run" / "checkpoints" / "00000010")
     assert config.network == dataclasses.replace(expected.config.network, dropout=0.2)
     assert config.distilled
     change = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), params, expected.params)
@@ -65,7 +65,7 @@ def test_cifar10_ect_starts_from_a_pickle_resumes_without_it_and_samples(tmp_pat
     assert any("CC BY-NC-SA 4.0" in line for line in said)
 
     file.unlink()
-    train(dataclasses.replace(settings, images=4 * 5), tmp_path / "run", said.append)
+    train(dataclasses.replace(settings, images=4 * 20), tmp_path / "run", said.append)
     model = cm_jax.load(tmp_path / "run")
     assert model.config.network == config.network
     images = model.sample(0, 2, labels=[3, 4], sigmas=(80, 0.821))

@@ -110,7 +110,8 @@ def test_a_killed_run_becomes_the_unbroken_one(tmp_path, cache):
     What a killed process leaves are its files, so the moments are those between file operations.
     """
     folder, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    finish(begin(unbroken, cache, *BROKEN))
+    (tmp_path / "toys.py").write_text("import cm_jax, tests.toy\ncm_jax.register(tests.toy.ToyNetwork)\n")
+    finish(begin(unbroken, cache, *BROKEN, program=(str(ROOT / "train.py"), "--import", "toys")))
     for event, part, number, reached in KILLS:
         child = begin(folder, cache, *BROKEN, program=("-c", QUICK + KILLED, event, part, str(number)))
         output, _ = child.communicate(timeout=600)

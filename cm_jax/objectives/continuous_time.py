@@ -9,7 +9,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,17 @@ Field = Callable[[Images, Times], Images]
 
 @dataclasses.dataclass(frozen=True)
 class _ContinuousTime(Objective):
-    """1 / d ||F - F^- - g / (|g| + c)||^2 with F^- = stop(F) and the tangent g; sCM also has `adaptive`."""
+    """1 / d ||F - F^- - h||^2 with F^- = stop(F) and h of the tangent g, as `tangent_limit` says; sCM also has
+    `adaptive`.
+    """
 
     noise_distribution: LogNormal = LogNormal(-1.0, 1.4)
     """Of sigma = sigma_data tan t."""
     warm_up: WarmUp = WarmUp()
     regularizer: float = 0.1
     """c in g / (|g| + c); |g| is the root mean square, which does not depend on the image size."""
+    tangent_limit: Literal["norm", "clip"] = "norm"
+    """norm: h = g / (|g| + c). clip: h is g with every value limited to [-1, 1] (sCM, section 4.2)."""
 
     def __post_init__(self) -> None:
         if not self.regularizer > 0:
@@ -75,10 +79,12 @@ class _ContinuousTime(Objective):
     def losses(
         self, field: Field, x_t: Images, t: Times, velocity: Images, warm_up: Rate | float, sigma_data: float = 0.5
     ) -> tuple[Losses, Losses]:
-        """Losses, and the root mean square of each tangent before normalization."""
+        """Losses, and the root mean square of each tangent before it is limited."""
         output, tangent = self.tangent(field, x_t, t, velocity, warm_up, sigma_data)
         norm = jnp.sqrt(jnp.square(tangent).mean((1, 2, 3)))
-        target = jax.lax.stop_gradient(output + tangent / per_image(norm + self.regularizer))
+        clipped = self.tangent_limit == "clip"
+        limited = jnp.clip(tangent, -1, 1) if clipped else tangent / per_image(norm + self.regularizer)
+        target = jax.lax.stop_gradient(output + limited)
         return jnp.square(output - target).mean((1, 2, 3)), norm
 
     def tangent(

@@ -67,16 +67,24 @@ def test_the_exact_gaussian_function_has_no_tangent(std):
         assert jnp.abs(wrong).max() > 1e-3
 
 
-def test_the_continuous_loss_steps_along_the_normalised_tangent():
-    """Its gradient by F is -2 / d g / (|g| + c)."""
+@pytest.mark.parametrize("tangent_limit", ["norm", "clip"])
+def test_the_continuous_loss_steps_along_the_limited_tangent(tangent_limit):
+    """Its gradient by F is -2 / d g / (|g| + c), or -2 / d g with every value limited to [-1, 1]."""
+    objective = dataclasses.replace(SCT, tangent_limit=tangent_limit)
     t, x, velocity = jnp.asarray(TIMES, jnp.float32), 0.5 * NOISE, BATCH.images
     _, tangent = SCT.tangent(smooth, x, t, velocity, 1.0)
     norm = jnp.sqrt(jnp.square(tangent).mean((1, 2, 3)))
 
     def loss(shift):
-        return SCT.losses(lambda u, t: smooth(u, t) + shift, x, t, velocity, 1.0)[0].sum()
+        return objective.losses(lambda u, t: smooth(u, t) + shift, x, t, velocity, 1.0)[0].sum()
 
-    expected = -2 / NOISE[0].size * tangent / per_image(norm + 0.1)
+    inside, outside = jnp.abs(tangent) < 1, jnp.abs(tangent) > 1
+    assert inside.any()
+    assert outside.any()
+    limited = (
+        jnp.where(outside, jnp.sign(tangent), tangent) if tangent_limit == "clip" else tangent / per_image(norm + 0.1)
+    )
+    expected = -2 / NOISE[0].size * limited
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(SHAPE)), expected, rtol=1e-4, atol=1e-6)
 
 

@@ -4,10 +4,12 @@ Images are NHWC float32 in [-1, 1], or beyond with noise. Noise levels sigma are
 indices. Axes in annotations: b batch, h height, w width, c channels.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 Images = Float[Array, "b h w c"]
@@ -66,6 +68,14 @@ def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     if not isinstance(tree, Mapping):
         return [(path, tree)]
     return [pair for name, branch in tree.items() for pair in leaves(branch, f"{path}/{name}" if path else name)]
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of all leaves of a nested dictionary of arrays, in the order of their names."""
+    found = hashlib.sha256()
+    for _, leaf in sorted(leaves(tree), key=lambda pair: pair[0]):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def nested(flat: Mapping[str, Any]) -> Params:

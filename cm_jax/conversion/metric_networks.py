@@ -1,11 +1,11 @@
 """Weights of the metric networks from third-party files: VGG16 with the LPIPS heads, and Inception-V3."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from cm_jax import types
 from cm_jax.conversion.pickles import read_arrays
 from cm_jax.conversion.rules import Layout, Rule, from_source
 from cm_jax.conversion.torch_files import is_torch, read_torch
@@ -143,5 +143,4 @@ def read_inception(path: Path) -> Params:
 
 def digest(params: Params) -> str:
     """SHA-256 of all parameters except the classifier's, in the order of their names: identifies published weights."""
-    found = sorted((name, leaf) for name, leaf in leaves(params) if not name.startswith("logits/"))
-    return hashlib.sha256(b"".join(leaf.tobytes() for _, leaf in found)).hexdigest()
+    return types.digest({name: leaf for name, leaf in leaves(params) if not name.startswith("logits/")})

@@ -43,8 +43,7 @@ def with_classes_of(dataset: Dataset, config: TrainConfig) -> TrainConfig:
     network = config.network
     if not isinstance(network, BuiltInNetwork) or network.classes is None or "classes" in config.network_fields:
         return config
-    network = dataclasses.replace(network, classes=dataset.classes)
-    return dataclasses.replace(config, network=network, label_dropout=config.label_dropout if dataset.classes else 0.0)
+    return dataclasses.replace(config, network=dataclasses.replace(network, classes=dataset.classes))
 
 
 def _run_of(name: str) -> TrainConfig | None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from cm_jax.checkpoints import native, serialization
+from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
 from cm_jax.io.images import fits_png
 from cm_jax.parallelism.processes import in_any, raised_in_all
@@ -27,6 +28,7 @@ from cm_jax.training.run.progress import Progress
 from cm_jax.training.run.provenance import record_start
 from cm_jax.training.run.signals import StopSignal
 from cm_jax.training.schedules import (
+    NEW_RUN,
     check_learning_rate,
     continuation,
     outrun_schedules,
@@ -57,16 +59,20 @@ def train(
     records. log: called with (batches, {name: number}) for every row of metrics.csv and, with names "evaluation/...",
     of evaluations.csv; in process 0 only. Raises InputError if the settings contradict each other or the folder's.
     """
-    stored = read_config(user_path(folder))
-    new = not native.run_checkpoints(Path(folder))
-    last = native.last_config(Path(folder))
-    setup = prepare(config, stored, resumed=last, initial=new)
+    folder = user_path(folder)
+    stored, new = read_config(folder), not native.run_checkpoints(folder)
+    if stored is None and not new:
+        raise InputError(
+            f"{folder} has checkpoints but no config.json, so that the settings of the run are not known: restore the "
+            f"file, or {NEW_RUN}."
+        )
+    setup = prepare(config, stored, resumed=native.last_config(folder), initial=new)
     serialization.encode(setup.config)  # raises InputError for components of other packages that are not registered
     fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
     setup = dataclasses.replace(setup, initial=None)  # frees its memory
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
-        content = setup.dataset.content_hash
-        now = Settings(setup.config, content)
+        content, teacher = setup.dataset.content_hash, setup.teacher_digest
+        now = Settings(setup.config, content, teacher)
         with raised_in_all():
             before, history = read_history(opened.path) or (now, RunHistory((Period(0, now),)))
             changes = check_changes(opened.path, before, now, opened.latest() or 0, allow_config_change)
@@ -79,8 +85,9 @@ def train(
             changes += adaptations
         config = setup.config
         check_learning_rate(config, opened.path, done)
-        history = history.continued(done, Settings(config, content))
-        history.write(opened.path, config)
+        history = history.continued(done, Settings(config, content, teacher))
+        with raised_in_all():
+            history.write(opened.path, config)
         hook = EvaluationHook(config, setup.evaluator, opened, done)
         schedules = (
             *unfinished_schedules(config),
@@ -93,7 +100,8 @@ def train(
         if done >= config.batches and not hook.due(done):
             print_line(f"{opened.path} is finished after {done} batches. {continuation(config)}")
             return
-        record_start(opened.path, done, data=content)
+        with raised_in_all():
+            record_start(opened.path, done, data=content, teacher=teacher)
         hook.start()
         _loop(setup, opened, hook, state, done, print_line, log, len(history.periods) - 1)
 
@@ -111,7 +119,9 @@ def _loop(
     """configuration: its number in the history of the run."""
     config, total = setup.config, setup.config.batches
     constants, key, program = setup.constants(), jax.random.key(config.seed), setup.compiled()
-    log, progress = MetricsLog(folder.path, done, callback=callback), Progress(done, total, config.batch_size)
+    with raised_in_all():
+        log = MetricsLog(folder.path, done, callback=callback)
+    progress = Progress(done, total, config.batch_size)
     feed, steps = prefetch(setup.dispatches(done, total)), 0
     with StopSignal() as stop, log, progress, contextlib.closing(feed):
         window = MetricsWindow(config, log, progress, done, configuration)

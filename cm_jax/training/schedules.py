@@ -1,5 +1,6 @@
 """Schedules against the length of a run: too long, too short, too slow, or still to be extended."""
 
+import bisect
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,11 +94,26 @@ def _flag(place: str, schedule: StepSchedule | None = None) -> str:
     return f"--{place}{f'.{schedule.LENGTH_FIELD}' if schedule else ''}".replace("_", "-")
 
 
-def _schedules(config: object, prefix: str = "") -> Iterator[tuple[str, StepSchedule]]:
-    """(place, schedule) of all schedules among the nested components."""
+def optimizer_step(config: TrainConfig, step: int) -> int:
+    """Steps of the optimizer before `step`, by which the learning rate counts: a new stage of PD restarts it."""
+    curriculum = config.objective.curriculum
+    if not config.objective.replaces_teacher or curriculum is None:
+        return step
+    stage = int(curriculum(step))
+    return step - bisect.bisect_left(range(step), True, key=lambda earlier: int(curriculum(earlier)) == stage)
+
+
+def _schedules(config: TrainConfig) -> Iterator[tuple[str, StepSchedule]]:
+    """(place, schedule) of all schedules, except for learning rates that restart at every stage."""
+    for place, schedule in _nested(config):
+        if not (isinstance(schedule, LearningRate) and config.objective.replaces_teacher):
+            yield place, schedule
+
+
+def _nested(config: object, prefix: str = "") -> Iterator[tuple[str, StepSchedule]]:
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value, place = getattr(config, field.name), prefix + field.name
         if isinstance(value, StepSchedule):
             yield place, value
         if dataclasses.is_dataclass(value):
-            yield from _schedules(value, f"{place}.")
+            yield from _nested(value, f"{place}.")

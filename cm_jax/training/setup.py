@@ -27,7 +27,7 @@ from cm_jax.training.inputs import Inputs
 from cm_jax.training.run.evaluation_hook import Evaluator, make_evaluator
 from cm_jax.training.run.state_io import to_host
 from cm_jax.training.step import Constants, Curves, StepBatch, TrainingStep, TrainState
-from cm_jax.types import Params
+from cm_jax.types import Params, digest
 
 COMPILING = ("Compiling the training step", "usually 10 to 60 s")
 """Name of an activity, and its note."""
@@ -53,6 +53,11 @@ class TrainingSetup:
     """What the user should know about the checkpoints that the teacher and the weights come from."""
     initial: Source | None = None
     """The checkpoint in init_from, unless the run is resumed."""
+
+    @functools.cached_property
+    def teacher_digest(self) -> str | None:
+        """SHA-256 of the teacher's parameters. Its checkpoint may change between two starts of a run."""
+        return self.teacher and digest(self.teacher.params)
 
     @property
     def resident(self) -> InMemory | None:

@@ -9,12 +9,14 @@ import pytest
 
 from cm_jax.checkpoints.serialization import hints, kinds
 from cm_jax.data import EmojiData, InMemory, NpzData
+from cm_jax.diffusion.curricula import Constant
 from cm_jax.errors import InputError
-from cm_jax.objectives import EasyConsistencyTuning
+from cm_jax.objectives import ConsistencyDistillation, EasyConsistencyTuning
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.loop import train
 from cm_jax.training.optimizers import AdamW, ConstantRate, LinearDecay, RAdam
 from cm_jax.training.run.changes import EFFECTS, Effect, effect_of
+from cm_jax.training.setup import TrainingSetup
 from tests.runs.test_training import NETWORK, SMALL, arrays, assert_same_run, rows
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -148,7 +150,7 @@ def test_moved_data_are_free_and_others_are_not(tmp_path):
     train(settings, run, said.append)
     moved = dataclasses.replace(settings, data=NpzData(str(tmp_path / "moved.npz")))
     train(dataclasses.replace(moved, grad_accum_steps=2), run, said.append)
-    assert any("with the same images: data.path" in line for line in said)
+    assert any("with the same content: data.path" in line for line in said)
     assert "Note: Changed, with the same results up to rounding: grad_accum_steps: 1 -> 2." in said
     np.savez(tmp_path / "moved.npz", images=data.images[:90], labels=data.labels[:90])
     with pytest.raises(InputError, match=r'data content: "3334 images, .* in the folder, "90 images, .* now'):
@@ -163,3 +165,52 @@ def test_a_damaged_history_is_named(run, damage):
     (run / "config_history.json").write_text(damage)
     with pytest.raises(InputError, match=r"config_history.json is damaged"):
         train(STEP, run, lambda line: None)
+
+
+def test_checkpoints_without_their_settings_are_not_resumed(run):
+    (run / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has checkpoints but no config\.json.*restore the file, or start a new run"):
+        train(dataclasses.replace(STEP, images=8 * 5), run, lambda line: None)
+
+
+def test_a_start_that_fails_leaves_the_settings_as_they_were(run, monkeypatch):
+    larger = dataclasses.replace(STEP, batch_size=16, images=8 * 4 + 16)
+    train(larger, run, lambda line: None, allow_config_change=True)
+    before = {name: (run / name).read_bytes() for name in ("config.json", "config_history.json", "run.json")}
+    left = sorted(path.name for path in run.iterdir())
+
+    def fails(*arguments):
+        raise MemoryError("no device memory")
+
+    monkeypatch.setattr(TrainingSetup, "compiled", fails)
+    settings = dataclasses.replace(larger, batch_size=32, images=8 * 4 + 16 + 32)
+    with pytest.raises(MemoryError):
+        train(settings, run, lambda line: None, allow_config_change=True)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert sorted(path.name for path in run.iterdir()) == left
+
+
+def test_a_teacher_that_was_trained_further_is_noticed(run, tmp_path):
+    """Its run stands for its latest checkpoint, which is another one when the student resumes."""
+    student, said = tmp_path / "student", []
+    objective = ConsistencyDistillation(Constant(4))
+    settings = dataclasses.replace(STEP, objective=objective, teacher=str(run), images=8 * 2)
+    train(settings, student, said.append)
+    moved = shutil.copytree(run, tmp_path / "moved")
+    settings = dataclasses.replace(settings, images=8 * 3)
+    train(dataclasses.replace(settings, teacher=str(moved)), student, said.append)
+    assert any("with the same content: teacher: " in line for line in said)
+    train(dataclasses.replace(STEP, images=8 * 5), moved, said.append)
+    later = dataclasses.replace(settings, teacher=str(moved), images=8 * 4)
+    with pytest.raises(InputError, match=r"(?s)teacher parameters: .* in the folder.*or --allow-config-change"):
+        train(later, student, said.append)
+    train(later, student, said.append, allow_config_change=True)
+    changes = json.loads((student / "config_history.json").read_text())["configurations"][1]["changes"]
+    assert changes.keys() == {"teacher parameters"}
+
+
+def test_a_folder_may_begin_with_the_home_folder(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    said = []
+    train(dataclasses.replace(STEP, images=8 * 5), "~/run", said.append)
+    assert any("Resuming after batch 4" in line for line in said)

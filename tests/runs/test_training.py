@@ -14,11 +14,12 @@ import pytest
 import cm_jax
 from cm_jax.checkpoints.post_hoc_ema import SNAPSHOTS
 from cm_jax.data import EmojiData
+from cm_jax.diffusion.curricula import Halving
 from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import SongUNet
-from cm_jax.objectives import Denoising
+from cm_jax.objectives import Denoising, ProgressiveDistillation
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.loop import train
 from cm_jax.training.optimizers import Adam, ConstantRate, LinearDecay
@@ -221,6 +222,23 @@ def test_a_decay_that_has_not_ended_may_be_extended_on_resuming(tmp_path):
     np.testing.assert_allclose(
         rates, [1e-3 * (1 - k / n) for k, n in ((0, 6), (1, 6), (3, 6), (5, 8), (7, 8))], rtol=1e-5
     )
+
+
+def test_the_learning_rate_restarts_with_every_stage_of_progressive_distillation(teacher, tmp_path):
+    run, said = tmp_path / "run", []
+    settings = dataclasses.replace(
+        SMALL,
+        objective=ProgressiveDistillation(Halving(4, steps_per_stage=2)),
+        optimizer=Adam(LinearDecay(1e-3, steps=2)),
+        teacher=str(teacher[0]),
+        images=8 * 3,
+        log_every=1,
+    )
+    train(settings, run, said.append)
+    train(dataclasses.replace(settings, images=8 * 5), run, said.append)
+    assert not [line for line in said if "learning-rate" in line]
+    np.testing.assert_allclose([float(row["learning_rate"]) for row in rows(run)][:4], [1e-3, 5e-4, 1e-3, 5e-4])
+    assert arrays(run, 5)["optimizer/0/count"] == 3  # the last stage has twice as many steps
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(teacher):

@@ -53,6 +53,8 @@ SAMPLED_EMA = "evaluation.ema"
 """Place of the EMA to sample from, which also depends on the list of EMAs."""
 CONTENT = "data content"
 """Place of the content hash of the data."""
+TEACHER = "teacher parameters"
+"""Place of the digest of the teacher's parameters."""
 
 
 def effect_of(place: str) -> Effect:
@@ -69,6 +71,8 @@ class Settings(NamedTuple):
     config: TrainConfig
     content: str | None
     """Content hash of the data; None if it is not known."""
+    teacher: str | None = None
+    """Digest of the teacher's parameters; None without a teacher or if it is not known."""
 
 
 class Change(NamedTuple):
@@ -83,14 +87,17 @@ class Change(NamedTuple):
 
 
 def changes(before: Settings, now: Settings) -> Iterator[Change]:
-    """All fields that differ, and the content of the data. Another path of the same images has no effect."""
+    """All fields that differ, and the content of the data and the teacher. Another path of the same has no effect."""
     known = None not in (before.content, now.content)
     old, new = serialization.encode(before.config), serialization.encode(now.config)
     for place, values in serialization.changed_values(old, new).items():
-        moved = known and before.content == now.content and place.partition(".")[0] == "data"
-        yield Change(place, *values, Effect.NONE if moved else effect_of(place))
+        data = known and before.content == now.content and place.partition(".")[0] == "data"
+        teacher = before.teacher is not None and before.teacher == now.teacher and place.startswith("teacher")
+        yield Change(place, *values, Effect.NONE if data or teacher else effect_of(place))
     if known and before.content != now.content:
         yield Change(CONTENT, before.content, now.content, Effect.NUMBERS)
+    if None not in (before.teacher, now.teacher) and before.teacher != now.teacher:
+        yield Change(TEACHER, before.teacher, now.teacher, Effect.NUMBERS)
     sampled = before.config.sampled_ema, now.config.sampled_ema
     if sampled[0] != sampled[1]:
         yield Change(SAMPLED_EMA, *sampled, Effect.NUMBERS)
@@ -119,6 +126,6 @@ def check_changes(folder: Path, before: Settings, now: Settings, done: int, allo
     moved = [str(each) for each in found if each.effect is Effect.NONE is not effect_of(each.place)]
     rounded = [str(each) for each in found if each.effect is Effect.ROUNDING]
     return [
-        *(f"Changed, with the same images: {line}." for line in moved),
+        *(f"Changed, with the same content: {line}." for line in moved),
         *(f"Changed, with the same results up to rounding: {line}." for line in rounded),
     ]

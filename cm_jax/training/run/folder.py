@@ -38,6 +38,8 @@ from cm_jax.training.run import state_io
 from cm_jax.types import Params
 
 _REPLACED = UNFINISHED + "replaced-"
+_SETTINGS = ("config.json", "config_history.json", "run.json")
+"""Files that a start changes before the first batch."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
     folder must be shared. An error in one process is raised in all.
 
     Opening raises InputError if another process trains in the folder or it cannot be written. A start that fails leaves
-    the folder as it was: an exception before `started` is set removes what is new in it.
+    the folder as it was: an exception before `started` is set removes what is new in it, and restores its settings.
     """
 
     started = False
@@ -96,10 +98,13 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self._resources = contextlib.ExitStack()
         self._former = None if not self.path.is_dir() else {entry.name for entry in self.path.iterdir()}
         self._missing = [folder for folder in self.path.parents if not folder.exists()]
+        self._settings: dict[str, bytes] = {}
         with raised_in_all():
             if jax.process_index() == 0:
                 self._resources.callback(os.close, _lock(self.path))
                 self._clean_up()
+                files = (self.path / name for name in _SETTINGS)
+                self._settings = {file.name: file.read_bytes() for file in files if file.is_file()}
         self._writer = self._resources.enter_context(ThreadPoolExecutor(1, "checkpoints"))
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -107,12 +112,15 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             self.close()
         elif self._written is not None and (failure := self._written.exception()) is not None:
             _log.warning("%s", failure)  # not raised: the other processes may not have this error
-        self._resources.close()
         if kind is not None and not self.started and jax.process_index() == 0:
-            self._remove_new()
+            self._restore()  # while the folder is locked
+        self._resources.close()
 
-    def _remove_new(self) -> None:
-        """Remove what is new in the folder, and the folder itself if it is new."""
+    def _restore(self) -> None:
+        """Restore the settings, and remove what is new in the folder, and the folder itself if it is new."""
+        for name, content in self._settings.items():
+            with atomic_write(self.path / name) as fresh:
+                fresh.write_bytes(content)
         for entry in self.path.iterdir() if self.path.is_dir() else ():
             if entry.name not in (self._former or ()):
                 shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
@@ -268,9 +276,10 @@ def _lock(run: Path) -> int:
 
     Raises InputError if another process holds the lock.
     """
+    file = run / ".lock"
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise InputError(f"Cannot train in {run}: {error.strerror or error}. Give another folder.") from error
     try:
@@ -283,6 +292,9 @@ def _lock(run: Path) -> int:
         ) from error
     except OSError as error:  # some network file systems have no locks
         _log.warning("%s cannot be locked (%s): make sure that only one process trains in it.", run, error.strerror)
+    if not file.exists() or not os.path.samestat(os.fstat(handle), file.stat()):  # removed by a start that failed
+        os.close(handle)
+        return _lock(run)
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     os.ftruncate(handle, 0)
     os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}, since {since}".encode())

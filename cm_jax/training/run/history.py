@@ -90,7 +90,7 @@ def read_history(run: Path) -> tuple[Settings, RunHistory] | None:
     config, file = read_config(run), run / HISTORY
     if config is None:
         return None
-    last = Settings(config, last_content(run))
+    last = Settings(config, *last_content(run))
     if not file.exists():
         return last, RunHistory((Period(0, last),))
     found = read_json(file)
@@ -109,11 +109,12 @@ def _encoded(period: Period) -> dict[str, Any]:
     config = json.loads(serialization.to_text(period.settings.config, FORMAT))
     changed = {each.place: {"old": each.old, "new": each.new} for each in period.changed}
     first = {"batches": period.batches, "time": period.time, "changes": changed}
-    return first | {"data": period.settings.content, "config": config}
+    content = {"data": period.settings.content, "teacher": period.settings.teacher}
+    return first | content | {"config": config}
 
 
 def _decoded(found: dict[str, Any], source: str) -> Period:
     config = serialization.from_text(json.dumps(found["config"]), TrainConfig, FORMAT, source, "the config of a run")
     pairs = found["changes"].items()
     changed = tuple(Change(place, pair["old"], pair["new"], Effect.NUMBERS) for place, pair in pairs)
-    return Period(int(found["batches"]), Settings(config, found["data"]), found["time"], changed)
+    return Period(int(found["batches"]), Settings(config, found["data"], found.get("teacher")), found["time"], changed)

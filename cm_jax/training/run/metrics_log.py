@@ -25,6 +25,7 @@ from cm_jax.io.atomic import atomic_write
 from cm_jax.io.images import save_grid, save_npz
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.run.progress import Progress
+from cm_jax.training.schedules import optimizer_step
 from cm_jax.training.step import Curves, columns
 
 METRICS = "metrics.csv"
@@ -215,7 +216,8 @@ class MetricsWindow:
         """Log the means of the window, and begin a new one unless `keep`."""
         row = {name: _mean(values) for name, values in self._values.items() if name not in _COUNTERS}
         skipped = int(self._values["skipped"][-1])
-        learning_rate = float(np.asarray(self._learning_rate(self._done - skipped - 1)))
+        step = optimizer_step(self._config, self._done - skipped - 1)
+        learning_rate = float(np.asarray(self._learning_rate(step)))
         row |= {"skipped": skipped, "learning_rate": learning_rate, **self._configuration}
         if self._progress.images_per_second:
             row["images_per_second"] = self._progress.images_per_second

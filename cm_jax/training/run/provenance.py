@@ -25,11 +25,17 @@ _ENVIRONMENT = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE
 """Variables that affect the computation."""
 
 
-def record_start(run: Path, batches: int, command: Sequence[str] | None = None, data: str | None = None) -> None:
+def record_start(
+    run: Path,
+    batches: int,
+    command: Sequence[str] | None = None,
+    data: str | None = None,
+    teacher: str | None = None,
+) -> None:
     """Append a start after `batches` to RUN/run.json (in process 0 only).
 
-    command: the program and its arguments. Default: those of this process. data: content hash of the images. Raises
-    InputError if the file is damaged or cannot be written.
+    command: the program and its arguments. Default: those of this process. data: content hash of the images. teacher:
+    digest of the teacher's parameters. Raises InputError if the file is damaged or cannot be written.
     """
     if jax.process_index() != 0:
         return
@@ -43,6 +49,7 @@ def record_start(run: Path, batches: int, command: Sequence[str] | None = None, 
         "batches": batches,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "data": data,
+        **({"teacher": teacher} if teacher else {}),
         "command": shlex.join(command or sys.argv),
         "versions": versions,
         "commit": _commit(),
@@ -55,11 +62,14 @@ def record_start(run: Path, batches: int, command: Sequence[str] | None = None, 
         fresh.write_text(json.dumps({"starts": [*starts, start]}, indent=2) + "\n", "utf-8")
 
 
-def last_content(run: Path) -> str | None:
-    """Content hash of the images at the last start; None if it is not known."""
+def last_content(run: Path) -> tuple[str | None, str | None]:
+    """Content hash of the images and digest of the teacher at the last start; None for what is not known."""
     starts = _starts(run / "run.json")
-    found = starts[-1].get("data") if starts and isinstance(starts[-1], dict) else None
-    return found if isinstance(found, str) and found else None
+    last = starts[-1] if starts and isinstance(starts[-1], dict) else {}
+    data, teacher = (
+        found if isinstance(found := last.get(name), str) and found else None for name in ("data", "teacher")
+    )
+    return data, teacher
 
 
 def _starts(file: Path) -> list[Any]:

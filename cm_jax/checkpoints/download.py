@@ -35,20 +35,22 @@ def stored(file: str) -> Path:
     return user_cache("checkpoints") / file
 
 
-def download(file: str, address: str = URL) -> Path:
+def download(file: str, address: str = URL, *, force: bool = False) -> Path:
     """Download a published file, the part of its URL after `address`, unless it is stored already; return its path.
+
+    force: download it again. The stored file is replaced once the new one is complete.
 
     An interrupted download leaves a .part file and is resumed by the next call. The file gets its name only after its
     size, and its MD5 where the server states one, have been verified. Raises InputError if the server cannot be
     reached, has no such file or breaks the connection, for a wrong checksum, and for a full disk.
     """
     url, destination = url_of(file, address), stored(file)
-    if destination.is_file():
+    if destination.is_file() and not force:
         return destination
     with _errors(url, destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _lock(destination):
-            if not destination.is_file():  # another process may have downloaded it meanwhile
+            if force or not destination.is_file():  # another process may have downloaded it meanwhile
                 _download(url, destination)
     return destination
 

@@ -191,6 +191,8 @@ def resolve(
     has precedence. Ids ("owner/name", "owner/name@revision") are downloaded unless they are cached (see `hub.fetch` for
     the options); published checkpoints only with `download`. Raises InputError where there is no such checkpoint.
     """
+    if not isinstance(path_or_name, str | os.PathLike):
+        raise InputError(f"Expected the path or the name of a checkpoint, got {path_or_name!r}.")
     name, found = str(path_or_name), _local(path_or_name)
     hub_id = hub.parse_id(path_or_name) if isinstance(path_or_name, str) and not found else None
     if (revision or cache_dir) and not hub_id:

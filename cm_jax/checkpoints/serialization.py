@@ -12,6 +12,8 @@ import json
 import typing
 from typing import Any, TypeVar
 
+import numpy as np
+
 from cm_jax.checkpoints import registry
 from cm_jax.checkpoints.former_format import renamed, restated
 from cm_jax.errors import InputError, nearest, one_line
@@ -152,8 +154,21 @@ def _unregistered(kind: str, module: str, place: str) -> str:
     )
 
 
+def check_types(config: Any) -> None:
+    """Raise InputError for plain values of the wrong type, which a constructor does not check."""
+    for name, hint in hints(type(config)).items():
+        value = getattr(config, name)
+        if not kinds(hint):
+            check_value(_as_lists(value), hint, name)
+        elif isinstance(value, str | int | float | list | tuple | dict):
+            raise InputError(f"{name} must be {' or '.join(kinds(hint))}, got {value!r}.")
+
+
 def _as_lists(value: Any) -> Any:
-    return [_as_lists(item) for item in value] if isinstance(value, tuple | list) else value
+    """The value with lists for tuples, and Python's numbers for NumPy's."""
+    if isinstance(value, tuple | list):
+        return [_as_lists(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def in_words(value: Any) -> str:

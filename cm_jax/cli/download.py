@@ -31,7 +31,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     args = parse(Download, prog, words)
     if name := args.name:
         if args.force and (entry := published.remote().get(name)):
-            download.stored(entry.file).unlink(missing_ok=True)
+            download.download(entry.file, entry.address, force=True)
         say(f"{name} is at {published.resolve(name, download=True)}")
         return
     say(f"Published checkpoints, stored in {download.stored('')} by `{prog} NAME`:")

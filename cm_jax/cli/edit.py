@@ -73,8 +73,8 @@ class _Pictures(_Edit):
     variants: int = 4
     """Number of edits per image."""
     folder: Path | None = None
-    """Folder for the single edits, each pasted into its image at full size, with its transparency. Default: not
-    written."""
+    """Folder for the single edits, each pasted into its image at full size (`superres`: enlarged to the model's size if
+    it is smaller), with its transparency. Default: not written."""
 
     def hole(self, picture: Image.Image) -> np.ndarray | None:
         """The pixels to edit; None for all."""
@@ -82,6 +82,10 @@ class _Pictures(_Edit):
 
     def fit(self, picture: Image.Image, shape: Shape) -> np.ndarray:
         return photos.fit(picture, shape[:2], shape[2])
+
+    def canvas(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """The picture to paste the edits of this size into."""
+        return picture
 
     def images(self, pictures: Sequence[Image.Image], shape: Shape) -> np.ndarray:
         """The pictures at the model's size."""
@@ -119,7 +123,12 @@ class Inpaint(_Steps):
         return photos.hole_from_box(box, *picture.size)
 
     def operator(self, shape: Shape, holes: Sequence[Any]) -> Operator:
-        return Mask(~np.stack([photos.fit_hole(hole, shape[:2]) for hole in holes])[..., None])
+        fitted = np.stack([photos.fit_hole(hole, shape[:2]) for hole in holes])
+        for path, hole in zip(self.pictures, holes, strict=True):
+            left, top, right, bottom = photos.center_box(hole.shape[1], hole.shape[0], shape[:2])
+            if outside := hole.sum() - hole[top:bottom, left:right].sum():
+                say(f"{path.name}: {outside:,} pixels to inpaint stay: they lie outside the center, which is edited.")
+        return Mask(~fitted[..., None])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +158,13 @@ class SuperResolve(_Steps):
         return (
             photos.fit_patches(picture, (height, width), self.patch, channels) if tiny else super().fit(picture, shape)
         )
+
+    def canvas(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+        left, top, right, bottom = photos.center_box(*picture.size, size)
+        scale = max(size[0] / (bottom - top), size[1] / (right - left))
+        if scale <= 1:
+            return picture
+        return picture.resize((round(scale * picture.width), round(scale * picture.height)), Image.Resampling.BICUBIC)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,7 +270,8 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
         with atomic_write(args.folder) as beside:
             beside.mkdir()
             for row, column in itertools.product(range(len(given)), range(columns)):
-                whole = photos.paste_back(pictures[row], edits[row, column], holes[row])
+                canvas = args.canvas(pictures[row], shape[:2])
+                whole = photos.paste_back(canvas, edits[row, column], holes[row])
                 whole.save(beside / f"{row:03d}_{args.pictures[row].stem}_{column:02d}.png")
         say(f"Wrote the single edits at full size to {args.folder}.")
 

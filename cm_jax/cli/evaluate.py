@@ -70,6 +70,9 @@ def main(prog: str, words: Sequence[str]) -> None:
     if not images:
         model = dataclasses.replace(args.load(resolve(args.samples), args.precision), parallelism=args.parallelism)
     others = tuple(metric for metric in metrics if metric != "bpd")
+    sampling = [field.name.replace("_", "-") for field in dataclasses.fields(Sampling) if getattr(args, field.name)]
+    if sampling and not others:
+        raise InputError(f"--{sampling[0]} applies to samples, and bpd does not sample: see --likelihood-steps.")
     if args.save_reference is not None and not {"fid", "sfid"} & set(others):
         raise InputError("--save-reference needs fid or sfid: add one of them to --metrics.")
     reports = [_compared(args, model, EvalConfig(others))] if others else []

@@ -22,6 +22,10 @@ from cm_jax.parallelism import Parallelism
 
 _LONGEST_LINE = 2000
 """Characters per line of a message."""
+_MEMORY_ADVICE = (
+    "Reduce --batch-size, or compute in --precision bfloat16. In training: --grad-accum-steps 2 or more, "
+    "--network.rematerialize, or --network.precision bfloat16."
+)
 
 
 def run(command: Callable[[], None]) -> NoReturn:
@@ -58,6 +62,12 @@ def _status(command: Callable[[], None]) -> int:
         lines = str(error).split("\n")  # a line may quote a whole file
         short = [line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..." for line in lines]
         print("error: " + _visible("\n".join(short)), file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = (str(error).strip().splitlines() or ["no details"])[0][:300]
+        print(f"error: Out of memory ({_visible(first)}). {_MEMORY_ADVICE}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. Output files are complete or absent.", file=sys.stderr)

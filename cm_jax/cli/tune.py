@@ -16,6 +16,7 @@ from cm_jax.errors import InputError
 from cm_jax.evaluation.features import load_inception
 from cm_jax.evaluation.image_sets import of_dataset, open_images
 from cm_jax.evaluation.level_search import tune
+from cm_jax.io.atomic import check_writable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     if not native.is_checkpoint(path) or hub.cached_id(path):
         advice = f"convert it to a native checkpoint first, with cm-jax convert {shlex.quote(args.checkpoint)} FOLDER."
         raise InputError(f"{args.checkpoint} cannot store tuned noise levels: {advice}")
+    check_writable(path / "config.json", folder=False)
     model = args.load(path)
     reference = of_dataset(open_images(args.reference, model.config.network.image_shape), args.reference)
     extractor = dataclasses.replace(load_inception(args.inception), batch_size=args.batch_size, cache=args.cache)
@@ -54,10 +56,13 @@ def main(prog: str, words: Sequence[str]) -> None:
 
     options: Any = {"steps": args.steps, "count": args.count, "seed": args.seed, "guidance": args.guidance}
     found = tune(extractor, model, reference, on_probe=on_probe, **options)
-    others = [kept for kept in model.config.tuned_timesteps if len(kept) != len(found.timesteps)]
-    tuned = tuple(sorted([*others, found.timesteps], key=len))
-    sigmas = tuple(kept for kept in model.config.tuned_sigmas if len(kept) != len(found.timesteps))
-    native.rewrite_config(path, dataclasses.replace(model.config, tuned_timesteps=tuned, tuned_sigmas=sigmas))
     best = f"Best of {len(found.probes)} candidates: --timesteps {','.join(map(str, found.timesteps))}"
-    sets = f"[N = {args.count:,} against {reference.count:,} of {args.reference}]"
-    say(f"{best} with FID {found.score:.4g} {sets}; stored in {path / 'config.json'}.")
+    say(f"{best} with FID {found.score:.4g} [N = {args.count:,} against {reference.count:,} of {args.reference}].")
+    if not native.is_checkpoint(path):
+        raise InputError(f"The result was not stored: {path} was removed meanwhile.")
+    stored = native.read_config(path)  # another search may have stored its result meanwhile
+    others = [kept for kept in stored.tuned_timesteps if len(kept) != len(found.timesteps)]
+    tuned = tuple(sorted([*others, found.timesteps], key=len))
+    sigmas = tuple(kept for kept in stored.tuned_sigmas if len(kept) != len(found.timesteps))
+    native.rewrite_config(path, dataclasses.replace(stored, tuned_timesteps=tuned, tuned_sigmas=sigmas))
+    say(f"Stored it in {path / 'config.json'}.")

@@ -3,14 +3,16 @@
 import dataclasses
 from typing import ClassVar, Literal
 
+from cm_jax.checkpoints import serialization
 from cm_jax.checkpoints.serialization import HIDDEN
+from cm_jax.checkpoints.state_archive import NONE, EMAName
 from cm_jax.data import AnyData, EmojiData
 from cm_jax.data.augmentation import Augmentation
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AnyTargetEMA
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import AnyPreconditioning, EDMPreconditioning
-from cm_jax.errors import InputError, check_int, nearest
+from cm_jax.errors import InputError, check_int
 from cm_jax.evaluation.evaluate import EvalConfig
 from cm_jax.networks import AnyNetwork, SongUNet
 from cm_jax.objectives import AnyObjective, Denoising
@@ -42,8 +44,8 @@ class PeriodicEvaluation:
     """Reference, as of `evaluate`: emoji:held_out, tfds:NAME, a folder, an .npz file of images or statistics. Default:
     the training images."""
     ema: str = ""
-    """EMA to evaluate and to save for sampling: exponential_0.9999, power_0.1, or "parameters" for the parameters
-    without EMA. Default: the first EMA."""
+    """EMA to evaluate and to save for sampling: 0.9999, power_0.1, or none for the parameters without EMA. Default: the
+    first EMA."""
     inception: str = ""
     """Weights of Inception-V3. Default: the file that CM_JAX_INCEPTION names."""
     seed: int = 0
@@ -53,6 +55,7 @@ class PeriodicEvaluation:
     """Fields that may change between evaluations of a run."""
 
     def __post_init__(self) -> None:
+        serialization.check_types(self)
         check_int("every", self.every, 1, 10**15)
         check_int("count", self.count, 2, 10**9)
         check_int("seed", self.seed, 0, 2**32 - 1)
@@ -158,6 +161,7 @@ class TrainConfig:
     are counted and read without a gap."""
 
     def __post_init__(self) -> None:
+        serialization.check_types(self)
         sizes = ("batch_size", "images", "grad_accum_steps", "steps_per_dispatch", "max_consecutive_skips")
         for name in (*sizes, "log_every", "sample_every", "checkpoint_every", "keep_last"):
             check_int(name, getattr(self, name), 1, 10**15)
@@ -195,8 +199,8 @@ class TrainConfig:
                 raise InputError(f"{name}_key and {name}_ema apply to a checkpoint: give {name}, or leave them out.")
         names, asked = [*(ema.name for ema in self.emas), PARAMETERS], self.sampled_ema
         if asked not in names:
-            hint = nearest(asked, names)
-            raise InputError(f"Expected evaluation.ema to be {' or '.join(names)}, got {asked!r}.{hint}")
+            expected = " or ".join(str(EMAName.parse(name)) for name in names)
+            raise InputError(f"Expected evaluation.ema to be {expected}, got {asked!r}.")
 
     @property
     def batches(self) -> int:
@@ -237,4 +241,6 @@ class TrainConfig:
     def sampled_ema(self) -> str:
         """Name of the EMA to sample from, or PARAMETERS."""
         asked = self.evaluation.ema if self.evaluation else ""
+        if name := EMAName.parse(asked):
+            return PARAMETERS if name.kind == NONE else f"{name.kind}_{name.value!r}"
         return asked or next((ema.name for ema in self.emas), PARAMETERS)

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cm_jax
+from cm_jax.checkpoints import serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.editing import Luma, Mask, Strokes
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.samplers import Consistency, NoiseLevelArgs
+from cm_jax.training.config import PeriodicEvaluation, TrainConfig
 from tests.support import random_params
 from tests.toy import ToyNetwork
 
@@ -178,3 +181,26 @@ def test_what_is_refused_is_named(name, changed, message):
 def test_a_mask_that_is_no_array_is_refused():
     with pytest.raises(InputError, match="Expected a bool mask"):
         Mask([[True]])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TrainConfig(ema_decay=0.999), "ema_decay must be a list, got 0.999"),
+        (lambda: TrainConfig(flip="no"), 'flip must be true or false, got "no"'),
+        (lambda: TrainConfig(data="emoji"), "data must be EmojiData or .*, got 'emoji'"),
+        (lambda: PeriodicEvaluation(steps=2), "steps must be a list, got 2"),
+        (lambda: PeriodicEvaluation(metrics="fid"), 'metrics must be a list, got "fid"'),
+        (lambda: cm_jax.load(None), "the path or the name of a checkpoint, got None"),
+        (lambda: cm_jax.load(5), "the path or the name of a checkpoint, got 5"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_settings_of_the_wrong_type_are_named(build, message):
+    with pytest.raises(InputError, match=message):
+        build()
+
+
+def test_numbers_of_numpy_are_settings():
+    config = TrainConfig(batch_size=np.int64(4), ema_decay=(np.float64(0.9),))
+    assert serialization.encode(config)["batch_size"] == 4

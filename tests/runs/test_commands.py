@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 import cm_jax
 from cm_jax import kernels
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.cli import main_convert, main_sample
+from cm_jax.cli import main_convert, main_sample, running
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.io.images import quantize
 from cm_jax.model import Model
@@ -221,3 +222,16 @@ def test_the_first_compilation_of_the_kernels_is_reported(tmp_path, copying):
     assert "Compiling the CPU kernels" in first.stderr
     assert not re.search(r"[^\n -~]", first.stderr)  # no control characters
     assert "kernels" not in second.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nTrace")]
+)
+def test_too_little_memory_gives_one_message(capsys, error):
+    def fails():
+        raise error
+
+    said = failed(capsys, lambda _: running.run(fails))
+    assert "Out of memory" in said
+    assert "--batch-size" in said
+    assert "Trace" not in said

@@ -62,6 +62,10 @@ def test_a_stored_file_is_replaced_when_asked(server, capsys):
     resolve(NAME, download=True).write_bytes(b"damaged")
     succeeded(capsys, main, "download", NAME)
     assert download.stored(FILE).read_bytes() == b"damaged"
+    content = server.files.pop(FILE)
+    assert "no such file" in failed(capsys, main, "download", NAME, "--force")
+    assert download.stored(FILE).read_bytes() == b"damaged"  # kept until the new file is complete
+    server.files[FILE] = content
     succeeded(capsys, main, "download", NAME, "--force")
     assert download.stored(FILE).read_bytes() == CONTENT
 

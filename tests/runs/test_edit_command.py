@@ -53,6 +53,7 @@ def test_inpainting_keeps_all_but_the_hole_to_the_bit(checkpoint, tmp_path, caps
         "--variants", 2, "--steps", 3, "--output", tmp_path / "e.png", "--folder", tmp_path / "all",
     )  # fmt: skip
     assert "a.png: center 32 x 32 of 40 x 32 pixels, reduced from 32 to 8 pixels." in said
+    assert "lie outside the center" not in said
     assert "input, known part, edits" in said
     with Image.open(tmp_path / "e.png") as sheet:
         assert sheet.size == (4 * 66 + 2, 66 + 2)
@@ -69,6 +70,12 @@ def test_inpainting_keeps_all_but_the_hole_to_the_bit(checkpoint, tmp_path, caps
     )  # fmt: skip
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "boxed" / names[0])), one)
 
+    said = succeeded(
+        capsys, main_edit, "inpaint", tmp_path / "a.png", "--checkpoint", checkpoint, "--box", "0,4,8,6",
+        "--variants", 1, "--steps", 3, "--output", tmp_path / "b.png",
+    )  # fmt: skip
+    assert "a.png: 8 pixels to inpaint stay: they lie outside the center, which is edited." in said
+
 
 def test_the_other_kinds_run(checkpoint, tmp_path, capsys):
     save(tmp_path / "a.png", (8, 8))
@@ -82,6 +89,12 @@ def test_the_other_kinds_run(checkpoint, tmp_path, capsys):
     ):
         paths = [tmp_path / word if str(word).endswith(".png") else word for word in options]
         assert "Each row: " in succeeded(capsys, main_edit, kind, *paths, *told)
+    succeeded(
+        capsys, main_edit, "superres", tmp_path / "tiny.png", *told, "--patch", 4, "--sigmas", "80",
+        "--folder", tmp_path / "all",
+    )  # fmt: skip
+    with Image.open(tmp_path / "all" / "000_tiny_00.png") as edit:
+        assert edit.size == (8, 8)
     assert "both ends" in succeeded(
         capsys, main_edit, "interpolate", tmp_path / "a.png", tmp_path / "tiny.png", *told, "--frames", 3
     )

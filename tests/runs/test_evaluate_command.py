@@ -1,6 +1,7 @@
 """`cm-jax evaluate` as a user runs it, with a toy in the place of Inception-V3, whose weights are not here."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -113,6 +114,15 @@ def test_tuned_levels_are_kept_in_the_checkpoint(tmp_path, capsys, monkeypatch):
     assert tuned.config.tuned_timesteps == ((7, 0), (5, 2, 0))
     assert tuned.plan(steps=2).levels[1] == pytest.approx(config.schedule.sigma(7, 12))
     assert all(sigmas[0] == pytest.approx(80) for sigmas in asked)
+
+    def removed(*arguments, **told):  # by a training run
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        return measured(*arguments, **told)
+
+    monkeypatch.setattr(level_search, "evaluate", removed)
+    words = ("tune", tmp_path / "model", "emoji:held_out", "--count", 4)
+    assert "was removed meanwhile" in failed(capsys, main, *words, *TOLD)
+    assert not (tmp_path / "model").exists()
     assert "cannot store tuned noise levels" in failed(capsys, main, "tune", "emoji16_cd", "emoji", *TOLD)
 
 
@@ -128,6 +138,7 @@ def test_bad_input_is_one_message(samples, tmp_path, capsys):
     assert "no classifier" in message(samples, "emoji", "--metrics", "is")
     assert "pr needs at least 4 images" in message(samples, samples, "--metrics", "pr", "--count", 3)
     assert "bpd needs a checkpoint" in message(samples, "emoji", "--metrics", "bpd")
+    assert "--steps applies to samples" in message("emoji16_cd", "emoji", "--metrics", "bpd", "--steps", 2)
     assert "need a denoiser" in message("emoji16_cd", "emoji", "--metrics", "bpd", "--count", 2)
     assert "add one of them" in message(samples, samples, "--metrics", "kid", "--save-reference", tmp_path / "x.npz")
     assert "There is no emoji split 'test'" in message(samples, "emoji:test")

@@ -217,14 +217,14 @@ def test_the_best_is_the_least_or_the_most_and_is_kept(metric, scores, best, tmp
 def test_the_evaluated_ema_is_the_one_saved_for_sampling(tmp_path):
     short = dataclasses.replace(EVALUATED, images=8 * 3)
     assert short.sampled_ema == "exponential_0.9"
-    for name, branch in (("power_0.1", "ema/power_0.1"), ("parameters", "params")):
+    for name, branch in (("power_0.1", "ema/power_0.1"), ("none", "params"), ("0.99", "ema/exponential_0.99")):
         chosen = dataclasses.replace(EVALUATED.evaluation, ema=name, steps=(2,), metrics=("fid",))
         train(dataclasses.replace(short, evaluation=chosen), tmp_path / name, quiet)
         kernel = cm_jax.load(tmp_path / name / "best").params["mlp"]["in"]
         np.testing.assert_array_equal(kernel, arrays(tmp_path / name, 3)[f"{branch}/mlp/in"])
     with pytest.raises(InputError, match=r'evaluation.ema: "power_0.1" in the folder, "exponential_0.9" now'):
         train(short, tmp_path / "power_0.1", quiet)
-    with pytest.raises(InputError, match=r"exponential_0.9 or .*parameters, got 'power_0.2'"):
+    with pytest.raises(InputError, match=r"0.9 or .*none, got 'power_0.2'"):
         dataclasses.replace(short, evaluation=PeriodicEvaluation(ema="power_0.2"))
 
 
@@ -256,7 +256,7 @@ SMALL_WORDS = [
         (["--count", "1"], "count must be a whole number from 2"),
         (["--steps", "0"], "steps must be a whole number from 1"),
         (["--steps", "2", "2"], "Expected different numbers of steps, got 2, 2"),
-        (["--ema", "power"], "Expected evaluation.ema to be exponential_"),
+        (["--ema", "power"], "Expected evaluation.ema to be 0.9"),
         (["--reference", "emojis"], "There are no images emojis"),
     ],
 )

@@ -49,7 +49,7 @@ METHODS = {"EDM": "edm", "CD": "cd", "ECT": "ect", "sCM": "sct"}
 
 
 def train_config(family: str, method: str, batch: int, network: ADMUNet | SongUNet | None = None) -> TrainConfig:
-    """The preset with RAdam, one EMA, no dropout and no flips, so that PyTorch can reproduce it."""
+    """The preset with RAdam, one EMA, no dropout, no flips and no augmentation, so that PyTorch can reproduce it."""
     preset = PRESETS[f"{family}-{METHODS[method]}"]()
     chosen: Any = network or preset.network
     return dataclasses.replace(
@@ -60,6 +60,7 @@ def train_config(family: str, method: str, batch: int, network: ADMUNet | SongUN
         power_ema=(),
         batch_size=batch,
         flip=False,
+        augmentation=None,
         parallel="one",
     )
 

@@ -61,7 +61,7 @@ class Augmentation:
         """The map from a pixel of the augmented image to its place in the given image, and its parameters."""
         normal, half, p = jax.random.normal, 0.5, self.probability
 
-        def random(number: int, chance: float, draw: Callable[[Key[Array, ""]], Float[Array, ""]]) -> Float[Array, ""]:
+        def random(number: int, chance: float, draw: Callable[[Key[Array, ""]], Array]) -> Float[Array, "..."]:
             own, coin = jax.random.split(jax.random.fold_in(key, number))
             return jnp.where(jax.random.uniform(coin) < chance, draw(own), 0.0)
 
@@ -76,7 +76,7 @@ class Augmentation:
         scale = random(2, p * (self.scale > 0), normal)
         rotation = self.rotation * random(3, p, angle)
         stretch, axis = random(4, p * (self.anisotropy > 0), normal), random(5, half, angle) / 2
-        move_x, move_y = (random(number, p * (self.translation > 0), normal) for number in (6, 7))
+        move_x, move_y = random(6, p * (self.translation > 0), lambda own: normal(own, (2,)))
         factor = jnp.exp2(self.anisotropy * stretch)
         back = _rotated(axis)
         matrix = (

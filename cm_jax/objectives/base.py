@@ -95,8 +95,12 @@ class Inputs(NamedTuple):
     def teacher(self) -> Denoiser:
         """The teacher without dropout, with guidance. Raises InputError if it is missing."""
         function, params = self.teacher_function()
-        augmentation = self.batch.augmentation if getattr(function.network, "augment_dim", 0) else None
-        return self.guided(lambda labels: function.denoiser(params, labels, augmentation=augmentation))
+        return self.guided(lambda labels: function.denoiser(params, labels, augmentation=self.teacher_augmentation))
+
+    @property
+    def teacher_augmentation(self) -> Float[Array, "b a"] | None:
+        """The parameters of the images' augmentation, if the teacher's network takes them as input."""
+        return self.batch.augmentation if getattr(self.teacher_function()[0].network, "augment_dim", 0) else None
 
     def guided(self, teacher: Callable[[Labels | None], Denoiser]) -> Denoiser:
         """teacher(labels), guided by itself without labels if the objective has guidance."""

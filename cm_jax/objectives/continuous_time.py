@@ -63,10 +63,13 @@ class _ContinuousTime(Objective):
         x_t = per_image(jnp.cos(t)) * images + per_image(jnp.sin(t)) * noise
         teacher = None
         if self.has_teacher:
-            teacher = inputs.guided(functools.partial(trigflow_field, *inputs.teacher_function()))
+            field_of = functools.partial(trigflow_field, *inputs.teacher_function())
+            teacher = inputs.guided(functools.partial(field_of, augmentation=inputs.teacher_augmentation))
         velocity = self.velocity(teacher, images, noise, x_t, t, sigma_data)
-        labels, guidance = inputs.batch.labels, inputs.student_guidance
-        field = trigflow_field(student, inputs.params, labels, inputs.dropout_keys, guidance)
+        batch, guidance = inputs.batch, inputs.student_guidance
+        field = trigflow_field(
+            student, inputs.params, batch.labels, inputs.dropout_keys, guidance, augmentation=batch.augmentation
+        )
         losses, tangent_norm = self.losses(field, x_t, t, velocity, self.warm_up(inputs.step), sigma_data)
         return losses, {"sigma": sigma, "tangent_norm": tangent_norm}
 
@@ -132,12 +135,14 @@ def trigflow_field(
     labels: Labels | None = None,
     dropout_keys: Keys | None = None,
     guidance: Sigmas | None = None,
+    augmentation: Float[Array, "b a"] | None = None,
 ) -> Field:
     """TrigFlow's F(x_t / sigma_data, t): minus the network's output at c_noise(sigma_data tan t)."""
 
     def field(u: Images, t: Times) -> Images:
         sigma = sigma_at_trigflow_time(t, trigflow_preconditioning(function).sigma_data)
         given = {} if guidance is None else {"guidance": guidance}
+        given |= {} if augmentation is None else {"augmentation": augmentation}
         c_noise = function.preconditioning.c_noise(sigma)
         return -function.network.predict(params, u, c_noise, labels, dropout_keys, **given)
 

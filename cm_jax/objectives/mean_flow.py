@@ -49,7 +49,8 @@ class MeanFlow(Objective):
 
         def u(z: Images, t: Times, length: Times) -> Images:
             labels, dropout_keys = inputs.batch.labels, inputs.dropout_keys
-            return network.predict(inputs.params, z, factor * t, labels, dropout_keys, factor * length)
+            given = {} if (own := inputs.batch.augmentation) is None else {"augmentation": own}
+            return network.predict(inputs.params, z, factor * t, labels, dropout_keys, factor * length, **given)
 
         errors = self.errors(u, inputs.batch.images, t, r, inputs.noise)
         return self.weighted(errors), {"sigma": t / (1 - t), "length": t - r, "error": errors}

@@ -120,7 +120,7 @@ class TrainConfig:
     power_ema: tuple[float, ...] = ()
     """Relative widths of power-function EMAs (EDM2), such as 0.05 and 0.1."""
     flip: bool = True
-    """Flip every image horizontally with probability 1/2."""
+    """Flip every image horizontally with probability 1/2, unless the augmentation does it."""
     augmentation: Augmentation | None = None
     """Augmentation whose parameters the network takes as input (EDM); needs --network.augment-dim 9."""
     label_dropout: float = 0.0

@@ -133,6 +133,13 @@ class TrainingSetup:
         """The model of a state, with the EMA that the run samples from."""
         return Model(self.model_config, self.config.network.prepare(self.sampled_params(state)))
 
+    def config_after(self, batches: int) -> ModelConfig:
+        """The config of the checkpoint after `batches`: with the number of steps of the last stage of PD."""
+        objective = self.config.objective
+        if not objective.replaces_teacher or objective.curriculum is None:
+            return self.model_config
+        return dataclasses.replace(self.model_config, default_steps=int(objective.curriculum(max(0, batches - 1))))
+
     def sampled_params(self, state: TrainState) -> Params:
         """The parameters to sample from, on the host, without those of the objective."""
         name, extras = self.config.sampled_ema, self.config.objective.extras()
@@ -198,6 +205,7 @@ def prepare(
         notes += transfer_notes(start, network, names)
     num_levels = objective.final_num_levels or config.num_levels or NUM_LEVELS
     consistency, guidance = not objective.makes_denoiser, objective.guidance
+    stages = objective.curriculum if objective.replaces_teacher else None
     saved = ModelConfig(
         network,
         config.preconditioning,
@@ -207,6 +215,8 @@ def prepare(
         consistency=consistency,
         label_dropout=None if network.classes is None else config.label_dropout,
         guidance_range=(guidance.low, guidance.high) if isinstance(guidance, UniformGuidance) else None,
+        default_sampler="progdist" if stages else "",
+        default_steps=stages and stages.final,
     )
     evaluator = config.evaluation and make_evaluator(config.evaluation, saved, dataset, parallelism)
     perceptual = objective.distance and objective.distance.load_weights()
@@ -229,8 +239,12 @@ def make_step(config: TrainConfig, teacher: ConsistencyFunction | None) -> Train
     models, objective, target_ema = Models(config.function, teacher), config.objective, config.target_ema
     objective.check(models)
     if target_ema is not None:
+        if not objective.has_target:
+            name = type(objective).__name__
+            raise InputError(f"{name} has no target network with an EMA: give --target-ema none.")
         target_ema.check(objective.curriculum)
-    options = (config.grad_accum_steps, config.flip, config.augmentation, config.label_dropout)
+    flip = config.flip and not (config.augmentation and config.augmentation.x_flip)  # which the network must know
+    options = (config.grad_accum_steps, flip, config.augmentation, config.label_dropout)
     return TrainingStep(objective, models, config.optimizer, config.emas, target_ema, *options)
 
 

@@ -12,9 +12,11 @@ from cm_jax.errors import InputError
 from cm_jax.networks import SongUNet
 from cm_jax.objectives import Batch, Denoising, FrozenParams, Models
 from cm_jax.training.config import TrainConfig
+from cm_jax.training.setup import make_step
 from tests.support import relative
+from tests.tiny import BATCH, FUNCTIONS, HELPERS, KEYS, LATE, OBJECTIVES, PARAMS, Tiny
 
-KEYS = jax.random.split(jax.random.key(0), 200)
+MANY = jax.random.split(jax.random.key(0), 200)
 NONE = Augmentation(1.0, x_flip=False, y_flip=False, scale=0, rotation=0, anisotropy=0, translation=0)
 SIZE = 24
 
@@ -27,13 +29,13 @@ def waves(size=SIZE):
 
 
 def drawn(augmentation, height=SIZE, width=SIZE):
-    maps, parameters = jax.vmap(lambda key: augmentation.sample(key, height, width))(KEYS)
+    maps, parameters = jax.vmap(lambda key: augmentation.sample(key, height, width))(MANY)
     return np.asarray(maps, np.float64), np.asarray(parameters, np.float64)
 
 
 def test_probability_zero_is_the_identity():
     images = jax.random.normal(jax.random.key(1), (200, 8, 6, 3))
-    augmented, parameters = Augmentation(0.0, x_flip=False)(images, KEYS)
+    augmented, parameters = Augmentation(0.0, x_flip=False)(images, MANY)
     np.testing.assert_allclose(augmented, images, atol=1e-6)
     assert not np.any(parameters)
 
@@ -89,6 +91,7 @@ def test_each_map_has_its_probability():
     share = (parameters != 0).mean(0)
     expected = [0.5, 0.125, *[0.25] * 4, 0.125, 0.25, 0.25]  # the axis is rotated for half of the images
     np.testing.assert_allclose(share, expected, atol=4 * np.sqrt(0.25 / 200))
+    np.testing.assert_array_equal(parameters[:, 7] != 0, parameters[:, 8] != 0)  # one translation
 
 
 def test_the_student_is_told_and_the_sampler_is_not():
@@ -108,6 +111,42 @@ def test_the_student_is_told_and_the_sampler_is_not():
 
     np.testing.assert_array_equal(loss(None), loss(0 * told))
     assert np.all(loss(told) != loss(None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Told(Tiny):
+    """A network that takes the parameters of the augmentation as input."""
+
+    augment_dim: int = 9
+
+    def predict(self, params, x, *arguments, augmentation=None, **given):
+        told = 0.0 if augmentation is None else augmentation.sum(1)[:, None, None, None]
+        return super().predict(params, x + told, *arguments, **given)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_tells_the_student_and_the_teacher(name):
+    student, teacher = FUNCTIONS[name].student, FUNCTIONS[name].teacher
+    told = dataclasses.replace(student, network=Told(interval_embedding=student.network.interval_embedding))
+    teachers = [teacher] if teacher is None else [teacher, dataclasses.replace(teacher, network=Told())]
+
+    def loss(teacher, augmentation):
+        batch, params = BATCH._replace(augmentation=augmentation), PARAMS | OBJECTIVES[name].extras()
+        return OBJECTIVES[name](Models(told, teacher), params, HELPERS, batch, KEYS, jnp.int32(LATE))[0]
+
+    parameters = jnp.full((len(BATCH.images), 9), 0.05)
+    losses = [loss(each, parameters) for each in teachers]
+    assert np.all(losses[0] != loss(teachers[0], None))
+    if teacher is not None:
+        assert np.any(losses[0] != losses[1])
+
+
+def test_images_are_flipped_once_and_the_network_is_told():
+    """The flip of the augmentation replaces that of training."""
+    network = SongUNet(8, base_channels=8, channel_mult=(1,), blocks_per_level=1, attention_factors=(), augment_dim=9)
+    for flips, expected in ((True, False), (False, True)):
+        config = TrainConfig(network=network, augmentation=Augmentation(x_flip=flips))
+        assert make_step(config, None).flip == expected
 
 
 @pytest.mark.parametrize("network", [SongUNet(), SongUNet(augment_dim=3)])

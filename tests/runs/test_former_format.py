@@ -58,9 +58,13 @@ EMOJI_DROPOUT = {"edm": 0.1, "ict": 0.2, "ect": 0.2, "sct": 0.2, "meanflow": 0.1
 
 
 def former_preset(name):
-    """A preset as it was: the emoji presets had a larger network, batches of 128 and five times as many steps."""
+    """A preset as it was: the emoji presets had a larger network, batches of 128 and five times as many steps; those of
+    CIFAR-10 had no augmentation.
+    """
     now = PRESETS[name]()
     family, method = name.split("-", 1)
+    if family == "cifar10":
+        return replace(now, network=replace(now.network, augment_dim=0), augmentation=None)
     if family != "emoji32":
         return now
     objective, rate = now.objective, now.optimizer.learning_rate

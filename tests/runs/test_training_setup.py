@@ -14,7 +14,12 @@ from cm_jax.diffusion.curricula import AdaptiveTargetEMA, Constant, ConstantTarg
 from cm_jax.diffusion.noise_schedule import EDM_TIME
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, ContinuousTraining
+from cm_jax.objectives import (
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    ContinuousTraining,
+    ImprovedConsistencyTraining,
+)
 from cm_jax.presets import PRESETS
 from cm_jax.training.loop import train
 from cm_jax.training.optimizers import Adam, LinearDecay
@@ -133,6 +138,10 @@ REFUSED = {
     "an adaptive target without a progressive curriculum": (
         {"target_ema": AdaptiveTargetEMA(), "objective": ConsistencyTraining(Constant(18)), "teacher": ""},
         "follows a Progressive curriculum",
+    ),
+    "a target EMA without a target": (
+        {"target_ema": ConstantTargetEMA(0.9), "objective": ImprovedConsistencyTraining(), "teacher": ""},
+        "ImprovedConsistencyTraining has no target network with an EMA: give --target-ema none",
     ),
     "a teacher that nobody asked for": ({"objective": ConsistencyTraining()}, "ConsistencyTraining has no teacher"),
     "fused attention under forward derivatives": (

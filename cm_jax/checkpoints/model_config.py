@@ -77,8 +77,15 @@ class ModelConfig:
     guidance_range: tuple[float, float] | None = None
     """Guidance strengths that a network with guidance_embedding was trained with. None: no such network, or unknown."""
 
+    default_sampler: str = ""
+    """Name of the sampler to use by default (cm_jax.samplers.SAMPLERS). Empty: consistency, or heun for a denoiser."""
+    default_steps: int | None = None
+    """Number of its steps by default. None: 1, or 40 for a denoiser."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        if self.default_steps is not None:
+            check_int("default_steps", self.default_steps, 1, 10_000)
         for name in ("tuned_timesteps", "tuned_sigmas"):
             object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
         if self.guidance_range is not None:

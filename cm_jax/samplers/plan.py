@@ -36,13 +36,13 @@ def make_plan(
     **levels: Unpack[NoiseLevelArgs],
 ) -> SamplingPlan:
     """The plan of a model with this config. Raises InputError for unknown samplers and invalid levels."""
-    consistency = config.distilled
+    consistency, steps = config.distilled, None
     if sampler is None:
-        sampler = "consistency" if consistency else "heun"
+        sampler, steps = config.default_sampler or ("consistency" if consistency else "heun"), config.default_steps
     if not isinstance(sampler, Sampler):
         sampler = sampler_named(sampler)
     if not levels_given(levels):
-        levels = NoiseLevelArgs(steps=1 if consistency else TEACHER_STEPS)
+        levels = NoiseLevelArgs(steps=steps or (1 if consistency else TEACHER_STEPS))
     if clip is not None or (sampler.clip is None and not config.clip_denoised):
         sampler = dataclasses.replace(sampler, clip=bool(clip))
     return SamplingPlan(sampler.for_model(config.function), _levels(config, sampler, levels), guidance)

@@ -150,9 +150,9 @@ def _loop(
                 window.flush(write=last)
                 params = setup.sampled_params(state)
                 if saving:
-                    folder.save(done, setup.model_config, params, state, snapshot=snapshot)
+                    folder.save(done, setup.config_after(done), params, state, snapshot=snapshot)
                 if sampling:
-                    log.samples(done, sample_grid(setup.model_config, params))
+                    log.samples(done, sample_grid(setup.config_after(done), params))
                 if evaluating:
                     evaluate(done, params)
                 if saving:

@@ -15,7 +15,7 @@ import cm_jax
 from cm_jax.checkpoints.post_hoc_ema import SNAPSHOTS
 from cm_jax.data import EmojiData
 from cm_jax.diffusion.curricula import Halving
-from cm_jax.diffusion.noise_schedule import EDM_TIME
+from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import SongUNet
@@ -233,12 +233,19 @@ def test_the_learning_rate_restarts_with_every_stage_of_progressive_distillation
         teacher=str(teacher[0]),
         images=8 * 3,
         log_every=1,
+        checkpoint_every=2,
+        keep_last=9,
+        sample_every=2,
     )
     train(settings, run, said.append)
     train(dataclasses.replace(settings, images=8 * 5), run, said.append)
     assert not [line for line in said if "learning-rate" in line]
     np.testing.assert_allclose([float(row["learning_rate"]) for row in rows(run)][:4], [1e-3, 5e-4, 1e-3, 5e-4])
     assert arrays(run, 5)["optimizer/0/count"] == 3  # the last stage has twice as many steps
+    for batches, steps in ((2, 4), (5, 2)):
+        plan = cm_jax.load(run / "checkpoints" / f"{batches:08d}").plan()
+        assert (type(plan.sampler).__name__, len(plan.levels) - 1) == ("ProgressiveEuler", steps)
+        np.testing.assert_allclose(plan.levels, KarrasSchedule().descending(steps + 1), rtol=1e-6)
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(teacher):

@@ -42,7 +42,8 @@ _GRID_ROWS, _GRID_COLUMNS, _GRID_SEED = 9, 10, 0
 def sample_grid(config: ModelConfig, params: Params) -> Image.Image | UInt8[np.ndarray, "b h w c"]:
     """Ten samples per row: of a consistency model five in one step and five in two, of a denoiser in 18 Heun steps.
 
-    Each row is a class, if there are classes: all of them, or nine evenly spaced ones. The noise is always the same.
+    A progressively distilled denoiser takes the steps that it was trained for. Each row is a class, if there are
+    classes: all of them, or nine evenly spaced ones. The noise is always the same.
     Images that a PNG file cannot hold are returned as an array, row by row.
     """
     model = Model(config, params)
@@ -50,8 +51,8 @@ def sample_grid(config: ModelConfig, params: Params) -> Image.Image | UInt8[np.n
     rows = np.linspace(0, classes - 1, min(_GRID_ROWS, classes)).astype(int) if classes else np.arange(_GRID_ROWS)
     names = [config.class_names[row] if config.class_names else f"class {row}" for row in rows] if classes else ()
 
-    half, blocks = _GRID_COLUMNS // 2, []
-    for columns, steps in [(half, 1), (half, 2)] if config.distilled else [(_GRID_COLUMNS, _DENOISER_STEPS)]:
+    half, blocks, denoiser_steps = _GRID_COLUMNS // 2, [], config.default_steps or _DENOISER_STEPS
+    for columns, steps in [(half, 1), (half, 2)] if config.distilled else [(_GRID_COLUMNS, denoiser_steps)]:
         labels = np.repeat(rows, columns) if classes else None
         images = quantize(model.sample(_GRID_SEED, len(rows) * columns, labels=labels, steps=steps))
         blocks.append(images.reshape(len(rows), columns, *images.shape[1:]))
@@ -70,7 +71,7 @@ class Evaluator:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        return self.settings.steps or (1 if self.config.distilled else _DENOISER_STEPS,)
+        return self.settings.steps or (self.config.default_steps or (1 if self.config.distilled else _DENOISER_STEPS),)
 
     @property
     def best_column(self) -> str:

@@ -36,7 +36,9 @@ class Sampler(abc.ABC):
     None: as the model's config sets `clip_denoised`, and True without a model."""
 
     ends_at_boundary: ClassVar[bool] = False
-    """Whether it ends where the model is the identity. Tuned noise levels need this."""
+    """Whether it ends where the model is the identity, so that it is not called at the last of the indices."""
+    uses_tuned_levels: ClassVar[bool] = False
+    """Whether `steps` stands for the model's tuned noise levels, if it has some for this number."""
 
     def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
         """The default noise levels of `steps` steps for a model of `num_levels` levels, without the final level."""
@@ -79,7 +81,8 @@ class NoiseLevelArgs(TypedDict, total=False):
     """The noise levels of a sampler. Exactly one of these is given; index 0 is sigma_max."""
 
     steps: int | None
-    """Number of steps: the tuned levels of this number if there are any, else the sampler's default levels."""
+    """Number of steps: for the sampler consistency the tuned levels of this number if there are any, else the sampler's
+    default levels."""
     timesteps: Sequence[int] | Integer[Array | np.ndarray, " n"] | None
     """Level indices, descending to 0, as in diffusers: (22, 0). The sampler's final level is added."""
     indices: Sequence[int] | Integer[Array | np.ndarray, " n"] | None
@@ -116,7 +119,7 @@ def choose_levels(
         steps = check_int("steps", values, 1, _MOST_STEPS)
         choices = [("timesteps", each) for each in tuned] + [("sigmas", each) for each in tuned_sigmas]
         match = next((choice for choice in choices if len(choice[1]) == steps), None)
-        if match is None or not sampler.ends_at_boundary:
+        if match is None or not sampler.uses_tuned_levels:
             return (*sampler.levels(steps, schedule, num_levels), final)
         name, values = match
     if name == "sigmas":

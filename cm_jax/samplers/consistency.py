@@ -24,6 +24,7 @@ class Consistency(Sampler):
     """
 
     ends_at_boundary: ClassVar[bool] = True
+    uses_tuned_levels: ClassVar[bool] = True
 
     def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
         """Levels of indices 0, q, 2q, ... with q = num_levels // steps, as in diffusers.

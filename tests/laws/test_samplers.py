@@ -204,6 +204,13 @@ def test_timesteps_indices_and_sigmas_agree():
     assert by_timesteps == choose_levels(Consistency(), SCHEDULE, N, steps=2, tuned=[(22, 0)])
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_only_the_consistency_sampler_uses_tuned_levels(name):
+    plain = choose_levels(SAMPLERS[name], SCHEDULE, N, steps=2)
+    for tuned in ({"tuned": [(22, 0)]}, {"tuned_sigmas": [(80.0, 0.821)]}):
+        assert (choose_levels(SAMPLERS[name], SCHEDULE, N, steps=2, **tuned) != plain) == (name == "consistency")
+
+
 @pytest.mark.parametrize(("steps", "indices"), [(1, [0]), (2, [0, 20]), (3, [0, 13, 26]), (4, [0, 10, 20, 30])])
 def test_plain_steps_are_spaced_as_in_diffusers(steps, indices):
     levels = choose_levels(Consistency(), SCHEDULE, N, steps=steps)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import jax
@@ -92,6 +92,16 @@ class NoiseLevelArgs(TypedDict, total=False):
     k-diffusion, stands for it."""
 
 
+def levels_given(levels: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of NoiseLevelArgs that are not None. Raises InputError for other names."""
+    names = list(NoiseLevelArgs.__annotations__)
+    for name in levels:
+        if name not in names:
+            advice = nearest(name, names) or f" Noise levels are given as one of {', '.join(names)}."
+            raise InputError(f"There is no argument {name!r}.{advice}")
+    return {name: value for name, value in levels.items() if value is not None}
+
+
 def choose_levels(
     sampler: Sampler,
     schedule: KarrasSchedule,
@@ -107,9 +117,7 @@ def choose_levels(
     `num_levels`: N of the level indices. `boundary`: the level at which the model is the identity, by default
     sigma_min. `tuned`, `tuned_sigmas`: tuned timesteps and sigmas. Raises InputError for invalid levels.
     """
-    given = {name: value for name, value in levels.items() if value is not None}
-    for name in given.keys() - NoiseLevelArgs.__annotations__:
-        raise InputError(f"There is no argument {name!r}.{nearest(name, NoiseLevelArgs.__annotations__)}")
+    given = levels_given(levels)
     if len(given) != 1:
         raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(given) or 'none'}.")
     ((name, values),) = given.items()

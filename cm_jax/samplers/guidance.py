@@ -101,7 +101,7 @@ def _interval(given: Sequence[float] | None) -> tuple[float, float]:
         return _ALL
     try:
         low, high = map(float, as_list(given) or ())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"Expected two noise levels as guidance interval, e.g. 0.28,2.9; got {one_line(given)}."
         ) from error

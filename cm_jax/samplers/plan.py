@@ -11,7 +11,7 @@ from cm_jax.arguments import as_array
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.errors import InputError
 from cm_jax.samplers import sampler_named
-from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels
+from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels, levels_given
 from cm_jax.samplers.guidance import Guidance
 
 TEACHER_STEPS = 40
@@ -64,10 +64,6 @@ def _levels(config: ModelConfig, sampler: Sampler, levels: NoiseLevelArgs) -> tu
     if len(rounded) < 2:
         raise InputError(f"Expected sigmas from {schedule.sigma_min:g}, the lowest level of this model.")
     return rounded
-
-
-def levels_given(levels: Any) -> bool:
-    return any(value is not None for value in levels.values())
 
 
 def checked_noise(noise: Any, images_shape: tuple[int, ...], plan: SamplingPlan) -> Float[Array | np.ndarray, "..."]:

@@ -11,6 +11,7 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.guidance import GuidedDenoiser, guided
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
+from cm_jax.editing import Strokes
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.samplers import Heun, generation
@@ -144,11 +145,30 @@ def test_an_interval_that_ends_below_all_levels_changes_nothing():
     np.testing.assert_allclose(found, samples(), atol=1e-6)
 
 
+def test_a_guided_student_edits_with_the_default_levels_at_every_strength():
+    network = dataclasses.replace(PLAIN, guidance_embedding=True)
+    config = ModelConfig(network, ConsistencyPreconditioning(), guidance_range=(1.0, 3.0))
+    student = Model(config, random_params(network))
+    pictures, levels = np.tanh(X), Strokes().default_sigmas((8, 8, 3))
+
+    def edits(**options):
+        return student.edit(0, pictures, Strokes(), labels=0, **options)
+
+    np.testing.assert_array_equal(edits(), edits(guidance=1.0, sigmas=levels))
+    np.testing.assert_array_equal(edits(guidance=3.0), edits(guidance=3.0, sigmas=levels))
+    assert np.abs(edits() - edits(guidance=3.0)).max() > 1e-3
+    frames = [student.interpolate_images(0, *pictures[:2], 2, labels=0, guidance=g) for g in (None, 1.0, 3.0)]
+    np.testing.assert_array_equal(frames[0], frames[1])
+    assert np.abs(frames[0] - frames[2]).max() > 1e-3
+
+
 REFUSED = {
     "consistency model": (model(PLAIN, preconditioning=ConsistencyPreconditioning()), {"guidance": 2}, "got a consist"),
     "unconditional model": (PRIOR, {"guidance": 2}, "is unconditional"),
     "no label dropout": (model(PLAIN, label_dropout=0.0), {"guidance": 2}, "without label dropout"),
     "strength": (TEACHER, {"guidance": -1}, r"guidance in \[0, 1000\].*got -1"),
+    "huge": (TEACHER, {"guidance": 10**400}, r"guidance in \[0, 1000\]"),
+    "huge interval": (TEACHER, {"guidance": 2, "guidance_interval": (0, 10**400)}, "two noise levels"),
     "not finite": (TEACHER, {"guidance": float("nan")}, "got nan"),
     "no strength": (TEACHER, {"guide": GUIDE}, "give guidance as well"),
     "interval": (TEACHER, {"guidance": 2, "guidance_interval": (3, 1)}, "0 <= lo < hi.*got 3,1"),

@@ -45,7 +45,8 @@ def make_plan(
         levels = NoiseLevelArgs(steps=1 if consistency else TEACHER_STEPS)
     if clip is not None or (sampler.clip is None and not config.clip_denoised):
         sampler = dataclasses.replace(sampler, clip=bool(clip))
-    return SamplingPlan(sampler.for_model(config.function), _levels(config, sampler, levels), guidance)
+    sampler = sampler.for_model(config.function)
+    return SamplingPlan(sampler, _levels(config, sampler, levels), guidance)
 
 
 def _levels(config: ModelConfig, sampler: Sampler, levels: NoiseLevelArgs) -> tuple[float, ...]:

@@ -96,7 +96,7 @@ def test_vp_schedule_reaches_the_levels_given():
     np.testing.assert_allclose(schedule.sigma(schedule.time(jnp.array([0.01, 1.0, 40.0]))), [0.01, 1, 40], rtol=1e-4)
 
 
-@pytest.mark.parametrize("spacing", ["time", "log_snr"])
+@pytest.mark.parametrize("spacing", [None, "time", "flow_time", "log_snr"])
 def test_segments_of_the_exact_flow_end_where_the_flow_ends(spacing):
     """For N(0, d^2) the flow from s to r multiplies x by sqrt((d^2 + r^2) / (d^2 + s^2))."""
 

@@ -182,8 +182,25 @@ REFUSED = {
         *(TEACHER, {"guidance": 2, "guide": model(dataclasses.replace(PLAIN, classes=4))}),
         "4 classes, and the model has 3",
     ),
+    "other class names": (
+        model(PLAIN, class_names=("cat", "dog", "owl")),
+        {"guidance": 2, "guide": model(PLAIN, class_names=("cat", "fox", "owl"))},
+        "as guide, got one whose class 1 is 'fox', and the model's is 'dog'",
+    ),
+    "classes in another order": (
+        model(PLAIN, class_names=("cat", "dog", "owl")),
+        {"guidance": 2, "guide": model(PLAIN, class_names=("dog", "cat", "owl"))},
+        "class 0 is 'dog', and the model's is 'cat'",
+    ),
     "no model": (TEACHER, {"guidance": 2, "guide": "other"}, "Expected a Model as guide"),
 }
+
+
+def test_guides_with_synonyms_or_without_names_are_accepted():
+    named = model(PLAIN, class_names=("cat", "dog, hound", "owl"))
+    for guide in (model(PLAIN, class_names=("Cat", "hound", "owl")), GUIDE, PRIOR):
+        assert named.plan(guidance=2.0, guide=guide).guidance.guide is guide
+    assert TEACHER.plan(guidance=2.0, guide=named).guidance.guide is named
 
 
 @pytest.mark.parametrize("case", REFUSED)

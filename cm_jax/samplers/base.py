@@ -52,6 +52,12 @@ class Sampler(abc.ABC):
         """The sampler with the settings that depend on the model. Raises InputError if it cannot sample from it."""
         return self
 
+    def settings(self) -> dict[str, Any]:
+        """The fields but `clip` that differ from their defaults, as JSON values; without those of repr=False."""
+        fields = [each for each in dataclasses.fields(self) if each.repr and each.name != "clip"]
+        values = {each.name: getattr(self, each.name) for each in fields if getattr(self, each.name) != each.default}
+        return {name: value if isinstance(value, str | int) else repr(value) for name, value in values.items()}
+
     def num_noise_samples(self, steps: int) -> int:
         """The number of noise samples in `steps` steps, with the initial one."""
         return 1

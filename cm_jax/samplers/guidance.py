@@ -12,7 +12,7 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.guidance import MAX_STRENGTH, AnyFunction, GuidedDenoiser, GuidedStudent, check_strength
 from cm_jax.errors import InputError, one_line
-from cm_jax.types import Params
+from cm_jax.types import Params, digest
 
 _ALL = (0.0, math.inf)
 """The interval of all noise levels."""
@@ -60,8 +60,8 @@ class Guidance(NamedTuple):
     def described(self) -> dict[str, Any]:
         """The settings as JSON values, for reports."""
         low, high = self.interval
-        guide = {} if self.guide is None else {"guide": "another model"}
-        interval = {} if (low, high) == _ALL else {"guidance_interval": f"{low:g},{high:g}"}
+        guide = {} if self.guide is None else {"guide_sha256": digest(self.guide.params)}
+        interval = {} if (low, high) == _ALL else {"guidance_interval": f"{low:g}, {high:g}"}
         return {"guidance": self.strength, **guide, **interval}
 
 

@@ -1,6 +1,7 @@
 """The choice of a sampler and its noise levels for a model."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
@@ -26,6 +27,33 @@ class SamplingPlan(NamedTuple):
     """Descending; the network is not evaluated at the last one."""
     guidance: Guidance | None = None
     """Guidance of a denoiser, or the strength for a consistency model that takes it as an input."""
+
+    def described(self) -> dict[str, Any]:
+        """What decides the images, besides the model and the seed, as JSON values."""
+        settings = self.sampler.settings()
+        return {
+            "sampler": type(self.sampler).__name__,
+            **({"sampler_settings": settings} if settings else {}),
+            "steps": len(self.levels) - 1,
+            "sigmas": list(self.levels[:-1]),
+            "clip": self.sampler.clip is not False,
+            **({} if self.guidance is None else self.guidance.described()),
+        }
+
+
+def sampler_text(described: Mapping[str, Any]) -> str:
+    """The sampler of `SamplingPlan.described` in words: "Heun(churn=Churn(amount=40, ...))"."""
+    settings = ", ".join(f"{name}={value}" for name, value in described.get("sampler_settings", {}).items())
+    return described["sampler"] + (f"({settings})" if settings else "")
+
+
+def guidance_text(described: Mapping[str, Any]) -> str:
+    """The guidance of `SamplingPlan.described` in words: "guidance 2 for sigma in (0.28, 2.9]"; empty for none."""
+    if "guidance" not in described:
+        return ""
+    guide = f" by the model of SHA-256 {described['guide_sha256'][:12]}" if "guide_sha256" in described else ""
+    interval = f" for sigma in ({described['guidance_interval']}]" if "guidance_interval" in described else ""
+    return f"guidance {described['guidance']:g}{guide}{interval}"
 
 
 def make_plan(

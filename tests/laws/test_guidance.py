@@ -1,6 +1,7 @@
 """Guided sampling: the formula, its interval, and models with their guides."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPrec
 from cm_jax.editing import Strokes
 from cm_jax.errors import InputError
 from cm_jax.model import Model
-from cm_jax.samplers import Heun, generation
+from cm_jax.samplers import Churn, Heun, generation
+from cm_jax.samplers.plan import guidance_text, sampler_text
+from cm_jax.types import digest
 from tests.laws.test_interval_embedding import SONG
 from tests.support import SMALL, gaussian_denoiser, random_params
 
@@ -194,6 +197,21 @@ REFUSED = {
     ),
     "no model": (TEACHER, {"guidance": 2, "guide": "other"}, "Expected a Model as guide"),
 }
+
+
+def test_what_decides_guided_images_is_described():
+    churn, plain = Heun(churn=Churn(40, 0.05)), TEACHER.plan(steps=2)
+    assert plain.described().keys() == {"sampler", "steps", "sigmas", "clip"}
+    assert (plain.described()["clip"], TEACHER.plan(clip=False).described()["clip"]) == (True, False)
+    options = {"guidance": 2.0, "guidance_interval": (0.28, 2.9), "steps": 2}
+    found = [TEACHER.plan(sampler=churn, guide=guide, **options).described() for guide in (GUIDE, PRIOR)]
+    assert found[0] != found[1]
+    json.dumps(found, allow_nan=False)
+    assert sampler_text(found[0]) == "Heun(churn=Churn(amount=40, sigma_min=0.05, sigma_max=inf, noise=1.0))"
+    expected = f"guidance 2 by the model of SHA-256 {digest(GUIDE.params)[:12]} for sigma in (0.28, 2.9]"
+    assert guidance_text(found[0]) == expected
+    assert guidance_text(TEACHER.plan(guidance=2.0).described()) == "guidance 2"
+    assert guidance_text(plain.described()) == ""
 
 
 def test_guides_with_synonyms_or_without_names_are_accepted():

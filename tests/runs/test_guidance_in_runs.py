@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import cm_jax
+import cm_jax.cli.evaluate
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.cli import main_edit, main_evaluate, main_sample
 from cm_jax.diffusion.guidance import FixedGuidance, UniformGuidance
@@ -18,8 +19,10 @@ from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.training.loop import train
 from cm_jax.training.setup import prepare
+from cm_jax.types import digest
 from tests.laws.test_interval_embedding import SONG
 from tests.runs.test_commands import failed, succeeded
+from tests.runs.test_evaluate_command import TOLD, toy
 from tests.runs.test_training import SMALL, UNET
 from tests.runs.test_training_setup import STUDENT
 from tests.support import random_params
@@ -68,6 +71,19 @@ def test_guided_samples_on_the_command_line(models, tmp_path, capsys):
 def test_impossible_guidance_is_one_message(models, tmp_path, capsys, options, message):
     words = [models / "guide" if word == "GUIDE" else word for word in options]
     assert message in failed(capsys, main_sample, models / "teacher", *words, "--output", tmp_path / "a.png")
+
+
+def test_the_protocol_has_every_setting_that_changes_the_images(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cm_jax.cli.evaluate, "load_inception", lambda weights: toy(8))
+    output, guide = tmp_path / "report.json", models / "guide"
+    options = ("--steps", 2, "--churn", "40", "--clip", "off", "--guidance", 2, "--guidance-model", guide)
+    told = ("--guidance-interval", "0.28,2.9", "--metrics", "fid", "--count", 4, *TOLD, "--output", output)
+    said = succeeded(capsys, main_evaluate, models / "teacher", "emoji:held_out", *options, *told)
+    found, sha = json.loads(output.read_text())["protocol"]["sampling"], digest(cm_jax.load(guide).params)
+    assert found["sampler_settings"]["churn"].startswith("Churn(amount=40")
+    assert (found["clip"], found["guidance"], found["guide_sha256"]) == (False, 2, sha)
+    assert "(Heun(churn=Churn(amount=40" in said
+    assert f"guidance 2 by the model of SHA-256 {sha[:12]} for sigma in (0.28, 2.9], seed 0)" in said
 
 
 def test_edits_of_a_guided_student(tmp_path, capsys):

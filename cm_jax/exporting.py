@@ -19,7 +19,7 @@ from cm_jax.io.safetensors import write_safetensors
 from cm_jax.model import Model, PlanArgs
 from cm_jax.samplers import Sampler
 from cm_jax.samplers.generation import image_keys, sample
-from cm_jax.samplers.plan import SamplingPlan
+from cm_jax.samplers.plan import SamplingPlan, guidance_text, sampler_text
 from cm_jax.types import Images, Labels, Platform, leaves, nested
 
 _PROGRAM, _PARAMS = "sampler.jax_export", "params.safetensors"
@@ -121,7 +121,9 @@ def _readme(model: Model, plan: SamplingPlan, program: jax.export.Exported) -> s
     height, width, channels = network.image_shape
     values = f"latents of {latents.autoencoder}" if latents else "images in [-1, 1]"
     labels = f"- `labels`: int32 [b], class numbers from 0 to {network.classes - 1}\n" if network.classes else ""
-    levels = ", ".join(f"{level:.6g}" for level in plan.levels)
+    levels, described = ", ".join(f"{level:.6g}" for level in plan.levels), plan.described()
+    clipped = "clipped to [-1, 1]" if described["clip"] else "not clipped"
+    guidance = guidance_text(described)
     return f"""# Sampler exported by cm_jax
 `example.py` runs it with jax, numpy, safetensors and flatbuffers; cm_jax is not needed.
 
@@ -132,7 +134,8 @@ def _readme(model: Model, plan: SamplingPlan, program: jax.export.Exported) -> s
 It returns float32 [b, {height}, {width}, {channels}], {values}: those of
 `Model.sample(seeds=..., labels=...)`, up to rounding.
 
-- Sampler: {type(plan.sampler).__name__}, noise levels {levels}
+- Sampler: {sampler_text(described)}, noise levels {levels}
+- Denoised images: {clipped}{f", {guidance}" if guidance else ""}
 - Platforms: {", ".join(program.platforms)}
 - Exported by jax {jax.__version__}; JAX loads exported functions for at least six months
 """

@@ -10,14 +10,14 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.arguments import Seed, Seeds, as_array, as_images, as_key, as_keys, as_pair, is_traced
 from cm_jax.checkpoints import class_labels
 from cm_jax.checkpoints.model_config import ClassLabels, ModelConfig
 from cm_jax.conversion import PushOptions, push, write
 from cm_jax.diffusion.guidance import AnyFunction
-from cm_jax.editing.algorithm import EDIT_STEPS, blend, check_images, edit_batches, slerp_batches, variant_keys
+from cm_jax.editing import algorithm
 from cm_jax.editing.operators import Operator, Strokes
 from cm_jax.errors import InputError, check_int, one_line
 from cm_jax.io.atomic import user_path
@@ -25,7 +25,7 @@ from cm_jax.parallelism import Parallelism
 from cm_jax.progress import counted, on_terminal
 from cm_jax.samplers import Guidance, GuidanceArgs, NoiseLevelArgs, Sampler, choose_guidance
 from cm_jax.samplers.generation import batching, generate, replay, sample_labels
-from cm_jax.samplers.plan import SamplingPlan, checked_noise, levels_given, make_plan
+from cm_jax.samplers.plan import SamplingPlan, checked_noise, make_plan
 from cm_jax.types import Images, Keys, Labels, Params, Sigmas
 
 ImageArray = Float[Array | np.ndarray, "b h w c"]
@@ -103,9 +103,10 @@ class Model:
         self._check_untraced("sample", key, seeds, labels, noise)
         plan = self.plan(sampler=sampler, **levels)
         if noise is not None:
-            count = as_keys(0 if key is None and seeds is None else key, count, seeds)[1]
+            given = key is not None or seeds is not None
+            keys, count = as_keys(key if given else 0, count, seeds)
             noise = checked_noise(noise, (count, *self.config.network.image_shape), plan)
-            numbers = self.class_numbers(labels, count)
+            numbers = self.class_numbers(labels, count, keys if given else None)
             function, params = self.program(plan.guidance)
             return replay(function, plan.sampler, params, plan.levels, noise, numbers)
         total = as_keys(key, count, seeds)[1]
@@ -126,9 +127,8 @@ class Model:
     ) -> Iterator[Float[np.ndarray, "b h w c"]]:
         """The images of `sample` from number `first` on, one batch at a time. Arguments are checked at the call."""
         self._check_untraced("batches", key, seeds, labels)
-        (keys, count), classes = as_keys(key, count, seeds), self.config.network.classes
-        chosen = None if classes is None or labels is not None else sample_labels(keys, count, classes)
-        numbers = self.class_numbers(labels, count) if chosen is None else chosen
+        keys, count = as_keys(key, count, seeds)
+        numbers = self.class_numbers(labels, count, keys)
         (function, params), devices = self.program(plan.guidance), self.batching(batch_size)
         return generate(function, plan.sampler, params, plan.levels, keys, count, numbers, *devices, first=first)
 
@@ -141,6 +141,7 @@ class Model:
         labels: ClassLabels | None = None,
         variants: int = 1,
         batch_size: int | None = None,
+        guidance: float | None = None,
         **levels: Unpack[NoiseLevelArgs],
     ) -> Float[np.ndarray, "n h w c"]:
         """`variants` edits of every image, grouped by image (CM, algorithm 4).
@@ -148,19 +149,16 @@ class Model:
         operator: the kind of edit (see cm_jax.editing): Mask(known) inpaints, Luma() colorizes, PatchMean(8) is
         super-resolution, Strokes() is SDEdit, Noisy() denoises. The known part of an image is preserved to 1e-6, for
         which values may leave [-1, 1]. levels: by default those of the operator, or 17 steps from sigma_max.
+        guidance: strength, for a model that was distilled with a range of them.
         Each edit depends on the key and on the numbers of its image and variant alone.
         """
         self._check_untraced("edit", key, images, labels)
-        _check_editable(self.config)
-        if not isinstance(operator, Operator):
-            raise InputError(f"Expected an operator of cm_jax.editing, such as Luma(); got {one_line(operator)}.")
-        images = check_images(images, operator, self.config.network.image_shape)
+        algorithm.check_editable(self.config)
+        images = algorithm.check_images(images, operator, self.config.network.image_shape)
         count = check_int("variants", variants, 1, 10**6)
-        if not levels_given(levels):
-            sigmas = operator.default_sigmas(self.config.network.image_shape)
-            levels = NoiseLevelArgs(steps=EDIT_STEPS) if sigmas is None else NoiseLevelArgs(sigmas=sigmas)
-        keys = variant_keys(as_key(key), len(images), count)
-        return self._edit(self.plan(**levels), operator, keys, images, labels, batch_size)
+        plan = self.plan(guidance=guidance, **algorithm.edit_levels(operator, images.shape[1:], **levels))
+        keys = algorithm.variant_keys(as_key(key), len(images), count)
+        return self._edit(plan, operator, keys, images, labels, batch_size)
 
     def interpolate_images(
         self,
@@ -172,18 +170,19 @@ class Model:
         labels: ClassLabels | None = None,
         sigmas: Sequence[float] | Float[Array | np.ndarray, " n"] | None = None,
         batch_size: int | None = None,
+        guidance: float | None = None,
     ) -> Float[np.ndarray, "n h w c"]:
         """`frames` images from `first` to `second`: linear blends of both, each edited as Strokes with the same noise.
 
-        sigmas: by default those of Strokes; a higher first level changes the images more.
+        sigmas: by default those of Strokes; a higher first level changes the images more. guidance: as for `edit`.
         """
         self._check_untraced("interpolate_images", key, first, second, labels)
-        _check_editable(self.config)
+        algorithm.check_editable(self.config)
         frames = check_int("frames", frames, 2, 10**6)
-        pair = check_images(as_pair(first, second), Strokes(), self.config.network.image_shape)
-        plan = self.plan(sigmas=Strokes().default_sigmas(pair.shape[1:]) if sigmas is None else sigmas)
-        keys = jnp.repeat(variant_keys(as_key(key), 1, 1), frames)
-        return self._edit(plan, Strokes(), keys, blend(pair[0], pair[1], frames), labels, batch_size)
+        pair = algorithm.check_images(as_pair(first, second), Strokes(), self.config.network.image_shape)
+        plan = self.plan(guidance=guidance, **algorithm.edit_levels(Strokes(), pair.shape[1:], sigmas=sigmas))
+        keys = jnp.repeat(algorithm.variant_keys(as_key(key), 1, 1), frames)
+        return self._edit(plan, Strokes(), keys, algorithm.blend(pair[0], pair[1], frames), labels, batch_size)
 
     def interpolate_noise(
         self,
@@ -206,7 +205,7 @@ class Model:
         ends, numbers = (as_key(first), as_key(second)), self.class_numbers(labels, frames)
         function, params = self.program(plan.guidance)
         program, devices = (function, plan.sampler, params, plan.levels), self.batching(batch_size)
-        parts = slerp_batches(*program, *ends, numbers, frames, *devices)
+        parts = algorithm.slerp_batches(*program, *ends, numbers, frames, *devices)
         return np.concatenate(list(counted(parts, frames, "Interpolating")))
 
     def plan(
@@ -237,11 +236,18 @@ class Model:
         self, key: Seed | None = None, count: int = 1, *, seeds: Seeds | None = None
     ) -> Int[np.ndarray, " n"] | None:
         """The class numbers that `sample` uses for this key or these seeds; None for an unconditional model."""
-        (keys, count), classes = as_keys(key, count, seeds), self.config.network.classes
-        return None if classes is None else sample_labels(keys, count, classes)
+        keys, count = as_keys(key, count, seeds)
+        return self.class_numbers(None, count, keys)
 
-    def class_numbers(self, labels: ClassLabels | None, count: int) -> Int[np.ndarray, " n"] | None:
-        """Class numbers of `labels` for `count` images; None for an unconditional model."""
+    def class_numbers(
+        self, labels: ClassLabels | None, count: int, key: Key[Array, "*n"] | None = None
+    ) -> Int[np.ndarray, " n"] | None:
+        """Class numbers of `labels` for `count` images; None for an unconditional model.
+
+        key: of the images, or one for each, from which classes are sampled where `labels` is None.
+        """
+        if labels is None and key is not None and self.config.network.classes is not None:
+            return sample_labels(key, count, self.config.network.classes)
         return self.config.class_numbers(labels, count)
 
     def vae_latents(self, images: ImageArray) -> Float[np.ndarray, "b h w c"]:
@@ -282,7 +288,8 @@ class Model:
         batch_size: int | None,
     ) -> Float[np.ndarray, "b h w c"]:
         (function, params), numbers = self.program(plan.guidance), self.class_numbers(labels, len(images))
-        parts = edit_batches(function, operator, params, plan.levels, keys, images, numbers, *self.batching(batch_size))
+        program, devices = (function, operator, params, plan.levels), self.batching(batch_size)
+        parts = algorithm.edit_batches(*program, keys, images, numbers, *devices)
         return np.concatenate(list(counted(parts, len(keys), "Editing")))
 
 
@@ -291,8 +298,3 @@ def _denoise(
     function: AnyFunction, params: Params, x: Images, sigma: Sigmas, labels: Labels | None
 ) -> Float[Array, "b h w c"]:
     return function.denoiser(params, labels)(x, sigma)
-
-
-def _check_editable(config: ModelConfig) -> None:
-    if not config.distilled:
-        raise InputError("Expected a consistency model for editing, got a denoiser; use a model distilled from it.")

@@ -36,6 +36,8 @@ class _Edit(WhichWeights, Network):
     labels: LabelTexts = ()
     """Classes by index or name, separated by commas, as a JSON list, or by several --labels: one for all images or one
     per image. Required for a class-conditional model. Default: none."""
+    guidance: float | None = None
+    """Guidance strength, for a model distilled with a range of them. Default: 1, no guidance."""
     output: Path = Path("edited.png")
     """Grid of results. Each row shows an input at the model's size, its known part if that differs, and its edits."""
     rgba: bool = False
@@ -50,8 +52,7 @@ class _Edit(WhichWeights, Network):
         """The model, and the shape of its images. Raises InputError if they are not gray, RGB or RGBA."""
         use_compilation_cache(self.compilation_cache)
         model = self.load(resolve(self.checkpoint), self.precision)
-        shape = model.config.network.image_shape
-        channels = shape[2]
+        *_, channels = shape = model.config.network.image_shape
         if self.rgba and channels != 4:
             raise InputError(f"--rgba applies to models with 4 channels, this one has {channels}: leave it out.")
         if not fits_png(channels, self.rgba):
@@ -63,7 +64,7 @@ class _Edit(WhichWeights, Network):
     def common(self, model: Model) -> dict[str, Any]:
         """Arguments of every kind of edit."""
         labels = read_labels(self.labels, model.config.class_names) or None
-        return {"labels": labels, "batch_size": self.batch_size}
+        return {"labels": labels, "batch_size": self.batch_size, "guidance": self.guidance}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,8 +254,7 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
     pictures = [photos.read(path) for path in args.pictures]
     holes = [args.hole(picture) for picture in pictures]
     model, shape = args.model()
-    operator = args.operator(shape, holes)
-    given = args.images(pictures, shape)
+    operator, given = args.operator(shape, holes), args.images(pictures, shape)
     columns = check_int("variants", args.variants, 1, LARGEST_GRID // len(given))
     _print_notes(args.pictures, pictures, shape[:2])
     with stopwatch() as elapsed:
@@ -270,8 +270,7 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
         with atomic_write(args.folder) as beside:
             beside.mkdir()
             for row, column in itertools.product(range(len(given)), range(columns)):
-                canvas = args.canvas(pictures[row], shape[:2])
-                whole = photos.paste_back(canvas, edits[row, column], holes[row])
+                whole = photos.paste_back(args.canvas(pictures[row], shape[:2]), edits[row, column], holes[row])
                 whole.save(beside / f"{row:03d}_{args.pictures[row].stem}_{column:02d}.png")
         say(f"Wrote the single edits at full size to {args.folder}.")
 
@@ -297,12 +296,5 @@ def _interpolate(args: Interpolate) -> None:
 def _print_notes(paths: Sequence[Path], pictures: Sequence[Image.Image], size: tuple[int, int]) -> None:
     """Print how each picture is cropped and resized to the model's size."""
     for path, picture in zip(paths, pictures, strict=True):
-        left, top, right, bottom = photos.center_box(*picture.size, size)
-        part, wanted, notes = (right - left, bottom - top), (size[1], size[0]), []
-        if part != picture.size:
-            notes.append(f"center {part[0]} x {part[1]} of {picture.width} x {picture.height} pixels")
-        if part != wanted:
-            before, after = (f"{w} x {h}" if size[0] != size[1] else f"{w}" for w, h in (part, wanted))
-            notes.append(f"{'reduced' if part > wanted else 'enlarged'} from {before} to {after} pixels")
-        if notes:
+        if notes := photos.fit_notes(picture, size):
             say(f"{path.name}: {', '.join(notes)}.")

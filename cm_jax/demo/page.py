@@ -52,13 +52,14 @@ def page(names: Sequence[str], load: _Load) -> gr.Blocks:
             name = gr.Dropdown(list(names), label="Model")
             about = gr.Markdown(elem_classes="about")
         labels = _hidden_class(render=False), _hidden_class(render=False)
+        example = gr.Radio(list(EXAMPLES), value=next(iter(EXAMPLES)), label="Picture", render=False)
         guidance = gr.Slider(1, 4, 1, step=0.1, label="Guidance", visible=False, render=False)
         shown = [about, *labels, guidance]
-        changed = gr.on([blocks.load, name.change], _callback(load, show_model), name, shown, **_QUICK)
+        changed = gr.on([blocks.load, name.change], _callback(load, show_model), [name, example], shown, **_QUICK)
         with gr.Tab("Sample"), gr.Row():
             _sample_tab(load, name, labels[0], guidance)
         with gr.Tab("Edit"), gr.Row():
-            _edit_tab(load, name, labels[1], changed)
+            _edit_tab(load, name, labels[1], example, changed)
     return blocks
 
 
@@ -81,11 +82,11 @@ def _sample_tab(load: _Load, name: gr.Dropdown, label: gr.Dropdown, guidance: gr
     name.change(lambda: _EMPTY, None, outputs, **_QUICK)
 
 
-def _edit_tab(load: _Load, name: gr.Dropdown, label: gr.Dropdown, model_changed: Any) -> None:
+def _edit_tab(load: _Load, name: gr.Dropdown, label: gr.Dropdown, example: gr.Radio, model_changed: Any) -> None:
     first, _ = rendering.example(next(iter(EXAMPLES)))
     picture = gr.State(first)
     with gr.Column(scale=3, min_width=420):
-        example = gr.Radio(list(EXAMPLES), value=first.name, label="Picture")
+        example.render()
         upload_button = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
         brush = gr.Brush(default_size=32, colors=["#e6007e"], color_mode="fixed")
         size, prompt = (CANVAS, CANVAS), "Paint over the part to inpaint"
@@ -175,10 +176,12 @@ def _file(name: str, content: bytes) -> Any:
     return gr.update(value=str(path), interactive=True)
 
 
-def show_model(model: Model) -> tuple[Any, ...]:
+def show_model(model: Model, example: str | None) -> tuple[Any, ...]:
+    """The description, and the choices of class and guidance; edits have the class of the example, if one is shown."""
     choices = rendering.class_choices(model)
     sample_class = gr.Dropdown(choices=[("any", _ANY), *choices], value=_ANY, visible=bool(choices))
-    edit_class = gr.Dropdown(choices=choices, value=0, visible=True) if choices else _hidden_class()
+    number = dict(choices).get(rendering.example(example)[1], 0) if example else 0
+    edit_class = gr.Dropdown(choices=choices, value=number, visible=True) if choices else _hidden_class()
     strengths = rendering.guidance_range(model)
     low, high = strengths or (1, 4)
     guidance = gr.Slider(low, high, max(low, 1), visible=bool(strengths))

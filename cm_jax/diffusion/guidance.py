@@ -101,7 +101,7 @@ def check_strength(name: str, strength: Any, low: float = 0.0, high: float = MAX
     """The strength as a number. Raises InputError for anything but a number in [low, high]."""
     try:
         number = math.nan if isinstance(strength, bool | str) else float(strength)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not low <= number <= high:
         raise InputError(f"Expected {name} in [{low:g}, {high:g}] (1 is no guidance), got {one_line(strength)}.")

@@ -193,8 +193,8 @@ class VEPreconditioning(_UnitSkipPreconditioning):
         return sigma
 
     def c_noise(self, sigma: Sigmas) -> Sigmas:
-        """ln(sigma / 2)."""
-        return jnp.log(sigma / 2)
+        """ln(sigma / 2), finite at sigma = 0."""
+        return model_time(sigma / 2, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ Editing is multistep sampling that restores the known part of an image at every 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from cm_jax.arguments import as_images
+from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.guidance import AnyFunction
 from cm_jax.editing.operators import Noisy, Operator
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, one_line
 from cm_jax.parallelism import Parallelism
-from cm_jax.samplers.base import Levels, Sampler
+from cm_jax.samplers.base import Levels, NoiseLevelArgs, Sampler, levels_given
 from cm_jax.samplers.batches import by_number
 from cm_jax.samplers.consistency import multistep_sample
 from cm_jax.samplers.generation import fold_in, image_keys, noise_from
@@ -31,10 +32,26 @@ EDIT_STEPS = 17
 """Default number of steps, as in OpenAI's CIFAR-10 notebook."""
 
 
+def check_editable(config: ModelConfig) -> None:
+    """Raise InputError unless the model is a consistency model."""
+    if not config.distilled:
+        raise InputError("Expected a consistency model for editing, got a denoiser; use a model distilled from it.")
+
+
+def edit_levels(operator: Operator, shape: tuple[int, ...], **levels: Unpack[NoiseLevelArgs]) -> NoiseLevelArgs:
+    """The noise levels, by default those of the operator for images of `shape`, or EDIT_STEPS steps from sigma_max."""
+    if levels_given(levels):
+        return levels
+    sigmas = operator.default_sigmas(shape)
+    return NoiseLevelArgs(steps=EDIT_STEPS) if sigmas is None else NoiseLevelArgs(sigmas=sigmas)
+
+
 def check_images(
     images: Float[Array | np.ndarray, "..."], operator: Operator, shape: tuple[int, int, int]
 ) -> Float[np.ndarray, "b h w c"]:
     """The images as float32, if `operator` and a network with images of `shape` can process them; else InputError."""
+    if not isinstance(operator, Operator):
+        raise InputError(f"Expected an operator of cm_jax.editing, such as Luma(); got {one_line(operator)}.")
     array = np.asarray(as_images(images), np.float32)
     if array.ndim != 4 or array.shape[1:] != shape:
         raise InputError(

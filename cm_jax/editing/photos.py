@@ -98,6 +98,18 @@ def fit(image: Image.Image, size: ImageSize, channels: int = 3) -> Float[np.ndar
     return np.asarray(part, np.float32).reshape(*height_width(size), -1) / 127.5 - 1
 
 
+def fit_notes(image: Image.Image, size: tuple[int, int]) -> list[str]:
+    """How `fit` crops and resizes an image, in words; empty if it does neither."""
+    left, top, right, bottom = center_box(*image.size, size)
+    part, wanted, notes = (right - left, bottom - top), (size[1], size[0]), []
+    if part != image.size:
+        notes.append(f"center {part[0]} x {part[1]} of {image.width} x {image.height} pixels")
+    if part != wanted:
+        before, after = (f"{w} x {h}" if size[0] != size[1] else f"{w}" for w, h in (part, wanted))
+        notes.append(f"{'reduced' if part > wanted else 'enlarged'} from {before} to {after} pixels")
+    return notes
+
+
 def fit_patches(image: Image.Image, size: ImageSize, patch: int, channels: int = 3) -> Float[np.ndarray, "h w c"]:
     """The center at size / patch pixels, each repeated patch x patch times: the input of PatchMean(patch)."""
     height, width = height_width(size)

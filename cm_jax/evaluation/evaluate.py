@@ -17,6 +17,7 @@ from cm_jax.evaluation.image_sets import ImageSet
 from cm_jax.evaluation.metrics import Report, frechet_distance, inception_score, kernel_distance, overlap
 from cm_jax.feature_networks.inception_v3 import CHANNELS
 from cm_jax.progress import activity
+from cm_jax.samplers.plan import guidance_text, sampler_text
 
 NEEDS = {"fid": "pool", "sfid": "spatial", "kid": "features", "is": "logits", "pr": "features", "prdc": "features"}
 """Metric -> the field of FeatureStatistics that it needs."""
@@ -118,8 +119,8 @@ def _line(values: dict[str, float], protocol: dict[str, Any]) -> str:
     if how := protocol["sampling"]:
         levels = ", ".join(f"{sigma:.4g}" for sigma in how["sigmas"][:4]) + (", ..." if how["steps"] > 4 else "")
         steps = f"{how['steps']} step{'s' if how['steps'] > 1 else ''}"
-        guidance = f", guidance {how['guidance']:g}" if "guidance" in how else ""
-        samples += f" ({how['sampler']}, {steps}, sigma {levels}{guidance}, seed {how['seed']})"
+        settings = [sampler_text(how), steps, f"sigma {levels}", guidance_text(how), f"seed {how['seed']}"]
+        samples += f" ({', '.join(filter(None, settings))})"
     parts = [
         f"N = {samples} against {counted}{protocol['reference']}",
         f"{protocol['size'][0]} x {protocol['size'][1]} pixels in 8 bits, {protocol['resize']}",

@@ -70,10 +70,7 @@ def of_model(
         for images in model.batches(seed, last, plan, batch_size=batch_size, first=first):
             yield quantize(check_finite(images, name))
 
-    how = {"sampler": type(plan.sampler).__name__, "steps": len(plan.levels) - 1, "sigmas": list(plan.levels[:-1])}
-    how |= {"seed": seed, "quantization": "round"}
-    if plan.guidance is not None:
-        how |= plan.guidance.described()
+    how = plan.described() | {"seed": seed, "quantization": "round"}
     return ImageSet(name, count, model.config.network.image_shape, read, how)
 
 

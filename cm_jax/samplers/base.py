@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import jax
@@ -36,7 +36,9 @@ class Sampler(abc.ABC):
     None: as the model's config sets `clip_denoised`, and True without a model."""
 
     ends_at_boundary: ClassVar[bool] = False
-    """Whether it ends where the model is the identity. Tuned noise levels need this."""
+    """Whether it ends where the model is the identity, so that it is not called at the last of the indices."""
+    uses_tuned_levels: ClassVar[bool] = False
+    """Whether `steps` stands for the model's tuned noise levels, if it has some for this number."""
 
     def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
         """The default noise levels of `steps` steps for a model of `num_levels` levels, without the final level."""
@@ -49,6 +51,12 @@ class Sampler(abc.ABC):
     def for_model(self, function: ConsistencyFunction) -> "Sampler":
         """The sampler with the settings that depend on the model. Raises InputError if it cannot sample from it."""
         return self
+
+    def settings(self) -> dict[str, Any]:
+        """The fields but `clip` that differ from their defaults, as JSON values; without those of repr=False."""
+        fields = [each for each in dataclasses.fields(self) if each.repr and each.name != "clip"]
+        values = {each.name: getattr(self, each.name) for each in fields if getattr(self, each.name) != each.default}
+        return {name: value if isinstance(value, str | int) else repr(value) for name, value in values.items()}
 
     def num_noise_samples(self, steps: int) -> int:
         """The number of noise samples in `steps` steps, with the initial one."""
@@ -79,7 +87,8 @@ class NoiseLevelArgs(TypedDict, total=False):
     """The noise levels of a sampler. Exactly one of these is given; index 0 is sigma_max."""
 
     steps: int | None
-    """Number of steps: the tuned levels of this number if there are any, else the sampler's default levels."""
+    """Number of steps: for the sampler consistency the tuned levels of this number if there are any, else the sampler's
+    default levels."""
     timesteps: Sequence[int] | Integer[Array | np.ndarray, " n"] | None
     """Level indices, descending to 0, as in diffusers: (22, 0). The sampler's final level is added."""
     indices: Sequence[int] | Integer[Array | np.ndarray, " n"] | None
@@ -87,6 +96,16 @@ class NoiseLevelArgs(TypedDict, total=False):
     sigmas: Sequence[float] | Float[Array | np.ndarray, " n"] | None
     """The levels themselves, descending: (80.0, 1.38). The sampler's final level is added; a closing 0, as in
     k-diffusion, stands for it."""
+
+
+def levels_given(levels: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of NoiseLevelArgs that are not None. Raises InputError for other names."""
+    names = list(NoiseLevelArgs.__annotations__)
+    for name in levels:
+        if name not in names:
+            advice = nearest(name, names) or f" Noise levels are given as one of {', '.join(names)}."
+            raise InputError(f"There is no argument {name!r}.{advice}")
+    return {name: value for name, value in levels.items() if value is not None}
 
 
 def choose_levels(
@@ -104,9 +123,7 @@ def choose_levels(
     `num_levels`: N of the level indices. `boundary`: the level at which the model is the identity, by default
     sigma_min. `tuned`, `tuned_sigmas`: tuned timesteps and sigmas. Raises InputError for invalid levels.
     """
-    given = {name: value for name, value in levels.items() if value is not None}
-    for name in given.keys() - NoiseLevelArgs.__annotations__:
-        raise InputError(f"There is no argument {name!r}.{nearest(name, NoiseLevelArgs.__annotations__)}")
+    given = levels_given(levels)
     if len(given) != 1:
         raise InputError(f"Give one of steps, timesteps, indices or sigmas; got {' and '.join(given) or 'none'}.")
     ((name, values),) = given.items()
@@ -116,7 +133,7 @@ def choose_levels(
         steps = check_int("steps", values, 1, _MOST_STEPS)
         choices = [("timesteps", each) for each in tuned] + [("sigmas", each) for each in tuned_sigmas]
         match = next((choice for choice in choices if len(choice[1]) == steps), None)
-        if match is None or not sampler.ends_at_boundary:
+        if match is None or not sampler.uses_tuned_levels:
             return (*sampler.levels(steps, schedule, num_levels), final)
         name, values = match
     if name == "sigmas":

@@ -11,6 +11,7 @@ import numpy as np
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.ode import dx_dsigma, euler_step
+from cm_jax.diffusion.preconditioning import MeanFlowPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.samplers.base import Levels, Sampler, scan_steps
 from cm_jax.types import Denoiser, Images, NoiseSource, Sigmas
@@ -24,6 +25,7 @@ class Consistency(Sampler):
     """
 
     ends_at_boundary: ClassVar[bool] = True
+    uses_tuned_levels: ClassVar[bool] = True
 
     def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
         """Levels of indices 0, q, 2q, ... with q = num_levels // steps, as in diffusers.
@@ -56,22 +58,31 @@ class Segments(Sampler):
     MeanFlow, z_r = z_t - (t - r) u(z_t, t, t - r). Both are Euler steps with f in place of the denoiser.
     """
 
-    spacing: Literal["time", "log_snr"] = "time"
-    """The default levels have equal steps of TrigFlow's time arctan(sigma / sigma_data), or of ln sigma."""
-    sigma_data: float = 0.5
+    spacing: Literal["time", "flow_time", "log_snr"] | None = None
+    """The default levels have equal steps of TrigFlow's time arctan(sigma / sigma_data), of MeanFlow's time
+    sigma / (1 + sigma) from 1 on, or of ln sigma. None: flow_time for MeanFlow's preconditioning, time for others."""
+    sigma_data: float | None = None
+    """None: the model's; 0.5 without a model."""
 
     def for_model(self, function: ConsistencyFunction) -> Sampler:
-        if function.network.interval_embedding:
-            return self
-        raise InputError("Expected a network with interval_embedding for the sampler segments; use consistency.")
+        if not function.network.interval_embedding:
+            raise InputError("Expected a network with interval_embedding for the sampler segments; use consistency.")
+        own = function.preconditioning
+        spacing = self.spacing or ("flow_time" if isinstance(own, MeanFlowPreconditioning) else "time")
+        sigma_data = own.sigma_data if self.sigma_data is None else self.sigma_data
+        return dataclasses.replace(self, spacing=spacing, sigma_data=sigma_data)
 
     def levels(self, steps: int, schedule: KarrasSchedule, num_levels: int) -> tuple[float, ...]:
-        highest = schedule.sigma_max / self.sigma_data
-        if self.spacing == "time":
-            levels = np.tan(np.linspace(np.arctan(highest), 0, steps + 1))
+        """With flow_time and more than 1 + sigma_max steps, the steps are equal from the time of sigma_max on."""
+        highest, sigma_data = schedule.sigma_max, 0.5 if self.sigma_data is None else self.sigma_data
+        if self.spacing == "flow_time":
+            times = np.linspace(1 if steps < 1 + highest else highest / (1 + highest), 0, steps + 1)[1:-1]
+            levels = times / (1 - times)
+        elif self.spacing == "log_snr":
+            levels = np.geomspace(highest, sigma_data * np.tan(1e-6), steps + 1)[1:-1]
         else:
-            levels = np.geomspace(highest, np.tan(1e-6), steps + 1)
-        return (schedule.sigma_max, *map(float, self.sigma_data * levels[1:-1]))
+            levels = sigma_data * np.tan(np.linspace(np.arctan(highest / sigma_data), 0, steps + 1)[1:-1])
+        return (highest, *map(float, levels))
 
     def __call__(self, denoiser: Denoiser, levels: Levels, noise: NoiseSource) -> Images:
         """Images from noise; `denoiser` has a third argument, the lower end of the segment."""

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 import numpy as np
 
 from cm_jax.arguments import as_list
+from cm_jax.checkpoints.class_rows import class_rows
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.guidance import MAX_STRENGTH, AnyFunction, GuidedDenoiser, GuidedStudent, check_strength
 from cm_jax.errors import InputError, one_line
-from cm_jax.types import Params
+from cm_jax.types import Params, digest
 
 _ALL = (0.0, math.inf)
 """The interval of all noise levels."""
@@ -59,8 +60,8 @@ class Guidance(NamedTuple):
     def described(self) -> dict[str, Any]:
         """The settings as JSON values, for reports."""
         low, high = self.interval
-        guide = {} if self.guide is None else {"guide": "another model"}
-        interval = {} if (low, high) == _ALL else {"guidance_interval": f"{low:g},{high:g}"}
+        guide = {} if self.guide is None else {"guide_sha256": digest(self.guide.params)}
+        interval = {} if (low, high) == _ALL else {"guidance_interval": f"{low:g}, {high:g}"}
         return {"guidance": self.strength, **guide, **interval}
 
 
@@ -101,7 +102,7 @@ def _interval(given: Sequence[float] | None) -> tuple[float, float]:
         return _ALL
     try:
         low, high = map(float, as_list(given) or ())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"Expected two noise levels as guidance interval, e.g. 0.28,2.9; got {one_line(given)}."
         ) from error
@@ -111,17 +112,23 @@ def _interval(given: Sequence[float] | None) -> tuple[float, float]:
 
 
 def _check_guide(config: ModelConfig, guide: ModelConfig) -> None:
-    """Raise InputError unless `guide` is a denoiser of the same images, without classes or with the same number."""
-    (shape, classes), (other, guide_classes) = (
+    """Raise InputError unless `guide` is a denoiser of the same images, without classes or with the same ones."""
+    (shape, classes), (guide_shape, guide_classes) = (
         (each.network.image_shape, each.network.classes) for each in (config, guide)
     )
     problem = None
     if guide.distilled:
         problem = "a consistency model"
-    elif other != shape:
-        problem = f"one of images of shape {list(other)}, and the model's are {list(shape)}"
+    elif guide_shape != shape:
+        problem = f"one of images of shape {list(guide_shape)}, and the model's are {list(shape)}"
     elif guide_classes not in (None, classes):
         problem = f"one of {guide_classes} classes, and the model has {classes or 'none'}"
+    elif config.class_names and guide.class_names:
+        names, others = config.class_names, guide.class_names
+        rows = zip(class_rows(names, others), class_rows(others, names), strict=True)
+        other = next((number for number, found in enumerate(rows) if number not in found), None)
+        if other is not None:
+            problem = f"one whose class {other} is {others[other]!r}, and the model's is {names[other]!r}"
     if problem:
         raise InputError(f"Expected a denoiser of the same images and classes as guide, got {problem}.")
 

@@ -1,6 +1,7 @@
 """The choice of a sampler and its noise levels for a model."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from cm_jax.arguments import as_array
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.errors import InputError
 from cm_jax.samplers import sampler_named
-from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels
+from cm_jax.samplers.base import NoiseLevelArgs, Sampler, choose_levels, levels_given
 from cm_jax.samplers.guidance import Guidance
 
 TEACHER_STEPS = 40
@@ -26,6 +27,33 @@ class SamplingPlan(NamedTuple):
     """Descending; the network is not evaluated at the last one."""
     guidance: Guidance | None = None
     """Guidance of a denoiser, or the strength for a consistency model that takes it as an input."""
+
+    def described(self) -> dict[str, Any]:
+        """What decides the images, besides the model and the seed, as JSON values."""
+        settings = self.sampler.settings()
+        return {
+            "sampler": type(self.sampler).__name__,
+            **({"sampler_settings": settings} if settings else {}),
+            "steps": len(self.levels) - 1,
+            "sigmas": list(self.levels[:-1]),
+            "clip": self.sampler.clip is not False,
+            **({} if self.guidance is None else self.guidance.described()),
+        }
+
+
+def sampler_text(described: Mapping[str, Any]) -> str:
+    """The sampler of `SamplingPlan.described` in words: "Heun(churn=Churn(amount=40, ...))"."""
+    settings = ", ".join(f"{name}={value}" for name, value in described.get("sampler_settings", {}).items())
+    return described["sampler"] + (f"({settings})" if settings else "")
+
+
+def guidance_text(described: Mapping[str, Any]) -> str:
+    """The guidance of `SamplingPlan.described` in words: "guidance 2 for sigma in (0.28, 2.9]"; empty for none."""
+    if "guidance" not in described:
+        return ""
+    guide = f" by the model of SHA-256 {described['guide_sha256'][:12]}" if "guide_sha256" in described else ""
+    interval = f" for sigma in ({described['guidance_interval']}]" if "guidance_interval" in described else ""
+    return f"guidance {described['guidance']:g}{guide}{interval}"
 
 
 def make_plan(
@@ -45,7 +73,8 @@ def make_plan(
         levels = NoiseLevelArgs(steps=steps or (1 if consistency else TEACHER_STEPS))
     if clip is not None or (sampler.clip is None and not config.clip_denoised):
         sampler = dataclasses.replace(sampler, clip=bool(clip))
-    return SamplingPlan(sampler.for_model(config.function), _levels(config, sampler, levels), guidance)
+    sampler = sampler.for_model(config.function)
+    return SamplingPlan(sampler, _levels(config, sampler, levels), guidance)
 
 
 def _levels(config: ModelConfig, sampler: Sampler, levels: NoiseLevelArgs) -> tuple[float, ...]:
@@ -64,10 +93,6 @@ def _levels(config: ModelConfig, sampler: Sampler, levels: NoiseLevelArgs) -> tu
     if len(rounded) < 2:
         raise InputError(f"Expected sigmas from {schedule.sigma_min:g}, the lowest level of this model.")
     return rounded
-
-
-def levels_given(levels: Any) -> bool:
-    return any(value is not None for value in levels.values())
 
 
 def checked_noise(noise: Any, images_shape: tuple[int, ...], plan: SamplingPlan) -> Float[Array | np.ndarray, "..."]:

@@ -92,7 +92,7 @@ class _Churned(ODESampler):
     """Solver steps, each after noise is added."""
 
     churn: Churn = Churn()
-    preconditioning: Preconditioning | None = None
+    preconditioning: Preconditioning | None = dataclasses.field(default=None, repr=False)
     """Rounds the level after churn, for models with discrete noise levels. Set by `for_model`."""
 
     def for_model(self, function: ConsistencyFunction) -> Sampler:

@@ -1,17 +1,13 @@
 """The class indices of a run, its teacher and its initial weights, compared by class names."""
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from cm_jax.checkpoints.class_labels import find_classes
-from cm_jax.checkpoints.published import imagenet_classes
+from cm_jax.checkpoints.class_rows import Names, class_rows, without_ids
 from cm_jax.data import Dataset
 from cm_jax.errors import InputError
-
-Names = tuple[str, ...]
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +17,7 @@ def in_class_order(dataset: Dataset, class_names: Names, source: str) -> Dataset
 
     Raises InputError if the names differ other than in their order. `source`: what has these names, for messages.
     """
-    names, others = _without_ids(dataset.class_names), _without_ids(class_names)
+    names, others = without_ids(dataset.class_names), without_ids(class_names)
     if not names or not others or names == others:
         return dataset
     rows = class_rows(names, others)
@@ -36,15 +32,6 @@ def in_class_order(dataset: Dataset, class_names: Names, source: str) -> Dataset
     if order == list(range(len(others))):
         return dataset
     return dataset.renumbered(np.asarray(order, np.int32), class_names, f"as in {source}")
-
-
-def class_rows(names: Names, others: Names) -> list[int | None]:
-    """For each name the number of the class in `others` that it means; None if there are none or several."""
-    names, others = _without_ids(names), _without_ids(others)
-    if names == others:
-        return list(range(len(names)))
-    found = [find_classes(name, others) for name in names]
-    return [numbers[0] if len(numbers) == 1 else None for numbers in found]
 
 
 def same_classes(names: Names, others: Names) -> bool:
@@ -83,15 +70,6 @@ def in_order_of_run(dataset: Dataset, class_names: Names, sources: Iterable[tupl
         if not same:
             _log.warning("The run numbers its classes differently from %s: start a new run.", source)
     return ordered
-
-
-def _without_ids(names: Names) -> Names:
-    """ImageNet's 1,000 WordNet ids, "n01440764", as class names, which are in their order; other names unchanged."""
-    ids = sorted({name for name in names if re.fullmatch("n[0-9]{8}", name)})
-    if len(ids) != 1000 or len(names) != 1000:
-        return names
-    numbers = {name: number for number, name in enumerate(ids)}
-    return tuple(imagenet_classes()[numbers[name]] for name in names)
 
 
 def _listed(names: Sequence[str]) -> str:

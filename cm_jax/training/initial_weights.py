@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from cm_jax.checkpoints import serialization
+from cm_jax.checkpoints.class_rows import Names, class_rows
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion import Source
 from cm_jax.errors import InputError, indented_list
 from cm_jax.networks import AnyNetwork, BuiltInNetwork, EDM2UNet, SongUNet
-from cm_jax.training.class_order import Names, class_rows
 from cm_jax.training.config import TrainConfig
 from cm_jax.types import Params
 

@@ -15,8 +15,11 @@ from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.preconditioning import (
     ConsistencyPreconditioning,
     EDMPreconditioning,
+    IDDPMPreconditioning,
     MeanFlowPreconditioning,
     TrigFlowPreconditioning,
+    VEPreconditioning,
+    VPPreconditioning,
 )
 from cm_jax.errors import InputError
 from cm_jax.model import Model
@@ -111,6 +114,18 @@ def test_the_preconditioning_decides_what_a_model_is_unless_the_config_does(prec
     assert config.distilled == distilled
     assert dataclasses.replace(config, consistency=True).distilled
     assert not dataclasses.replace(config, consistency=False).distilled
+
+
+@pytest.mark.parametrize(
+    "preconditioning",
+    [*PRECONDITIONINGS, VPPreconditioning(), VEPreconditioning(), IDDPMPreconditioning()],
+    ids=lambda each: type(each).__name__,
+)
+def test_coefficients_are_finite_without_noise(preconditioning):
+    """Model.denoise accepts sigma = 0; embeddings take sines of c_noise, which are NaN where it is infinite."""
+    zero = jnp.zeros(1)
+    coefficients = [preconditioning.c_skip(zero, 0.0), preconditioning.c_out(zero, 0.0), preconditioning.c_in(zero)]
+    assert np.isfinite([*coefficients, preconditioning.c_noise(zero)]).all()
 
 
 def test_a_config_without_the_field_consistency_is_readable():

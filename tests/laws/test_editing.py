@@ -274,6 +274,10 @@ def test_patch_sizes_are_checked(size):
         (PICTURES, {"operator": PatchMean(5)}, "use one of 2, 4, 8"),
         (PICTURES, {"operator": Noisy()}, "Expected sigmas"),
         (PICTURES, {"sigmas": (1.0, 2.0)}, "must descend"),
+        (PICTURES, {"guidance": 2}, "cannot be guided in sampling"),
+        (PICTURES, {"sampler": "heun"}, "There is no argument 'sampler'. Noise levels are given as one of steps, "),
+        (PICTURES, {"clip": None}, "There is no argument 'clip'"),
+        (PICTURES, {"guide": MODEL}, "There is no argument 'guide'"),
     ],
 )
 def test_invalid_edits_are_refused(images, asked, message):

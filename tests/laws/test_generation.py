@@ -91,6 +91,15 @@ def test_labels_come_from_the_same_key(reference):
     assert set(STUDENT.sample_labels(0, 400)) == set(range(10))
 
 
+@pytest.mark.parametrize("which", [{"key": 3, "count": 2}, {"seeds": [3, 8]}], ids=str)
+def test_labels_come_from_the_same_key_with_given_noise(which):
+    noise = np.random.default_rng(0).standard_normal((1, 2, 8, 8, 3)).astype(np.float32)
+    expected = STUDENT.sample(**which, labels=STUDENT.sample_labels(**which), noise=noise)
+    np.testing.assert_array_equal(STUDENT.sample(**which, noise=noise), expected)
+    with pytest.raises(InputError, match=r"Expected labels in \[0, 9\]"):
+        STUDENT.sample(count=2, noise=noise)
+
+
 def test_several_seeds_give_the_first_image_of_each():
     seeds = [3, 8, jax.random.key(2)]
     together = STUDENT.sample(seeds=seeds, batch_size=2, progress=True)

@@ -1,6 +1,7 @@
 """Guided sampling: the formula, its interval, and models with their guides."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.guidance import GuidedDenoiser, guided
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
+from cm_jax.editing import Strokes
 from cm_jax.errors import InputError
 from cm_jax.model import Model
-from cm_jax.samplers import Heun, generation
+from cm_jax.samplers import Churn, Heun, generation
+from cm_jax.samplers.plan import guidance_text, sampler_text
+from cm_jax.types import digest
 from tests.laws.test_interval_embedding import SONG
 from tests.support import SMALL, gaussian_denoiser, random_params
 
@@ -144,11 +148,30 @@ def test_an_interval_that_ends_below_all_levels_changes_nothing():
     np.testing.assert_allclose(found, samples(), atol=1e-6)
 
 
+def test_a_guided_student_edits_with_the_default_levels_at_every_strength():
+    network = dataclasses.replace(PLAIN, guidance_embedding=True)
+    config = ModelConfig(network, ConsistencyPreconditioning(), guidance_range=(1.0, 3.0))
+    student = Model(config, random_params(network))
+    pictures, levels = np.tanh(X), Strokes().default_sigmas((8, 8, 3))
+
+    def edits(**options):
+        return student.edit(0, pictures, Strokes(), labels=0, **options)
+
+    np.testing.assert_array_equal(edits(), edits(guidance=1.0, sigmas=levels))
+    np.testing.assert_array_equal(edits(guidance=3.0), edits(guidance=3.0, sigmas=levels))
+    assert np.abs(edits() - edits(guidance=3.0)).max() > 1e-3
+    frames = [student.interpolate_images(0, *pictures[:2], 2, labels=0, guidance=g) for g in (None, 1.0, 3.0)]
+    np.testing.assert_array_equal(frames[0], frames[1])
+    assert np.abs(frames[0] - frames[2]).max() > 1e-3
+
+
 REFUSED = {
     "consistency model": (model(PLAIN, preconditioning=ConsistencyPreconditioning()), {"guidance": 2}, "got a consist"),
     "unconditional model": (PRIOR, {"guidance": 2}, "is unconditional"),
     "no label dropout": (model(PLAIN, label_dropout=0.0), {"guidance": 2}, "without label dropout"),
     "strength": (TEACHER, {"guidance": -1}, r"guidance in \[0, 1000\].*got -1"),
+    "huge": (TEACHER, {"guidance": 10**400}, r"guidance in \[0, 1000\]"),
+    "huge interval": (TEACHER, {"guidance": 2, "guidance_interval": (0, 10**400)}, "two noise levels"),
     "not finite": (TEACHER, {"guidance": float("nan")}, "got nan"),
     "no strength": (TEACHER, {"guide": GUIDE}, "give guidance as well"),
     "interval": (TEACHER, {"guidance": 2, "guidance_interval": (3, 1)}, "0 <= lo < hi.*got 3,1"),
@@ -162,8 +185,40 @@ REFUSED = {
         *(TEACHER, {"guidance": 2, "guide": model(dataclasses.replace(PLAIN, classes=4))}),
         "4 classes, and the model has 3",
     ),
+    "other class names": (
+        model(PLAIN, class_names=("cat", "dog", "owl")),
+        {"guidance": 2, "guide": model(PLAIN, class_names=("cat", "fox", "owl"))},
+        "as guide, got one whose class 1 is 'fox', and the model's is 'dog'",
+    ),
+    "classes in another order": (
+        model(PLAIN, class_names=("cat", "dog", "owl")),
+        {"guidance": 2, "guide": model(PLAIN, class_names=("dog", "cat", "owl"))},
+        "class 0 is 'dog', and the model's is 'cat'",
+    ),
     "no model": (TEACHER, {"guidance": 2, "guide": "other"}, "Expected a Model as guide"),
 }
+
+
+def test_what_decides_guided_images_is_described():
+    churn, plain = Heun(churn=Churn(40, 0.05)), TEACHER.plan(steps=2)
+    assert plain.described().keys() == {"sampler", "steps", "sigmas", "clip"}
+    assert (plain.described()["clip"], TEACHER.plan(clip=False).described()["clip"]) == (True, False)
+    options = {"guidance": 2.0, "guidance_interval": (0.28, 2.9), "steps": 2}
+    found = [TEACHER.plan(sampler=churn, guide=guide, **options).described() for guide in (GUIDE, PRIOR)]
+    assert found[0] != found[1]
+    json.dumps(found, allow_nan=False)
+    assert sampler_text(found[0]) == "Heun(churn=Churn(amount=40, sigma_min=0.05, sigma_max=inf, noise=1.0))"
+    expected = f"guidance 2 by the model of SHA-256 {digest(GUIDE.params)[:12]} for sigma in (0.28, 2.9]"
+    assert guidance_text(found[0]) == expected
+    assert guidance_text(TEACHER.plan(guidance=2.0).described()) == "guidance 2"
+    assert guidance_text(plain.described()) == ""
+
+
+def test_guides_with_synonyms_or_without_names_are_accepted():
+    named = model(PLAIN, class_names=("cat", "dog, hound", "owl"))
+    for guide in (model(PLAIN, class_names=("Cat", "hound", "owl")), GUIDE, PRIOR):
+        assert named.plan(guidance=2.0, guide=guide).guidance.guide is guide
+    assert TEACHER.plan(guidance=2.0, guide=named).guidance.guide is named
 
 
 @pytest.mark.parametrize("case", REFUSED)

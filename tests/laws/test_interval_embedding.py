@@ -10,11 +10,13 @@ import pytest
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
-from cm_jax.diffusion.preconditioning import MeanFlowPreconditioning
+from cm_jax.diffusion.noise_schedule import KarrasSchedule
+from cm_jax.diffusion.preconditioning import MeanFlowPreconditioning, TrigFlowPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.objectives import Batch, FrozenParams, MeanFlow, Models
+from cm_jax.samplers import Segments
 from cm_jax.types import leaves, per_image
 from tests.support import random_params, relative
 
@@ -115,6 +117,31 @@ def test_a_mean_flow_model_draws_in_one_step_like_any_other(network):
     direct = model.denoise(80 * noise[0], 80.0, labels=[1, 2])
     np.testing.assert_allclose(images, np.clip(direct, -1, 1), atol=1e-5)
     assert model.sample(0, 2, labels=[1, 2], steps=2).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("sigma_max", [80.0, 5.0])
+def test_segments_of_mean_flow_have_equal_steps_in_its_time(sigma_max):
+    """t = 1 (sigma_max stands for it), 1 - 1/n, ..., 0, with the z_t = x / (1 + sigma) of MeanFlow's sampler."""
+    config = ModelConfig(SONG, MeanFlowPreconditioning(), KarrasSchedule(sigma_max=sigma_max))
+    model = Model(config, random_params(SONG))
+    for steps in (1, 2, 4):
+        levels = np.asarray(model.plan(sampler="segments", steps=steps).levels)
+        assert levels[0] == sigma_max
+        np.testing.assert_allclose(levels[1:] / (1 + levels[1:]), 1 - np.arange(1, steps + 1) / steps, atol=1e-12)
+    levels = np.asarray(model.plan(sampler="segments", steps=200).levels)
+    assert len(levels) == 201
+    np.testing.assert_allclose(np.diff(levels / (1 + levels)), -sigma_max / (1 + sigma_max) / 200, rtol=1e-6)
+    trigflow = model.plan(sampler=Segments(spacing="time"), steps=4).levels
+    np.testing.assert_allclose(np.diff(np.arctan(np.divide(trigflow, 0.5)), 2), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_segments_of_other_models_have_equal_steps_in_trigflows_time(sigma_data):
+    model = Model(ModelConfig(SONG, TrigFlowPreconditioning(sigma_data), consistency=True), random_params(SONG))
+    levels = model.plan(sampler="segments", steps=4).levels
+    np.testing.assert_allclose(np.diff(np.arctan(np.divide(levels, sigma_data)), 2), 0, atol=1e-12)
+    own = model.plan(sampler=Segments(sigma_data=0.25), steps=4).levels
+    np.testing.assert_allclose(np.diff(np.arctan(np.divide(own, 0.25)), 2), 0, atol=1e-12)
 
 
 def test_mean_flow_trains_both_embeddings_and_requires_them(network):

@@ -96,7 +96,7 @@ def test_vp_schedule_reaches_the_levels_given():
     np.testing.assert_allclose(schedule.sigma(schedule.time(jnp.array([0.01, 1.0, 40.0]))), [0.01, 1, 40], rtol=1e-4)
 
 
-@pytest.mark.parametrize("spacing", ["time", "log_snr"])
+@pytest.mark.parametrize("spacing", [None, "time", "flow_time", "log_snr"])
 def test_segments_of_the_exact_flow_end_where_the_flow_ends(spacing):
     """For N(0, d^2) the flow from s to r multiplies x by sqrt((d^2 + r^2) / (d^2 + s^2))."""
 
@@ -202,6 +202,13 @@ def test_timesteps_indices_and_sigmas_agree():
     by_sigmas = choose_levels(Consistency(), SCHEDULE, N, sigmas=(80.0, 1.3823679566485092))
     np.testing.assert_allclose(by_timesteps, by_sigmas, rtol=1e-12)
     assert by_timesteps == choose_levels(Consistency(), SCHEDULE, N, steps=2, tuned=[(22, 0)])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_only_the_consistency_sampler_uses_tuned_levels(name):
+    plain = choose_levels(SAMPLERS[name], SCHEDULE, N, steps=2)
+    for tuned in ({"tuned": [(22, 0)]}, {"tuned_sigmas": [(80.0, 0.821)]}):
+        assert (choose_levels(SAMPLERS[name], SCHEDULE, N, steps=2, **tuned) != plain) == (name == "consistency")
 
 
 @pytest.mark.parametrize(("steps", "indices"), [(1, [0]), (2, [0, 20]), (3, [0, 13, 26]), (4, [0, 10, 20, 30])])

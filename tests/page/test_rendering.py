@@ -186,6 +186,13 @@ def test_description_and_classes_of_a_model(model):
     assert rendering.class_choices(Model(alone, model.params)) == []
 
 
+def test_another_model_keeps_the_class_of_the_selected_example(model):
+    page = pytest.importorskip("cm_jax.demo.page")
+    named = Model(dataclasses.replace(model.config, class_names=("dog", "Flags", "pea")), model.params)
+    for shown, example, number in [(named, "flag", 1), (named, "mango", 0), (named, None, 0), (model, "flag", 0)]:
+        assert page.show_model(shown, example)[2].value == number
+
+
 def test_errors(model):
     everywhere = [stroke(np.s_[:, :])]
     denoiser = Model(dataclasses.replace(model.config, preconditioning=EDMPreconditioning()), model.params)

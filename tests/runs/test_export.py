@@ -16,6 +16,8 @@ from cm_jax.cli import main
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.model import Model
+from cm_jax.samplers import Churn, Heun
+from cm_jax.types import digest
 from tests.runs.test_commands import failed, succeeded
 from tests.support import SMALL, random_params
 
@@ -52,6 +54,13 @@ def test_the_parameters_of_both_networks_of_a_guided_sampler():
     expected = denoiser.sample(seeds=SEEDS, labels=CLASSES, **guided)
     found = program.call(params, np.array(SEEDS, np.uint32), np.array(CLASSES, np.int32))
     np.testing.assert_allclose(found, expected, atol=BOUND)
+    plan = denoiser.plan(**guided | {"sampler": Heun(churn=Churn(40)), "guidance_interval": (0.28, 2.9)}, clip=False)
+    readme = exporting._readme(denoiser, plan, program)
+    assert "- Sampler: Heun(churn=Churn(amount=40, " in readme
+    described = (
+        f"not clipped, guidance 1.5 by the model of SHA-256 {digest(guide.params)[:12]} for sigma in (0.28, 2.9]"
+    )
+    assert f"- Denoised images: {described}\n" in readme
 
 
 @needs_flatbuffers
@@ -67,6 +76,7 @@ def test_the_example_runs_without_this_package(tmp_path, capsys):
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "class numbers from 0 to 2" in readme
     assert "Consistency, noise levels 80, " in readme
+    assert "- Denoised images: clipped to [-1, 1]\n" in readme
     assert "is a folder with files in it" in failed(capsys, main, "export", "emoji32", tmp_path / "out")
 
 

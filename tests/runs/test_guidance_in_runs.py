@@ -7,18 +7,22 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import cm_jax
+import cm_jax.cli.evaluate
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.cli import main_evaluate, main_sample
+from cm_jax.cli import main_edit, main_evaluate, main_sample
 from cm_jax.diffusion.guidance import FixedGuidance, UniformGuidance
-from cm_jax.diffusion.preconditioning import EDMPreconditioning
+from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.model import Model
 from cm_jax.training.loop import train
 from cm_jax.training.setup import prepare
+from cm_jax.types import digest
 from tests.laws.test_interval_embedding import SONG
 from tests.runs.test_commands import failed, succeeded
+from tests.runs.test_evaluate_command import TOLD, toy
 from tests.runs.test_training import SMALL, UNET
 from tests.runs.test_training_setup import STUDENT
 from tests.support import random_params
@@ -67,6 +71,37 @@ def test_guided_samples_on_the_command_line(models, tmp_path, capsys):
 def test_impossible_guidance_is_one_message(models, tmp_path, capsys, options, message):
     words = [models / "guide" if word == "GUIDE" else word for word in options]
     assert message in failed(capsys, main_sample, models / "teacher", *words, "--output", tmp_path / "a.png")
+
+
+def test_the_protocol_has_every_setting_that_changes_the_images(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cm_jax.cli.evaluate, "load_inception", lambda weights: toy(8))
+    output, guide = tmp_path / "report.json", models / "guide"
+    options = ("--steps", 2, "--churn", "40", "--clip", "off", "--guidance", 2, "--guidance-model", guide)
+    told = ("--guidance-interval", "0.28,2.9", "--metrics", "fid", "--count", 4, *TOLD, "--output", output)
+    said = succeeded(capsys, main_evaluate, models / "teacher", "emoji:held_out", *options, *told)
+    found, sha = json.loads(output.read_text())["protocol"]["sampling"], digest(cm_jax.load(guide).params)
+    assert found["sampler_settings"]["churn"].startswith("Churn(amount=40")
+    assert (found["clip"], found["guidance"], found["guide_sha256"]) == (False, 2, sha)
+    assert "(Heun(churn=Churn(amount=40" in said
+    assert f"guidance 2 by the model of SHA-256 {sha[:12]} for sigma in (0.28, 2.9], seed 0)" in said
+
+
+def test_edits_of_a_guided_student(tmp_path, capsys):
+    network = dataclasses.replace(PLAIN, guidance_embedding=True)
+    config = ModelConfig(network, ConsistencyPreconditioning(), num_levels=18, guidance_range=(1.0, 3.0))
+    Model(config, random_params(network)).save(tmp_path / "guided")
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "a.png")
+    written = []
+    for options in ((), ("--guidance", 1), ("--guidance", 3)):
+        told = ("--checkpoint", tmp_path / "guided", "--output", tmp_path / "e.png", "--labels", 0, *options)
+        for kind in (("stroke", tmp_path / "a.png"), ("interpolate", tmp_path / "a.png", tmp_path / "a.png")):
+            succeeded(capsys, main_edit, *kind, *told)
+            written.append((tmp_path / "e.png").read_bytes())
+    assert written[:2] == written[2:4]
+    assert written[0] != written[4]
+    assert written[1] != written[5]
+    options = ("--checkpoint", tmp_path / "guided", "--output", tmp_path / "e.png", "--labels", 0, "--guidance", 4)
+    assert "Expected guidance in [1, 3]" in failed(capsys, main_edit, "stroke", tmp_path / "a.png", *options)
 
 
 def test_guidance_of_images_is_refused(capsys):

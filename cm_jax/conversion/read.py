@@ -64,7 +64,8 @@ def read(path: Path, hints: CheckpointHints | None = None) -> Source:
             source = _read(path, hints)
         if hints.qkv_order is not None and source.format is not OPENAI:
             raise InputError(f"--qkv-order is for files with the names of OpenAI's code; leave it out for {path}.")
-        return dataclasses.replace(source, config=hints.apply(source.config))
+        config = hints.apply(source.config)
+        return dataclasses.replace(source, config=config, notes=(*source.notes, *_dropped(source.config, config)))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -108,6 +109,13 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
         )
     source = _read_pytorch(path, weights, hints)
     return dataclasses.replace(source, notes=(*notes, *source.notes))
+
+
+def _dropped(before: ModelConfig, after: ModelConfig) -> tuple[str, ...]:
+    """A note on the tuned noise levels of the checkpoint that the options replace or do not fit."""
+    tuned = {*before.tuned_timesteps, *before.tuned_sigmas} - {*after.tuned_timesteps, *after.tuned_sigmas}
+    levels = " and ".join(",".join(map(str, each)) for each in sorted(tuned))
+    return (f"Dropped the tuned noise levels {levels}: the options replace them or do not fit them.",) if tuned else ()
 
 
 def _refuse_openai_run(path: Path) -> None:

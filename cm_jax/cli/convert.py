@@ -64,7 +64,8 @@ class Convert(WhichWeights):
     resampling: Filter | None = None
     """For consistency_models_cifar10: filter for downsampling and upsampling. Default: from the checkpoint."""
     sigma_min: float | None = None
-    """Lowest noise level of the training. Default: from the checkpoint, or 0.002."""
+    """Lowest noise level of the training. Default: from the checkpoint, or 0.002; 0.003 for a consistency model in the
+    names of EDM (ECT)."""
     sigma_max: float | None = None
     """Highest noise level of the training. Default: from the checkpoint, or 80."""
     rho: float | None = None
@@ -147,6 +148,8 @@ def main(prog: str, words: Sequence[str]) -> None:
     with activity(f"Writing {destination}"):
         conversion.write(destination, kind, config, params)
     say(f"Wrote {destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
+    if report := conversion.unstated(kind, config).report():
+        say(report)
     if args.push:
         options = conversion.UploadOptions(private=args.private or None, license=args.license)
         with activity(f"Uploading to {args.push}", own_bar=True):

@@ -8,6 +8,7 @@ from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion.dictionaries import state_dict
 from cm_jax.conversion.diffusers import EXTRAS, extras, model_index, scheduler_config, unet_config
+from cm_jax.conversion.edm_writing import config_as_read, preconditioning_name
 from cm_jax.conversion.torch_files import write_torch
 from cm_jax.diffusion.noise_schedule import ADM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
@@ -32,6 +33,7 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
         (native.save_file if path.suffix.lower() == ".safetensors" else native.save)(path, config, params)
         return
     if kind == "edm":
+        config_as_read(config, preconditioning_name(config))
         tensors = state_dict(kind, config, params)
         with atomic_write(path) as beside, write_errors(path):
             if path.suffix.lower() == ".safetensors":

@@ -68,9 +68,18 @@ def _check_representable(kind: Kind, config: ModelConfig) -> None:
         lost.append(f"c_noise = {preconditioning.time_factor:g} ln sigma (it is always {ADM_TIME:g} ln sigma)")
     if config.distilled and not isinstance(preconditioning, ConsistencyPreconditioning):
         lost.append("a consistency model with EDM preconditioning")
-    if kind == "openai" and (preconditioning.sigma_data, config.schedule) != (0.5, KarrasSchedule()):
+    scheduler = kind == "diffusers" and config.distilled
+    if not scheduler and (preconditioning.sigma_data, config.schedule) != (0.5, KarrasSchedule()):
         lost.append("other sigma_data, sigma_min, sigma_max or rho than 0.5, 0.002, 80 and 7")
     if kind == "openai" and (config.adm.norm_groups, config.adm.norm_epsilon) != (NORM_GROUPS, NORM_EPSILON):
         lost.append(f"other group norms than of {NORM_GROUPS} groups with epsilon {NORM_EPSILON}")
+    if isinstance(preconditioning, ConsistencyPreconditioning) and not config.distilled:
+        lost.append("a denoiser with the preconditioning of a consistency model")
+    if config.latents is not None:
+        lost.append("a model of latents")
+    if kind == "openai" and not config.clip_denoised:
+        lost.append("samples that are not clipped (clip_denoised=False)")
+    if kind == "openai" and config.tuned_sigmas:
+        lost.append("tuned sigmas")
     if lost:
         raise InputError(f"The {kind} format cannot represent {' nor '.join(lost)}; use --to native.")

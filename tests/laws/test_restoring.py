@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.checkpoints.model_config import Latents, ModelConfig
 from cm_jax.conversion import CheckpointHints, read, unstated, write
+from cm_jax.conversion.rules import to_source
+from cm_jax.conversion.unet_format import OPENAI
 from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
     ConsistencyPreconditioning,
@@ -107,3 +109,79 @@ def test_models_that_the_names_of_edm_would_change_are_refused(config, message, 
     with pytest.raises(InputError, match=message):
         write(tmp_path / "edm.safetensors", "edm", config, random_params(config.network))
     assert not list(tmp_path.iterdir())
+
+
+FULL = {
+    "num_levels": 18,
+    "class_names": tuple("abcdefghij"),
+    "tuned_timesteps": ((8, 0),),
+    "tuned_sigmas": ((80.0, 2.0, 0.5),),
+    "clip_denoised": False,
+    "label_dropout": 0.0,
+}
+CONFIGS = {
+    "a consistency model": ModelConfig(SMALL, ConsistencyPreconditioning(0.6), KarrasSchedule(0.01, 40, 5), **FULL),
+    "a denoiser": ModelConfig(SMALL, EDMPreconditioning(), **FULL),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_folder_of_diffusers_restores_every_field(config, tmp_path):
+    assert restored(tmp_path / "folder", "diffusers", config) == config
+    changed = read(tmp_path / "folder", CheckpointHints(preconditioning="edm-consistency", num_levels=9)).config
+    assert (changed.tuned_timesteps, changed.tuned_sigmas) == ((), ())
+    two = read(
+        tmp_path / "folder", CheckpointHints(**unstated("diffusers", config).hints, tuned_timesteps=((9, 4, 0),))
+    )
+    assert (two.config.tuned_timesteps, two.config.tuned_sigmas) == (((9, 4, 0),), ())
+
+
+def test_a_file_of_openai_restores_the_model_and_what_it_does_not_contain_is_named(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch writes the files")
+    config = dataclasses.replace(CONFIGS["a denoiser"], clip_denoised=True, tuned_sigmas=())
+    assert restored(tmp_path / "model.pt", "openai", config) == dataclasses.replace(config, label_dropout=None)
+    assert unstated("openai", config).report() == (
+        "To read it, give --preconditioning edm --image-size 16 --head-dim 16 --num-levels 18 --class-names FILE "
+        "--tuned-timesteps 8,0.\nIt does not contain: label dropout."
+    )
+
+
+@pytest.mark.parametrize("kind", ["openai", "diffusers"])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variant": "edm"}, "the variant edm"),
+        ({"augment_dim": 9, "uncertainty": True}, "augmentation parameters or an uncertainty head"),
+        ({"output_channels": 6}, "other output channels than image channels"),
+    ],
+)
+def test_networks_that_pytorch_formats_lack_are_refused(kind, fields, message, tmp_path):
+    network = dataclasses.replace(SMALL, **fields)
+    with pytest.raises(InputError, match=f"format has no networks with {message}; use --to native"):
+        write(tmp_path / "model.pt", kind, ModelConfig(network, EDMPreconditioning()), random_params(network))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("openai", {"clip_denoised": False}, "samples that are not clipped"),
+        ("openai", {"tuned_sigmas": ((80.0, 0.8),)}, "tuned sigmas"),
+        ("diffusers", {"schedule": KarrasSchedule(0.01)}, "other sigma_data"),
+        ("diffusers", {"preconditioning": EDMPreconditioning(0.6)}, "other sigma_data"),
+        ("diffusers", {"preconditioning": ConsistencyPreconditioning(), "consistency": False}, "a denoiser with the"),
+        ("diffusers", {"latents": Latents("vae", (1.0,) * 3, (0.0,) * 3)}, "a model of latents"),
+        ("openai", {"latents": Latents("vae", (1.0,) * 3, (0.0,) * 3)}, "a model of latents"),
+    ],
+)
+def test_settings_that_pytorch_formats_lack_are_refused(kind, changes, message, tmp_path):
+    config = dataclasses.replace(ModelConfig(SMALL, EDMPreconditioning()), **changes)
+    with pytest.raises(InputError, match=f"The {kind} format cannot represent {message}"):
+        write(tmp_path / "model.pt", kind, config, random_params(SMALL))
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_without_a_rule_are_not_dropped():
+    params = random_params(SMALL) | {"more": {"kernel": np.zeros((2, 2))}}
+    with pytest.raises(AssertionError, match="the rules do not cover the parameters"):
+        to_source(OPENAI.rules(SMALL), params)

@@ -374,7 +374,7 @@ def spoil(unet, factor):
         (lambda unet: rewrite(unet, time_embedding_dim=7), "contradicts"),
         (lambda unet: rewrite_scheduler(unet, num_train_timesteps=None), "num_train_timesteps must be a whole number"),
         (lambda unet: rewrite_scheduler(unet, _class_name="DDPMScheduler"), "expected _class_name"),
-        (lambda unet: rewrite_scheduler(unet, clip_denoised=False), "expected clip_denoised true, got false"),
+        (lambda unet: rewrite_scheduler(unet, clip_denoised=0), "clip_denoised must be true or false, got 0"),
         (lambda unet: spoil(unet, np.nan), "not a number"),
     ],
 )

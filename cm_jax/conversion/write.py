@@ -19,21 +19,24 @@ from cm_jax.networks.layers import NORM_EPSILON, NORM_GROUPS
 from cm_jax.types import Params
 
 Kind = Literal["native", "openai", "diffusers", "edm"]
+SUFFIXES = {"openai": (".pt", ".pth", ".bin"), "edm": (".pt", ".pth", ".bin", ".safetensors")}
+"""Suffixes of the files of a format."""
 
 
 def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
     """Write a model at `path`: a file for openai, edm, and native where `path` ends in .safetensors; else a folder.
 
-    edm: a state dict in the names of EDM's classes, as .pt or .safetensors.
-    Values and precision of all parameters are preserved. The diffusers folder of a denoiser holds the network alone,
-    because ConsistencyModelPipeline would sample from it as from a consistency model. Raises InputError where the
-    format cannot represent the model, or `path` cannot be written.
+    openai, edm: a state dict in the names of OpenAI or of EDM's classes; SUFFIXES are those of its file. Values and
+    precision of all parameters are preserved. The diffusers folder of a denoiser holds the network alone, because
+    ConsistencyModelPipeline would sample from it as from a consistency model. Raises InputError where the format cannot
+    represent the model, or `path` cannot be written.
     """
     if kind == "native":
         (native.save_file if path.suffix.lower() == ".safetensors" else native.save)(path, config, params)
         return
     if kind == "edm":
         config_as_read(config, preconditioning_name(config))
+        check_suffix(path, kind)
         tensors = state_dict(kind, config, params)
         with atomic_write(path) as beside, write_errors(path):
             if path.suffix.lower() == ".safetensors":
@@ -43,6 +46,7 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
         return
     network = config.adm
     _check_representable(kind, config)
+    check_suffix(path, kind)
     tensors = state_dict(kind, config, params)
     with atomic_write(path) as beside, write_errors(path):
         if kind == "openai":
@@ -58,6 +62,16 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
             (beside / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         weights = beside / "unet" / "diffusion_pytorch_model.safetensors"
         write_safetensors(weights, tensors, {"format": "pt"})
+
+
+def check_suffix(path: Path, kind: str) -> None:
+    """Raise InputError for the name of a file in another format than the one to write."""
+    expected = SUFFIXES.get(kind)
+    if expected and path.suffix.lower() not in expected:
+        named = f"{path.name} ends in {path.suffix}" if path.suffix else f"{path.name} has no suffix"
+        raise InputError(
+            f"Expected a file that ends in {' or '.join(expected)} for --to {kind}, but {named}: rename it."
+        )
 
 
 def _check_representable(kind: Kind, config: ModelConfig) -> None:

@@ -3,6 +3,7 @@ not written.
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import pytest
 
 from cm_jax.checkpoints.model_config import Latents, ModelConfig
 from cm_jax.conversion import CheckpointHints, read, unstated, write
+from cm_jax.conversion.parity import compare
+from cm_jax.conversion.read import Source
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.unet_format import OPENAI
 from cm_jax.diffusion.noise_schedule import EDM_TIME, KarrasSchedule
@@ -179,6 +182,13 @@ def test_settings_that_pytorch_formats_lack_are_refused(kind, changes, message, 
     with pytest.raises(InputError, match=f"The {kind} format cannot represent {message}"):
         write(tmp_path / "model.pt", kind, config, random_params(SMALL))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_check_refuses_networks_that_diffusers_lacks():
+    network = dataclasses.replace(SMALL, augment_dim=9)
+    source = Source(Path(), ModelConfig(network, EDMPreconditioning()), random_params(network))
+    with pytest.raises(InputError, match=r"leave out --check.*augmentation parameters"):
+        compare(source)
 
 
 def test_parameters_without_a_rule_are_not_dropped():

@@ -41,12 +41,12 @@ class Convert(WhichWeights):
     native checkpoint, a run folder (its latest checkpoint), an id of the Hugging Face Hub (OWNER/NAME or
     OWNER/NAME@REVISION), or the name of a bundled or downloaded model."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
-    """File or folder to write. Only .pt and .safetensors files are overwritten."""
+    """File or folder to write. Only files are overwritten."""
     to: Literal["native", "openai", "diffusers", "edm", "lpips", "inception"] | None = None
-    """Format to write. native: a folder, or a single file if DESTINATION ends in .safetensors. edm: a state dict of
-    EDM's classes (SongUNet, DhariwalUNet, EDM2), as .pt or .safetensors. lpips, inception: a .safetensors file with the
-    weights of a metric network (sources: docs/conversion.md). Default: openai if DESTINATION ends in .pt, otherwise
-    native."""
+    """Format to write. native: a folder, or a single file if DESTINATION ends in .safetensors. openai: a state dict as
+    .pt, .pth or .bin. edm: a state dict of EDM's classes (SongUNet, DhariwalUNet, EDM2), as .pt, .pth, .bin or
+    .safetensors. lpips, inception: a .safetensors file with the weights of a metric network (sources:
+    docs/conversion.md). Default: openai if DESTINATION ends in .pt, otherwise native."""
     head_dim: int | None = None
     """Channels per attention head (64 in the published networks). Default: from the checkpoint."""
     heads: int | None = None
@@ -64,7 +64,8 @@ class Convert(WhichWeights):
     resampling: Filter | None = None
     """For consistency_models_cifar10: filter for downsampling and upsampling. Default: from the checkpoint."""
     sigma_min: float | None = None
-    """Lowest noise level of the training. Default: from the checkpoint, or 0.002."""
+    """Lowest noise level of the training. Default: from the checkpoint, or 0.002; 0.003 for a consistency model in the
+    names of EDM (ECT)."""
     sigma_max: float | None = None
     """Highest noise level of the training. Default: from the checkpoint, or 80."""
     rho: float | None = None
@@ -112,11 +113,12 @@ def main(prog: str, words: Sequence[str]) -> None:
     file = kind in ("openai", "edm") or (kind == "native" and suffix == ".safetensors")
     if not file and user_path(destination).exists():
         raise InputError(f"{destination} exists already: choose another destination, or remove it first.")
-    if not file and suffix in (".pt", ".bin", ".safetensors", ".npz", ".ckpt", ".msgpack"):
+    if not file and suffix in (".pt", ".pth", ".bin", ".pkl", ".safetensors", ".npz", ".ckpt", ".msgpack"):
         advice = "give the name of a folder."
         raise InputError(f"{destination} looks like a file, and --to {kind} writes a folder: {advice}")
     check_writable(destination, folder=not file)
     _check_push(args, kind)
+    conversion.check_suffix(destination, kind)
     names = {field.name for field in dataclasses.fields(conversion.CheckpointHints)} - {"key", "ema"}
     given = {name: getattr(args, name) for name in names}
     given["attention_factors"] = numbers("attention-factors", args.attention_factors, int)
@@ -147,6 +149,8 @@ def main(prog: str, words: Sequence[str]) -> None:
     with activity(f"Writing {destination}"):
         conversion.write(destination, kind, config, params)
     say(f"Wrote {destination} ({kind}) in {time.perf_counter() - began:.1f} s.")
+    if report := conversion.unstated(kind, config).report():
+        say(report)
     if args.push:
         options = conversion.UploadOptions(private=args.private or None, license=args.license)
         with activity(f"Uploading to {args.push}", own_bar=True):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.conversion import edm
+from cm_jax.conversion.edm_writing import write_state_dict
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI
 from cm_jax.errors import InputError, indented_list, one_line, shape_complaints
@@ -49,7 +49,7 @@ def state_dict(kind: str, config: ModelConfig, params: Params) -> dict[str, np.n
     if kind == "native":
         return {name: np.asarray(leaf) for name, leaf in leaves(params)}
     if kind == "edm":
-        return edm.write_state_dict(config, params)
+        return write_state_dict(config, params)
     if kind not in ("openai", "diffusers"):
         raise InputError(f"Expected the format native, openai, diffusers or edm, got {one_line(kind)}.")
     return to_source((OPENAI if kind == "openai" else DIFFUSERS).rules(config.adm), params)

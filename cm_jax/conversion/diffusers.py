@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cm_jax.checkpoints import serialization
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.noise_schedule import NUM_LEVELS, KarrasSchedule
 from cm_jax.errors import InputError, check_int
@@ -19,6 +20,10 @@ EXTRAS = "cm_jax.json"
 """File of this package in a diffusers folder; diffusers ignores it."""
 NETWORK_FOLDERS = ("unet_ema", "unet")
 """Folders with a network in a pipeline or in a checkpoint of a training program, the preferred one first."""
+_EXTRA = ("class_names", "tuned_timesteps", "tuned_sigmas", "label_dropout")
+"""Fields of ModelConfig in this file."""
+_WITHOUT_SCHEDULER = ("num_levels", "clip_denoised")
+"""Further ones for a denoiser, whose folder has no scheduler."""
 _VERSION = "0.42.1"
 _FIXED = {
     "act_fn": "silu",
@@ -83,7 +88,7 @@ def scheduler_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "_class_name": "CMStochasticIterativeScheduler",
         "_diffusers_version": _VERSION,
-        "clip_denoised": True,
+        "clip_denoised": config.clip_denoised,
         "num_train_timesteps": config.num_levels,
         "rho": config.schedule.rho,
         "s_noise": 1.0,
@@ -105,7 +110,12 @@ def model_index() -> dict[str, Any]:
 
 def extras(config: ModelConfig) -> dict[str, Any]:
     """cm_jax.json: what the files of diffusers cannot hold; empty if there is nothing."""
-    return {name: value for name in ("class_names", "tuned_timesteps") if (value := getattr(config, name))}
+    names = _EXTRA if config.distilled else (*_EXTRA, *_WITHOUT_SCHEDULER)
+    encoded, default = (
+        serialization.encode(config),
+        serialization.encode(ModelConfig(config.network, config.preconditioning)),
+    )
+    return {name: encoded[name] for name in names if encoded[name] != default[name]}
 
 
 def network_folder(path: Path, key: str | None = None) -> tuple[Path, tuple[str, ...]]:
@@ -165,7 +175,7 @@ def read_settings(unet: Path, scheduler: Path, extra: Path) -> dict[str, Any]:
         settings |= {} if image_size is None else {"image_size": image_size}
     if scheduler.exists():
         config = read_json(scheduler)
-        fixed = {"_class_name": "CMStochasticIterativeScheduler", "clip_denoised": True, "s_noise": 1.0}
+        fixed = {"_class_name": "CMStochasticIterativeScheduler", "s_noise": 1.0}
         _require(scheduler, config, fixed)
 
         def value(name: str, default: float) -> Any:
@@ -179,14 +189,11 @@ def read_settings(unet: Path, scheduler: Path, extra: Path) -> dict[str, Any]:
         levels = value("num_train_timesteps", NUM_LEVELS)
         settings["num_levels"] = check_int(f"{scheduler}: num_train_timesteps", levels, 2, 2**20)
         settings |= {"sigma_data": value("sigma_data", 0.5), "preconditioning": "consistency"}
+        settings["clip_denoised"] = value("clip_denoised", True)
     if extra.exists():
-        values, types = (
-            read_json(extra),
-            {"class_names": tuple[str, ...], "tuned_timesteps": tuple[tuple[int, ...], ...]},
-        )
-        settings |= {
-            name: check_value(values[name], kind, f"{extra}: {name}") for name, kind in types.items() if name in values
-        }
+        values, types = read_json(extra), serialization.hints(ModelConfig)
+        names = [name for name in (*_EXTRA, *_WITHOUT_SCHEDULER) if name in values]
+        settings |= {name: check_value(values[name], types[name], f"{extra}: {name}") for name in names}
     return settings
 
 

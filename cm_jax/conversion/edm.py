@@ -9,14 +9,12 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cm_jax.checkpoints.model_config import Latents, ModelConfig
 from cm_jax.checkpoints.published import imagenet_classes
 from cm_jax.conversion import edm_names
 from cm_jax.conversion.persistence import Record, read_persistent
 from cm_jax.conversion.pickles import pickled_array
-from cm_jax.conversion.rules import Tensors, from_source, to_source
+from cm_jax.conversion.rules import Shapes, Tensors, from_source
 from cm_jax.diffusion.noise_schedule import EDM_TIME, NUM_LEVELS, KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
     AnyPreconditioning,
@@ -126,33 +124,25 @@ def read_state_dict(
 
     Raises InputError where `preconditioning` is not given: names and shapes do not determine it.
     """
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    prefix = edm_names.network_prefix(shapes)
-    network = _infer(path, shapes, prefix, head_dim)
+    prefix = edm_names.network_prefix({name: tensor.shape for name, tensor in tensors.items()})
     if preconditioning is None:
         raise InputError(
             f"{path.name} is a state dict of the EDM family without its preconditioning. Convert it with "
             "--preconditioning edm (a denoiser), consistency (ECT, CMT) or edm-consistency (TCM, and ECT on ImageNet)."
         )
-    trigflow = getattr(network, "variant", "") == "trigflow" or network.modulation == "normalized"
-    lowest = 0.003 if preconditioning == "consistency" else 0.0  # ECT's boundary
-    outer = Record("TrigFlowPrecond" if trigflow else "ECMPrecond", {"sigma_data": 0.5, "sigma_min": lowest})
-    config = _config(path, network, outer, preconditioning, _class_names(network.classes, {}))
-    notes = (_LICENSE,) if head_dim or isinstance(network, SongUNet) else (_LICENSE, _HEADS_NOTE)
+    shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
+    config = config_of_shapes(path, shapes, head_dim, preconditioning)
+    notes = (_LICENSE,) if head_dim or isinstance(config.network, SongUNet) else (_LICENSE, _HEADS_NOTE)
     return _finished(path, config, tensors, prefix, notes)
 
 
-def write_state_dict(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    """The tensors of a network in the names of EDM's classes, with the prefix "model." or "unet.".
-
-    Raises InputError for a network or preconditioning that this family does not have.
-    """
-    network = config.network
-    rules = edm_names.rules(network)
-    params = _negated_head(params) if isinstance(config.preconditioning, TrigFlowPreconditioning) else params
-    prefix = "unet." if isinstance(network, EDM2UNet) else "model."
-    tensors = to_source(rules, params) | edm_names.buffers(network)  # type: ignore[arg-type]  # `rules` refuses others
-    return {name if name.startswith("logvar") else prefix + name: tensor for name, tensor in tensors.items()}
+def config_of_shapes(path: Path, shapes: Shapes, head_dim: int | None, preconditioning: str) -> ModelConfig:
+    """The config of a state dict with tensors of these names, without prefix, and shapes."""
+    network = edm_names.infer(shapes, str(path), head_dim=head_dim)
+    trigflow = getattr(network, "variant", "") == "trigflow" or network.modulation == "normalized"
+    lowest = 0.003 if preconditioning == "consistency" else 0.0  # ECT's boundary
+    outer = Record("TrigFlowPrecond" if trigflow else "ECMPrecond", {"sigma_data": 0.5, "sigma_min": lowest})
+    return _config(path, network, outer, preconditioning, _class_names(network.classes, {}))
 
 
 def _chosen(path: Path, content: dict[str, Any], key: str | None) -> Record:
@@ -178,11 +168,11 @@ def _finished(path: Path, config: ModelConfig, tensors: Tensors, prefix: str, no
     stored = {name: tensor for name, tensor in named.items() if not edm_names.is_buffer(name)}
     params = from_source(edm_names.rules(network), network.shapes(), stored, source=str(path))
     if isinstance(config.preconditioning, TrigFlowPreconditioning):
-        params = _negated_head(params)
+        params = negated_head(params)
     return EDMCheckpoint(config, params, named, notes)
 
 
-def _negated_head(params: Params) -> Params:
+def negated_head(params: Params) -> Params:
     """The same network with outputs of the other sign: TrigFlow's F is minus the output of EDM's conventions."""
     flat = dict(leaves(params))
     names = ["head/gain"] if "head/gain" in flat else ["head/output/kernel", "head/output/bias"]

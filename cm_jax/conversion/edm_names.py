@@ -4,6 +4,7 @@ As for the other formats: the rules of a network, and the network that the names
 are those of a network's state dict, without the prefix of the preconditioning around it ("model.", "unet.").
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from cm_jax.conversion.rules import Layout, Rule, Shapes
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, AnyNetwork, BuiltInNetwork, EDM2UNet, SongUNet
+from cm_jax.networks.layers import NORM_EPSILON, NORM_GROUPS
 from cm_jax.networks.unet_config import Unit
 
 _RESIDUAL = {"norm_1": "norm0", "conv_1": "conv0", "embedding": "affine", "norm_2": "norm1", "conv_2": "conv1"}
@@ -56,11 +58,23 @@ def rules(network: AnyNetwork) -> list[Rule]:
         "an interval embedding": network.interval_embedding,
         "convolutions for resampling": network.resampling == "convolution",
         "additive modulation in an ADM U-Net": isinstance(network, ADMUNet) and network.modulation == "additive",
+        "other group norms or attention than EDM's on narrow levels": not _has_variant_edm(network),
     }
     for feature, used in unsupported.items():
         if used:
             raise InputError(f"The EDM format has no networks with {feature}; use --to native.")
     return list(_rules(network))
+
+
+def _has_variant_edm(network: BuiltInNetwork) -> bool:
+    """Whether an ADM U-Net is the same function with variant="edm"."""
+    if not isinstance(network, ADMUNet):
+        return True
+    if (network.norm_groups, network.norm_epsilon) != (NORM_GROUPS, NORM_EPSILON):
+        return False
+    edm = dataclasses.replace(network, variant="edm")
+    widths = {width for _, unit, _ in units(network) for width in (unit.channels_in, unit.channels_out)}
+    return edm.plan() == network.plan() and all(edm.style.groups(w) == network.style.groups(w) for w in widths)
 
 
 def _layer(path: str, source: str, layout: Layout, *, norm: bool = False, bias: Layout | None = Layout.SAME):

@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float
 
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.conversion import edm, edm_names
+from cm_jax.conversion import edm_names
 from cm_jax.conversion.edm_reference import EDMReference, Facts
+from cm_jax.conversion.edm_writing import write_state_dict
 from cm_jax.conversion.read import Source
 from cm_jax.conversion.torch_files import as_torch
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, TrigFlowPreconditioning
@@ -42,7 +43,7 @@ class Reference:
             tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
         else:
             try:
-                written = edm.write_state_dict(*_with_linear_labels(source.config, source.params))
+                written = write_state_dict(*_with_linear_labels(source.config, source.params))
             except InputError as error:
                 raise InputError(f"--check cannot run this network in PyTorch; leave out --check. {error}") from error
             tensors = {re.sub(r"^(model|unet)\.", "", name): array for name, array in written.items()}

@@ -19,6 +19,8 @@ PRECONDITIONING = {
     "edm-consistency": EDMPreconditioning,
 }
 
+Tuned = tuple[tuple[float, ...], ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointHints:
@@ -92,8 +94,8 @@ class CheckpointHints:
     def apply(self, config: ModelConfig) -> ModelConfig:
         """A config with the settings that no tensors determine: noise range, sigma_data, time factor, names, timesteps.
 
-        Tuned timesteps for another noise range are dropped. Raises InputError for values out of range, and for a
-        preconditioning without such a setting.
+        Tuned noise levels that do not fit the noise range are dropped, and tuned sigmas for as many steps as given
+        timesteps. Raises InputError for values out of range, and for a preconditioning without such a setting.
         """
         schedule = dataclasses.replace(config.schedule, **self._given("sigma_min", "sigma_max", "rho"))
         changes, preconditioning = self._given("sigma_data", "time_factor"), config.preconditioning
@@ -101,9 +103,11 @@ class CheckpointHints:
             kind = type(preconditioning).__name__
             raise InputError(f"{kind} has no {name}; leave out --{name.replace('_', '-')}.")
         changed = {"schedule": schedule, "preconditioning": dataclasses.replace(preconditioning, **changes)}  # type: ignore[type-var]
-        if schedule != config.schedule:
-            changed["tuned_timesteps"] = ()
-        return dataclasses.replace(config, **changed | self._given("class_names", "tuned_timesteps"))
+        changed |= self._given("class_names", "tuned_timesteps")
+        timesteps = changed.setdefault("tuned_timesteps", config.tuned_timesteps if schedule == config.schedule else ())
+        sigmas = config.tuned_sigmas if schedule.sigma_max == config.schedule.sigma_max else ()
+        sigmas = tuple(levels for levels in sigmas if levels[-1] >= schedule.sigma_min)
+        return dataclasses.replace(config, **changed, tuned_sigmas=of_other_steps(sigmas, timesteps))
 
     def without_key(self, path: Path) -> None:
         """Raise InputError if there is a key, for a checkpoint with one network."""
@@ -112,6 +116,11 @@ class CheckpointHints:
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def of_other_steps(tuned: Tuned, other: Tuned) -> Tuned:
+    """The tuned noise levels for numbers of steps for which `other` has none."""
+    return tuple(levels for levels in tuned if len(levels) not in set(map(len, other)))
 
 
 def is_consistency(name: PreconditioningName) -> bool | None:

@@ -87,7 +87,10 @@ def _compare_diffusers(
     if source.format is DIFFUSERS:
         tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
     else:
-        tensors = to_source(DIFFUSERS.rules(network), source.params)
+        try:
+            tensors = to_source(DIFFUSERS.rules(network), source.params)
+        except InputError as error:
+            raise InputError(f"--check cannot run this network in PyTorch; leave out --check. {error}") from error
     reference = reference_network(network, tensors)
     del tensors
     expected, expected_units = _run_reference(reference, network, x, times, labels)

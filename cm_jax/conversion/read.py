@@ -13,7 +13,7 @@ from cm_jax.checkpoints.run_emas import read_ema
 from cm_jax.conversion import edm, edm_names, jcm, persistence
 from cm_jax.conversion.attention_order import QKVOrder, as_convolutions, in_thirds, order_evidence
 from cm_jax.conversion.diffusers import check_agreement, network_folder, pipeline_folder, settings_of
-from cm_jax.conversion.hints import PRECONDITIONING, CheckpointHints, is_consistency
+from cm_jax.conversion.hints import PRECONDITIONING, CheckpointHints, is_consistency, of_other_steps
 from cm_jax.conversion.rules import Tensors, from_source
 from cm_jax.conversion.shards import find_weights
 from cm_jax.conversion.unet_format import DIFFUSERS, OPENAI, UNetFormat
@@ -64,7 +64,8 @@ def read(path: Path, hints: CheckpointHints | None = None) -> Source:
             source = _read(path, hints)
         if hints.qkv_order is not None and source.format is not OPENAI:
             raise InputError(f"--qkv-order is for files with the names of OpenAI's code; leave it out for {path}.")
-        return dataclasses.replace(source, config=hints.apply(source.config))
+        config = hints.apply(source.config)
+        return dataclasses.replace(source, config=config, notes=(*source.notes, *_dropped(source.config, config)))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -108,6 +109,13 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
         )
     source = _read_pytorch(path, weights, hints)
     return dataclasses.replace(source, notes=(*notes, *source.notes))
+
+
+def _dropped(before: ModelConfig, after: ModelConfig) -> tuple[str, ...]:
+    """A note on the tuned noise levels of the checkpoint that the options replace or do not fit."""
+    tuned = {*before.tuned_timesteps, *before.tuned_sigmas} - {*after.tuned_timesteps, *after.tuned_sigmas}
+    levels = " and ".join(",".join(map(str, each)) for each in sorted(tuned))
+    return (f"Dropped the tuned noise levels {levels}: the options replace them or do not fit them.",) if tuned else ()
 
 
 def _refuse_openai_run(path: Path) -> None:
@@ -227,7 +235,10 @@ def _settings(hints: CheckpointHints, stored: dict[str, Any], known: Published |
         if source.keys() & {"head_dim", "heads"}:
             settings = {name: value for name, value in settings.items() if name not in ("head_dim", "heads")}
         settings |= source
-    if any(settings.get(name) != stored.get(name) for name in ("num_levels", "preconditioning")):
+    written = {"num_levels": NUM_LEVELS, "preconditioning": "edm", **stored}  # a denoiser's folder has no scheduler
+    if settings.get("preconditioning") != written["preconditioning"]:
+        settings = {name: value for name, value in settings.items() if name not in ("tuned_timesteps", "tuned_sigmas")}
+    if settings.get("num_levels", NUM_LEVELS) != written["num_levels"]:
         settings.pop("tuned_timesteps", None)
     # The sampling of a teacher does not depend on N; a consistency model must give it.
     return {"num_levels": NUM_LEVELS, **settings} if settings.get("preconditioning") == "edm" else settings
@@ -243,6 +254,7 @@ def _config(
         names = known.class_names if known and len(known.class_names) == network.classes else ()
     if tuned is None and known and known.timesteps and known.num_levels == num_levels and name == "consistency":
         tuned = (known.timesteps,)
+    options = {option: settings[option] for option in ("clip_denoised", "label_dropout") if option in settings}
     return ModelConfig(
         network=network,
         preconditioning=PRECONDITIONING[name](sigma_data=settings.get("sigma_data", 0.5), time_factor=time_factor),
@@ -250,7 +262,9 @@ def _config(
         num_levels=num_levels,
         class_names=names,
         tuned_timesteps=tuned or (),
+        tuned_sigmas=of_other_steps(settings.get("tuned_sigmas", ()), tuned or ()),
         consistency=is_consistency(name),
+        **options,
     )
 
 

@@ -88,6 +88,7 @@ def from_source(rules: list[Rule], shapes: Params, tensors: Tensors, *, source: 
 def to_source(rules: list[Rule], params: Params) -> dict[str, np.ndarray]:
     """Source tensors by name, in the order of the rules: the inverse of `from_source`, bitwise."""
     flat = dict(leaves(params))
+    assert sorted(flat) == sorted(rule.path for rule in rules), "the rules do not cover the parameters"
     result = {}
     for rule in rules:
         array, count = np.asarray(flat[rule.path]), len(rule.sources)

@@ -68,9 +68,13 @@ class UNetFormat:
             "an interval embedding": network.interval_embedding,
             "a guidance embedding": network.guidance_embedding,
             "normalized modulation": network.modulation == "normalized",
+            "the variant edm": network.variant == "edm",
+            "augmentation parameters": network.augment_dim,
+            "an uncertainty head": network.uncertainty,
+            "other output channels than image channels": network.head_channels != network.image_channels,
         }
-        if feature := next((name for name, used in lacking.items() if used), None):
-            raise InputError(f"The {self.title} format has no networks with {feature}; use --to native.")
+        if features := [name for name, used in lacking.items() if used]:
+            raise InputError(f"The {self.title} format has no networks with {' or '.join(features)}; use --to native.")
         return list(self._rules(network))
 
     def _rules(self, network: ADMUNet) -> Iterator[Rule]:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from cm_jax.conversion import edm_names, read
-from cm_jax.conversion.edm import read_pickle, read_state_dict, write_state_dict
+from cm_jax.conversion.edm import read_pickle, read_state_dict
 from cm_jax.conversion.edm_parity import Inputs, Reference, preconditioning
+from cm_jax.conversion.edm_writing import write_state_dict
 from cm_jax.conversion.persistence import read_persistent
 from cm_jax.conversion.read import Source
 from cm_jax.conversion.rules import source_shapes

@@ -320,6 +320,30 @@ def test_other_group_norms_of_diffusers_agree_with_diffusers(folder, tmp_path, c
     assert "other group norms" in failed(capsys, main_convert, copy, tmp_path / "x.pt", "--to", "openai")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("openai", "out.safetensors", ".pt or .pth or .bin for --to openai, but out.safetensors ends in .safetensors"),
+        ("openai", "out", "for --to openai, but out has no suffix: rename it"),
+        ("edm", "out.npz", ".pt or .pth or .bin or .safetensors for --to edm, but out.npz ends in .npz"),
+        ("native", "out.pth", "out.pth looks like a file, and --to native writes a folder"),
+    ],
+)
+def test_names_of_files_of_another_format_are_refused(tmp_path, capsys, kind, name, message):
+    assert message in failed(capsys, main_convert, EMOJI, tmp_path / name, "--to", kind)
+    if kind == "openai":
+        source = read(EMOJI)
+        with pytest.raises(InputError, match="for --to openai"):
+            conversion.write(tmp_path / name, kind, source.config, source.params)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_other_suffixes_of_pytorch(tmp_path, capsys, suffix):
+    assert "--head-dim 32" in succeeded(capsys, main_convert, EMOJI, tmp_path / f"emoji16_cd{suffix}", "--to", "openai")
+    assert read(tmp_path / f"emoji16_cd{suffix}").config == read(EMOJI).config
+
+
 def broken_folder(folder, tmp_path, edit):
     copy = tmp_path / "emoji16_cd"
     shutil.copytree(folder, copy)
@@ -374,7 +398,7 @@ def spoil(unet, factor):
         (lambda unet: rewrite(unet, time_embedding_dim=7), "contradicts"),
         (lambda unet: rewrite_scheduler(unet, num_train_timesteps=None), "num_train_timesteps must be a whole number"),
         (lambda unet: rewrite_scheduler(unet, _class_name="DDPMScheduler"), "expected _class_name"),
-        (lambda unet: rewrite_scheduler(unet, clip_denoised=False), "expected clip_denoised true, got false"),
+        (lambda unet: rewrite_scheduler(unet, clip_denoised=0), "clip_denoised must be true or false, got 0"),
         (lambda unet: spoil(unet, np.nan), "not a number"),
     ],
 )

@@ -142,8 +142,10 @@ def test_models_survive_conversion_to_every_format_and_back(file, tmp_path, caps
         assert all(map(np.array_equal, jax.tree.leaves(again.params), jax.tree.leaves(found.params)))
     kind = "edm-consistency" if found.config.distilled else "edm"
     for name in ("edm.pt", "edm.safetensors"):
-        succeeded(capsys, main, "convert", str(tmp_path / "folder"), str(tmp_path / name), "--to", "edm")
+        said = succeeded(capsys, main, "convert", str(tmp_path / "folder"), str(tmp_path / name), "--to", "edm")
         heads = ("--head-dim", str(found.config.network.head_dim)) if "edm2" in file else ()
+        assert f"To read it, give {' '.join(('--preconditioning', kind, *heads))}." in said
+        assert ("It does not contain: latents." in said) == (found.config.latents is not None)
         target = str(tmp_path / f"{name}.safetensors")
         succeeded(capsys, main, "convert", str(tmp_path / name), target, "--preconditioning", kind, *heads)
         again = read(tmp_path / f"{name}.safetensors")

@@ -142,7 +142,7 @@ LINES = {
         "--labels",
         "x",
     ),
-    "convert": ("CHECKPOINT", "OUTPUT", "--to", "openai"),
+    "convert": ("CHECKPOINT", "OUTPUT", "--to", "diffusers"),
     "evaluate": ("CHECKPOINT", "emoji", "--inception", "nowhere"),
     "export": ("CHECKPOINT", "OUTPUT", "--sampler", "segments"),
     "tune": ("CHECKPOINT", "nowhere.npz"),

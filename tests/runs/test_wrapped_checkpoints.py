@@ -21,7 +21,8 @@ import cm_jax
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.published import BUNDLED
 from cm_jax.cli import main_convert, main_sample
-from cm_jax.conversion import CheckpointHints, edm, read
+from cm_jax.conversion import CheckpointHints, read
+from cm_jax.conversion.edm_writing import write_state_dict
 from cm_jax.conversion.pickles import is_plain_class
 from cm_jax.conversion.rules import to_source
 from cm_jax.conversion.torch_files import TensorUnpickler, as_torch
@@ -57,7 +58,7 @@ DIFFUSERS_MODEL = tensors_of(PARAMS, DIFFUSERS)
 EDM_PARAMS = random_params(SONG)
 EDM_MODEL = {
     name: as_torch(np.array(array))
-    for name, array in edm.write_state_dict(ModelConfig(SONG, EDMPreconditioning(time_factor=0.25)), EDM_PARAMS).items()
+    for name, array in write_state_dict(ModelConfig(SONG, EDMPreconditioning(time_factor=0.25)), EDM_PARAMS).items()
 }
 NAMINGS = {
     "openai": (MODEL, PARAMS, HINTS),

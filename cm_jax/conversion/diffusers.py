@@ -22,7 +22,7 @@ NETWORK_FOLDERS = ("unet_ema", "unet")
 """Folders with a network in a pipeline or in a checkpoint of a training program, the preferred one first."""
 _EXTRA = ("class_names", "tuned_timesteps", "tuned_sigmas", "label_dropout")
 """Fields of ModelConfig in this file."""
-_WITHOUT_SCHEDULER = ("num_levels", "clip_denoised")
+_WITHOUT_SCHEDULER = ("num_levels", "clip_denoised", "default_sampler", "default_steps")
 """Further ones for a denoiser, whose folder has no scheduler."""
 _VERSION = "0.42.1"
 _FIXED = {

@@ -24,6 +24,7 @@ from cm_jax.networks import ADMUNet, SongUNet
 from cm_jax.progress import activity
 from cm_jax.types import Params
 
+_STORED = ("clip_denoised", "label_dropout", "default_sampler", "default_steps")
 _TOLERANCE = 2e-3
 """Share of its parameters by which a file with a published name may differ: such a file counts as a damaged copy, and
 the difference is reported. With a larger difference it counts as another checkpoint."""
@@ -254,7 +255,7 @@ def _config(
         names = known.class_names if known and len(known.class_names) == network.classes else ()
     if tuned is None and known and known.timesteps and known.num_levels == num_levels and name == "consistency":
         tuned = (known.timesteps,)
-    options = {option: settings[option] for option in ("clip_denoised", "label_dropout") if option in settings}
+    options = {option: settings[option] for option in _STORED if option in settings}
     return ModelConfig(
         network=network,
         preconditioning=PRECONDITIONING[name](sigma_data=settings.get("sigma_data", 0.5), time_factor=time_factor),

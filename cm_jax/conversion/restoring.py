@@ -48,6 +48,7 @@ def unstated(kind: str, config: ModelConfig) -> Unstated:
     given |= {"tuned_timesteps": config.tuned_timesteps[:1]} if config.tuned_timesteps else {}
     found = CheckpointHints(**given).apply(dataclasses.replace(found, num_levels=config.num_levels))
     kept = ("tuned_timesteps", "tuned_sigmas", "clip_denoised", "latents", "label_dropout", "guidance_range")
+    kept = (*kept, "default_sampler", "default_steps")
     return Unstated(given, tuple(_changes(found, config, *kept)))
 
 

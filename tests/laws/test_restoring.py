@@ -125,6 +125,9 @@ FULL = {
 CONFIGS = {
     "a consistency model": ModelConfig(SMALL, ConsistencyPreconditioning(0.6), KarrasSchedule(0.01, 40, 5), **FULL),
     "a denoiser": ModelConfig(SMALL, EDMPreconditioning(), **FULL),
+    "one of a stage of progressive distillation": ModelConfig(
+        SMALL, EDMPreconditioning(), default_sampler="progdist", default_steps=4, **FULL
+    ),
 }
 
 

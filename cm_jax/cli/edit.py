@@ -16,6 +16,7 @@ from cm_jax.cli.labels import LabelTexts, read_labels
 from cm_jax.cli.options import Levels, Network, WhichWeights
 from cm_jax.cli.parsing import choose, numbers, parse
 from cm_jax.cli.running import say, stopwatch, use_compilation_cache
+from cm_jax.data.decoding import resize
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import atomic_write, check_writable
@@ -162,9 +163,7 @@ class SuperResolve(_Steps):
     def canvas(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         left, top, right, bottom = photos.center_box(*picture.size, size)
         scale = max(size[0] / (bottom - top), size[1] / (right - left))
-        if scale <= 1:
-            return picture
-        return picture.resize((round(scale * picture.width), round(scale * picture.height)), Image.Resampling.BICUBIC)
+        return resize(picture, scale) if scale > 1 else picture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

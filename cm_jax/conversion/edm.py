@@ -17,6 +17,7 @@ from cm_jax.conversion import edm_names
 from cm_jax.conversion.persistence import Record, read_persistent
 from cm_jax.conversion.pickles import pickled_array
 from cm_jax.conversion.rules import Tensors, from_source, to_source
+from cm_jax.conversion.torch_files import check_bytes
 from cm_jax.diffusion.noise_schedule import EDM_TIME, NUM_LEVELS, KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
     AnyPreconditioning,
@@ -27,7 +28,7 @@ from cm_jax.diffusion.preconditioning import (
     VEPreconditioning,
     VPPreconditioning,
 )
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, one_line
 from cm_jax.io.atomic import read_errors
 from cm_jax.networks import BuiltInNetwork, EDM2UNet, SongUNet
 from cm_jax.types import Params, leaves, nested
@@ -83,6 +84,7 @@ def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | No
         modules, tensors = outer.modules(), outer.tensors()
     except ValueError as error:
         raise InputError(f"{path} holds no network of the EDM family: {error}.") from error
+    check_bytes(path, tensors)
     inner = modules.get("model") or modules.get("unet")
     if outer.kind not in _PRECONDITIONINGS or inner is None or inner.kind not in _NETWORKS:
         raise InputError(
@@ -94,7 +96,7 @@ def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | No
         if name not in known and module.kind not in _NETWORKS[inner.kind]:
             raise InputError(f"Expected the modules of {inner.kind} in {path}, got {module.kind} as {name}.")
     arguments = outer.part("_init_kwargs")
-    strange = [f"{name}={str(value)[:40]}" for name, value in arguments.items() if value and name not in _OPTIONS]
+    strange = [f"{name}={one_line(value)}" for name, value in arguments.items() if value and name not in _OPTIONS]
     if strange:
         raise InputError(f"{path} uses options of {inner.kind} that are not supported: {', '.join(strange)[:300]}.")
 
@@ -203,13 +205,13 @@ def _with_attributes(
             changes[field] = _number(path, inner.state, field, getattr(network, field), 0.0, 1.0)
     sizes = arguments.get("dropout_res", arguments.get("dout_resolutions"))
     if sizes is not None:
-        largest = max(sizes) if isinstance(sizes, list) and sizes else sizes
-        changes["dropout_size"] = _number(path, {"dropout_res": largest}, "dropout_res", None, 1, 2**13)
+        each = sizes if isinstance(sizes, list) and sizes else [sizes]
+        changes["dropout_size"] = max(_number(path, {"dropout_res": size}, "dropout_res", 1, 1, 2**13) for size in each)
     network = dataclasses.replace(network, **changes)
     for block in blocks:
         channels, heads = block.get("out_channels"), block.get("num_heads")
         if heads and isinstance(channels, int) and network.heads_for(channels) != heads:
-            raise InputError(f"{path} has {heads} attention heads at {channels} channels, which is not supported.")
+            raise InputError(f"{path} has {one_line(heads)} heads at {channels} channels, which is not supported.")
     return network
 
 
@@ -220,7 +222,8 @@ def _latents(path: Path, content: dict[str, Any]) -> Latents | None:
         return None
     with read_errors(path, "pickle of the EDM family"):
         scale, bias = (pickled_array(encoder.state[name]).read().ravel().tolist() for name in ("scale", "bias"))
-    return Latents(str(encoder.state.get("vae_name"))[:100], tuple(scale), tuple(bias))
+    name = encoder.state.get("vae_name")
+    return Latents(name[:100] if isinstance(name, str) else "", tuple(scale), tuple(bias))
 
 
 def _number(path: Path, values: dict[str, Any], name: str, default: Any, least: float, most: float) -> Any:
@@ -229,7 +232,7 @@ def _number(path: Path, values: dict[str, Any], name: str, default: Any, least: 
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise InputError(f"Expected {name} from {least:g} to {most:g} in {path}, got {str(value)[:60]}.")
+        raise InputError(f"Expected {name} from {least:g} to {most:g} in {path}, got {one_line(value)}.")
     return value
 
 
@@ -293,7 +296,8 @@ def _second_sigma(config: ModelConfig) -> float:
 def _class_names(classes: int | None, content: dict[str, Any]) -> tuple[str, ...]:
     """ImageNet's or CIFAR-10's class names, by the number of classes and the name of the data set."""
     data = content.get("dataset_kwargs")
-    path = str(data.get("path")).lower() if isinstance(data, dict) else ""
+    path = data.get("path") if isinstance(data, dict) else None
+    path = path.lower() if isinstance(path, str) else ""
     if classes == 1000:
         return imagenet_classes()
     return _CIFAR10 if classes == 10 and "cifar10" in path else ()

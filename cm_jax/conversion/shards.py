@@ -50,6 +50,11 @@ def _stem(path: Path) -> str:
     return match[1] if match else Path(path.name.removesuffix(INDEX)).stem
 
 
+def is_sharded(path: Path) -> bool:
+    """Whether a file is an index of shards or a shard."""
+    return path.name.endswith(INDEX) or _SHARD.fullmatch(path.name) is not None
+
+
 def read_weights(path: Path) -> Any:
     """All that a weight file holds: LazyTensors in dictionaries; for an index or a shard, the tensors of all shards.
 

@@ -72,6 +72,24 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(_ASSETS.joinpath("imagenet_classes.txt").read_text("utf-8").splitlines())
 
 
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_IMAGENET = re.compile(r"imagenet|ilsvrc|(?:^|[/\\]|edm2-)(img|in)-?(1k|\d{2,3}(?!\d))", re.I)
+"""In the names of data sets and checkpoints: imagenet-64x64.zip, img512-sd.zip, edm2-img64-s."""
+
+
+def usual_classes(classes: int | None, stem: str = "", data: Any = None) -> tuple[str, ...]:
+    """Class names of a network of the EDM family, whose files have none: those of ImageNet or CIFAR-10, or none.
+
+    stem: name of its file, which counts if it is a published one. data: what else states its data set, such as a path;
+    where nothing does, 1000 classes are those of ImageNet.
+    """
+    name = stem if stem in published_edm() or edm2(stem) else data
+    name = name if isinstance(name, str) else None
+    if classes == 1000 and (name is None or _IMAGENET.search(name)):
+        return imagenet_classes()
+    return _CIFAR10 if classes == 10 and re.search("cifar-?10(?!0)", name or "", re.I) else ()
+
+
 @functools.cache
 def published() -> dict[str, Published]:
     """OpenAI's twelve PyTorch checkpoints and the bundled one from the same code, by name."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cm_jax.checkpoints.model_config import Latents, ModelConfig
-from cm_jax.checkpoints.published import imagenet_classes
+from cm_jax.checkpoints.published import usual_classes
 from cm_jax.conversion import edm_names
 from cm_jax.conversion.persistence import Record, read_persistent
 from cm_jax.conversion.pickles import pickled_array
@@ -55,7 +55,6 @@ _OPTIONS = {
     *("M", "C_1", "C_2"),
 }
 """Constructor arguments whose effect is known. Any other that is set may change the function."""
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _LICENSE = "Weights of EDM, EDM2 and TCM are published for non-commercial use (CC BY-NC-SA 4.0)."
 
 
@@ -108,7 +107,9 @@ def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | No
     network = _infer(path, shapes, prefix, head_dim)
     network = _with_attributes(path, network, arguments, inner, modules)
     trained = preconditioning or _kind(content, outer, inner, arguments, tensors)
-    config = _config(path, network, outer, trained, _class_names(network.classes, content))
+    data = content.get("dataset_kwargs")
+    names = usual_classes(network.classes, path.stem, data.get("path") if isinstance(data, dict) else None)
+    config = _config(path, network, outer, trained, names)
     config = dataclasses.replace(config, latents=_latents(path, content))
     if network.classes is not None and outer.kind in _EDM_DENOISERS:
         rate = float(_number(path, arguments, "label_dropout", 0.0, 0.0, 1.0))
@@ -139,7 +140,7 @@ def read_state_dict(
     trigflow = getattr(network, "variant", "") == "trigflow" or network.modulation == "normalized"
     lowest = 0.003 if preconditioning == "consistency" else 0.0  # ECT's boundary
     outer = Record("TrigFlowPrecond" if trigflow else "ECMPrecond", {"sigma_data": 0.5, "sigma_min": lowest})
-    config = _config(path, network, outer, preconditioning, _class_names(network.classes, {}))
+    config = _config(path, network, outer, preconditioning, usual_classes(network.classes))
     notes = (_LICENSE,) if head_dim or isinstance(network, SongUNet) else (_LICENSE, _HEADS_NOTE)
     return _finished(path, config, tensors, prefix, notes)
 
@@ -274,6 +275,11 @@ def _config(
             preconditioning = ConsistencyPreconditioning(sigma_data, EDM_TIME)
     if trained == "edm-consistency":
         schedule = KarrasSchedule()
+    if trained == "consistency" and outer.kind != "ECMPrecond":
+        raise InputError(
+            f"Expected --preconditioning edm or edm-consistency for the {outer.kind} of {path}, got consistency, which "
+            "is for ECT and CMT; leave it out, or use one of these."
+        )
     config = ModelConfig(
         network,
         preconditioning,
@@ -291,13 +297,3 @@ def _second_sigma(config: ModelConfig) -> float:
     if isinstance(config.preconditioning, TrigFlowPreconditioning):
         return config.preconditioning.sigma_data * math.tan(1.1)
     return 1.526 if isinstance(config.network, EDM2UNet) else 0.821
-
-
-def _class_names(classes: int | None, content: dict[str, Any]) -> tuple[str, ...]:
-    """ImageNet's or CIFAR-10's class names, by the number of classes and the name of the data set."""
-    data = content.get("dataset_kwargs")
-    path = data.get("path") if isinstance(data, dict) else None
-    path = path.lower() if isinstance(path, str) else ""
-    if classes == 1000:
-        return imagenet_classes()
-    return _CIFAR10 if classes == 10 and "cifar10" in path else ()

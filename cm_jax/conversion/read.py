@@ -78,9 +78,6 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
             "chooses among the networks of a file."
         )
     safetensors = path.is_file() and path.suffix.lower() == ".safetensors"
-    if path.is_file() and persistence.is_persistent(path):
-        found = edm.read_pickle(path, key=hints.key, preconditioning=hints.preconditioning)
-        return _from_edm(path, found, hints)
     if path.is_file() and not safetensors and jcm.is_msgpack(path):
         return _read_jcm(path, hints)
     if hints.attention_factors is not None or hints.resampling is not None:
@@ -88,6 +85,9 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
             "--attention-factors and --resampling are for checkpoints of openai/consistency_models_cifar10 only; "
             f"leave out --attention-factors and --resampling for {path}."
         )
+    if path.is_file() and persistence.is_persistent(path):
+        found = edm.read_pickle(path, key=hints.key, preconditioning=hints.preconditioning)
+        return _from_edm(path, found, hints)
     if safetensors and native.is_single_file(path):
         return _read_native(path, native.restore_file(path), hints)
     if path.is_file():
@@ -106,7 +106,8 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
             f"{path} holds no weights. Expected a native checkpoint (config.json and params/) or a diffusers folder "
             f"(unet/diffusion_pytorch_model.safetensors or .bin), got {content}."
         )
-    source = _read_pytorch(path, weights, hints)
+    by_key = folder != path and folder.name == hints.key
+    source = _read_pytorch(path, weights, dataclasses.replace(hints, key=None) if by_key else hints)
     return dataclasses.replace(source, notes=(*notes, *source.notes))
 
 
@@ -145,7 +146,7 @@ def _read_native(
 
 def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
     """A PyTorch checkpoint with its weights in `file`."""
-    tensors, notes = read_network(file, None if hints.key == file.parent.name else hints.key)
+    tensors, notes = read_network(file, hints.key)
     tensors, guided_diffusion = as_convolutions(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if edm_names.is_edm(shapes):
@@ -186,6 +187,8 @@ def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
 def _from_edm(path: Path, found: edm.EDMCheckpoint, hints: CheckpointHints) -> Source:
     if hints.heads or hints.image_size:
         raise InputError(f"{path} determines its heads and image size; leave out --heads and --image-size.")
+    if hints.head_dim and (found.record or isinstance(found.config.network, SongUNet)):
+        raise InputError(f"{path} determines the channels of its attention heads; leave out --head-dim.")
     config = dataclasses.replace(found.config, num_levels=hints.num_levels or found.config.num_levels)
     return Source(path, config, found.params, tensors=found.tensors, notes=found.notes, record=found.record)
 

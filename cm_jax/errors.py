@@ -2,6 +2,7 @@
 
 import difflib
 import operator
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 
 _MOST_LINES = 40
@@ -47,8 +48,20 @@ def check_int(name: str, value: object, least: int, most: int) -> int:
 
 def one_line(value: object, most: int = 40) -> str:
     """A value in messages: its repr in one line, cut after `most` characters."""
-    text = " ".join(repr(value).split())
+    text = " ".join(_BRIEF.repr(value).split())
     return text if len(text) < most else text[: most - 4] + " ..."
+
+
+class _Brief(reprlib.Repr):
+    """The beginning of a repr. A small pickle may hold lists of the same lists whose whole repr exceeds any memory."""
+
+    repr_OrderedDict = reprlib.Repr.repr_dict  # noqa: N815  reprlib looks for this name
+
+
+_BRIEF = _Brief()
+_BRIEF.maxlevel = 3
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = _BRIEF.maxset = _BRIEF.maxfrozenset = 20
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 1000
 
 
 def nearest(word: object, choices: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from cm_jax.checkpoints import weight_names
 from cm_jax.checkpoints.hub_client import UnreachableError, api, endpoint, full_disk, hub_errors, progress_bars
 from cm_jax.errors import InputError
 from cm_jax.progress import activity
@@ -137,53 +138,62 @@ def fetch(hub_id: HubId, *, cache_dir: str | Path | None = None, local_files_onl
 def select(files: Collection[str], name: str) -> list[str]:
     """The files of a repository that belong to its checkpoint.
 
-    A diffusers pipeline (unet_ema is preferred to unet) or network (safetensors is preferred to .bin), else a native
-    checkpoint, else the only weight file. Raises InputError, with `name` for the repository, if there is none.
+    A diffusers pipeline (unet_ema is preferred to unet) or network, else a native checkpoint, else the only weights;
+    in each folder by the rules of `weight_names.choices`, as of a local folder, but the first of several variants
+    (diffusion_pytorch_model.fp16.safetensors). Raises InputError, with `name` for the repository, if there is none.
     """
     for folder in ("unet_ema/", "unet/", ""):
-        if weights := _diffusers_weights(files, folder):
-            network = f"{folder}config.json"
-            configs = ("model_index.json", "cm_jax.json", "scheduler/scheduler_config.json", network)
-            return [*(each for each in configs if each in files), *weights]
+        inside = _inside(files, folder)
+        found = weight_names.choices(inside)
+        variants = bool(found) and all(each.startswith(_WEIGHTS) for each in found)
+        if len(found) > 1 and folder and not variants:
+            raise _several(name, [folder + each for each in found])
+        if variants or (found and folder):
+            configs = ("model_index.json", "cm_jax.json", "scheduler/scheduler_config.json", f"{folder}config.json")
+            weights = weight_names.parts(found[0], inside)
+            return [*(each for each in configs if each in files), *(folder + each for each in weights)]
     params = [each for each in files if each.startswith("params/")]
     if params and "config.json" in files:
         return [*(each for each in ("config.json", "checksums.json") if each in files), *params]
-    single = sorted(each for each in files if "/" not in each and each.lower().endswith(_SINGLE_FILES))
+    return _only_weights(_inside(files, ""), name)
+
+
+def _inside(files: Collection[str], folder: str) -> list[str]:
+    """The names of the files in a folder of the repository, without those in its subfolders."""
+    names = [each.removeprefix(folder) for each in files if each.startswith(folder)]
+    return [each for each in names if "/" not in each]
+
+
+def _only_weights(files: list[str], name: str) -> list[str]:
+    """The only weights among the files at the top of a repository, with their config."""
+    single = [each for each in files if each.lower().endswith(_SINGLE_FILES)]
+    single = sorted(each for each in single if weight_names.has_weights(each)) or sorted(single)
+    found = weight_names.choices(files)
+    if len(found) == 1 and all(each.endswith((".safetensors", ".bin")) for each in single):
+        return [*(["config.json"] if "config.json" in files else []), *weight_names.parts(found[0], files)]
     if len(single) == 1:
         return single
     if single:
-        raise InputError(
-            f"{name} has {len(single)} checkpoints: {', '.join(single)}. Download one, for example with "
-            f"`hf download {name.replace('@', ' --revision ')} {single[0]}`, and give the path that it prints."
-        )
+        raise _several(name, single)
     raise InputError(
         f"{name} has no checkpoint. Expected a diffusers folder (unet/{_WEIGHTS}.safetensors or .bin), a native "
         f"checkpoint, or one .pt, .pkl or .safetensors file; got {', '.join(sorted(files)[:8]) or 'no files'}."
     )
 
 
-def _diffusers_weights(files: Collection[str], folder: str) -> list[str]:
-    for suffix in (".safetensors", ".bin"):
-        start = f"{folder}{_WEIGHTS}"
-        if start + suffix in files:
-            return [start + suffix]
-        if (index := f"{start}{suffix}.index.json") in files:
-            shard = re.compile(re.escape(start) + r"-\d+-of-\d+" + re.escape(suffix))
-            return [index, *sorted(each for each in files if shard.fullmatch(each))]
-        if variants := sorted(each for each in files if each.startswith(start + ".") and each.endswith(suffix)):
-            return variants[:1]  # for example diffusion_pytorch_model.fp16.safetensors
-    return []
+def _several(name: str, checkpoints: list[str]) -> InputError:
+    return InputError(
+        f"{name} has {len(checkpoints)} checkpoints: {', '.join(checkpoints)}. Download one, for example with "
+        f"`hf download {name.replace('@', ' --revision ')} {checkpoints[0]}`, and give the path that it prints."
+    )
 
 
 def _checkpoint(snapshot: Path, name: str) -> Path:
     """The checkpoint in a snapshot: the folder, or the single file in it."""
     files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if not path.is_dir()]
-    chosen = select(files, name)
-    return (
-        snapshot / chosen[0]
-        if len(chosen) == 1 and chosen[0].endswith(_SINGLE_FILES) and "/" not in chosen[0]
-        else snapshot
-    )
+    chosen = [each for each in select(files, name) if each != "config.json"]
+    single = len(chosen) == 1 and chosen[0].endswith(_SINGLE_FILES) and "/" not in chosen[0]
+    return snapshot / chosen[0] if single and not chosen[0].startswith(_WEIGHTS) else snapshot
 
 
 def _cached(hub_id: HubId, cache: Path, reason: str) -> Path:

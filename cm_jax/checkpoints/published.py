@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cm_jax.checkpoints import download, hub, native
+from cm_jax.checkpoints import download, hub, native, weight_names
 from cm_jax.errors import InputError, nearest
 
 _ASSETS = Path(str(importlib.resources.files("cm_jax.assets")))
@@ -31,6 +31,8 @@ BUNDLED = {
 }
 """Files of the bundled checkpoints: emoji32 and the denoiser emoji32_edm were trained with this package, emoji16_cd
 with OpenAI's code."""
+_OF_RUNS = (".lock", "run.json", "config_history.json")
+"""Files that every folder of a training run has some of, and no other folder."""
 DEFAULT = "emoji32"
 """The checkpoint that `load` reads by default."""
 
@@ -70,6 +72,24 @@ class Published:
 def imagenet_classes() -> tuple[str, ...]:
     """Names of the 1000 ImageNet classes in the order of their WordNet ids: the numbers of the published networks."""
     return tuple(_ASSETS.joinpath("imagenet_classes.txt").read_text("utf-8").splitlines())
+
+
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_IMAGENET = re.compile(r"imagenet|ilsvrc|(?:^|[/\\]|edm2-)(img|in)-?(1k|\d{2,3}(?!\d))", re.I)
+"""In the names of data sets and checkpoints: imagenet-64x64.zip, img512-sd.zip, edm2-img64-s."""
+
+
+def usual_classes(classes: int | None, stem: str = "", data: Any = None) -> tuple[str, ...]:
+    """Class names of a network of the EDM family, whose files have none: those of ImageNet or CIFAR-10, or none.
+
+    stem: name of its file, which counts if it is a published one. data: what else states its data set, such as a path;
+    where nothing does, 1000 classes are those of ImageNet.
+    """
+    name = stem if stem in published_edm() or edm2(stem) else data
+    name = name if isinstance(name, str) else None
+    if classes == 1000 and (name is None or _IMAGENET.search(name)):
+        return imagenet_classes()
+    return _CIFAR10 if classes == 10 and re.search("cifar-?10(?!0)", name or "", re.I) else ()
 
 
 @functools.cache
@@ -210,10 +230,11 @@ def _local(path_or_name: str | Path) -> Path | None:
     try:
         path = Path(path_or_name).expanduser()
         if (path / "checkpoints").is_dir() and not native.is_checkpoint(path):
-            found = native.run_checkpoints(path)
-            if not found:
+            if found := native.run_checkpoints(path):
+                return found[max(found)]
+            if any((path / name).exists() for name in _OF_RUNS):
                 raise InputError(f"The run in {path} has no checkpoint yet: continue its training first.")
-            return found[max(found)]
+            return _only_file(path)
         if path.name == "best" and (path.parent / "checkpoints").is_dir() and not path.exists():
             run, step = path.parent, native.best_checkpoint(path.parent)
             if step is None:
@@ -227,6 +248,23 @@ def _local(path_or_name: str | Path) -> Path | None:
         return path if path.is_file() or path.is_dir() else None
     except (OSError, RuntimeError) as error:
         raise InputError(f"{str(path_or_name)[:80]} cannot be a path: {error}.") from error
+
+
+def _only_file(path: Path) -> Path:
+    """The only file in PATH/checkpoints, as of OpenAI's CIFAR-10 models; `path` if it holds weights itself, or nothing.
+
+    Raises InputError if there are several.
+    """
+    names = [entry.name for entry in path.iterdir()]
+    others = any(name.startswith(("unet", "model_index.")) or name.endswith((".pt", ".pth")) for name in names)
+    files = sorted(entry for entry in (path / "checkpoints").iterdir() if entry.is_file() and entry.name[0] != ".")
+    if others or weight_names.choices(names) or not files:
+        return path
+    if len(files) > 1:
+        raise InputError(
+            f"{path} holds {len(files)} checkpoints; give the path of one of them, for example {files[-1]}."
+        )
+    return files[0]
 
 
 def _named(name: str, *, fetch: bool) -> Path:

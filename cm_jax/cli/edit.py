@@ -16,10 +16,11 @@ from cm_jax.cli.labels import LabelTexts, read_labels
 from cm_jax.cli.options import Levels, Network, WhichWeights
 from cm_jax.cli.parsing import choose, numbers, parse
 from cm_jax.cli.running import say, stopwatch, use_compilation_cache
+from cm_jax.data.decoding import resize
 from cm_jax.editing import Luma, Mask, Noisy, Operator, PatchMean, Strokes, photos
 from cm_jax.errors import InputError, check_int
 from cm_jax.io.atomic import atomic_write, check_writable
-from cm_jax.io.images import LARGEST_GRID, fits_png, grid, quantize, save_grid
+from cm_jax.io.images import LARGEST_GRID, check_finite, fits_png, grid, quantize, save_grid
 from cm_jax.model import Model
 from cm_jax.samplers import NoiseLevelArgs
 
@@ -163,9 +164,7 @@ class SuperResolve(_Steps):
     def canvas(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         left, top, right, bottom = photos.center_box(*picture.size, size)
         scale = max(size[0] / (bottom - top), size[1] / (right - left))
-        if scale <= 1:
-            return picture
-        return picture.resize((round(scale * picture.width), round(scale * picture.height)), Image.Resampling.BICUBIC)
+        return resize(picture, scale) if scale > 1 else picture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,7 +258,7 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
     _print_notes(args.pictures, pictures, shape[:2])
     with stopwatch() as elapsed:
         edits = model.edit(args.seed, given, operator, variants=columns, **args.common(model), **args.levels)
-    edits = quantize(edits).reshape(len(given), columns, *given.shape[1:])
+    edits = quantize(check_finite(edits)).reshape(len(given), columns, *given.shape[1:])
     before, known = (quantize(np.asarray(shown))[:, None] for shown in (given, operator.preview(jnp.asarray(given))))
     parts = [before, edits] if np.array_equal(before, known) else [before, known, edits]
     rows = np.concatenate(parts, axis=1)
@@ -289,7 +288,7 @@ def _interpolate(args: Interpolate) -> None:
         first, second = (photos.fit(picture, shape[:2], shape[2]) for picture in pictures)
         images = model.interpolate_images(args.seed, first, second, frames, **args.common(model), sigmas=sigmas)
         images = np.stack([first, *images, second])
-    save_grid(args.output, grid(quantize(images), len(images)))
+    save_grid(args.output, grid(quantize(check_finite(images)), len(images)))
     say(f"Wrote {args.output}, from left to right{'' if seeds else ', with the input images at both ends'}.")
 
 

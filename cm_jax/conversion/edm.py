@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cm_jax.checkpoints.model_config import Latents, ModelConfig
-from cm_jax.checkpoints.published import imagenet_classes
+from cm_jax.checkpoints.published import usual_classes
 from cm_jax.conversion import edm_names
 from cm_jax.conversion.persistence import Record, read_persistent
 from cm_jax.conversion.pickles import pickled_array
 from cm_jax.conversion.rules import Shapes, Tensors, from_source
+from cm_jax.conversion.torch_files import check_bytes
 from cm_jax.diffusion.noise_schedule import EDM_TIME, NUM_LEVELS, KarrasSchedule
 from cm_jax.diffusion.preconditioning import (
     AnyPreconditioning,
@@ -25,7 +26,7 @@ from cm_jax.diffusion.preconditioning import (
     VEPreconditioning,
     VPPreconditioning,
 )
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, one_line
 from cm_jax.io.atomic import read_errors
 from cm_jax.networks import BuiltInNetwork, EDM2UNet, SongUNet
 from cm_jax.types import Params, leaves, nested
@@ -52,7 +53,6 @@ _OPTIONS = {
     *("M", "C_1", "C_2"),
 }
 """Constructor arguments whose effect is known. Any other that is set may change the function."""
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _LICENSE = "Weights of EDM, EDM2 and TCM are published for non-commercial use (CC BY-NC-SA 4.0)."
 
 
@@ -81,6 +81,7 @@ def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | No
         modules, tensors = outer.modules(), outer.tensors()
     except ValueError as error:
         raise InputError(f"{path} holds no network of the EDM family: {error}.") from error
+    check_bytes(path, tensors)
     inner = modules.get("model") or modules.get("unet")
     if outer.kind not in _PRECONDITIONINGS or inner is None or inner.kind not in _NETWORKS:
         raise InputError(
@@ -92,7 +93,7 @@ def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | No
         if name not in known and module.kind not in _NETWORKS[inner.kind]:
             raise InputError(f"Expected the modules of {inner.kind} in {path}, got {module.kind} as {name}.")
     arguments = outer.part("_init_kwargs")
-    strange = [f"{name}={str(value)[:40]}" for name, value in arguments.items() if value and name not in _OPTIONS]
+    strange = [f"{name}={one_line(value)}" for name, value in arguments.items() if value and name not in _OPTIONS]
     if strange:
         raise InputError(f"{path} uses options of {inner.kind} that are not supported: {', '.join(strange)[:300]}.")
 
@@ -104,7 +105,9 @@ def read_pickle(path: Path, *, key: str | None = None, preconditioning: str | No
     network = _infer(path, shapes, prefix, head_dim)
     network = _with_attributes(path, network, arguments, inner, modules)
     trained = preconditioning or _kind(content, outer, inner, arguments, tensors)
-    config = _config(path, network, outer, trained, _class_names(network.classes, content))
+    data = content.get("dataset_kwargs")
+    names = usual_classes(network.classes, path.stem, data.get("path") if isinstance(data, dict) else None)
+    config = _config(path, network, outer, trained, names)
     config = dataclasses.replace(config, latents=_latents(path, content))
     if network.classes is not None and outer.kind in _EDM_DENOISERS:
         rate = float(_number(path, arguments, "label_dropout", 0.0, 0.0, 1.0))
@@ -142,7 +145,7 @@ def config_of_shapes(path: Path, shapes: Shapes, head_dim: int | None, precondit
     trigflow = getattr(network, "variant", "") == "trigflow" or network.modulation == "normalized"
     lowest = 0.003 if preconditioning == "consistency" else 0.0  # ECT's boundary
     outer = Record("TrigFlowPrecond" if trigflow else "ECMPrecond", {"sigma_data": 0.5, "sigma_min": lowest})
-    return _config(path, network, outer, preconditioning, _class_names(network.classes, {}))
+    return _config(path, network, outer, preconditioning, usual_classes(network.classes))
 
 
 def _chosen(path: Path, content: dict[str, Any], key: str | None) -> Record:
@@ -193,13 +196,13 @@ def _with_attributes(
             changes[field] = _number(path, inner.state, field, getattr(network, field), 0.0, 1.0)
     sizes = arguments.get("dropout_res", arguments.get("dout_resolutions"))
     if sizes is not None:
-        largest = max(sizes) if isinstance(sizes, list) and sizes else sizes
-        changes["dropout_size"] = _number(path, {"dropout_res": largest}, "dropout_res", None, 1, 2**13)
+        each = sizes if isinstance(sizes, list) and sizes else [sizes]
+        changes["dropout_size"] = max(_number(path, {"dropout_res": size}, "dropout_res", 1, 1, 2**13) for size in each)
     network = dataclasses.replace(network, **changes)
     for block in blocks:
         channels, heads = block.get("out_channels"), block.get("num_heads")
         if heads and isinstance(channels, int) and network.heads_for(channels) != heads:
-            raise InputError(f"{path} has {heads} attention heads at {channels} channels, which is not supported.")
+            raise InputError(f"{path} has {one_line(heads)} heads at {channels} channels, which is not supported.")
     return network
 
 
@@ -210,7 +213,8 @@ def _latents(path: Path, content: dict[str, Any]) -> Latents | None:
         return None
     with read_errors(path, "pickle of the EDM family"):
         scale, bias = (pickled_array(encoder.state[name]).read().ravel().tolist() for name in ("scale", "bias"))
-    return Latents(str(encoder.state.get("vae_name"))[:100], tuple(scale), tuple(bias))
+    name = encoder.state.get("vae_name")
+    return Latents(name[:100] if isinstance(name, str) else "", tuple(scale), tuple(bias))
 
 
 def _number(path: Path, values: dict[str, Any], name: str, default: Any, least: float, most: float) -> Any:
@@ -219,7 +223,7 @@ def _number(path: Path, values: dict[str, Any], name: str, default: Any, least: 
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise InputError(f"Expected {name} from {least:g} to {most:g} in {path}, got {str(value)[:60]}.")
+        raise InputError(f"Expected {name} from {least:g} to {most:g} in {path}, got {one_line(value)}.")
     return value
 
 
@@ -261,6 +265,11 @@ def _config(
             preconditioning = ConsistencyPreconditioning(sigma_data, EDM_TIME)
     if trained == "edm-consistency":
         schedule = KarrasSchedule()
+    if trained == "consistency" and outer.kind != "ECMPrecond":
+        raise InputError(
+            f"Expected --preconditioning edm or edm-consistency for the {outer.kind} of {path}, got consistency, which "
+            "is for ECT and CMT; leave it out, or use one of these."
+        )
     config = ModelConfig(
         network,
         preconditioning,
@@ -278,12 +287,3 @@ def _second_sigma(config: ModelConfig) -> float:
     if isinstance(config.preconditioning, TrigFlowPreconditioning):
         return config.preconditioning.sigma_data * math.tan(1.1)
     return 1.526 if isinstance(config.network, EDM2UNet) else 0.821
-
-
-def _class_names(classes: int | None, content: dict[str, Any]) -> tuple[str, ...]:
-    """ImageNet's or CIFAR-10's class names, by the number of classes and the name of the data set."""
-    data = content.get("dataset_kwargs")
-    path = str(data.get("path")).lower() if isinstance(data, dict) else ""
-    if classes == 1000:
-        return imagenet_classes()
-    return _CIFAR10 if classes == 10 and "cifar10" in path else ()

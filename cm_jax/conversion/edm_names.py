@@ -208,11 +208,13 @@ def infer(shapes: Shapes, source: str, *, head_dim: int | None = None, **known: 
             f"{names[0]}, starting with {', '.join(list(shapes)[:3])}."
         )
 
-    places = [match for name in shapes if (match := re.match(r"enc\.(\d+)x\1_(conv|block(\d+))\.", name))]
+    places = [match for name in shapes if (match := re.match(r"enc\.(\d{1,5})x\1_(conv|block(\d{1,6}))\.", name))]
     sizes = sorted({int(match[1]) for match in places}, reverse=True)[:12]
     stem = next((match[0] + "weight" for match in places if match[2] == "conv"), "enc.*_conv.weight")
     width = size(0, stem)
     per_level = 1 + max((int(match[3]) for match in places if match[3] and int(match[1]) == sizes[0]), default=0)
+    if per_level * len(sizes) > len(shapes):
+        raise InputError(f"Expected {per_level} blocks at each resolution in {source}, got {len(shapes)} tensors.")
     edm2 = "emb_noise.weight" in shapes
     conv, qkv = ("conv_res1", "attn_qkv") if edm2 else ("conv1", "qkv")
     channels = [size(0, f"enc.{each}x{each}_block0.{conv}.weight", stem) for each in sizes]

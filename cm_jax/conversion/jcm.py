@@ -27,6 +27,8 @@ _FLAX_ARRAY = 1
 """MessagePack extension type of a Flax array: shape, dtype name, bytes."""
 _FLAX_DTYPES = {dtype.name: dtype for dtype in STORAGES.values()}
 _RESIDUAL, _ATTENTION, _PYRAMID = "ResnetBlockBigGANpp", "AttnBlockpp", "Downsample"
+_MOST_LEVELS = 8
+"""Resolutions of a network. The choices of those with attention are twice as many with each; the published have 3."""
 _LEAVES = {"GroupNorm": ("scale", "bias"), "NIN": ("W", "b"), "Conv2d": ("weight", "bias")}
 """Names of weight and bias in these modules; kernel and bias in all others."""
 
@@ -120,7 +122,12 @@ def candidates(shapes: Shapes, source: str, *, image_size: ImageSize) -> list[So
     """
     blocks, attentions, pyramids = (_count(shapes, kind) for kind in (_RESIDUAL, _ATTENTION, _PYRAMID))
     scored = []
-    for levels in range(1, blocks + 1):
+    if max(blocks, attentions, pyramids) > len(shapes):
+        raise InputError(
+            f"Expected at most one block for each of the {len(shapes)} tensors in {source}, got names of {blocks} "
+            f"blocks {_RESIDUAL}_i, {attentions} {_ATTENTION}_i and {pyramids} {_PYRAMID}_i; use a complete checkpoint."
+        )
+    for levels in range(1, min(blocks, _MOST_LEVELS) + 1):
         # A level with b blocks has 2 b + 3 residual blocks: b in the encoder, b + 1 in the decoder, and two that
         # resample, in place of which the last level has those in the middle.
         per_level, odd = divmod(blocks // levels - 3, 2)
@@ -153,7 +160,7 @@ def candidates(shapes: Shapes, source: str, *, image_size: ImageSize) -> list[So
 
 
 def _count(shapes: Shapes, kind: str) -> int:
-    found = (re.match(rf"{kind}_(\d+)/", name) for name in shapes)
+    found = (re.match(rf"{kind}_(\d{{1,18}})/", name) for name in shapes)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 

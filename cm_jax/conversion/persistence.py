@@ -17,14 +17,14 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from cm_jax.conversion.pickles import Inert, RestrictedUnpickler, number_type
+from cm_jax.conversion.pickles import Budget, Inert, RestrictedUnpickler, number_type
 from cm_jax.conversion.torch_files import LEGACY, Storage, TensorUnpickler, is_legacy, tensor_view
 from cm_jax.io.atomic import read_errors
 from cm_jax.io.safetensors import LazyTensor
 
 _STARTS = (b"\x80\x04\x95", b"\x80\x05\x95")
 """First bytes of pickles in protocols 4 and 5."""
-_OPCODES = (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.POP, pickle.BINUNICODE8)
+_OPCODES = (pickle.POP, pickle.BINUNICODE8)
 _LARGEST_IN_MEMORY = 2**16
 """Bytes of a storage that stays in memory; larger ones are read from the file on demand."""
 _MOST_MODULES, _DEEPEST = 20_000, 16
@@ -68,9 +68,10 @@ class Record(Inert):
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Parameters and buffers under the names of a state dict. Raises ValueError for anything else among them."""
-        found = {}
+        found, budget = {}, Budget()
         for prefix, module in self.modules().items():
             for key, tensor in (module.part("_parameters") | module.part("_buffers")).items():
+                budget.spend()
                 name = f"{prefix}.{key}" if prefix else f"{key}"
                 if isinstance(tensor, LazyTensor):
                     found[name] = tensor
@@ -193,6 +194,7 @@ class _PersistenceUnpickler(RestrictedUnpickler):
         return _StoredNumbers(storage, source, skip)
 
     def _tensor(self, stored: _StoredNumbers, offset: int, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+        shape = tuple(map(int, shape))
         if not isinstance(stored, _StoredNumbers) or math.prod(shape) > stored.storage.numbers:
             raise ValueError(f"a tensor of shape {list(shape)} does not fit its storage")
         return tensor_view(self._path, stored.storage, offset, shape, strides, lambda _: stored.read())
@@ -202,7 +204,8 @@ def _persistent_object(meta: Any) -> Record:
     """The object that `meta` describes. Its source text is ignored, and its attributes may still be read later."""
     if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
         raise ValueError("a persistent object without a state")
-    return Record(str(meta.get("class_name"))[:200], meta["state"])
+    kind = meta.get("class_name")
+    return Record(kind[:200] if isinstance(kind, str) else "", meta["state"])
 
 
 def _empty_dict(*arguments: Any) -> dict:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cm_jax.errors import InputError
+from cm_jax.errors import InputError, one_line
 from cm_jax.io.atomic import read_errors
 from cm_jax.io.safetensors import LazyTensor
 from cm_jax.types import leaves
@@ -59,6 +59,26 @@ _CLASSES = {
     "torch.storage": "",
 }
 """For modules whose names do not follow the rule of `is_plain_class`: the globals that are inert, and no others."""
+
+
+class Budget:
+    """Counts the modules and tensors read from a file: objects that hold each other twice have endless many names."""
+
+    def __init__(self) -> None:
+        self._left = 100_000  # a state of training with several EMAs has 20,000
+
+    def spend(self, number: int = 1) -> None:
+        """Raises ValueError when all is spent."""
+        self._left -= number
+        if self._left < 0:
+            raise ValueError("it holds more than 100,000 modules and tensors")
+
+
+def checked_key(key: Any) -> Any:
+    """A key of a dictionary. Raises ValueError for nested tuples, because hashing those may take forever."""
+    if isinstance(key, tuple | frozenset) and any(isinstance(part, tuple | frozenset) for part in key):
+        raise ValueError("a key that is a nested tuple")
+    return key
 
 
 class Inert:
@@ -127,6 +147,32 @@ class RestrictedUnpickler(pickle._Unpickler):
 
     dispatch[pickle.BUILD[0]] = load_build
 
+    def load_setitem(self) -> None:
+        checked_key(self.stack[-2])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:  # type: ignore[attr-defined]
+            checked_key(key)
+        super().load_setitems()  # type: ignore[misc]
+
+    def load_additems(self) -> None:
+        for key in self.stack:  # type: ignore[attr-defined]
+            checked_key(key)
+        super().load_additems()  # type: ignore[misc]
+
+    def load_frozenset(self) -> None:
+        for key in self.stack:  # type: ignore[attr-defined]
+            checked_key(key)
+        super().load_frozenset()  # type: ignore[misc]
+
+    dispatch |= {
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._allowed:
             return self._allowed[module, name]
@@ -145,7 +191,18 @@ def read_arrays(path: Path) -> dict[str, LazyTensor]:
     allowed = {("numpy", "ndarray"): None, **dict.fromkeys([("numpy", "dtype"), *reconstruct], Inert)}
     with read_errors(path, "pickle of NumPy arrays"):
         tree = RestrictedUnpickler(path, io.BytesIO(path.read_bytes()), allowed).load()
+        _check_tree(tree, set())
         return {name: pickled_array(leaf) for name, leaf in leaves(tree)}
+
+
+def _check_tree(tree: Any, seen: set[int]) -> None:
+    """Raise ValueError for a dictionary in several places, which may have endless many leaves."""
+    if isinstance(tree, dict):
+        if id(tree) in seen:
+            raise ValueError("a dictionary in several places")
+        seen.add(id(tree))
+        for branch in tree.values():
+            _check_tree(branch, seen)
 
 
 def pickled_array(pickled: Inert) -> LazyTensor:
@@ -159,5 +216,5 @@ def number_type(dtype: Inert) -> np.dtype:
     """A pickled NumPy dtype. Raises ValueError for all but little-endian floating-point numbers."""
     name, order = dtype.arguments[0], dtype.state[1]
     if name not in ("f2", "f4", "f8") or order != "<" or dtype.state[2:5] != (None, None, None):
-        raise ValueError(f"an array of {order}{name}")
+        raise ValueError(f"an array of {one_line(order)}{one_line(name)}")
     return np.dtype(f"<{name}")

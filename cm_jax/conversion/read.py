@@ -26,8 +26,7 @@ from cm_jax.types import Params
 
 _STORED = ("clip_denoised", "label_dropout", "default_sampler", "default_steps")
 _TOLERANCE = 2e-3
-"""Share of its parameters by which a file with a published name may differ: such a file counts as a damaged copy, and
-the difference is reported. With a larger difference it counts as another checkpoint."""
+"""Share of its parameters by which a file with a published name may differ, as a damaged copy: it is reported."""
 _RUN_FILE = re.compile(r"(?P<kind>(target_|teacher_)?model|opt|ema_(?P<rate>0\.[0-9]+)_)(?P<step>[0-9]{6,})\.pt")
 """Checkpoints of OpenAI's training code."""
 
@@ -80,9 +79,6 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
             "chooses among the networks of a file."
         )
     safetensors = path.is_file() and path.suffix.lower() == ".safetensors"
-    if path.is_file() and persistence.is_persistent(path):
-        found = edm.read_pickle(path, key=hints.key, preconditioning=hints.preconditioning)
-        return _from_edm(path, found, hints)
     if path.is_file() and not safetensors and jcm.is_msgpack(path):
         return _read_jcm(path, hints)
     if hints.attention_factors is not None or hints.resampling is not None:
@@ -90,6 +86,9 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
             "--attention-factors and --resampling are for checkpoints of openai/consistency_models_cifar10 only; "
             f"leave out --attention-factors and --resampling for {path}."
         )
+    if path.is_file() and persistence.is_persistent(path):
+        found = edm.read_pickle(path, key=hints.key, preconditioning=hints.preconditioning)
+        return _from_edm(path, found, hints)
     if safetensors and native.is_single_file(path):
         return _read_native(path, native.restore_file(path), hints)
     if path.is_file():
@@ -108,7 +107,8 @@ def _read(path: Path, hints: CheckpointHints) -> Source:
             f"{path} holds no weights. Expected a native checkpoint (config.json and params/) or a diffusers folder "
             f"(unet/diffusion_pytorch_model.safetensors or .bin), got {content}."
         )
-    source = _read_pytorch(path, weights, hints)
+    by_key = folder != path and folder.name == hints.key
+    source = _read_pytorch(path, weights, dataclasses.replace(hints, key=None) if by_key else hints)
     return dataclasses.replace(source, notes=(*notes, *source.notes))
 
 
@@ -154,7 +154,7 @@ def _read_native(
 
 def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
     """A PyTorch checkpoint with its weights in `file`."""
-    tensors, notes = read_network(file, None if hints.key == file.parent.name else hints.key)
+    tensors, notes = read_network(file, hints.key)
     tensors, guided_diffusion = as_convolutions(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if edm_names.is_edm(shapes):
@@ -180,8 +180,8 @@ def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
     if guided_diffusion:
         questions["--qkv-order heads (or thirds, if trained with use_new_attention_order)"] = hints.qkv_order
     _require(path, questions, named and f"it has {total:,} parameters, not {named.parameters:,}")
-    order = hints.qkv_order or "thirds"
-    tensors = in_thirds(tensors, network) if order == "heads" else tensors
+    if (order := hints.qkv_order or "thirds") == "heads":
+        tensors = in_thirds(tensors, network)
     params = from_source(format.rules(network), network.shapes(), tensors, source=str(file))
     if format is DIFFUSERS:
         check_agreement(file.parent / "config.json", network)
@@ -195,6 +195,8 @@ def _read_pytorch(path: Path, file: Path, hints: CheckpointHints) -> Source:
 def _from_edm(path: Path, found: edm.EDMCheckpoint, hints: CheckpointHints) -> Source:
     if hints.heads or hints.image_size:
         raise InputError(f"{path} determines its heads and image size; leave out --heads and --image-size.")
+    if hints.head_dim and (found.record or isinstance(found.config.network, SongUNet)):
+        raise InputError(f"{path} determines the channels of its attention heads; leave out --head-dim.")
     config = dataclasses.replace(found.config, num_levels=hints.num_levels or found.config.num_levels)
     return Source(path, config, found.params, tensors=found.tensors, notes=found.notes, record=found.record)
 
@@ -250,9 +252,8 @@ def _config(
 ) -> ModelConfig:
     """The config of a third-party checkpoint; class names and tuned timesteps as stored, else of the published one."""
     name, num_levels = settings["preconditioning"], settings["num_levels"]
-    names, tuned = settings.get("class_names"), settings.get("tuned_timesteps")
-    if names is None:
-        names = known.class_names if known and len(known.class_names) == network.classes else ()
+    usual = known.class_names if known and len(known.class_names) == network.classes else ()
+    names, tuned = settings.get("class_names", usual), settings.get("tuned_timesteps")
     if tuned is None and known and known.timesteps and known.num_levels == num_levels and name == "consistency":
         tuned = (known.timesteps,)
     options = {option: settings[option] for option in _STORED if option in settings}

@@ -9,45 +9,29 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cm_jax.checkpoints import weight_names
+from cm_jax.checkpoints.weight_names import INDEX, SHARD
 from cm_jax.conversion.torch_files import read_content, read_torch
 from cm_jax.errors import InputError, indented_list
 from cm_jax.io.safetensors import LazyTensor, read_safetensors
 from cm_jax.io.validation import read_json
 
-INDEX = ".index.json"
-_SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})(\.safetensors|\.bin|\.pt|\.pth)")
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-"""Usual names of weights in a folder, the first ones preferred."""
-_NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "training_args", "random_states", "rng_state", "sampler")
-"""Starts of the names of other files in the folders of training programs."""
-
 
 def find_weights(folder: Path) -> Path | None:
-    """The weights in a folder: an index of shards, a file, or a shard without an index; None if there are none.
+    """The weights in a folder (see weight_names.choices); None if there are none.
 
-    As in diffusers, safetensors files are preferred to pickles. Raises InputError where several files may be meant.
+    Raises InputError where several files may be meant.
     """
-    for suffix in (".safetensors", ".bin"):
-        indexes = sorted(folder.glob(f"*{suffix}{INDEX}"))
-        files = [path for path in sorted(folder.glob(f"*{suffix}")) if not path.name.startswith(_NO_WEIGHTS)]
-        shards = {match.group(1, 3, 4): path for path in files if (match := _SHARD.fullmatch(path.name))}
-        single = [path for path in files if not _SHARD.fullmatch(path.name)]
-        for found in (indexes, single, list(shards.values())):
-            stems = [_stem(path) for path in found]
-            usual = next((stem for stem in _STEMS if stem in stems), None)
-            choice = [path for path, stem in zip(found, stems, strict=True) if usual in (None, stem)]
-            if len(choice) > 1:
-                names = ", ".join(path.name for path in choice[:8])
-                raise InputError(f"Expected one network in {folder}, got {names}; give the path of one of these files.")
-            if choice:
-                return choice[0]
-    return None
+    found = weight_names.choices([path.name for path in folder.iterdir()])
+    if len(found) > 1:
+        names = ", ".join(found[:8])
+        raise InputError(f"Expected one network in {folder}, got {names}; give the path of one of these files.")
+    return folder / found[0] if found else None
 
 
-def _stem(path: Path) -> str:
-    """The name of a weight file without number and suffixes."""
-    match = _SHARD.fullmatch(path.name)
-    return match[1] if match else Path(path.name.removesuffix(INDEX)).stem
+def is_sharded(path: Path) -> bool:
+    """Whether a file is an index of shards or a shard."""
+    return path.name.endswith(INDEX) or SHARD.fullmatch(path.name) is not None
 
 
 def read_weights(path: Path) -> Any:
@@ -56,7 +40,7 @@ def read_weights(path: Path) -> Any:
     Raises InputError for damaged files, and where shards are missing, hold a tensor twice or contradict the index.
     """
     index = path if path.name.endswith(INDEX) else None
-    if match := _SHARD.fullmatch(path.name):
+    if match := SHARD.fullmatch(path.name):
         index = path.with_name(f"{match[1]}{match[4]}{INDEX}")
         if not index.is_file():
             return _read_numbered(path, match)

@@ -9,15 +9,15 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from cm_jax.conversion.pickles import Inert, RestrictedUnpickler, is_plain_class
-from cm_jax.errors import InputError
+from cm_jax.conversion.pickles import Budget, Inert, RestrictedUnpickler, checked_key, is_plain_class
+from cm_jax.errors import InputError, one_line
 from cm_jax.io.atomic import read_errors
 from cm_jax.io.safetensors import LazyTensor
 
@@ -27,7 +27,8 @@ STORAGES = {f"{name}Storage": np.dtype(dtype) for name, dtype in (_FLOATS | _INT
 _LARGEST_DESCRIPTION = 64 * 2**20
 """Bytes of the pickle that describes the tensors; 0.2 MB for a thousand tensors."""
 _LARGEST_RATIO = 20
-"""Of unpacked to packed bytes. torch.save does not compress, and compressed weights stay near 1."""
+"""Of unpacked to packed bytes, and of the bytes of tensors to those of the file. torch.save does not compress,
+compressed weights stay near 1, and few tensors share their numbers."""
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """Pickled magic number of torch.save before PyTorch 1.6, in protocol 2."""
 _LEGACY = re.compile(rb"\x80[\x02-\x05](\x95.{8})?" + re.escape(LEGACY[2:]), re.S)
@@ -54,7 +55,26 @@ def read_torch(path: Path) -> dict[str, LazyTensor]:
     content = read_content(path)
     if not (isinstance(content, dict) and content and all(isinstance(each, LazyTensor) for each in content.values())):
         raise InputError(f"Expected one state dict (tensors by name) in {path}, got {not_tensors(content)}")
-    return {str(name): tensor for name, tensor in content.items()}
+    tensors = {str(name): tensor for name, tensor in content.items()}
+    check_bytes(path, tensors)
+    return tensors
+
+
+def check_bytes(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Raise InputError if the tensors of the file `path` need far more memory than the file has bytes.
+
+    Tensors may share or, with a stride of 0, repeat the numbers of a storage.
+    """
+    needed = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    _check_ratio(path, needed, "tensors that need")
+
+
+def _check_ratio(path: Path, needed: int, got: str) -> None:
+    if needed > _LARGEST_DESCRIPTION + _LARGEST_RATIO * (size := path.stat().st_size):
+        raise InputError(
+            f"Expected weights of about {size:,} bytes in {path}, got {got} {needed:,}; save a copy of each tensor "
+            "(tensor.clone()) with torch.save."
+        )
 
 
 def not_tensors(content: Any) -> str:
@@ -84,7 +104,7 @@ def read_content(path: Path) -> Any:
     """
     with read_errors(path, "file of torch.save"):
         content = _read_legacy(path) if is_legacy(path) else _read_zip(path)
-        return dict(_script_tensors(content)) if isinstance(content, _ScriptObject) else content
+        return dict(_script_tensors(content, Budget())) if isinstance(content, _ScriptObject) else content
 
 
 class _ScriptObject(Inert):
@@ -102,7 +122,7 @@ class TensorUnpickler(RestrictedUnpickler):
 
     def __init__(self, path: Path, file: io.BufferedIOBase, read: Callable[[Storage], bytes]) -> None:
         allowed = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("collections", "OrderedDict"): _ordered_dict,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
             ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
@@ -124,9 +144,10 @@ class TensorUnpickler(RestrictedUnpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, count, *views = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(count, int) or any(views):
-            raise ValueError(f"storage {key} is not {count} numbers")
-        storage = Storage(str(key), dtype, count)
+        known = kind == "storage" and isinstance(dtype, np.dtype) and isinstance(key, str) and isinstance(count, int)
+        if not known or any(views):
+            raise ValueError(f"storage {one_line(key)} is not {one_line(count)} numbers")
+        storage = Storage(key, dtype, count)
         if self.storages.setdefault(storage.key, storage) != storage:
             raise ValueError(f"storage {key} has two descriptions")
         return storage
@@ -161,11 +182,17 @@ def _bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _script_tensors(module: Inert, path: str = "") -> Iterator[tuple[str, LazyTensor]]:
+def _ordered_dict(pairs: Iterable[Any] = ()) -> dict[Any, Any]:
+    return collections.OrderedDict((checked_key(key), value) for key, value in pairs)
+
+
+def _script_tensors(module: Inert, budget: Budget, path: str = "") -> Iterator[tuple[str, LazyTensor]]:
+    budget.spend()
     for name, value in dict(module.state).items():
         if isinstance(value, _ScriptObject):
-            yield from _script_tensors(value, f"{path}{name}.")
+            yield from _script_tensors(value, budget, f"{path}{name}.")
         elif isinstance(value, LazyTensor):
+            budget.spend()
             yield f"{path}{name}", value
 
 
@@ -173,12 +200,7 @@ def _read_zip(path: Path) -> Any:
     """Content of a zip archive of torch.save."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
-        unpacked, size = sum(entry.file_size for entry in entries.values()), path.stat().st_size
-        if unpacked > _LARGEST_DESCRIPTION + _LARGEST_RATIO * size:
-            raise InputError(
-                f"Expected weights of about {size:,} bytes in {path}, got an archive that unpacks to {unpacked:,}; "
-                "save it again with torch.save."
-            )
+        _check_ratio(path, sum(entry.file_size for entry in entries.values()), "an archive that unpacks to")
         description = next((name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")), None)
         if description is None or entries[description].file_size > _LARGEST_DESCRIPTION:
             raise zipfile.BadZipFile("it has no description of tensors")
@@ -218,14 +240,14 @@ def _read_legacy(path: Path) -> Any:
         _, version, machine = (RestrictedUnpickler(path, file).load() for _ in range(3))
         if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
             raise InputError(
-                f"Expected a little-endian torch.save file of version 1001 in {path}, got version {str(version)[:40]}."
+                f"Expected a little-endian torch.save file of version 1001 in {path}, got version {one_line(version)}."
             )
         unpickler = TensorUnpickler(path, file, read)
         content = unpickler.load()
         for key in RestrictedUnpickler(path, file).load():
-            storage = unpickler.storages[key]
-            if file.read(8) != storage.numbers.to_bytes(8, "little"):
-                raise ValueError(f"storage {key} is not {storage.numbers} numbers")
+            storage = unpickler.storages[key] if isinstance(key, str) else None
+            if storage is None or file.read(8) != storage.numbers.to_bytes(8, "little"):
+                raise ValueError(f"storage {one_line(key)} has another size")
             places[key] = file.tell()
             file.seek(storage.numbers * storage.dtype.itemsize, io.SEEK_CUR)
         if file.tell() != path.stat().st_size or places.keys() != unpickler.storages.keys():

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cm_jax.conversion.pickles import Inert
+from cm_jax.conversion.pickles import Budget, Inert
 from cm_jax.conversion.rules import Tensors
-from cm_jax.conversion.shards import read_weights
-from cm_jax.conversion.torch_files import not_tensors
+from cm_jax.conversion.shards import is_sharded, read_weights
+from cm_jax.conversion.torch_files import check_bytes, not_tensors
 from cm_jax.errors import InputError, indented_list, nearest
 from cm_jax.io.atomic import read_errors
 from cm_jax.io.safetensors import LazyTensor
@@ -36,6 +36,8 @@ _OLD_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _DEEPEST = 8
 """Levels of nested dictionaries that are searched."""
+_MOST_NETWORKS = 100
+"""In a state dict."""
 
 
 class Unwrapped(NamedTuple):
@@ -85,6 +87,8 @@ def read_network(path: Path, key: str | None = None) -> Unwrapped:
     content = read_weights(path)
     with read_errors(path, "checkpoint"):
         tensors, notes = unwrap(path, content, key)
+        if not is_sharded(path):
+            check_bytes(path, tensors)
     tensors, more_notes = _with_current_names(tensors)
     return Unwrapped(tensors, (*notes, *more_notes))
 
@@ -125,20 +129,22 @@ def _with_current_names(tensors: Tensors) -> Unwrapped:
 
 def _containers(content: Any) -> tuple[dict[Place, Tensors], dict[Place, list[LazyTensor]]]:
     """All state dicts and modules, and all lists of tensors, by their keys; each is searched once."""
-    state_dicts, lists, seen = {}, {}, set()
+    state_dicts, lists, budget = {}, {}, Budget()
+    known: dict[int, Tensors] = {}
     level: list[tuple[Place, Any]] = [((), content)]
     for _ in range(_DEEPEST):
         inner: list[tuple[Place, Any]] = []
         for place, value in level:
-            module = dict(_module_tensors(value))
-            tensors = module or {str(name): each for name, each in _entries(value).items() if _is_tensor(each)}
-            if tensors:
+            if id(value) not in known:
+                entries, module = _entries(value), dict(_module_tensors(value, budget))
+                known[id(value)] = module or {str(name): each for name, each in entries.items() if _is_tensor(each)}
+                inner += [] if module else [((*place, str(name)), each) for name, each in entries.items()]
+            if tensors := known[id(value)]:
+                budget.spend(len(tensors))
                 state_dicts[place] = tensors
             if isinstance(value, list) and value and all(map(_is_tensor, value)):
+                budget.spend(len(value))
                 lists[place] = value
-            if not module and id(value) not in seen:
-                seen.add(id(value))
-                inner += [((*place, str(name)), each) for name, each in _entries(value).items()]
         level = [(place, value) for place, value in inner if isinstance(value, dict | list | Inert)]
     return state_dicts, lists
 
@@ -154,20 +160,24 @@ def _entries(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _module_tensors(module: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, LazyTensor]]:
+def _module_tensors(module: Any, budget: Budget, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, LazyTensor]]:
     """Parameters and buffers of a pickled torch.nn.Module by name."""
     parts = _entries(module) if isinstance(module, Inert) and depth < _DEEPEST**2 else {}
     if "_parameters" in parts and "_modules" in parts:
+        budget.spend()
         for name, tensor in (_entries(parts["_parameters"]) | _entries(parts.get("_buffers"))).items():
             if _is_tensor(tensor):
+                budget.spend()
                 yield f"{prefix}{name}", tensor
         for name, inner in _entries(parts["_modules"]).items():
-            yield from _module_tensors(inner, f"{prefix}{name}.", depth + 1)
+            yield from _module_tensors(inner, budget, f"{prefix}{name}.", depth + 1)
 
 
 def _networks(path: Path, place: Place, tensors: Tensors) -> Iterator[_Network]:
     """The networks of one state dict. Raises InputError where some tensors of a network lack its prefix."""
     prefixes = {_whole_prefix(match[1], tensors) for name in tensors if (match := _TIME_EMBEDDING.fullmatch(name))}
+    if len(prefixes) > _MOST_NETWORKS:
+        raise ValueError(f"it holds {len(prefixes):,} networks")
     members: dict[str | None, dict[str, LazyTensor]] = {prefix: {} for prefix in (*prefixes, None)}
     for name, tensor in tensors.items():
         prefix = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)

@@ -9,6 +9,7 @@ import PIL.WebPImagePlugin
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from cm_jax.errors import InputError
 from cm_jax.io.atomic import LFS_POINTER, LFS_REASON
 from cm_jax.types import ImageSize, height_width
 
@@ -29,7 +30,7 @@ if features.check("avif"):
     _FORMATS["AVIF"] = (".avif",)
 SUFFIXES = tuple(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 _MAX_PIXELS = 2**26
-"""Larger images are refused before decoding: a small file may claim any size."""
+"""Larger images are refused before decoding and before resizing: a small file may claim any size."""
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -90,12 +91,23 @@ def center_crop(image: Image.Image, image_size: ImageSize) -> Image.Image:
     """Downsample by 2 with BOX while both sides are at least twice `image_size`, resize with BICUBIC, and crop.
 
     Square images are pixel by pixel equal to the training data of the published models (openai/consistency_models,
-    cm/image_datasets.py).
+    cm/image_datasets.py). Raises InputError for an image so long that it would be resized to more than _MAX_PIXELS.
     """
     height, width = height_width(image_size)
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = resize(image, scale)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def resize(image: Image.Image, scale: float) -> Image.Image:
+    """The image with `scale` times its width and height (BICUBIC). Raises InputError for more than _MAX_PIXELS."""
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > _MAX_PIXELS:
+        raise InputError(
+            f"Expected an image of at most {_MAX_PIXELS:,} pixels after resizing, got {image.width} x {image.height} "
+            f"resized to {width} x {height}; crop its longer side."
+        )
+    return image.resize((width, height), Image.Resampling.BICUBIC)

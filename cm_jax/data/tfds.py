@@ -39,8 +39,15 @@ class TFDSData(EncodedData):
             raise InputError("TFDS data sets need tensorflow-datasets: pip install tensorflow-datasets.") from error
         folder = self._folder()
         _check_features(folder)
-        builder: Any = tfds.builder_from_directory(folder)
-        info, features = builder.info, builder.info.features
+        try:
+            builder: Any = tfds.builder_from_directory(folder)
+            info, features = builder.info, dict(builder.info.features.items())
+        except Exception as error:  # TFDS and protobuf raise many kinds
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise InputError(
+                f"{folder} cannot be read as a data set of TensorFlow Datasets ({reason}). Its dataset_info.json or "
+                "features.json is damaged or of another version: copy or prepare it again."
+            ) from error
         image = _feature(features, tfds.features.Image, "image", folder)
         usable = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
         label = None if self.labels == "none" else self.labels

@@ -18,7 +18,7 @@ from PIL import Image
 from cm_jax.data.npz import bundled_emoji
 from cm_jax.editing import Luma, Mask, Operator, PatchMean, photos
 from cm_jax.errors import InputError, check_int, one_line
-from cm_jax.io.images import fits_png, grid, picture_of, quantize
+from cm_jax.io.images import check_finite, fits_png, grid, picture_of, quantize
 from cm_jax.model import Model
 
 MAX_IMAGES, MAX_STEPS = 16, 40
@@ -126,7 +126,7 @@ def sample_grid(model: Model, request: Request, steps: int) -> tuple[Image.Image
 
 def steps_strip(model: Model, request: Request) -> Image.Image:
     """The first four images in one, two and four steps, a row each. Raises InputError."""
-    rows = [quantize(request.sample(model, steps, most=4)) for steps in STRIP]
+    rows = [quantize(check_finite(request.sample(model, steps, most=4))) for steps in STRIP]
     names = [f"{steps} step{'s' if steps > 1 else ''}" for steps in STRIP]
     return grid(_enlarge(np.concatenate(rows), _CELL), len(rows[0]), names)
 
@@ -235,7 +235,7 @@ KINDS: dict[str, Callable[[Layers, int], Operator]] = {
 
 
 def _grid(images: Float[np.ndarray, "b h w c"], columns: int = 4) -> Image.Image:
-    return grid(_enlarge(quantize(images), _CELL), min(columns, len(images)))
+    return grid(_enlarge(quantize(check_finite(images)), _CELL), min(columns, len(images)))
 
 
 def _enlarge(images: UInt8[np.ndarray, "b h w c"], least: int) -> UInt8[np.ndarray, "b H W c"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from cm_jax.checkpoints import native
@@ -15,7 +15,7 @@ from cm_jax.data.decoding import MODES
 from cm_jax.data.image_folder import image_files
 from cm_jax.errors import InputError, check_int, indented_list, nearest
 from cm_jax.io.atomic import user_path
-from cm_jax.io.images import quantize
+from cm_jax.io.images import check_finite, quantize
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.types import ImageSize
 
@@ -72,17 +72,6 @@ def of_model(
 
     how = plan.described() | {"seed": seed, "quantization": "round"}
     return ImageSet(name, count, model.config.network.image_shape, read, how)
-
-
-def check_finite(images: Float[np.ndarray, "b h w c"], name: str) -> Float[np.ndarray, "b h w c"]:
-    """The same images. Raises InputError if any pixel is NaN or infinite."""
-    bad = int((~np.isfinite(images).all((1, 2, 3))).sum())
-    if bad:
-        raise InputError(
-            f"{bad} of {len(images)} images of {name} have NaN or infinite pixels: the network diverged or its weights "
-            "are damaged. Evaluate another checkpoint."
-        )
-    return images
 
 
 def holds_images(name: str) -> bool:

@@ -30,6 +30,17 @@ def quantize(images: Float[np.ndarray, "b h w c"], how: Quantization = "round") 
     return (np.round(scaled) if how == "round" else scaled).astype(np.uint8)
 
 
+def check_finite(images: Float[np.ndarray, "b h w c"], name: str = "") -> Float[np.ndarray, "b h w c"]:
+    """The same images; `name` says of what. Raises InputError if any pixel is NaN or infinite."""
+    bad = int((~np.isfinite(images).all((1, 2, 3))).sum())
+    if bad:
+        raise InputError(
+            f"{bad} of {len(images)} images{f' of {name}' if name else ''} have NaN or infinite pixels: the network "
+            "diverged or its weights are damaged. Use another checkpoint."
+        )
+    return images
+
+
 def fits_png(channels: int, rgba: bool) -> bool:
     """Whether a PNG file can hold images with this many channels. Four are not RGBA unless the user says so."""
     return channels in (1, 3) or (channels == 4 and rgba)
@@ -132,7 +143,7 @@ def _checked(images: Any) -> np.ndarray:
     array = np.asarray(array if array.dtype == np.uint8 else as_images(array))
     if array.ndim != 4 or not array.size:
         raise InputError(f"Expected images [b, h, w, c], got shape {list(array.shape)}.")
-    return array if array.dtype == np.uint8 else array.astype(np.float32)
+    return array if array.dtype == np.uint8 else check_finite(array.astype(np.float32))
 
 
 def _eight_bits(images: Any, how: Quantization) -> UInt8[np.ndarray, "b h w c"]:

@@ -1,5 +1,6 @@
 """Safe reading of .npz files: arrays only, no pickles."""
 
+import os
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +21,9 @@ def read_npz(path: Path, select: Callable[[list[str]], Iterable[str]]) -> dict[s
                 raise ValueError(LFS_REASON if is_lfs_pointer(path) else "it is not a complete .npz file")
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in select(file.files)}
+                names = list(select(file.files))
+                _check_memory(file.zip, names)
+                arrays = {name: file[name] for name in names}
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray):
                 raise ValueError(f"{name} in it is not an array")
@@ -33,3 +36,16 @@ def read_npz(path: Path, select: Callable[[list[str]], Iterable[str]]) -> dict[s
         raise
     except Exception as error:  # zip, zlib and NumPy raise many kinds
         raise ValueError(f"it is damaged ({str(error) or type(error).__name__})") from error
+
+
+def _check_memory(archive: zipfile.ZipFile, names: list[str]) -> None:
+    """Raise ValueError if the unpacked arrays exceed the memory of the machine. A small file may unpack to any size."""
+    needed = sum(entry.file_size for entry in archive.infolist() if entry.filename.removesuffix(".npy") in names)
+    if not hasattr(os, "sysconf"):
+        return  # Windows
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"its arrays unpack to {needed / 2**30:,.1f} GiB, and this machine has {memory / 2**30:,.1f} GiB of "
+            "memory; use a machine with more memory, or fewer images"
+        )

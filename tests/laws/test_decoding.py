@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm_jax.data import center_crop, decode
+from cm_jax.cli.edit import SuperResolve
+from cm_jax.data import NpzData, center_crop, decode
+from cm_jax.errors import InputError
 
 
 def png(pixels, format="PNG", **options):
@@ -137,6 +139,19 @@ def test_a_small_file_that_claims_many_pixels_is_refused():
     huge = huge[:29] + zlib.crc32(huge[12:29]).to_bytes(4) + huge[33:]
     with pytest.raises(ValueError, match="9000 x 9000 pixels"):
         decode(huge, 8)
+
+
+def test_a_long_image_whose_resized_size_would_exhaust_memory_is_refused(tmp_path):
+    """Its 1 kB would become 64 x 19,200,000 pixels before the crop."""
+    pixels = np.zeros((300_000, 1, 3), np.uint8)
+    assert len(png(pixels)) < 2000
+    with pytest.raises(ValueError, match=r"got 1 x 300000 resized to 64 x 19200000; crop its longer side"):
+        decode(png(pixels), 64)
+    np.savez_compressed(tmp_path / "x.npz", images=pixels[None])
+    with pytest.raises(InputError, match="resized to 64 x 19200000"):
+        NpzData(str(tmp_path / "x.npz")).open(64)
+    with pytest.raises(InputError, match="resized to 64 x 19200000"):
+        SuperResolve(pictures=()).canvas(Image.fromarray(pixels), (64, 64))
 
 
 def test_only_image_formats_are_read_whatever_a_file_is_called():

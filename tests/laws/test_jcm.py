@@ -130,6 +130,14 @@ def test_published_files_need_no_hints(tmp_path):
     teacher = read(saved(tmp_path / "edm_cifar10_ema", content)).config
     assert teacher.preconditioning == EDMPreconditioning(time_factor=EDM_TIME)
     assert read(saved(tmp_path / "ct-lpips", content)).config.num_levels == 151
+    folder = tmp_path / "cd-lpips"
+    assert resolve(folder) == folder / "checkpoints" / "checkpoint_80"
+    assert cm_jax.load(folder).config.tuned_timesteps == ((11, 0),)
+    saved(folder / "checkpoints" / "checkpoint_90", content)
+    with pytest.raises(InputError, match=r"holds 2 checkpoints; give the path of one of them, for example .*_90"):
+        resolve(folder)
+    saved(folder / "model.safetensors", {})
+    assert resolve(folder) == folder
     assert recognize_cifar10(tmp_path / "my-cd-l2-lsun") is None
     with pytest.raises(InputError, match=r"jcm_checkpoints/cd-l1/checkpoints/checkpoint_80"):
         resolve("cd-l1")

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm_jax.conversion import edm_names, read
+from cm_jax.checkpoints.published import usual_classes
+from cm_jax.conversion import CheckpointHints, edm_names, read
 from cm_jax.conversion.edm import read_pickle, read_state_dict
 from cm_jax.conversion.edm_parity import Inputs, Reference, preconditioning
 from cm_jax.conversion.edm_writing import write_state_dict
 from cm_jax.conversion.persistence import read_persistent
-from cm_jax.conversion.read import Source
+from cm_jax.conversion.read import Source, _from_edm
 from cm_jax.conversion.rules import source_shapes
 from cm_jax.errors import InputError
 from tests.support import DATA, compiled, nhwc, relative
@@ -277,3 +278,51 @@ def test_source_text_in_a_pickle_is_not_executed(tmp_path, monkeypatch):
 def test_missing_key_lists_the_networks():
     with pytest.raises(InputError, match="--key: ema"):
         read_pickle(FOLDER / "edm2_guide_cond.pkl", key="net")
+
+
+@pytest.mark.parametrize(
+    ("name", "hints", "message"),
+    [
+        (
+            "edm_adm_cond",
+            {"preconditioning": "consistency"},
+            "edm or edm-consistency for the EDMPrecond of .*, got cons",
+        ),
+        ("edm2_guide_cond", {"preconditioning": "consistency"}, "edm or edm-consistency for the Precond of"),
+        ("scm_edm2_cond", {"preconditioning": "consistency"}, "edm or edm-consistency for the TrigFlowPrecond of"),
+        ("edm_adm_cond", {"head_dim": 7}, "leave out --head-dim"),
+        ("edm_ddpmpp_cond", {"head_dim": 7}, "leave out --head-dim"),
+        ("edm_ddpmpp_cond", {"attention_factors": (2,)}, "leave out --attention-factors"),
+        ("edm_ddpmpp_cond", {"resampling": "fir"}, "leave out .* --resampling"),
+    ],
+)
+def test_options_that_do_not_apply_to_a_pickle_are_refused(name, hints, message):
+    with pytest.raises(InputError, match=message):
+        read(FOLDER / f"{name}.pkl", CheckpointHints(**hints))
+
+
+def test_the_heads_of_a_song_unet_are_not_an_option():
+    tensors = read_persistent(FOLDER / "edm_ddpmpp_cond.pkl")["ema"].tensors()
+    found = read_state_dict(FOLDER / "edm_ddpmpp_cond.pth", tensors, preconditioning="edm")
+    with pytest.raises(InputError, match="leave out --head-dim"):
+        _from_edm(FOLDER / "edm_ddpmpp_cond.pth", found, CheckpointHints(head_dim=7))
+
+
+@pytest.mark.parametrize(
+    ("classes", "stem", "data", "first"),
+    [
+        (1000, "snapshot", None, "tench"),
+        (1000, "snapshot", "datasets/imagenet-64x64.zip", "tench"),
+        (1000, "snapshot", "img512-sd.zip", "tench"),
+        (1000, "edm2-img64-s-1073741-0.075", "/data/x", "tench"),
+        (1000, "snapshot", "datasets/birds1000.zip", None),
+        (1000, "birds-img64", "datasets/birds-img64.zip", None),
+        (10, "snapshot", "datasets/cifar10-32x32.zip", "airplane"),
+        (10, "snapshot", None, None),
+        (10, "snapshot", "datasets/digits.zip", None),
+    ],
+)
+def test_class_names_are_those_of_the_data_set(classes, stem, data, first):
+    names = usual_classes(classes, stem, data)
+    assert len(names) == (classes if first else 0)
+    assert not first or names[0].startswith(first)

@@ -12,6 +12,7 @@ import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import cm_jax
 from cm_jax import conversion
@@ -247,10 +248,45 @@ def test_other_layouts_of_repositories(server, model, tmp_path):
             shards,
         ),
         (["checkpoint.pkl", "samples/grid.png", "logs/a.pt"], ["checkpoint.pkl"]),
+        (["model.safetensors", "optimizer.bin", "pytorch_model.bin", "rng_state.pth"], ["model.safetensors"]),
+        (["config.json", "pytorch_model.bin", "optimizer.bin"], ["config.json", "pytorch_model.bin"]),
+        (["checkpoint.pt", "optimizer.pt"], ["checkpoint.pt"]),
+        (
+            shards := ["model.safetensors.index.json", *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))],
+            shards,
+        ),
+        (
+            ["unet/diffusion_pytorch_model.safetensors.index.fp16.json"]
+            + (shards := [WEIGHTS.replace("model.", f"model.fp16-0000{i}-of-00002.") for i in (1, 2)]),
+            shards,
+        ),
+        (["unet/model.safetensors", "vae/model.safetensors"], ["unet/model.safetensors"]),
     ],
 )
 def test_the_files_of_a_checkpoint(files, chosen):
     assert hub.select([*files, ".gitattributes", "README.md"], "me/tiny") == chosen
+
+
+def test_repositories_load_as_their_folders_do(server, model, tmp_path):
+    """A safetensors file beside other files, and shards with and without an index."""
+    conversion.write(tmp_path / "pipeline", "diffusers", model.config, model.params)
+    files = folder_files(tmp_path / "pipeline")
+    tensors = safetensors.numpy.load(files.pop(WEIGHTS))
+    parts = [{name: tensors[name] for name in list(tensors)[first::2]} for first in range(2)]
+    shards = {f"-0000{i + 1}-of-00002.safetensors": safetensors.numpy.save(part) for i, part in enumerate(parts)}
+    places = {name: f"model{end}" for end, part in zip(shards, parts, strict=True) for name in part}
+    index = {"unet/model.safetensors.index.json": json.dumps({"weight_map": places}).encode()}
+    conversion.write(tmp_path / "model.safetensors", "native", model.config, model.params)
+    native = {"model.safetensors": (tmp_path / "model.safetensors").read_bytes(), "config.json": b"{}"}
+    layouts = {
+        "me/indexed": files | index | {f"unet/model{end}": content for end, content in shards.items()},
+        "me/variant": files | {f"unet/diffusion_pytorch_model.fp16{end}": shards[end] for end in shards},
+        "me/trained": native | {"optimizer.bin": b"x", "pytorch_model.bin": b"x", "training_args.bin": b"x"},
+    }
+    for name, content in layouts.items():
+        server.repositories[name] = Repository({"main": content})
+        assert_same(cm_jax.load(name), model)
+        assert_same(cm_jax.load(name, local_files_only=True), model)
 
 
 def test_a_path_has_precedence_over_an_id(server, pipeline, tmp_path):

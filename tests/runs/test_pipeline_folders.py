@@ -1,5 +1,6 @@
 """Pipeline folders of diffusers as they come, and settings that tensors do not determine."""
 
+import dataclasses
 import json
 import shutil
 
@@ -48,6 +49,13 @@ def edit_json(path, **fields):
 
 
 # Pipelines
+
+
+def test_a_key_with_the_name_of_the_folder_chooses_among_the_networks_of_a_file(tmp_path):
+    content = {"model": MODEL, "ema": tensors_of(random_params(SMALL, 1))}
+    path = save(tmp_path / "model" / "pytorch_model.bin", content)
+    for given in (path, path.parent):
+        assert_same(read(given, dataclasses.replace(HINTS, key="model")).params, PARAMS)
 
 
 def test_attention_names_of_early_diffusers_are_renamed(copy):

@@ -160,7 +160,16 @@ def test_damaged_data_sets(copied):
     (copied / "features.json").write_text("{")
     with pytest.raises(InputError, match=r"features.json cannot be read as JSON"):
         TFDSData(data_dir=str(copied)).open(8)
+    (copied / "features.json").write_text(features.replace("class_label_feature.ClassLabel", "class_label_feature.No"))
+    with pytest.raises(InputError, match=r"copy cannot be read as a data set of TensorFlow Datasets \("):
+        TFDSData(data_dir=str(copied)).open(8)
     (copied / "features.json").write_text(features)
+    info = (copied / "dataset_info.json").read_text()
+    for damaged in (info[: len(info) // 2], "[]", "{}"):
+        (copied / "dataset_info.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"copy cannot be read as a data set of TensorFlow Datasets \("):
+            TFDSData(data_dir=str(copied)).open(8)
+    (copied / "dataset_info.json").write_text(info)
     (copied / "tiny-train.array_record-00000-of-00001").unlink()
     with pytest.raises(InputError, match="no image can be read"):
         TFDSData(data_dir=str(copied)).open(8)

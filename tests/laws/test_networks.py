@@ -9,7 +9,7 @@ import pytest
 
 from cm_jax import kernels
 from cm_jax.errors import InputError
-from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.networks import ADMUNet, EDM2UNet, SongUNet
 from cm_jax.networks.layers import Dense, GroupNorm, downsample, upsample
 from cm_jax.networks.operations import attend, convolve_3x3
 from cm_jax.types import leaves
@@ -233,11 +233,27 @@ def test_casting_parameters_on_the_host_equals_casting_on_a_device(precision, gi
         ({"dropout_size": 0}, "dropout_size must be positive"),
         ({"classes": 0}, "classes"),
         ({"channel_mult": ()}, "must lie in"),
+        ({"channel_mult": (1, float("nan"))}, "channel_mult must"),
+        ({"variant": "edm", "base_channels": 132}, "132 channels.*norm groups"),
+        ({"variant": "edm", "base_channels": 2}, "2 channels.*norm groups"),
+        ({"variant": "edm", "base_channels": 64, "head_dim": 40}, "128 channels.*3 attention heads"),
     ],
 )
 def test_invalid_networks_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(SMALL, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base_channels": 100}, "200 channels.*3 attention heads"),
+        ({"base_channels": 16, "channel_mult": (1, 0.01)}, "channel_mult must"),
+    ],
+)
+def test_magnitude_preserving_networks_that_cannot_be_built_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        EDM2UNet(**{"channel_mult": (1, 2), "attention_factors": (1, 2), **settings})
 
 
 def test_the_middle_block_has_attention_without_attention_factors():

@@ -161,8 +161,9 @@ class UNet(UNetConfig):
         return params
 
     def at_precision(self, precision: Precision) -> "UNet":
-        """The same network with another compute precision."""
-        return dataclasses.replace(self, precision=precision)
+        """The same network with another compute precision, which cuDNN may not support: cudnn becomes auto."""
+        attention = "auto" if self.attention == "cudnn" else self.attention
+        return dataclasses.replace(self, precision=precision, attention=attention)
 
 
 @functools.lru_cache(maxsize=64)

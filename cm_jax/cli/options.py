@@ -9,7 +9,7 @@ from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import say
 from cm_jax.errors import InputError
-from cm_jax.io.atomic import user_cache
+from cm_jax.io.atomic import user_cache, user_path
 from cm_jax.loading import from_source
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import DPM, Churn, Heun, NoiseLevelArgs, Sampler, sampler_named
@@ -71,7 +71,7 @@ class Statistics(Batches):
 
     @property
     def cache(self) -> Path | None:
-        return None if self.reference_cache == "off" else Path(self.reference_cache or user_cache("references"))
+        return None if self.reference_cache == "off" else user_path(self.reference_cache or user_cache("references"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,8 +54,8 @@ def in_pixels(shape: tuple[int, ...]) -> str:
 
 
 def normal_per_image(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise of `shape` for every key."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    """Standard normal noise of `shape` for every key: float32, because float64 numbers (jax_enable_x64) are others."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, np.float32))(keys)
 
 
 def split_keys(keys: Keys) -> Key[Array, "3 b"]:

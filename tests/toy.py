@@ -41,9 +41,6 @@ class ToyNetwork(BaseNetwork):
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape, scale=0.1), jnp.float32), self.shapes())
 
-    def at_precision(self, precision):
-        return dataclasses.replace(self, precision=precision)
-
     def predict(self, params, x, c_noise, labels=None, dropout_keys=None, length=None):
         own = params["mlp"]
         hidden = x.reshape(x.shape[0], -1) @ own["in"] + jnp.tanh(c_noise)[:, None] * own["time"]

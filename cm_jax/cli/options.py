@@ -9,7 +9,7 @@ from cm_jax.checkpoints.published import resolve
 from cm_jax.cli.parsing import numbers
 from cm_jax.cli.running import say
 from cm_jax.errors import InputError
-from cm_jax.io.atomic import user_cache
+from cm_jax.io.atomic import user_cache, user_path
 from cm_jax.loading import from_source
 from cm_jax.model import Model, SamplingPlan
 from cm_jax.samplers import DPM, Churn, Heun, NoiseLevelArgs, Sampler, sampler_named
@@ -71,14 +71,14 @@ class Statistics(Batches):
 
     @property
     def cache(self) -> Path | None:
-        return None if self.reference_cache == "off" else Path(self.reference_cache or user_cache("references"))
+        return None if self.reference_cache == "off" else user_path(self.reference_cache or user_cache("references"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Levels:
     steps: int | None = None
     """Number of sampling steps. Uses the checkpoint's tuned noise levels if it has some. Default: 1; 40 for a
-    denoiser."""
+    denoiser; those of its stage for a model of progressive distillation."""
     timesteps: str = ""
     """Timesteps in diffusers' convention, decreasing to 0: "22,0"."""
     indices: str = ""
@@ -100,7 +100,7 @@ class Levels:
 class Sampling(Levels):
     sampler: str | None = None
     """Sampling algorithm: consistency, heun, euler, dpm, ancestral, progdist, segments, vp, ve, or a registered one.
-    Default: consistency; heun for a denoiser."""
+    Default: consistency; heun for a denoiser; progdist for a model of progressive distillation."""
     churn: str = ""
     """Noise added in each step of heun or dpm: S_churn[,S_min,S_max,S_noise], e.g. "40,0.05,50,1.003"."""
     clip: Literal["on", "off"] | None = None
@@ -138,9 +138,11 @@ class Sampling(Levels):
         values = numbers("churn", self.churn, float)
         if values is None:
             return self.sampler
-        sampler = sampler_named(self.sampler or ("consistency" if model.config.distilled else "heun"))
+        config = model.config
+        name = self.sampler or config.default_sampler or ("consistency" if config.distilled else "heun")
+        sampler = sampler_named(name)
         if not isinstance(sampler, Heun | DPM):
-            raise InputError("--churn needs --sampler heun or dpm.")
+            raise InputError(f"--churn needs --sampler heun or dpm, got {name}.")
         if len(values) > 4:
             raise InputError(f"Expected --churn S_churn[,S_min,S_max,S_noise], got {self.churn!r}.")
         return dataclasses.replace(sampler, churn=Churn(*values))

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -218,11 +219,11 @@ def _struct(info: Any) -> StructConstructorSpec | None:
 
 @_REGISTRY.primitive_rule
 def _primitive(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Numbers, choices and values that may be none, with plain messages."""
+    """Numbers, paths, choices and values that may be none, with plain messages."""
     optional = may_be_none(info.type)
     kind = next(each for each in typing.get_args(info.type) if each is not type(None)) if optional else info.type
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    if not choices and kind not in ((int, float, str, Path) if optional else (int, float)):
+    if not choices and kind not in (int, float, Path) and not (optional and kind is str):
         return None
 
     return PrimitiveConstructorSpec(
@@ -242,7 +243,7 @@ def _value(word: str, kind: Callable[[str], Any], choices: tuple[str, ...], opti
     if choices and word not in choices:
         raise ValueError(f"expected one of {', '.join(choices)}, got {shown}.{nearest(word, choices)}")
     try:
-        return word if choices else kind(word)
+        return word if choices else kind(os.path.expanduser(word) if kind is Path else word)  # shells keep --output=~/a
     except ValueError as error:
         wanted = "a whole number" if kind is int else "a number"
         raise ValueError(f"expected {wanted}{' or none' if optional else ''}, got {shown}.") from error

@@ -10,14 +10,13 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NoReturn, TextIO
 
 import jax
 
 from cm_jax import kernels, progress
 from cm_jax.errors import InputError
-from cm_jax.io.atomic import user_cache
+from cm_jax.io.atomic import user_cache, user_path
 from cm_jax.parallelism import Parallelism
 
 _LONGEST_LINE = 2000
@@ -129,7 +128,7 @@ def use_compilation_cache(folder: str) -> None:
     """Keep compiled programs between runs in `folder` ("" for the default, "off" for none). JAX's own setting wins."""
     if folder == "off" or (not folder and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
         return
-    path = Path(folder or user_cache("compiled"))
+    path = user_path(folder or user_cache("compiled"))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -34,7 +34,9 @@ def read(path: Path) -> Image.Image:
 
 def read_mask(path: Path) -> Image.Image:
     """Read an image file for `hole_from_mask`, with its own values. Raises InputError where that fails."""
-    return _decode(*_content(path), lambda image: image if _is_gray(image) else _rgb_or_rgba(image))
+    return _decode(
+        *_content(path), lambda image: _transparent(image) or (image if _is_gray(image) else on_white(image))
+    )
 
 
 def decode(content: bytes, name: str) -> Image.Image:
@@ -71,11 +73,19 @@ def _is_gray(image: Image.Image) -> bool:
 
 
 def _rgb_or_rgba(image: Image.Image) -> Image.Image:
-    if not _is_gray(image) and image.has_transparency_data:
+    return _transparent(image) or on_white(image)
+
+
+def _transparent(image: Image.Image) -> Image.Image | None:
+    """The image in RGBA if pixels are transparent, such as those of one gray or color of a PNG file."""
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I"):  # of 16 bits: Pillow's conversion ignores the transparent gray
+        layer, opaque = on_white(image), np.asarray(image) != image.info["transparency"]
+        layer.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+    else:
         layer = image.convert("RGBA")
-        if np.asarray(layer)[..., 3].min() < 255:
-            return layer
-    return on_white(image)
+    return layer if np.asarray(layer)[..., 3].min() < 255 else None
 
 
 def center_box(width: int, height: int, size: ImageSize = 1) -> Box:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -38,6 +39,7 @@ TARGETS = (
 _FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC")
 _TIMEOUT = 300
 """Seconds allowed per compiler call; usually one to three."""
+_one_thread = threading.Lock()
 _switched_off = jax.make_user_context(False)
 _temporary: list[tempfile.TemporaryDirectory[str]] = []
 _log = logging.getLogger(__name__)
@@ -50,6 +52,13 @@ def available() -> bool:
     False without a C++ compiler ($CXX, c++, g++ or clang++), if compilation fails, on Windows, and with
     CM_JAX_KERNELS=off.
     """
+    with _one_thread:
+        return _registered()
+
+
+@functools.cache
+def _registered() -> bool:
+    """`available`, called by one thread at a time."""
     if os.environ.get("CM_JAX_KERNELS", "").lower() in ("off", "0") or sys.platform == "win32":
         return False
     try:
@@ -130,7 +139,7 @@ def _compile(compiler: str, path: Path) -> None:
 
         def run(*arguments: str) -> None:
             command = [*compiler.split(), *_FLAGS, *arguments]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
 
         objects = {source: str(Path(workspace) / f"{source.stem}.o") for source in SOURCES}
         headers = ("-isystem", jax.ffi.include_dir())
@@ -143,14 +152,14 @@ def _compile(compiler: str, path: Path) -> None:
                     shown.advance()
             library = Path(workspace) / path.name
             run("-shared", *objects.values(), "-o", str(library))
-        path.with_suffix(".sha256").write_text(_digest(library.read_bytes()))
+        path.with_suffix(".sha256").write_bytes(_digest(library.read_bytes()).encode())
         library.replace(path)
 
 
 def _intact(path: Path) -> bool:
     """Whether the library exists and matches its checksum: a damaged one would crash the process."""
     checksum = path.with_suffix(".sha256")
-    return checksum.exists() and path.exists() and checksum.read_text() == _digest(path.read_bytes())
+    return checksum.exists() and path.exists() and checksum.read_bytes() == _digest(path.read_bytes()).encode()
 
 
 def _digest(data: bytes) -> str:

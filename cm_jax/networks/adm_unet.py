@@ -64,6 +64,9 @@ class ADMUNet(UNet):
         if self.variant == "edm":
             if (self.norm_groups, self.norm_epsilon) != (NORM_GROUPS, NORM_EPSILON):
                 yield f"the variant edm has norm_groups {NORM_GROUPS} and norm_epsilon {NORM_EPSILON}"
+                return
+            yield from self._norm_problems()
+            yield from self._head_problems()
             return
         for level, channels in enumerate(self.level_channels):
             if channels % self.norm_groups or not channels:

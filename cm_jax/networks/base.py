@@ -1,6 +1,7 @@
 """Defaults for networks of your own."""
 
 import abc
+import dataclasses
 from typing import Any
 
 import jax
@@ -67,5 +68,7 @@ class BaseNetwork(abc.ABC):
         return params
 
     def at_precision(self, precision: Precision) -> Any:
-        """The same network with another compute precision."""
-        return self
+        """The same network with another value of its field `precision`, if it has one."""
+        own: Any = self
+        fields = (field.name for field in dataclasses.fields(own))
+        return dataclasses.replace(own, precision=precision) if "precision" in fields else self

@@ -81,6 +81,8 @@ class EDM2UNet(UNet):
     def _problems(self) -> Iterator[str]:
         if self.head_dim < 1:
             yield f"head_dim must be positive (got {self.head_dim})"
+            return
+        yield from self._head_problems()
         if min(self.embedding_widths) < 4 or self.embedding_widths[0] % 2:
             yield f"noise_channels must be even, and embeddings have at least 4 channels (got {self.embedding_widths})"
         for name in ("label_balance", "concat_balance", "residual_balance", "attention_balance"):

@@ -154,7 +154,8 @@ def dropout(x: Features, rate: float, keys: Keys | None, layer: int) -> Features
     """Inverted dropout with one key per image; `layer` is folded into the keys. Without keys: the identity."""
     if keys is None or rate == 0:
         return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:]))(keys)
+    share = np.float32(1 - rate)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), share, x.shape[1:]))(keys)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 

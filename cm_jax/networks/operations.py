@@ -10,10 +10,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cm_jax import kernels
+from cm_jax.errors import InputError
 
 Implementation = Literal["auto", "plain", "cudnn"]
 """plain: XLA, or the CPU kernel in attention.cc; supports forward-mode derivatives, which continuous-time objectives
-need. cudnn: NVIDIA's fused kernel, half precision and reverse mode only. auto: cudnn where it can run, else plain."""
+need. cudnn: NVIDIA's fused kernel, half precision and reverse mode only, an InputError where it cannot run. auto: cudnn
+where it can run, else plain."""
 
 Heads = Float[Array, "b s n d"]
 """Queries, keys or values: batch, position, head, channel."""
@@ -158,8 +160,7 @@ def attend(qkv: Float[Array, "b s c3"], heads: int, implementation: Implementati
     if implementation != "cudnn" and kernels.suits(qkv, head_dim) and kernels.suits(qkv, pixels):
         return _in_float32(_fused_attention, qkv, heads=heads)
     query, key, value = _split(qkv, heads)
-    fused = implementation == "cudnn" or (implementation == "auto" and _cudnn_runs(query))
-    if fused and not kernels.switched_off():
+    if implementation != "plain" and not kernels.switched_off() and _cudnn_runs(query, implementation):
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn").reshape(*qkv.shape[:2], -1)
     return _plain_attention(qkv, heads=heads)
 
@@ -183,11 +184,21 @@ def _split(qkv: Array, heads: int) -> list[Heads]:
     return [part.reshape(*qkv.shape[:2], heads, -1) for part in jnp.split(qkv, 3, axis=-1)]
 
 
-def _cudnn_runs(query: Heads) -> bool:
-    """Whether cuDNN has a fused kernel for these queries: heads of at most 128 channels, since Hopper of 256."""
+def _cudnn_runs(query: Heads, implementation: Implementation) -> bool:
+    """Whether cuDNN has a fused kernel for these queries: heads of at most 128 channels, since Hopper of 256.
+
+    Raises InputError if not, and the implementation is cudnn.
+    """
     capability, head_dim = _cuda_capability(), query.shape[-1]
     supported = query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0
-    return supported and capability > 0 and head_dim <= (256 if capability >= 9 else 128)
+    runs = supported and capability > 0 and head_dim <= (256 if capability >= 9 else 128)
+    if implementation == "cudnn" and not runs:
+        raise InputError(
+            "The attention cudnn needs an NVIDIA GPU, bfloat16 or float16, and heads of 8, 16, ... 128 channels (256 "
+            f"since Hopper); got {query.dtype} and heads of {head_dim} channels on {jax.default_backend()}. Use the "
+            "attention auto or plain."
+        )
+    return runs
 
 
 def _cuda_capability() -> float:

@@ -52,13 +52,9 @@ class SongUNet(UNet):
             return
         if self.embedding == "positional" and self.base_channels % 2:
             yield f"a positional embedding needs an even number of base_channels (got {self.base_channels})"
-        if self.fourier_scale <= 0:
+        if not 0 < self.fourier_scale < np.inf:
             yield f"fourier_scale must be positive (got {self.fourier_scale})"
-        units = [unit for block in self.plan().blocks for unit in block.units if unit.kind != "pyramid"]
-        for channels in sorted({side for unit in units for side in (unit.channels_in, unit.channels_out)}):
-            if channels % self.style.groups(channels):
-                groups = self.style.groups(channels)
-                yield f"a block has {channels} channels, not a multiple of its {groups} norm groups"
+        yield from self._norm_problems()
 
     @property
     def style(self) -> Style:

@@ -133,10 +133,10 @@ class UNet(UNetConfig):
         shapes = dict(leaves(self.shapes()))
         key_uniform, key_normal = jax.random.split(key)
         ends = np.cumsum([leaf.size for leaf in shapes.values()])
-        stream = np.asarray(jax.random.uniform(key_uniform, (int(ends[-1]),), minval=-1.0))
+        stream = np.asarray(jax.random.uniform(key_uniform, (int(ends[-1]),), np.float32, minval=-1.0))
         params = {}
         for (path, leaf), part in zip(shapes.items(), np.split(stream, ends[:-1]), strict=True):
-            normal = functools.partial(jax.random.normal, key_normal, leaf.shape)
+            normal = functools.partial(jax.random.normal, key_normal, leaf.shape, np.float32)
             zero = path.startswith("guidance/")  # a student starts as its teacher
             value = np.zeros(leaf.shape) if zero else self.initial(path, shapes, part.reshape(leaf.shape), normal)
             params[path] = jnp.asarray(value, jnp.float32)
@@ -161,8 +161,9 @@ class UNet(UNetConfig):
         return params
 
     def at_precision(self, precision: Precision) -> "UNet":
-        """The same network with another compute precision."""
-        return dataclasses.replace(self, precision=precision)
+        """The same network with another compute precision, which cuDNN may not support: cudnn becomes auto."""
+        attention = "auto" if self.attention == "cudnn" else self.attention
+        return dataclasses.replace(self, precision=precision, attention=attention)
 
 
 @functools.lru_cache(maxsize=64)

@@ -113,13 +113,29 @@ class UNetConfig(abc.ABC):
                 yield f"{name} must lie in [1, {most}] (got {size})"
         if self.classes is not None and not 1 <= self.classes <= 2**20:
             yield f"classes must lie in [1, {2**20}], or be None for an unconditional network (got {self.classes})"
-        multipliers = self.channel_mult or (1,)
-        if min(multipliers) <= 0 or max(multipliers) * self.base_channels > 2**20:
-            yield f"channel_mult must be positive with at most {2**20} channels per level (got {self.channel_mult})"
+        if not all(0.5 < multiplier * self.base_channels <= 2**20 for multiplier in self.channel_mult):
+            yield f"channel_mult must give every level 1 to {2**20} channels (got {self.channel_mult})"
 
     @abc.abstractmethod
     def _problems(self) -> Iterator[str]:
         """Every way in which the fields of the network's own family contradict each other."""
+
+    def _norm_problems(self) -> Iterator[str]:
+        """Blocks whose channels do not split into norm groups."""
+        units = [unit for block in self.plan().blocks for unit in block.units if unit.kind != "pyramid"]
+        for channels in sorted({side for unit in units for side in (unit.channels_in, unit.channels_out)}):
+            groups, least = max(1, self.style.groups(channels)), self.style.min_group_size
+            if channels % groups or channels < least:
+                split = f"{groups} norm groups of at least {least} channels"
+                yield f"a block has {channels} channels, which do not split into {split}"
+
+    def _head_problems(self) -> Iterator[str]:
+        """Blocks whose channels do not split into attention heads."""
+        units = [unit for block in self.plan().blocks for unit in block.units if unit.kind == "attention"]
+        for channels in sorted({unit.channels_out for unit in units}):
+            if channels % self.heads_for(channels):
+                heads = f"{self.heads_for(channels)} attention heads"
+                yield f"a block has {channels} channels, which do not split into {heads}"
 
     def _shared_problems(self) -> Iterator[str]:
         if not 0 <= self.dropout < 1:

@@ -40,7 +40,8 @@ def sample_labels(key: Key[Array, "*n"], count: int, classes: int) -> Int[np.nda
 
 @functools.partial(jax.jit, static_argnums=2)
 def _labels(key: Key[Array, "*n"], numbers: Int[Array | np.ndarray, " b"], classes: int) -> Int[Array, " b"]:
-    return jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))(fold_in(image_keys(key, numbers), _LABEL))
+    keys = fold_in(image_keys(key, numbers), _LABEL)
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, classes, np.int32))(keys)
 
 
 def noise_from(keys: Keys, shape: tuple[int, int, int]) -> NoiseSource:

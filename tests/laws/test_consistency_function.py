@@ -159,6 +159,10 @@ def test_options_of_samplers_on_the_command_line():
     assert Sampling(sampler="dpm").plan(denoiser).sampler == SAMPLERS["dpm"]
     with pytest.raises(InputError, match="--sampler heun or dpm"):
         Sampling(sampler="euler", churn="40").plan(denoiser)
+    progressive = Model(dataclasses.replace(denoiser.config, default_sampler="progdist"), {})
+    with pytest.raises(InputError, match="--sampler heun or dpm, got progdist"):
+        Sampling(churn="40").plan(progressive)
+    assert Sampling(churn="40", sampler="heun").plan(progressive).sampler == Sampling(churn="40").plan(denoiser).sampler
     with pytest.raises(InputError, match="S_churn"):
         Sampling(churn="1,2,3,4,5").plan(denoiser)
     with pytest.raises(InputError, match="interval_embedding"):

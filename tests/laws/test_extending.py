@@ -20,6 +20,7 @@ from cm_jax.data import Generated
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.evaluation import FeatureExtractor
+from cm_jax.networks import BaseNetwork
 from cm_jax.training import TrainingSetup, loop, train
 from cm_jax.training.run.metrics_log import read_metrics
 from tests.laws.test_evaluation import toy_features
@@ -52,6 +53,16 @@ def load(name):
 def toy_inception(weights):
     rng = np.random.default_rng(5)
     return FeatureExtractor(toy_features, {"mix": rng.normal(size=(192, 16)).astype(np.float32)}, weights, "none")
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_a_network_of_your_own_computes_in_the_precision_asked_for_if_it_is_a_setting(precise):
+    fields = [("image_shape", tuple, (4, 4, 1))] + [("precision", str, "float32")] * precise
+    methods = {"initialize": None, "predict": None}
+    made = dataclasses.make_dataclass("Own", fields, bases=(BaseNetwork,), frozen=True, namespace=methods)()
+    half = made.at_precision("bfloat16")
+    assert half.precision == ("bfloat16" if precise else "float32")
+    assert half.at_precision("float32") == made
 
 
 def test_examples_are_short():

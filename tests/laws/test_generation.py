@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.model import Model
+from cm_jax.networks.layers import dropout
 from cm_jax.parallelism import DataMesh, OneDevice, Pmap, Sharded
 from cm_jax.samplers import Ancestral, Churn, Consistency, Heun, choose_levels
 from cm_jax.samplers.generation import generate, sample_labels
@@ -72,6 +74,23 @@ def test_a_teachers_samplers_on_eight_devices(sampler):
     parts = (images(5, 5, across, sampler, levels=levels, model=TEACHER) for across in (ONE, Pmap()))
     alone, apart = map(np.concatenate, parts)
     np.testing.assert_allclose(apart, alone, atol=BOUND)
+
+
+def test_a_program_in_double_precision_gets_the_same_images_in_single_precision(reference):
+    noisy = Heun(churn=Churn(10))
+    levels = choose_levels(noisy, TEACHER.config.schedule, 18, steps=2)
+    of_teacher = images(2, 2, sampler=noisy, levels=levels, model=TEACHER)[0]
+    weights, keys = TINY.initialize(jax.random.key(3)), jax.random.split(jax.random.key(1), 1)
+    dropped = np.asarray(dropout(jnp.ones((1, 8, 8, 2)), 0.3, keys, 5)) == 0
+    with jax.enable_x64(True):
+        again = [images(3, 3)[0], images(2, 2, sampler=noisy, levels=levels, model=TEACHER)[0]]
+        labels = STUDENT.sample_labels(7, 10)
+        jax.tree.map(np.testing.assert_array_equal, TINY.initialize(jax.random.key(3)), weights)
+        np.testing.assert_array_equal(np.asarray(dropout(jnp.ones((1, 8, 8, 2)), 0.3, keys, 5)) == 0, dropped)
+    np.testing.assert_array_equal(labels, STUDENT.sample_labels(7, 10))
+    for double, single in zip(again, (reference[:3], of_teacher), strict=True):
+        assert double.dtype == np.float32
+        np.testing.assert_allclose(double, single, atol=BOUND)
 
 
 def test_more_images_continue_the_same_ones(reference):

@@ -27,7 +27,10 @@ def availability(tmp_path, **environment):
 
 
 def test_compilation_failure_gives_one_warning_and_no_kernels(tmp_path):
-    for compiler, word in (("/no/such/compiler", "No such file"), ("false", "exit status 1")):
+    latin = tmp_path / "c++"
+    latin.write_bytes(b"#!/bin/sh\necho 'Erreur: op\xe9rande' >&2; exit 1\n")
+    latin.chmod(0o755)
+    for compiler, word in (("/no/such/compiler", "No such file"), ("false", "exit status 1"), (str(latin), "Erreur")):
         done = availability(tmp_path, CXX=compiler)
         assert done.stdout == "False\n"
         assert done.stderr.count("could not be compiled") == 1
@@ -120,3 +123,22 @@ def test_the_library_is_compiled_once_and_recompiled_if_damaged(tmp_path, copyin
     assert availability(tmp_path, CXX=compiler).stdout == "True\n"
     assert log.read_text() == "linked\n" * 2
     assert len(made.read_bytes()) > 1000
+    made.with_suffix(".sha256").write_bytes(b"\xff" * 64)
+    assert availability(tmp_path, CXX=compiler).stdout == "True\n"
+    assert log.read_text() == "linked\n" * 3
+
+
+THREADS = """
+import concurrent.futures
+from cm_jax import kernels
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    print(*[job.result() for job in [pool.submit(kernels.available) for _ in range(4)]])
+"""
+
+
+def test_threads_compile_the_library_once(tmp_path, copying):
+    compiler, log = copying
+    own = {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "CXX": compiler, "LINK_SECONDS": "1"}
+    done = subprocess.run([sys.executable, "-c", THREADS], env={**os.environ, **own}, capture_output=True, text=True)
+    assert done.stdout == "True True True True\n", done.stderr
+    assert log.read_text() == "linked\n"

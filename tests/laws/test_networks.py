@@ -9,7 +9,7 @@ import pytest
 
 from cm_jax import kernels
 from cm_jax.errors import InputError
-from cm_jax.networks import ADMUNet, SongUNet
+from cm_jax.networks import ADMUNet, EDM2UNet, SongUNet
 from cm_jax.networks.layers import Dense, GroupNorm, downsample, upsample
 from cm_jax.networks.operations import attend, convolve_3x3
 from cm_jax.types import leaves
@@ -173,12 +173,17 @@ def test_attention_equals_softmax_of_scaled_products():
 
 
 def test_cudnn_attention_is_an_error_where_unsupported_and_auto_falls_back():
-    with pytest.raises(Exception, match=r"float32|dtype|cuDNN"):
-        jax.jit(lambda x: attend(x, 4, "cudnn")).lower(jnp.ones((2, 64, 3 * 4 * 64)))
     qkv = jnp.ones((2, 64, 3 * 4 * 64), jnp.bfloat16)
-    with pytest.raises(RuntimeError, match="cuDNN"):
-        jax.jit(lambda x: attend(x, 4, "cudnn")).lower(qkv)
+    for given in (qkv, qkv.astype(jnp.float32)):
+        with pytest.raises(InputError, match=f"cudnn.*NVIDIA GPU.*{given.dtype}.*64 channels on cpu"):
+            jax.jit(lambda x: attend(x, 4, "cudnn")).lower(given)
     np.testing.assert_array_equal(attend(qkv, 4, "auto"), attend(qkv, 4, "plain"))
+
+
+def test_a_network_trained_with_cudnn_samples_in_any_precision_on_any_device():
+    network = dataclasses.replace(SMALL, attention="cudnn", precision="bfloat16").at_precision("float32")
+    np.testing.assert_array_equal(predict(network), predict(SMALL))
+    assert dataclasses.replace(SMALL, attention="plain").at_precision("bfloat16").attention == "plain"
 
 
 # Every product rounds to 8 bits (bfloat16) or 11 bits (float16); measured at most 1.9e-2 and 2.0e-3.
@@ -233,11 +238,27 @@ def test_casting_parameters_on_the_host_equals_casting_on_a_device(precision, gi
         ({"dropout_size": 0}, "dropout_size must be positive"),
         ({"classes": 0}, "classes"),
         ({"channel_mult": ()}, "must lie in"),
+        ({"channel_mult": (1, float("nan"))}, "channel_mult must"),
+        ({"variant": "edm", "base_channels": 132}, "132 channels.*norm groups"),
+        ({"variant": "edm", "base_channels": 2}, "2 channels.*norm groups"),
+        ({"variant": "edm", "base_channels": 64, "head_dim": 40}, "128 channels.*3 attention heads"),
     ],
 )
 def test_invalid_networks_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(SMALL, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base_channels": 100}, "200 channels.*3 attention heads"),
+        ({"base_channels": 16, "channel_mult": (1, 0.01)}, "channel_mult must"),
+    ],
+)
+def test_magnitude_preserving_networks_that_cannot_be_built_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        EDM2UNet(**{"channel_mult": (1, 2), "attention_factors": (1, 2), **settings})
 
 
 def test_the_middle_block_has_attention_without_attention_factors():

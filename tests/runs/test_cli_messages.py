@@ -1,14 +1,20 @@
 """Messages and help texts of the command line."""
 
+import dataclasses
 import re
+from pathlib import Path
+from typing import Annotated
 
 import jax
 import pytest
+import tyro
 
 import cm_jax
 from cm_jax.cli import main, main_convert, main_sample
-from cm_jax.cli.parsing import parse_preset
+from cm_jax.cli.options import Statistics
+from cm_jax.cli.parsing import parse, parse_preset
 from cm_jax.cli.running import run as run_command
+from cm_jax.cli.running import use_compilation_cache
 from cm_jax.cli.train import Options
 from cm_jax.errors import InputError
 from tests.runs.test_train_cli_parsing import PRESETS
@@ -26,6 +32,27 @@ def failed(capsys, command):
         assert output.err.count("\n") == 1
         return output.err
     return " ".join(re.sub("[│╭╮╰╯─]", " ", output.err).split())  # tyro's box
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paths(Statistics):
+    """Every type of path."""
+
+    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    output: Path
+    folder: Path | None = None
+
+
+def test_the_home_folder_in_paths_is_expanded_where_the_shell_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    line = "~/a.png b.png --output=~/o.png --folder=~/f --reference-cache=~/r --compilation-cache=~/c"
+    args = parse(Paths, "test", line.split())
+    assert args.pictures == (tmp_path / "a.png", Path("b.png"))
+    assert (args.output, args.folder, args.cache) == tuple(tmp_path / name for name in ("o.png", "f", "r"))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    use_compilation_cache(args.compilation_cache)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,14 @@ def palette(colors, transparent=None):
     return image
 
 
+def gray(dtype):
+    """A gray copy of a picture in which one gray is transparent."""
+    scale = np.iinfo(dtype).max // 255
+    image = Image.fromarray(np.where(HOLE, 9, photo()[..., 0] | 16).astype(dtype) * scale)
+    image.info["transparency"] = 9 * scale
+    return image
+
+
 MASKS = {
     "white": Image.fromarray((HOLE * 255).astype(np.uint8)),
     "0 and 1": Image.fromarray(HOLE.astype(np.uint8)),
@@ -203,6 +211,8 @@ MASKS = {
     "erased, black below": erased(),
     "erased, white below": erased(255),
     "gray with transparency": erased().convert("LA"),
+    "transparent gray": gray(np.uint8),
+    "transparent gray of 16 bits": gray(np.uint16),
     "white paint on an empty layer": paint(),
     "black and white, opaque": Image.fromarray((HOLE * 255).astype(np.uint8)).convert("RGBA"),
 }
@@ -210,7 +220,7 @@ MASKS = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_its_transparent_or_white_pixels_or_the_higher_of_two_values(tmp_path, name):
-    MASKS[name].save(tmp_path / "mask.png")
+    MASKS[name].save(tmp_path / "mask.png", transparency=MASKS[name].info.get("transparency"))
     hole = photos.hole_from_mask(photos.read_mask(tmp_path / "mask.png"), 10, 12)
     np.testing.assert_array_equal(hole, HOLE)
 
@@ -263,6 +273,14 @@ def test_a_transparent_picture_keeps_its_transparency(tmp_path):
     np.testing.assert_array_equal(inside[HOLE][:, :3], edited[HOLE[1:11]])
     assert (inside[HOLE][:, 3] == 255).all()
     assert photos.decode((tmp_path / "a.png").read_bytes(), "a").mode == "RGB"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_transparent_gray_of_a_picture_stays_transparent(tmp_path, dtype):
+    gray(dtype).save(tmp_path / "a.png", transparency=gray(dtype).info["transparency"])
+    pixels = np.asarray(photos.read(tmp_path / "a.png"))
+    np.testing.assert_array_equal(pixels[..., 3], np.where(HOLE, 0, 255))
+    np.testing.assert_array_equal(pixels[~HOLE][:, 0], (photo()[..., 0] | 16)[~HOLE])
 
 
 def test_an_erased_copy_is_a_mask_on_the_command_line(checkpoint, tmp_path, capsys):

@@ -96,7 +96,7 @@ class Model:
 
         seeds: in place of a key and a count, [3, 8] for the first image of each seed: sample(3) and sample(8).
         labels: None samples them from the key (see `sample_labels`). levels: by default one step, or 40 for a denoiser.
-        sampler: a sampler or its name in cm_jax.samplers.SAMPLERS; by default consistency, or heun for a denoiser.
+        sampler: one, or its name in cm_jax.samplers.SAMPLERS. Default: the config's, or consistency (denoisers: heun).
         noise: standard normal noise to use instead of the key's: the initial noise, then one sample for each step.
         progress: show a bar, which advances with each batch, on a terminal or, with ipywidgets, in a notebook.
         """
@@ -148,16 +148,15 @@ class Model:
 
         operator: the kind of edit (see cm_jax.editing): Mask(known) inpaints, Luma() colorizes, PatchMean(8) is
         super-resolution, Strokes() is SDEdit, Noisy() denoises. The known part of an image is preserved to 1e-6, for
-        which values may leave [-1, 1]. levels: by default those of the operator, or 17 steps from sigma_max.
-        guidance: strength, for a model that was distilled with a range of them.
-        Each edit depends on the key and on the numbers of its image and variant alone.
+        which values may leave [-1, 1]. levels: by default those of the operator, or 17 steps from sigma_max. guidance:
+        strength of a model distilled with a range. An edit depends on the key and its image and variant numbers alone.
         """
         self._check_untraced("edit", key, images, labels)
         algorithm.check_editable(self.config)
         images = algorithm.check_images(images, operator, self.config.network.image_shape)
-        count = check_int("variants", variants, 1, 10**6)
-        plan = self.plan(guidance=guidance, **algorithm.edit_levels(operator, images.shape[1:], **levels))
-        keys = algorithm.variant_keys(as_key(key), len(images), count)
+        levels = algorithm.edit_levels(operator, images.shape[1:], **levels)
+        plan = self.plan(sampler="consistency", guidance=guidance, **levels)
+        keys = algorithm.variant_keys(as_key(key), len(images), check_int("variants", variants, 1, 10**6))
         return self._edit(plan, operator, keys, images, labels, batch_size)
 
     def interpolate_images(
@@ -180,7 +179,8 @@ class Model:
         algorithm.check_editable(self.config)
         frames = check_int("frames", frames, 2, 10**6)
         pair = algorithm.check_images(as_pair(first, second), Strokes(), self.config.network.image_shape)
-        plan = self.plan(guidance=guidance, **algorithm.edit_levels(Strokes(), pair.shape[1:], sigmas=sigmas))
+        levels = algorithm.edit_levels(Strokes(), pair.shape[1:], sigmas=sigmas)
+        plan = self.plan(sampler="consistency", guidance=guidance, **levels)
         keys = jnp.repeat(algorithm.variant_keys(as_key(key), 1, 1), frames)
         return self._edit(plan, Strokes(), keys, algorithm.blend(pair[0], pair[1], frames), labels, batch_size)
 

@@ -176,7 +176,7 @@ def _check_push(args: Convert, kind: str) -> None:
 
 def _read_lines(path: Path) -> tuple[str, ...]:
     try:
-        return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        return tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as text with a class name on each line: {error}.") from error
 

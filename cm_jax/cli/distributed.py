@@ -33,6 +33,8 @@ class Distributed:
         host, _, port = self.coordinator.rpartition(":")
         if self.coordinator and not (host and port.isdecimal() and 0 < int(port) < 2**16):
             raise InputError(f"--coordinator must be HOST:PORT, got {self.coordinator!r}.")
+        if self.processes is not None and self.processes < 1:
+            raise InputError(f"--processes must be at least 1, got {self.processes}.")
         if self.processes is not None and not 0 <= (self.process or 0) < self.processes:
             raise InputError(f"--process must lie in [0, {self.processes - 1}], got {self.process}.")
 

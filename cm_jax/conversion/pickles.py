@@ -216,5 +216,5 @@ def number_type(dtype: Inert) -> np.dtype:
     """A pickled NumPy dtype. Raises ValueError for all but little-endian floating-point numbers."""
     name, order = dtype.arguments[0], dtype.state[1]
     if name not in ("f2", "f4", "f8") or order != "<" or dtype.state[2:5] != (None, None, None):
-        raise ValueError(f"an array of {one_line(order)}{one_line(name)}")
+        raise ValueError(f"an array of type {one_line((order, name))}")
     return np.dtype(f"<{name}")

@@ -71,6 +71,7 @@ def on_white(image: Image.Image) -> Image.Image:
         gray = np.asarray(image).astype(np.int64)
         if gray.min() < 0 or gray.max() > 65535:
             raise ValueError(f"expected pixels of 8 or 16 bits, got values from {gray.min()} to {gray.max()}")
+        gray[gray == image.info.get("transparency", -1)] = 65535  # which Pillow's conversion ignores
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("expected pixels of 8 or 16 bits, got floating-point numbers")

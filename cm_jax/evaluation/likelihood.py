@@ -132,7 +132,7 @@ def image_bits(
     def noise(key: Key[Array, ""]) -> tuple[Float[Array, "h w c"], Float[Array, "h w c"]]:
         """v - 1/2, and the probe."""
         pixel_key, probe_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        v = jax.random.uniform(pixel_key, shape, minval=-0.5, maxval=0.5)
+        v = jax.random.uniform(pixel_key, shape, jnp.float32, -0.5, 0.5)
         return v, jax.random.rademacher(probe_key, shape, jnp.float32)
 
     v, probes = jax.vmap(noise)(keys)

@@ -118,6 +118,9 @@ def test_decoding_other_kinds_of_pixels():
         near = np.clip(deep.astype(int) + offset, 0, 65535).astype(np.uint16)
         np.testing.assert_array_equal(decode(png(near), 2)[0], np.repeat(gray[..., None], 3, axis=2))
     file = io.BytesIO()
+    Image.fromarray(deep).save(file, "PNG", transparency=257)
+    assert decode(file.getvalue(), 2)[0][..., 0].tolist() == [[0, 255], [128, 255]]
+    file = io.BytesIO()
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(file, "JPEG", quality=100)
     np.testing.assert_allclose(decode(file.getvalue(), 8)[0], np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=3)
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]

@@ -202,7 +202,8 @@ def different(kind, name):
         ((22, 0),),
         ((80.0, 1.5),),
     ]
-    candidates += list(getattr(hint, "__args__", ()))
+    parts = getattr(hint, "__args__", ())
+    candidates += [*parts, *(value for part in parts for value in getattr(part, "__args__", ()))]
     if kinds(hint):
         candidates = [None, *(choice(*given.get(choice, ())) for choice in kinds(hint).values())]
         candidates += [different(type(old), next(iter(hints(type(old)))))[1]] if old and hints(type(old)) else []

@@ -217,7 +217,8 @@ def without_work(cache: Path) -> Iterator[None]:
     from cm_jax.cli.running import use_compilation_cache as real
 
     places = {
-        "cm_jax.model": ("generate", "edit_batches", "slerp_batches"),
+        "cm_jax.model": ("generate",),
+        "cm_jax.editing.algorithm": ("edit_batches", "slerp_batches"),
         "cm_jax.conversion.parity": ("compare",),
         "urllib.request": ("urlopen",),
         "cm_jax.cli.train": ("dry_run", "train"),

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.conversion import edm_names
 from cm_jax.conversion.edm_reference import EDMReference, Facts
 from cm_jax.conversion.edm_writing import write_state_dict
@@ -15,8 +14,7 @@ from cm_jax.conversion.read import Source
 from cm_jax.conversion.torch_files import as_torch
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, TrigFlowPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.networks import BuiltInNetwork, SongUNet
-from cm_jax.types import Params, leaves, nested
+from cm_jax.networks import BuiltInNetwork
 
 _BALANCES = ("label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act")
 _FIELDS = {"res_balance": "residual_balance", "attn_balance": "attention_balance", "clip_act": "clip"}
@@ -43,7 +41,7 @@ class Reference:
             tensors = {name: tensor.read() for name, tensor in source.tensors.items()}
         else:
             try:
-                written = write_state_dict(*_with_linear_labels(source.config, source.params))
+                written = write_state_dict(source.config, source.params)
             except InputError as error:
                 raise InputError(f"--check cannot run this network in PyTorch; leave out --check. {error}") from error
             tensors = {re.sub(r"^(model|unet)\.", "", name): array for name, array in written.items()}
@@ -73,19 +71,6 @@ class Reference:
 
         with torch.no_grad():
             return self._network.log_variance(torch.from_numpy(c_noise.copy())).numpy()
-
-
-def _with_linear_labels(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same function with EDM's layer for labels in place of a table of classes."""
-    network = config.network
-    if not isinstance(network, SongUNet) or not network.classes or network.label_embedding == "linear":
-        return config, params
-    flat = {path: np.asarray(leaf, np.float32) for path, leaf in leaves(params)}
-    table = flat.pop("embedding/table")
-    flat["embedding/label/kernel"] = table / np.float32(network.classes) ** 0.5
-    flat["embedding/label/bias"] = np.zeros_like(table[0])
-    network = dataclasses.replace(network, label_embedding="linear")
-    return dataclasses.replace(config, network=network), nested(flat)
 
 
 def _nhwc(tensor: Any) -> np.ndarray:

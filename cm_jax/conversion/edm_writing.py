@@ -16,8 +16,8 @@ from cm_jax.diffusion.preconditioning import (
     TrigFlowPreconditioning,
 )
 from cm_jax.errors import InputError
-from cm_jax.networks import BuiltInNetwork, EDM2UNet, SongUNet
-from cm_jax.types import Params, leaves
+from cm_jax.networks import AnyNetwork, BuiltInNetwork, EDM2UNet, SongUNet
+from cm_jax.types import Params, leaves, nested
 
 _NO_EFFECT = {"dropout", "dropout_size", "precision", "attention", "rematerialize", "fourier_scale"}
 """Settings of networks that do not change the function of given parameters."""
@@ -31,9 +31,10 @@ _IN_LAYERS = {
 def write_state_dict(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     """The tensors of a network in the names of EDM's classes, with the prefix "model." or "unet.".
 
-    Raises InputError for a network that this family does not have.
+    A table of classes becomes EDM's linear layer, the same function up to rounding. Raises InputError for a network
+    that this family does not have.
     """
-    network = config.network
+    network, params = _with_linear_labels(config.network), _as_linear_labels(config.network, params)
     rules = edm_names.rules(network)
     params = negated_head(params) if isinstance(config.preconditioning, TrigFlowPreconditioning) else params
     prefix = "unet." if isinstance(network, EDM2UNet) else "model."
@@ -46,7 +47,7 @@ def config_as_read(config: ModelConfig, preconditioning: str) -> ModelConfig:
 
     Raises InputError where the function is another one, whatever the noise range and sigma_data given in reading.
     """
-    network = config.network
+    network = _with_linear_labels(config.network)
     rules = edm_names.rules(network)
     assert isinstance(network, BuiltInNetwork)
     shapes = source_shapes(rules, network.shapes())
@@ -68,6 +69,22 @@ def config_as_read(config: ModelConfig, preconditioning: str) -> ModelConfig:
     if lost:
         raise InputError(f"The edm format cannot represent {' nor '.join(lost)}; use --to native.")
     return found
+
+
+def _with_linear_labels(network: AnyNetwork) -> AnyNetwork:
+    """The network with EDM's layer for labels in place of a table of classes."""
+    table = isinstance(network, SongUNet) and network.classes and network.label_embedding == "table"
+    return dataclasses.replace(network, label_embedding="linear") if table else network  # type: ignore[type-var]
+
+
+def _as_linear_labels(network: AnyNetwork, params: Params) -> Params:
+    """The parameters of `_with_linear_labels(network)`: its layer multiplies its kernel by sqrt(classes)."""
+    if _with_linear_labels(network) is network:
+        return params
+    flat = dict(leaves(params))
+    table = np.asarray(flat.pop("embedding/table"), np.float32)
+    layer = {"kernel": table / np.float32(len(table)) ** 0.5, "bias": np.zeros_like(table[0])}
+    return nested(flat | {f"embedding/label/{name}": array for name, array in layer.items()})
 
 
 def preconditioning_name(config: ModelConfig) -> str:

@@ -198,3 +198,14 @@ def test_parameters_without_a_rule_are_not_dropped():
     params = random_params(SMALL) | {"more": {"kernel": np.zeros((2, 2))}}
     with pytest.raises(AssertionError, match="the rules do not cover the parameters"):
         to_source(OPENAI.rules(SMALL), params)
+
+
+def test_a_table_of_classes_becomes_the_linear_layer_of_edm(tmp_path):
+    config = ModelConfig(dataclasses.replace(SONG, label_embedding="table"), EDM)
+    params = random_params(config.network)
+    write(tmp_path / "edm.safetensors", "edm", config, params)
+    found = read(tmp_path / "edm.safetensors", CheckpointHints(**unstated("edm", config).hints))
+    assert found.config == dataclasses.replace(config, network=SONG, clip_denoised=False)
+    x, sigma, labels = jnp.ones((3, *SONG.image_shape)), jnp.array([0.1, 1.0, 80.0]), jnp.arange(3)
+    expected = config.function(params, x, sigma, labels)
+    np.testing.assert_allclose(found.config.function(found.params, x, sigma, labels), expected, rtol=1e-5, atol=1e-5)

@@ -14,10 +14,12 @@ import cm_jax
 from cm_jax import kernels
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.serialization import encode, from_text, to_text
+from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.evaluation import FeatureExtractor
 from cm_jax.presets import PRESETS
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.loop import train
+from cm_jax.training.optimizers import ConstantRate
 from cm_jax.training.run import evaluation_hook
 from cm_jax.training.run.history import FORMAT
 from cm_jax.training.setup import prepare
@@ -74,6 +76,11 @@ def former_preset(name):
         if hasattr(schedule, length):
             longer = replace(schedule, **{length: 5 * getattr(schedule, length)})
             objective = replace(objective, **{field: longer})
+    if method == "sct":
+        objective, rate = (
+            replace(objective, noise_distribution=LogNormal(-1.0, 1.8), regularizer=0.1),
+            ConstantRate(2e-4),
+        )
     if method == "ct":
         objective = replace(objective, curriculum=replace(objective.curriculum, start=2, end=150))
     larger = {"base_channels": 64, "channel_mult": (1, 2, 2), "blocks_per_level": 2}

@@ -83,7 +83,7 @@ def test_a_dry_run_reports_a_distillation_without_its_teacher(tmp_path, monkeypa
         ("emoji32-cd", []),
         ("emoji32-ct", ["--objective.curriculum.steps"]),
         ("emoji32-ect", ["--objective.gap.steps-per-stage"]),
-        ("emoji32-sct", ["--objective.warm-up.steps"]),
+        ("emoji32-sct", ["--objective.warm-up.steps", "--optimizer.learning-rate.steps"]),
     ],
 )
 def test_a_run_that_ends_before_its_curriculum_says_so(name, flags):

@@ -77,10 +77,7 @@ def former_preset(name):
             longer = replace(schedule, **{length: 5 * getattr(schedule, length)})
             objective = replace(objective, **{field: longer})
     if method == "sct":
-        objective, rate = (
-            replace(objective, noise_distribution=LogNormal(-1.0, 1.8), regularizer=0.1),
-            ConstantRate(2e-4),
-        )
+        objective, rate = replace(objective, noise_distribution=LogNormal(-1.0, 1.8)), ConstantRate(2e-4)
     if method == "ct":
         objective = replace(objective, curriculum=replace(objective.curriculum, start=2, end=150))
     larger = {"base_channels": 64, "channel_mult": (1, 2, 2), "blocks_per_level": 2}

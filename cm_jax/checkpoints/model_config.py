@@ -138,6 +138,11 @@ class ModelConfig:
             return self.consistency
         return isinstance(self.preconditioning, ConsistencyPreconditioning | MeanFlowPreconditioning)
 
+    @property
+    def usual_sampler(self) -> str:
+        """Name of the sampler to use by default."""
+        return self.default_sampler or ("consistency" if self.distilled else "heun")
+
     def check_pixels(self) -> None:
         """Raise InputError for a model of latents, whose samples only its autoencoder turns into images."""
         if self.latents is not None:

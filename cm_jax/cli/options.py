@@ -138,8 +138,7 @@ class Sampling(Levels):
         values = numbers("churn", self.churn, float)
         if values is None:
             return self.sampler
-        config = model.config
-        name = self.sampler or config.default_sampler or ("consistency" if config.distilled else "heun")
+        name = self.sampler or model.config.usual_sampler
         sampler = sampler_named(name)
         if not isinstance(sampler, Heun | DPM):
             raise InputError(f"--churn needs --sampler heun or dpm, got {name}.")

@@ -61,9 +61,9 @@ class Augmentation:
         """The map from a pixel of the augmented image to its place in the given image, and its parameters."""
         normal, half, p = jax.random.normal, 0.5, self.probability
 
-        def random(number: int, chance: float, draw: Callable[[Key[Array, ""]], Array]) -> Float[Array, "..."]:
+        def random(number: int, chance: float, value: Callable[[Key[Array, ""]], Array]) -> Float[Array, "..."]:
             own, coin = jax.random.split(jax.random.fold_in(key, number))
-            return jnp.where(jax.random.uniform(coin) < chance, draw(own), 0.0)
+            return jnp.where(jax.random.uniform(coin) < chance, value(own), 0.0)
 
         def one(own: Key[Array, ""]) -> Float[Array, ""]:
             return jnp.float32(1)

@@ -64,13 +64,12 @@ def make_plan(
     **levels: Unpack[NoiseLevelArgs],
 ) -> SamplingPlan:
     """The plan of a model with this config. Raises InputError for unknown samplers and invalid levels."""
-    consistency, steps = config.distilled, None
-    if sampler is None:
-        sampler, steps = config.default_sampler or ("consistency" if consistency else "heun"), config.default_steps
+    sampler = sampler or config.usual_sampler
+    steps = config.default_steps if sampler == config.usual_sampler else None
     if not isinstance(sampler, Sampler):
         sampler = sampler_named(sampler)
     if not levels_given(levels):
-        levels = NoiseLevelArgs(steps=steps or (1 if consistency else TEACHER_STEPS))
+        levels = NoiseLevelArgs(steps=steps or (1 if config.distilled else TEACHER_STEPS))
     if clip is not None or (sampler.clip is None and not config.clip_denoised):
         sampler = dataclasses.replace(sampler, clip=bool(clip))
     sampler = sampler.for_model(config.function)

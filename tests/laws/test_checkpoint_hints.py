@@ -11,14 +11,7 @@ from cm_jax.io.safetensors import write_safetensors
 from cm_jax.networks import SongUNet
 from tests.support import random_params
 
-NETWORK = SongUNet(
-    image_size=8,
-    base_channels=8,
-    channel_mult=(1, 2),
-    blocks_per_level=1,
-    attention_factors=(),
-    label_embedding="linear",
-)
+NETWORK = SongUNet(8, base_channels=8, channel_mult=(1, 2), blocks_per_level=1, attention_factors=())
 CONFIG = ModelConfig(
     NETWORK,
     EDMPreconditioning(time_factor=0.25),

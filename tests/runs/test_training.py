@@ -246,6 +246,8 @@ def test_the_learning_rate_restarts_with_every_stage_of_progressive_distillation
         plan = cm_jax.load(run / "checkpoints" / f"{batches:08d}").plan()
         assert (type(plan.sampler).__name__, len(plan.levels) - 1) == ("ProgressiveEuler", steps)
         np.testing.assert_allclose(plan.levels, KarrasSchedule().descending(steps + 1), rtol=1e-6)
+        named = cm_jax.load(run / "checkpoints" / f"{batches:08d}").plan(sampler="progdist")
+        assert named.levels == plan.levels
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(teacher):

@@ -64,8 +64,9 @@ def make_plan(
     **levels: Unpack[NoiseLevelArgs],
 ) -> SamplingPlan:
     """The plan of a model with this config. Raises InputError for unknown samplers and invalid levels."""
-    sampler = sampler or config.usual_sampler
-    steps = config.default_steps if sampler == config.usual_sampler else None
+    usual = config.usual_sampler
+    sampler = usual if sampler is None else sampler
+    steps = config.default_steps if isinstance(sampler, str) and sampler == usual else None
     if not isinstance(sampler, Sampler):
         sampler = sampler_named(sampler)
     if not levels_given(levels):

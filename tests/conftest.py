@@ -6,7 +6,7 @@ import gc
 import importlib.metadata
 import os
 import resource
-import tempfile
+import shutil
 from pathlib import Path
 
 import jaxtyping
@@ -28,9 +28,14 @@ USUAL = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_co
 QUICK_CODE = importlib.metadata.version("jaxlib").startswith("0.10.")
 if QUICK_CODE and QUICK not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+# Programs stay in the checkout, so that the next run of the tests compiles only what has changed.
+COMPILED = Path(__file__).parents[1] / ".cache" / "compiled"
+COMPILED_LIMIT = 2e9
+"""Bytes of compiled programs above which the next run begins without them."""
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = tempfile.TemporaryDirectory(prefix="cm_jax_compiled_", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    if sum(path.stat().st_size for path in COMPILED.glob("*")) > COMPILED_LIMIT:
+        shutil.rmtree(COMPILED, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 typechecker.install()

@@ -252,22 +252,25 @@ def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None])
 
     Raises InputError where the server cannot listen.
     """
-    own = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "", "127.0.0.1", "localhost"]
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, own))  # Gradio requests its own page once
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "*"  # Gradio requests its own page once, and nothing else
+    host = host.strip("[]")
+    shown = f"[{host}]" if ":" in host else host
     try:
         family = socket.getaddrinfo(host, port)[0][0]
         socket.create_server((host, port), family=family).close()  # uvicorn would log the error itself
         _, address, _ = blocks.launch(
-            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **_LOOK, **_LIMITS, **_OFF
+            server_name=shown, server_port=port, prevent_thread_lock=True, quiet=True, **_LOOK, **_LIMITS, **_OFF
         )
     except OSError as error:
         raise InputError(
-            f"Cannot listen on {host}:{port}; use an address of this machine and a free port (--port {port + 1})."
+            f"Cannot listen on {shown}:{port}; use an address of this machine and a free port (--port {port + 1})."
         ) from error
     with contextlib.suppress(KeyboardInterrupt):
         ready(address)
         while blocks.is_running:
             time.sleep(0.1)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # shutdown takes a few seconds
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(each, signal.SIG_IGN) for each in stops]  # shutdown takes a few seconds
     blocks.close(verbose=False)  # Gradio's block_thread leaves its queue and the heartbeats of open pages running
-    signal.signal(signal.SIGINT, before)
+    for each, handler in zip(stops, before, strict=True):
+        signal.signal(each, handler)

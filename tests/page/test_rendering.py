@@ -5,6 +5,7 @@ import io
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -226,6 +227,24 @@ def test_a_download_is_not_replaced_by_later_ones(tmp_path, monkeypatch):
     paths = [Path(page._file("samples", bytes([number]))["value"]) for number in range(65)]
     assert [path.read_bytes() for path in paths] == [bytes([number]) for number in range(65)]
     assert {path.name for path in paths} == {"samples.zip"}
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("[::1]", "[::1]"), ("localhost", "localhost")])
+def test_the_server_requests_its_own_page_at_any_address_and_not_from_a_proxy(monkeypatch, host, shown):
+    page = pytest.importorskip("cm_jax.demo.page")
+    httpx = pytest.importorskip("httpx")
+    monkeypatch.setenv("NO_PROXY", "")  # the server sets both; monkeypatch restores them
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("ALL_PROXY", "socks5://192.0.2.1")
+    monkeypatch.setattr(page.socket, "create_server", lambda *_, **__: io.BytesIO())
+
+    def launch(server_name, server_port, **_):
+        with httpx.Client() as client:  # without SOCKS proxies
+            return None, str(client.build_request("GET", f"http://{server_name}:{server_port}/").url), None
+
+    blocks, addresses = SimpleNamespace(launch=launch, is_running=False, close=lambda verbose: None), []
+    page.serve(blocks, host, 7860, addresses.append)
+    assert addresses == [f"http://{shown}:7860/"]
 
 
 def test_errors(model):

@@ -97,12 +97,14 @@ class Model:
         seeds: in place of a key and a count, [3, 8] for the first image of each seed: sample(3) and sample(8).
         labels: None samples them from the key (see `sample_labels`). levels: by default one step, or 40 for a denoiser.
         sampler: one, or its name in cm_jax.samplers.SAMPLERS. Default: the config's, or consistency (denoisers: heun).
-        noise: standard normal noise to use instead of the key's: the initial noise, then one sample for each step.
+        noise: standard normal noise in place of the key's, of all images in one batch: initial, then one for each step.
         progress: show a bar, which advances with each batch, on a terminal or, with ipywidgets, in a notebook.
         """
         self._check_untraced("sample", key, seeds, labels, noise)
         plan = self.plan(sampler=sampler, **levels)
         if noise is not None:
+            if batch_size is not None or progress:
+                raise InputError("Images of given noise are one batch: leave batch_size and progress out.")
             given = key is not None or seeds is not None
             keys, count = as_keys(key if given else 0, count, seeds)
             noise = checked_noise(noise, (count, *self.config.network.image_shape), plan)
@@ -257,9 +259,7 @@ class Model:
         return self.config.latents.decodable(np.asarray(images, np.float32))
 
     def save(self, path: str | Path) -> None:
-        """Write a native checkpoint in the current precision of the parameters: a file if `path` ends in .safetensors,
-        else a folder.
-        """
+        """Write a native checkpoint in the precision of the parameters: a .safetensors file, else a folder."""
         write(user_path(path), "native", self.config, self.params)
 
     def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:

@@ -44,6 +44,11 @@ def hints(kind: type) -> dict[str, Any]:
     return {field.name: resolved[field.name] for field in dataclasses.fields(kind)}
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field, or dataclasses.MISSING."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def encode(config: Any, place: str = "") -> dict[str, Any]:
     """The JSON value from which `decode` restores `config`. Raises InputError for values that it would reject."""
     kind = type(config)
@@ -75,7 +80,7 @@ def decode(value: Any, hint: Any, place: str = "") -> Any:
         if name not in expected:
             advice = nearest(name, expected) or f" Its fields are {', '.join(expected) or 'none'}."
             raise InputError(f"{place or 'it'} has no field {name!r}.{advice}")
-    required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}  # type: ignore[arg-type]
+    required = {field.name for field in dataclasses.fields(kind) if default_of(field) is dataclasses.MISSING}
     given = [name for name in expected if name in fields or name in required]
     values = {name: decode(fields.get(name), expected[name], within(place, name)) for name in given}
     try:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ def main(prog: str, words: Sequence[str]) -> None:
     if (args.key or args.ema) and not args.checkpoints:
         raise InputError("--key and --ema apply to checkpoints: name some, or leave the options out.")
     checkpoints = {name: resolve(name) for name in args.checkpoints or BUNDLED}
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(each, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="cm_jax-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and images are removed with it
         _serve(checkpoints, args)

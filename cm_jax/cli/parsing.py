@@ -17,7 +17,7 @@ import docstring_parser
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo, StructConstructorSpec, StructFieldSpec
 
-from cm_jax.checkpoints.serialization import HIDDEN, decode, encode, hints, kinds, may_be_none
+from cm_jax.checkpoints.serialization import HIDDEN, decode, default_of, encode, hints, kinds, may_be_none
 from cm_jax.errors import InputError, nearest
 from cm_jax.types import ImageSize
 
@@ -153,8 +153,8 @@ def _unchecked(kind: type, base: Any = None, **values: Any) -> Any:
     """An instance without the checks of its constructor: its values are complete only after the whole command line."""
     made = object.__new__(kind)
     for field in dataclasses.fields(kind):
-        default = tyro.MISSING if field.default is dataclasses.MISSING else field.default
-        object.__setattr__(made, field.name, values.get(field.name, getattr(base, field.name, default)))
+        value = values.get(field.name, getattr(base, field.name, default_of(field)))
+        object.__setattr__(made, field.name, tyro.MISSING if value is dataclasses.MISSING else value)
     return made
 
 

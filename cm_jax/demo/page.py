@@ -40,7 +40,7 @@ _QUICK: Any = {**_DEVICES, "show_progress": "hidden"}
 _EDITOR: Any = {"type": "numpy", "format": "png", "sources": (), "transforms": (), "layers": False, "interactive": True}
 _THEME = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 _LOOK: Any = {"theme": _THEME, "css": _CSS, "footer_links": [], "show_error": True}
-_LIMITS: Any = {"max_file_size": 2**25, "state_session_capacity": 64}
+_LIMITS: Any = {"max_file_size": 2**25, "state_session_capacity": 256}
 _OFF: Any = dict.fromkeys(["share", "ssr_mode", "pwa", "mcp_server", "enable_monitoring", "run_history"], False)
 
 
@@ -55,11 +55,14 @@ def page(names: Sequence[str], load: _Load) -> gr.Blocks:
         example = gr.Radio(list(EXAMPLES), value=next(iter(EXAMPLES)), label="Picture", render=False)
         guidance = gr.Slider(1, 4, 1, step=0.1, label="Guidance", visible=False, render=False)
         shown = [about, *labels, guidance]
-        changed = gr.on([blocks.load, name.change], _callback(load, show_model), [name, example], shown, **_QUICK)
+        picture = gr.State()  # None again in a session whose state Gradio has dropped
+        opened = blocks.load(lambda: rendering.example(next(iter(EXAMPLES)))[0], None, picture, **_QUICK)
+        show = _callback(load, show_model), [name, example], shown
+        changed = opened.success(*show, **_QUICK), name.change(*show, **_QUICK)
         with gr.Tab("Sample"), gr.Row():
             _sample_tab(load, name, labels[0], guidance)
         with gr.Tab("Edit"), gr.Row():
-            _edit_tab(load, name, labels[1], example, changed)
+            _edit_tab(load, name, labels[1], example, picture, changed)
     return blocks
 
 
@@ -82,9 +85,9 @@ def _sample_tab(load: _Load, name: gr.Dropdown, label: gr.Dropdown, guidance: gr
     name.change(lambda: _EMPTY, None, outputs, **_QUICK)
 
 
-def _edit_tab(load: _Load, name: gr.Dropdown, label: gr.Dropdown, example: gr.Radio, model_changed: Any) -> None:
-    first, _ = rendering.example(next(iter(EXAMPLES)))
-    picture = gr.State(first)
+def _edit_tab(
+    load: _Load, name: gr.Dropdown, label: gr.Dropdown, example: gr.Radio, picture: gr.State, model_changed: Any
+) -> None:
     with gr.Column(scale=3, min_width=420):
         example.render()
         upload_button = gr.UploadButton("Upload a picture", file_types=["image"], size="sm")
@@ -106,8 +109,8 @@ def _edit_tab(load: _Load, name: gr.Dropdown, label: gr.Dropdown, example: gr.Ra
             known, edits = _image("Input and known part", buttons=[], min_width=120), _image("Edits", scale=3)
         file = _download("Download the edits")
     results = [known, edits, file, status]
-    model_changed.success(_callback(load, show_picture), [name, picture], shown, **_QUICK)
-    canvas.clear(_callback(load, show_picture), [name, picture], shown, **_QUICK)
+    for event in (*(each.success for each in model_changed), canvas.clear):
+        event(_callback(load, show_picture), [name, picture], shown, **_QUICK)
     for change in (upload_button.upload, example.input, name.change):
         change(lambda: _EMPTY, None, results, **_QUICK)
     upload_button.upload(_callback(load, upload), [name, upload_button], [picture, example, *shown], **_QUICK)
@@ -170,8 +173,8 @@ def _numbered(outputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _file(name: str, content: bytes) -> Any:
-    """A download of this file. Gradio copies it; the names of the last files are used again."""
-    path = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()) / f"{name}-{next(_numbers) % 64}.zip"
+    """A download of this file, in a folder whose name nobody can guess. Gradio deletes the file after an hour."""
+    path = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR") or None)) / f"{name}.zip"
     path.write_bytes(content)
     return gr.update(value=str(path), interactive=True)
 
@@ -188,9 +191,21 @@ def show_model(model: Model, example: str | None) -> tuple[Any, ...]:
     return rendering.describe_model(model), sample_class, edit_class, guidance
 
 
-def show_picture(model: Model, picture: Picture) -> tuple[Any, ...]:
-    pixels, about = rendering.canvas_image(model, picture)
+def show_picture(model: Model, picture: Picture | None) -> tuple[Any, ...]:
+    """The canvas and a line about it; an empty canvas and the reason for a model that the page cannot edit with."""
+    picture = _kept(picture)
+    try:
+        pixels, about = rendering.canvas_image(model, picture)
+    except InputError as error:
+        return None, str(error)
     return Image.fromarray(pixels), about
+
+
+def _kept(picture: Picture | None) -> Picture:
+    """The picture of a session. Raises InputError if the server no longer has it: after a restart, or long sleep."""
+    if picture is None:
+        raise InputError("The server no longer has this picture: choose or upload it again.")
+    return picture
 
 
 def upload(model: Model, path: str) -> tuple[Any, ...]:
@@ -222,13 +237,13 @@ def sample(
 
 
 def edit(
-    model: Model, kind: str, picture: Picture, canvas: dict, label: int, seed: int, steps: int, count: int
+    model: Model, kind: str, picture: Picture | None, canvas: dict | None, label: int, seed: int, steps: int, count: int
 ) -> Iterator[tuple[Any, ...]]:
-    program = model, kind, steps, count
+    picture, layers, program = _kept(picture), (canvas or {}).get("layers", ()), (model, kind, steps, count)
     yield (*_EMPTY[:3], rendering.compiling(*program))
     settings = None if label == _ANY else label, seed, steps, count
     with rendering.running(*program):
-        known, edits, archive = rendering.edit_grids(model, kind, picture, canvas["layers"], *settings)
+        known, edits, archive = rendering.edit_grids(model, kind, picture, layers, *settings)
     yield known, edits, _file("edits", archive), ""
 
 
@@ -237,22 +252,25 @@ def serve(blocks: gr.Blocks, host: str, port: int, ready: Callable[[str], None])
 
     Raises InputError where the server cannot listen.
     """
-    own = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "", "127.0.0.1", "localhost"]
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, own))  # Gradio requests its own page once
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "*"  # Gradio requests its own page once, and nothing else
+    host = host.strip("[]")
+    shown = f"[{host}]" if ":" in host else host
     try:
         family = socket.getaddrinfo(host, port)[0][0]
         socket.create_server((host, port), family=family).close()  # uvicorn would log the error itself
         _, address, _ = blocks.launch(
-            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **_LOOK, **_LIMITS, **_OFF
+            server_name=shown, server_port=port, prevent_thread_lock=True, quiet=True, **_LOOK, **_LIMITS, **_OFF
         )
     except OSError as error:
         raise InputError(
-            f"Cannot listen on {host}:{port}; use an address of this machine and a free port (--port {port + 1})."
+            f"Cannot listen on {shown}:{port}; use an address of this machine and a free port (--port {port + 1})."
         ) from error
     with contextlib.suppress(KeyboardInterrupt):
         ready(address)
         while blocks.is_running:
             time.sleep(0.1)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # shutdown takes a few seconds
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(each, signal.SIG_IGN) for each in stops]  # shutdown takes a few seconds
     blocks.close(verbose=False)  # Gradio's block_thread leaves its queue and the heartbeats of open pages running
-    signal.signal(signal.SIGINT, before)
+    for each, handler in zip(stops, before, strict=True):
+        signal.signal(each, handler)

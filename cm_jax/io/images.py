@@ -3,14 +3,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from cm_jax.arguments import as_array, as_images
-from cm_jax.errors import InputError, check_int
+from cm_jax.arguments import as_array, as_images, as_list
+from cm_jax.errors import InputError, check_int, nearest, one_line
 from cm_jax.io.atomic import atomic_write, check_writable, user_path
 
 Quantization = Literal["round", "truncate"]
@@ -103,13 +103,17 @@ def save_images(
     3 channels, or 4 with `rgba`. columns, row_names: of the grid, by default a square without names. quantization:
     conversion of floats to 8 bits; None stores them in an .npz file as they are, for latents. Raises InputError.
     """
+    if quantization not in (choices := (*get_args(Quantization), None)):
+        advice = nearest(quantization, choices[:-1])
+        raise InputError(f"quantization must be 'round', 'truncate' or None, got {one_line(quantization)}.{advice}")
     pixels = _checked(images) if quantization is None else _eight_bits(images, quantization)
     path = output_path(user_path(path), 0 if quantization is None else pixels.shape[3], rgba)
     check_output(path, len(pixels))
     numbers = None if labels is None else _checked_labels(labels, len(pixels))
     match path.suffix.lower():
         case ".png":
-            save_grid(path, grid(pixels, _columns(columns, len(pixels)), row_names))
+            width = _columns(columns, len(pixels))
+            save_grid(path, grid(pixels, width, _checked_names(row_names, math.ceil(len(pixels) / width))))
         case ".npz":
             save_npz(path, pixels, numbers)
         case _:
@@ -122,6 +126,8 @@ def output_path(path: Path, channels: int, rgba: bool) -> Path:
     suffix = path.suffix.lower()
     if suffix == ".npz" or fits_png(channels, rgba):
         return path
+    if path.name in ("", ".."):
+        raise InputError(f"Expected a file or folder to write, got {str(path)!r}.")
     return path.with_suffix(".npz") if suffix == ".png" else path.with_name(f"{path.name}.npz")
 
 
@@ -156,6 +162,13 @@ def _checked_labels(labels: Any, count: int) -> Int[np.ndarray, " b"]:
     if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"Expected {count} class numbers as labels, got {array.dtype} {list(array.shape)}.")
     return array
+
+
+def _checked_names(names: Any, rows: int) -> list[str]:
+    listed = as_list(names)
+    if listed is None or len(listed) not in (0, rows) or not all(isinstance(name, str) for name in listed):
+        raise InputError(f"Expected a list of {rows} strings as row_names, got {one_line(names)}.")
+    return listed
 
 
 def _columns(given: int | None, count: int) -> int:

@@ -117,6 +117,9 @@ def test_labels_come_from_the_same_key_with_given_noise(which):
     np.testing.assert_array_equal(STUDENT.sample(**which, noise=noise), expected)
     with pytest.raises(InputError, match=r"Expected labels in \[0, 9\]"):
         STUDENT.sample(count=2, noise=noise)
+    for ignored in ({"batch_size": -5}, {"progress": True}):
+        with pytest.raises(InputError, match="one batch: leave batch_size and progress out"):
+            STUDENT.sample(**which, noise=noise, **ignored)
 
 
 def test_several_seeds_give_the_first_image_of_each():

@@ -14,6 +14,8 @@ from cm_jax.checkpoints import registry
 from cm_jax.checkpoints.model_config import ModelConfig
 from cm_jax.checkpoints.serialization import decode, differences, encode, kinds
 from cm_jax.cli import _import_modules
+from cm_jax.cli.parsing import parse_preset
+from cm_jax.cli.train import Options
 from cm_jax.data import AnyData, Data
 from cm_jax.diffusion.losses import Distance
 from cm_jax.diffusion.preconditioning import AnyPreconditioning, ConsistencyPreconditioning, EDMPreconditioning
@@ -64,6 +66,7 @@ class Half(Sampler):
 @dataclasses.dataclass(frozen=True)
 class Circles(Data):
     count: int = 8
+    colors: tuple[str, ...] = dataclasses.field(default_factory=lambda: ("red", "blue"))
 
     def open(self, image_size, *, channels=None):
         raise NotImplementedError
@@ -101,6 +104,13 @@ def test_settings_with_registered_components_survive_a_file():
     assert differences(stored, other) == ["network.gain: 2.0 in the folder, 3.0 now"]
     model = ModelConfig(Linear(), ConsistencyPreconditioning())
     assert ModelConfig.from_json(model.to_json(), "a file") == model
+
+
+def test_a_default_may_come_from_a_factory():
+    cm_jax.register(Circles)
+    assert decode({"kind": "Circles", "module": __name__, "count": 3}, AnyData) == Circles(3)
+    words = ["plain", "--data", "circles", "--data.count", "3"]
+    assert parse_preset({"plain": TrainConfig()}, Options(), "train.py", words)[1].data == Circles(3)
 
 
 def test_a_class_that_is_not_registered_is_named_with_its_module():

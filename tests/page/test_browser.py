@@ -46,18 +46,19 @@ PATIENCE = 600
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """The bundled model, a small unconditional one, and a damaged one."""
+    """The bundled model, a small unconditional one, one of gray images, and a damaged one."""
     folder = tmp_path_factory.mktemp("models")
-    network = dataclasses.replace(SMALL, classes=None)
-    config = ModelConfig(network, ConsistencyPreconditioning(), num_levels=18)
-    Model(config, network.prepare(network.initialize(jax.random.key(0)))).save(folder / "small")
+    for name, channels in (("small", 3), ("gray", 1)):
+        network = dataclasses.replace(SMALL, classes=None, image_channels=channels)
+        config = ModelConfig(network, ConsistencyPreconditioning(), num_levels=18)
+        Model(config, network.prepare(network.initialize(jax.random.key(0)))).save(folder / name)
     (folder / "damaged.pt").write_bytes(b"no checkpoint")
-    return ["emoji16_cd", str(folder / "small"), str(folder / "damaged.pt")]
+    return ["emoji16_cd", *(str(folder / name) for name in ("small", "gray", "damaged.pt"))]
 
 
 @contextlib.contextmanager
-def served(arguments, log, temporary):
-    """The address of the page, served by its own process, which must exit without errors when it is interrupted."""
+def served(arguments, log, temporary, stop=signal.SIGINT):
+    """The address of the page, served by its own process, which must exit without errors when it is stopped."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,7 +71,7 @@ def served(arguments, log, temporary):
         until(lambda: b"The page is at" in log.read_bytes() or server.poll() is not None)
         assert server.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}/"
-        server.send_signal(signal.SIGINT)
+        server.send_signal(stop)
         try:
             status = server.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -272,9 +273,13 @@ def test_a_broken_upload_and_another(page, screenshot, tmp_path):
 
 
 def test_another_model(page, checkpoints):
-    _, small, damaged = checkpoints
+    _, small, gray, damaged = checkpoints
     choose(page, "Model", damaged)
     assert "damaged.pt" in message(page)
+    choose(page, "Model", gray)
+    page.get_by_text("The page edits square RGB images, got a model of 8 x 8 pixels and 1 channels").wait_for()
+    press(page, "Edit")
+    assert "The page edits square RGB images" in message(page)
     choose(page, "Model", small)
     page.get_by_text("consistency model, 8 x 8 pixels, unconditional").wait_for()
     wait_for(page, "center of red.png, 40 x 30 pixels, resized to 8 x 8")
@@ -298,11 +303,9 @@ def test_an_address_of_another_machine(host):
     assert error.startswith("error: Cannot listen on ")
 
 
-def test_interruption_while_an_open_page_is_sampling(tmp_path):
-    with (
-        contextlib.ExitStack() as open_pages,
-        served(["emoji16_cd", "--compilation-cache", "off"], tmp_path / "log", tmp_path / "temporary") as address,
-    ):
+def test_a_stop_while_an_open_page_is_sampling(tmp_path):
+    arguments, places = ["emoji16_cd", "--compilation-cache", "off"], (tmp_path / "log", tmp_path / "temporary")
+    with contextlib.ExitStack() as open_pages, served(arguments, *places, signal.SIGTERM) as address:
 
         def ask(path, body=None):
             request = urllib.request.Request(address + path, body, {"Content-Type": "application/json"})

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import sys
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -191,6 +193,58 @@ def test_another_model_keeps_the_class_of_the_selected_example(model):
     named = Model(dataclasses.replace(model.config, class_names=("dog", "Flags", "pea")), model.params)
     for shown, example, number in [(named, "flag", 1), (named, "mango", 0), (named, None, 0), (model, "flag", 0)]:
         assert page.show_model(shown, example)[2].value == number
+
+
+def test_a_picture_that_the_server_has_dropped_is_not_replaced_by_an_example(model):
+    page = pytest.importorskip("cm_jax.demo.page")
+    blocks = page.page(["small"], lambda name: model)
+    assert [each.value for each in blocks.blocks.values() if isinstance(each, page.gr.State)] == [None]
+    edits = page.edit(model, "Colorize", None, None, 0, 0, 1, 1)
+    for show in (lambda: page.show_picture(model, None), lambda: next(edits)):
+        with pytest.raises(InputError, match="no longer has this picture: choose or upload it again"):
+            show()
+
+
+def test_a_model_that_the_page_cannot_edit_with_shows_an_empty_canvas_and_the_reason(model):
+    page = pytest.importorskip("cm_jax.demo.page")
+    gray = Model(dataclasses.replace(model.config, network=dataclasses.replace(SMALL, image_channels=1)), model.params)
+    picture, _, canvas, about = page.use_example(gray, "cat")
+    assert (picture.name, canvas) == ("cat", None)
+    assert "The page edits square RGB images" in about
+    with pytest.raises(InputError, match="The page edits square RGB images"):
+        list(page.edit(gray, "Colorize", picture, None, 0, 0, 1, 1))
+
+
+def test_a_canvas_without_a_value_has_no_paint(model):
+    page = pytest.importorskip("cm_jax.demo.page")
+    with pytest.raises(InputError, match="Nothing is painted yet"):
+        list(page.edit(model, "Inpaint", some_picture(), None, 0, 0, 1, 1))
+
+
+def test_a_download_is_not_replaced_by_later_ones(tmp_path, monkeypatch):
+    page = pytest.importorskip("cm_jax.demo.page")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    paths = [Path(page._file("samples", bytes([number]))["value"]) for number in range(65)]
+    assert [path.read_bytes() for path in paths] == [bytes([number]) for number in range(65)]
+    assert {path.name for path in paths} == {"samples.zip"}
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("[::1]", "[::1]"), ("localhost", "localhost")])
+def test_the_server_requests_its_own_page_at_any_address_and_not_from_a_proxy(monkeypatch, host, shown):
+    page = pytest.importorskip("cm_jax.demo.page")
+    httpx = pytest.importorskip("httpx")
+    monkeypatch.setenv("NO_PROXY", "")  # the server sets both; monkeypatch restores them
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("ALL_PROXY", "socks5://192.0.2.1")
+    monkeypatch.setattr(page.socket, "create_server", lambda *_, **__: io.BytesIO())
+
+    def launch(server_name, server_port, **_):
+        with httpx.Client() as client:  # without SOCKS proxies
+            return None, str(client.build_request("GET", f"http://{server_name}:{server_port}/").url), None
+
+    blocks, addresses = SimpleNamespace(launch=launch, is_running=False, close=lambda verbose: None), []
+    page.serve(blocks, host, 7860, addresses.append)
+    assert addresses == [f"http://{shown}:7860/"]
 
 
 def test_errors(model):

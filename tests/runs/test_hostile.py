@@ -1,6 +1,7 @@
 """Hostile input: a few cases of `python -m tools.fuzz`, and one case for each fault that it found."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import pickle
@@ -8,6 +9,7 @@ import random
 import re
 import shutil
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -68,6 +70,18 @@ def test_the_undamaged_file_is_read(place, name, tmp_path):
 def test_command_lines_run_or_are_refused(place, command, rng):
     found, words = place.run_command_line(commands.line(command, rng))
     assert found.outcome != "fault", f"{words}\n{found.reason}"
+
+
+def test_the_files_of_a_fault_are_kept(place, monkeypatch, tmp_path):
+    name, faults = "native folder", []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(TARGETS, name, dataclasses.replace(TARGETS[name], read=lambda path, rng: failing(KeyError())))
+    fuzz(place, [name], seed=0, numbers=range(1), report=faults.append)
+    (kept,) = tmp_path.iterdir()
+    assert f"Its files: {kept}\n" in faults[0]
+    damaged, found = ({each.relative_to(top): each.read_bytes() for each in top.rglob("*") if each.is_file()}
+                      for top in (place.work, kept))  # fmt: skip
+    assert damaged == found
 
 
 def test_every_command_has_lines():

@@ -3,10 +3,12 @@
     python -m tools.fuzz --seconds 600 --seed 1
 
 Each input must be used, or refused with one InputError (a command: one message and exit status 2). Anything else is a
-fault: another exception, executed code, an unexpected file, too much memory or time. Seed, target and number
-determine an input, so a fault can be reproduced:
+fault: another exception, executed code, an unexpected file, too much memory or time. The message of a fault names a
+folder with the files of its input. Seed, target and number determine the damage to a valid file, and a command line:
 
     python -m tools.fuzz --seed 1 --targets openai --number 417
+
+Some valid files, such as native folders with their random names, differ from process to process.
 
     targets.py   what is fuzzed: readers, their files and what they may write
     commands.py  what is fuzzed: command lines

@@ -41,7 +41,7 @@ def damage(file: Path, rng: random.Random) -> None:
     if what > 2:
         file.write_bytes(damaged(file.read_bytes(), rng))
     elif what == 0:
-        shutil.copyfile(rng.choice([each for each in file.parent.iterdir() if each.is_file()]), file.parent / "other")
+        shutil.copyfile(rng.choice(sorted(filter(Path.is_file, file.parent.iterdir()))), file.parent / "other")
         (file.parent / "other").replace(file)
     else:
         file.unlink()

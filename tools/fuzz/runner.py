@@ -160,7 +160,7 @@ class Workspace:
 
     def attempt(self, name: str, seed: int, number: int) -> tuple[Result, str]:
         """Try input `number` of a target: the result and a description of the input."""
-        rng = random.Random(f"{seed} {name} {number}")
+        rng = _random(name, seed, number)
         if name.startswith("cm-jax "):
             return self.run_command_line(commands.line(name.removeprefix("cm-jax "), rng))
         target = TARGETS[name]
@@ -171,6 +171,15 @@ class Workspace:
             use = functools.partial(target.read, self.work / target.file, rng)
             found = observe(use, self.work, lambda name, outcome: name == "run" or name.startswith(target.writes))
         return found, name
+
+    def keep(self, name: str, seed: int, number: int) -> Path:
+        """A new folder with the files that input `number` of a target found."""
+        kept = Path(tempfile.mkdtemp(prefix="cm_jax-fuzz-fault-"))
+        if name.startswith("cm-jax "):
+            shutil.copytree(self.pristine, kept, symlinks=True, dirs_exist_ok=True)
+        else:
+            TARGETS[name].prepare(self.valid, kept, _random(name, seed, number))
+        return kept
 
     def run_command_line(self, words: Sequence[str]) -> tuple[Result, str]:
         """Try a command line: the result and the line."""
@@ -186,6 +195,10 @@ class Workspace:
         """A successful command writes new files; `convert` also replaces .pt and .safetensors files."""
         there = (self.pristine / Path(name).parts[0]).exists()
         return outcome == "used" and (not there or name.endswith((".pt", ".safetensors")))
+
+
+def _random(name: str, seed: int, number: int) -> random.Random:
+    return random.Random(f"{seed} {name} {number}")
 
 
 @contextlib.contextmanager
@@ -221,5 +234,6 @@ def fuzz(
         spent[name] += time.perf_counter() - began
         counts[name][found.outcome] += 1
         if found.outcome == "fault":
-            report(f"FAULT: --seed {seed} --targets {name!r} --number {number}: {words}\n{found.reason}\n")
+            again = f"--seed {seed} --targets {name!r} --number {number}"
+            report(f"FAULT: {again}: {words}\nIts files: {workspace.keep(name, seed, number)}\n{found.reason}\n")
     return counts

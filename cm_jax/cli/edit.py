@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from PIL import Image
+from tyro.conf import Positional, arg
 
 from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.labels import LabelTexts, read_labels
@@ -26,14 +26,14 @@ from cm_jax.samplers import NoiseLevelArgs
 
 Shape = tuple[int, int, int]
 """Height, width and channels of a model's images."""
-Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
+Pictures = Annotated[tuple[Path, ...], Positional, arg(metavar="IMAGE...", help_behavior_hint="(required)")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Edit(WhichWeights, Network):
     checkpoint: str = DEFAULT
-    """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint), an id of
-    the Hugging Face Hub (OWNER/NAME), or the name of a bundled or downloaded model."""
+    """A checkpoint in any format that `convert` reads (native, .pt, .pkl, a diffusers folder, ...), a run folder (its
+    latest checkpoint), an id of the Hugging Face Hub (OWNER/NAME), or the name of a bundled or downloaded model."""
     labels: LabelTexts = ()
     """Classes by index or name, separated by commas, as a JSON list, or by several --labels: one for all images or one
     per image. Required for a class-conditional model. Default: none."""
@@ -235,7 +235,7 @@ _KINDS = {
 
 def main(prog: str, words: Sequence[str]) -> None:
     """`prog KIND IMAGE... [options]`."""
-    name, kind, rest = choose(_KINDS, "kind of edit", f"{prog} KIND IMAGE [options]", words)
+    name, kind, rest = choose(_KINDS, "kind", f"{prog} KIND IMAGE... [options]", words)
     args = parse(kind, f"{prog} {name}", rest)
     args.check_output()
     if isinstance(args, Interpolate):

@@ -319,7 +319,7 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
     a, out = tmp_path / "a.png", ("--checkpoint", checkpoint, "--output", tmp_path / "e.png")
     for words, message in (
-        ((), "Name a kind of edit first"),
+        ((), "Name a kind first: edit.py KIND IMAGE... [options]"),
         (("inpant", a), "Did you mean 'inpaint'?"),
         (("inpaint", a, *out), "--mask FILE or --box"),
         (("inpaint", a, "--box", "1,2,3", *out), "left,top,right,bottom"),

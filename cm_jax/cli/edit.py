@@ -249,7 +249,7 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
     if args.folder is not None:
         check_writable(args.folder, folder=True)
     if not 1 <= len(args.pictures) <= LARGEST_GRID:
-        raise InputError(f"Expected 1 to {LARGEST_GRID} images, got {len(args.pictures)}.")
+        raise InputError(f"Name the images to edit, 1 to {LARGEST_GRID}; got {len(args.pictures)}.")
     pictures = [photos.read(path) for path in args.pictures]
     holes = [args.hole(picture) for picture in pictures]
     model, shape = args.model()

@@ -295,6 +295,14 @@ def test_an_erased_copy_is_a_mask_on_the_command_line(checkpoint, tmp_path, caps
     assert (whole[..., 3] == 255).all()
 
 
+def test_a_class_conditional_model_names_its_classes(tmp_path, capsys):
+    save(tmp_path / "a.png", (8, 8))
+    said = failed(capsys, main_edit, "inpaint", tmp_path / "a.png", "--box", "1,1,4,4", "--output", tmp_path / "e.png")
+    assert "Expected labels in [0, 8]" in said
+    assert "give labels (--labels), by number or name: 0 Smileys & Emotion; 1 People & Body; " in said
+    assert said.endswith("; 8 Flags.\n")
+
+
 def test_small_pictures_become_patches():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 3), np.uint8)
     patches = photos.fit_patches(Image.fromarray(pixels), 8, 4)
@@ -339,7 +347,7 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
         (("denoise", a, "--sigma", 0, *out), "greater than 0.002"),
         (("interpolate", a, *out), "Expected two images"),
         (("interpolate", a, a, "--seeds", "1,2", *out), "Expected two images"),
-        (("colorize", *out), "Expected 1 to"),
+        (("colorize", *out), "Name the images to edit, 1 to 4096; got 0."),
     ):
         assert message in failed(capsys, main_edit, *words), words
     assert not (tmp_path / "e.png").exists()

@@ -76,7 +76,7 @@ class _Pictures(_Edit):
     """Number of edits per image."""
     folder: Path | None = None
     """Folder for the single edits, each pasted into its image at full size (`superres`: enlarged to the model's size if
-    it is smaller), with its transparency. Default: not written."""
+    it is smaller; `colorize`: only the colors), with its transparency. Default: not written."""
 
     def hole(self, picture: Image.Image) -> np.ndarray | None:
         """The pixels to edit; None for all."""
@@ -269,7 +269,8 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
         with atomic_write(args.folder) as beside:
             beside.mkdir()
             for row, column in itertools.product(range(len(given)), range(columns)):
-                whole = photos.paste_back(args.canvas(pictures[row], shape[:2]), edits[row, column], holes[row])
+                canvas, colors_only = args.canvas(pictures[row], shape[:2]), isinstance(operator, Luma)
+                whole = photos.paste_back(canvas, edits[row, column], holes[row], colors_only=colors_only)
                 whole.save(beside / f"{row:03d}_{args.pictures[row].stem}_{column:02d}.png")
         say(f"Wrote the single edits at full size to {args.folder}.")
 

@@ -28,6 +28,8 @@ SMALL = ADMUNet(
     classes=None,
 )
 
+LUMA = np.array([0.2989, 0.587, 0.114])
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -101,6 +103,19 @@ def test_the_other_kinds_run(checkpoint, tmp_path, capsys):
     succeeded(capsys, main_edit, "interpolate", "--seeds", "3,8", *told, "--frames", 3)
     with Image.open(tmp_path / "e.png") as sheet:
         assert sheet.size == (3 * 66 + 2, 66 + 2)
+
+
+def test_colorizing_keeps_the_brightness_of_every_pixel(checkpoint, tmp_path, capsys):
+    pixels = save(tmp_path / "a.png", (24, 30))
+    succeeded(
+        capsys, main_edit, "colorize", tmp_path / "a.png", "--checkpoint", checkpoint, "--sigmas", "80",
+        "--variants", 1, "--output", tmp_path / "e.png", "--folder", tmp_path / "all",
+    )  # fmt: skip
+    edit = np.asarray(Image.open(tmp_path / "all" / "000_a_00.png"))
+    np.testing.assert_allclose(edit @ LUMA, pixels @ LUMA, atol=0.6)
+    np.testing.assert_array_equal(edit[:, [0, 1, 2, 27, 28, 29]], pixels[:, [0, 1, 2, 27, 28, 29]])
+    assert (edit != pixels)[:, 3:27].mean() > 0.9
+    assert np.ptp(edit[:, 3:27], axis=-1).mean() > 1
 
 
 def bomb(path, width, height):

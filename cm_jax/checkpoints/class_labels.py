@@ -85,6 +85,12 @@ def index_note(label: str, names: tuple[str, ...]) -> str:
     )
 
 
+def described_classes(names: tuple[str, ...]) -> str:
+    """Numbers and names of the classes, "0 cat; 1 dog"; of more than 12 classes the first three and the last."""
+    listed = [f"{number} {name.split(', ')[0]}" for number, name in enumerate(names)]
+    return "; ".join(listed if len(listed) <= 12 else [*listed[:3], "...", listed[-1]])
+
+
 def is_index(label: str) -> bool:
     """Whether a label is the text of a whole number, which always means an index."""
     return re.fullmatch(r"[+-]?[0-9]{1,9}", label) is not None
@@ -152,7 +158,7 @@ def _class_number(label: Any, classes: int, names: tuple[str, ...]) -> int:
     if close:
         hint = f"did you mean {close[0]!r}?"
     elif names:
-        hint = f"its classes are {'; '.join(names[:10])}."
+        hint = f"its classes are {described_classes(names)}."
     else:
         hint = f"its classes have no names; use a number from 0 to {classes - 1}."
     raise InputError(f"This model has no class {one_line(label, 200)}: {hint}")

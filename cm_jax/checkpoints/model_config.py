@@ -164,7 +164,11 @@ class ModelConfig:
                 raise InputError("Expected no labels for an unconditional model; leave them out.")
             return None
         if labels is None:
-            raise InputError(f"Expected labels in [0, {classes - 1}]: this model is class-conditional.")
+            known = class_labels.described_classes(self.class_names)
+            raise InputError(
+                f"Expected labels in [0, {classes - 1}], as this model is class-conditional: give labels (--labels)"
+                f"{known and f', by number or name: {known}'}."
+            )
         return class_labels.class_numbers(labels, count, classes, self.class_names)
 
     def to_json(self) -> str:

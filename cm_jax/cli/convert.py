@@ -92,8 +92,8 @@ class Convert(WhichWeights):
     push: str = ""
     """Repository of the Hugging Face Hub, OWNER/NAME, to which the result is uploaded with a model card. Needs
     HF_TOKEN. Default: no upload."""
-    private: bool = False
-    """For --push: make a new repository private. Default: as the account is configured."""
+    private: tyro.conf.DisallowNone[bool | None] = None
+    """For --push: visibility of a new repository. Default: as the account is configured."""
     license: str = ""
     """For --push: license of the model, such as apache-2.0. Default: none in the model card."""
 
@@ -152,7 +152,7 @@ def main(prog: str, words: Sequence[str]) -> None:
     if report := conversion.unstated(kind, config).report():
         say(report)
     if args.push:
-        options = conversion.UploadOptions(private=args.private or None, license=args.license)
+        options = conversion.UploadOptions(private=args.private, license=args.license)
         with activity(f"Uploading to {args.push}", own_bar=True):
             address = conversion.upload(args.push, destination, config, params, **options)
         say(f"Uploaded it: {address}")
@@ -166,7 +166,7 @@ def main(prog: str, words: Sequence[str]) -> None:
 def _check_push(args: Convert, kind: str) -> None:
     """Raise InputError for an upload that cannot be loaded by its id, and for options without one."""
     if not args.push:
-        if args.private or args.license:
+        if args.private is not None or args.license:
             raise InputError("--private and --license apply to an upload: add --push OWNER/NAME, or omit them.")
         return
     conversion.check_repo_id(args.push)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from PIL import Image
+from tyro.conf import Positional, arg
 
 from cm_jax.checkpoints.published import DEFAULT, resolve
 from cm_jax.cli.labels import LabelTexts, read_labels
@@ -26,14 +26,14 @@ from cm_jax.samplers import NoiseLevelArgs
 
 Shape = tuple[int, int, int]
 """Height, width and channels of a model's images."""
-Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
+Pictures = Annotated[tuple[Path, ...], Positional, arg(metavar="IMAGE...", help_behavior_hint="(required)")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Edit(WhichWeights, Network):
     checkpoint: str = DEFAULT
-    """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint), an id of
-    the Hugging Face Hub (OWNER/NAME), or the name of a bundled or downloaded model."""
+    """A checkpoint in any format that `convert` reads (native, .pt, .pkl, a diffusers folder, ...), a run folder (its
+    latest checkpoint), an id of the Hugging Face Hub (OWNER/NAME), or the name of a bundled or downloaded model."""
     labels: LabelTexts = ()
     """Classes by index or name, separated by commas, as a JSON list, or by several --labels: one for all images or one
     per image. Required for a class-conditional model. Default: none."""
@@ -76,7 +76,7 @@ class _Pictures(_Edit):
     """Number of edits per image."""
     folder: Path | None = None
     """Folder for the single edits, each pasted into its image at full size (`superres`: enlarged to the model's size if
-    it is smaller), with its transparency. Default: not written."""
+    it is smaller; `colorize`: only the colors), with its transparency. Default: not written."""
 
     def hole(self, picture: Image.Image) -> np.ndarray | None:
         """The pixels to edit; None for all."""
@@ -235,7 +235,7 @@ _KINDS = {
 
 def main(prog: str, words: Sequence[str]) -> None:
     """`prog KIND IMAGE... [options]`."""
-    name, kind, rest = choose(_KINDS, "kind of edit", f"{prog} KIND IMAGE [options]", words)
+    name, kind, rest = choose(_KINDS, "kind", f"{prog} KIND IMAGE... [options]", words)
     args = parse(kind, f"{prog} {name}", rest)
     args.check_output()
     if isinstance(args, Interpolate):
@@ -249,7 +249,7 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
     if args.folder is not None:
         check_writable(args.folder, folder=True)
     if not 1 <= len(args.pictures) <= LARGEST_GRID:
-        raise InputError(f"Expected 1 to {LARGEST_GRID} images, got {len(args.pictures)}.")
+        raise InputError(f"Name the images to edit, 1 to {LARGEST_GRID}; got {len(args.pictures)}.")
     pictures = [photos.read(path) for path in args.pictures]
     holes = [args.hole(picture) for picture in pictures]
     model, shape = args.model()
@@ -269,7 +269,8 @@ def _edit(args: Inpaint | Colorize | SuperResolve | Stroke | Denoise) -> None:
         with atomic_write(args.folder) as beside:
             beside.mkdir()
             for row, column in itertools.product(range(len(given)), range(columns)):
-                whole = photos.paste_back(args.canvas(pictures[row], shape[:2]), edits[row, column], holes[row])
+                canvas, colors_only = args.canvas(pictures[row], shape[:2]), isinstance(operator, Luma)
+                whole = photos.paste_back(canvas, edits[row, column], holes[row], colors_only=colors_only)
                 whole.save(beside / f"{row:03d}_{args.pictures[row].stem}_{column:02d}.png")
         say(f"Wrote the single edits at full size to {args.folder}.")
 

@@ -40,8 +40,6 @@ class Evaluate(Sampling, WhichWeights, Devices, Statistics, Network):
     5 neighbors), bpd (bits per dimension of the reference under a denoiser)."""
     count: int | None = None
     """Number of samples; for bpd, of reference images. Default: all images of a file; 50,000 from a checkpoint."""
-    batch_size: int | None = None
-    """Images per batch over all devices. Default: 32 per device."""
     likelihood_steps: int = 64
     """Heun steps of the likelihood ODE for bpd; each evaluates the denoiser and its derivative twice."""
     output: Path | None = None

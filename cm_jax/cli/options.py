@@ -64,6 +64,8 @@ class WhichWeights:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistics(Batches):
+    batch_size: int | None = None
+    """Images per batch over all devices. Default: 64 per device for samples, fewer above 64 pixels; 32 for features."""
     inception: str = ""
     """Weights of Inception-V3, written by `convert --to inception`. Default: the file named by CM_JAX_INCEPTION."""
     reference_cache: str = ""
@@ -78,7 +80,7 @@ class Statistics(Batches):
 class Levels:
     steps: int | None = None
     """Number of sampling steps. Uses the checkpoint's tuned noise levels if it has some. Default: 1; 40 for a
-    denoiser; those of its stage for a model of progressive distillation."""
+    denoiser; for progressive distillation, the number that the model was distilled to."""
     timesteps: str = ""
     """Timesteps in diffusers' convention, decreasing to 0: "22,0"."""
     indices: str = ""

@@ -211,9 +211,9 @@ def _struct(info: Any) -> StructConstructorSpec | None:
             summary = (inspect.getdoc(type(option.value)) or "").partition("\n\n")[0]
             fields.append(StructFieldSpec(name, held, option.value, summary))  # type: ignore[arg-type]
         elif not kinds(option.hint):
-            empty = option.value in (None, "", ()) and ("Default:" in (text or "") or option.value is not None)
-            shown: Any = Annotated[hint, tyro.conf.arg(help_behavior_hint="")] if empty else hint
-            fields.append(StructFieldSpec(name, shown, option.value, text))
+            stated = "Default:" in (text or "") and isinstance(option.value, bool | None)
+            shown = tyro.conf.arg(help_behavior_hint="" if stated or option.value in ("", ()) else None)
+            fields.append(StructFieldSpec(name, Annotated[hint, shown], option.value, text))  # type: ignore[arg-type]
     return StructConstructorSpec(functools.partial(_unchecked, kind, info.default), tuple(fields))
 
 

@@ -35,9 +35,9 @@ class Sample(Sampling, WhichWeights, Devices, Network):
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = DEFAULT
-    """A checkpoint (native, an OpenAI .pt file or a diffusers folder), a run folder (its latest checkpoint; RUN/best
-    is the best one), an id of the Hugging Face Hub (OWNER/NAME or OWNER/NAME@REVISION), or the name of a bundled or
-    downloaded model."""
+    """A checkpoint in any format that `convert` reads (native, .pt, .pkl, a diffusers folder, ...), a run folder (its
+    latest checkpoint; RUN/best is the best one), an id of the Hugging Face Hub (OWNER/NAME or OWNER/NAME@REVISION), or
+    the name of a bundled or downloaded model."""
     count: int | None = None
     """Number of images. Default: 16, or 8 per label."""
     seeds: str = ""

@@ -30,7 +30,9 @@ class Augmentation:
     probability: float = 0.12
     """Probability of each map but the horizontal flip, which is applied to every second image."""
     x_flip: bool = True
+    """Flip every second image horizontally."""
     y_flip: bool = True
+    """Flip images vertically, with half of the probability."""
     scale: float = 0.2
     """Standard deviation of log2 of the scale."""
     rotation: float = 1.0

@@ -56,6 +56,7 @@ class Constant(Curriculum):
     """The same N at every step: 40 for ImageNet and LSUN, 18 for CIFAR-10 (CM, appendix C)."""
 
     num_levels: int = 40
+    """Number of noise levels N."""
 
     def __post_init__(self) -> None:
         _require(self.num_levels >= 2, self, "num_levels >= 2")
@@ -127,8 +128,9 @@ class Halving(Curriculum):
     """N(k) halves every P steps down to 2, stays there for 2 P steps, and is then 1 (progressive distillation)."""
 
     start: int = 64
+    """Sampling steps of the first stage."""
     steps_per_stage: int = 50_000
-    """P."""
+    """P, the training steps of each stage."""
 
     LENGTH_FIELD: ClassVar[str] = "steps_per_stage"
 
@@ -216,11 +218,13 @@ class ShrinkingGap(StepSchedule):
     ratio: float = 2.0
     """q, the factor by which the gap shrinks in each stage."""
     slope: float = 8.0
-    """k in the paper; here k is the step."""
+    """k in the paper: n(t) decreases from 1 + slope / 2 at t = 0 to 1 for large t."""
     decay: float = 1.0
-    """b in the paper."""
+    """b in the paper: how fast n(t) decreases."""
     steps_per_stage: int = 25_000
+    """Training steps of each stage."""
     stages: int = 8
+    """Number of stages; the last one lasts until the end of training."""
 
     LENGTH_FIELD: ClassVar[str] = "steps_per_stage"
 

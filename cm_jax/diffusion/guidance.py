@@ -113,6 +113,7 @@ class FixedGuidance:
     """The same guidance strength for all images."""
 
     strength: float = 1.5
+    """Guidance strength; 1: no guidance."""
 
     def __post_init__(self) -> None:
         check_strength("strength", self.strength)
@@ -126,7 +127,9 @@ class UniformGuidance:
     """Guidance strengths sampled uniformly from [low, high], one per image; an input of the student's network."""
 
     low: float = 1.0
+    """Lowest strength."""
     high: float = 4.0
+    """Highest strength."""
 
     def __post_init__(self) -> None:
         check_strength("low", self.low)

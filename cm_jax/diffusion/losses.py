@@ -115,6 +115,7 @@ class PseudoHuber(Distance):
     """
 
     scale: float = 0.00054
+    """c / sqrt(d); 0: the norm."""
 
     def __post_init__(self) -> None:
         if not self.scale >= 0:

@@ -23,7 +23,9 @@ class _Normal:
     """N(mean, std^2), of which a function is sampled."""
 
     mean: float
+    """Mean of the normal distribution."""
     std: float
+    """Standard deviation of the normal distribution."""
 
     def __post_init__(self) -> None:
         if not self.std > 0:

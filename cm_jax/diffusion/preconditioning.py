@@ -65,6 +65,7 @@ class LogSigmaPreconditioning(Preconditioning):
     sigma_data: float = 0.5
     """Standard deviation of the clean data."""
     time_factor: float = ADM_TIME
+    """c_noise / ln sigma: 250 for the networks of CM, 0.25 for those of EDM."""
 
     def __post_init__(self) -> None:
         if not (0 < self.sigma_data < math.inf and 0 < self.time_factor < math.inf):
@@ -98,6 +99,7 @@ class TrigFlowPreconditioning(EDMPreconditioning):
     """
 
     time_factor: float = 1.0
+    """c_noise / arctan(sigma / sigma_data)."""
 
     def c_noise(self, sigma: Sigmas) -> Sigmas:
         return self.time_factor * trigflow_time(sigma, self.sigma_data)
@@ -128,6 +130,7 @@ class MeanFlowPreconditioning(Preconditioning):
     """
 
     time_factor: float = 1.0
+    """Factor of t and t - r in the input of the network."""
 
     sigma_data: ClassVar[float] = 0.5  # type: ignore[override]  # a constant in place of the field
     """For weightings and likelihoods; MeanFlow's own coefficients do not use it."""
@@ -174,7 +177,9 @@ class VPPreconditioning(_UnitSkipPreconditioning):
     """The variance-preserving diffusion of Song et al. 2021, with time t scaled by 999."""
 
     beta_d: float = 19.9
+    """Slope of beta(t) = beta_min + beta_d t."""
     beta_min: float = 0.1
+    """beta(0)."""
 
     def c_noise(self, sigma: Sigmas) -> Sigmas:
         """999 t(sigma), t = (sqrt(beta_min^2 + 2 beta_d ln(1 + sigma^2)) - beta_min) / beta_d."""

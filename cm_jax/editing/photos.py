@@ -4,11 +4,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from cm_jax.data import center_crop, on_white, open_image, with_channels
+from cm_jax.editing.operators import Luma
 from cm_jax.errors import InputError
 from cm_jax.io.images import picture_of
 from cm_jax.types import ImageSize, height_width
@@ -198,15 +200,22 @@ def fit_hole(hole: Bool[np.ndarray, "h w"], size: ImageSize) -> Bool[np.ndarray,
 
 
 def paste_back(
-    image: Image.Image, edited: UInt8[np.ndarray, "r s c"], hole: Bool[np.ndarray, "h w"] | None = None
+    image: Image.Image,
+    edited: UInt8[np.ndarray, "r s c"],
+    hole: Bool[np.ndarray, "h w"] | None = None,
+    *,
+    colors_only: bool = False,
 ) -> Image.Image:
-    """The picture at its own size with the edited part in its center, or only the edited pixels of a hole.
+    """The picture at its own size with the edited part in its center, or only the edited pixels of a hole, or only the
+    colors of the edit.
 
     It has the channels of the edits. With gray or RGB edits, a transparent picture (RGBA) stays transparent; the pixels
     of a hole become opaque.
     """
     left, top, right, bottom = box = center_box(*image.size, (edited.shape[0], edited.shape[1]))
     part = picture_of(edited).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    if colors_only:
+        part = _with_luma(on_white(image.crop(box)), part)
     transparent = image.mode == "RGBA" and part.mode != "RGBA"
     whole = image.copy() if transparent else image.convert(part.mode)
     if hole is None and transparent:
@@ -214,6 +223,16 @@ def paste_back(
     mask = None if hole is None else Image.fromarray(hole.astype(np.uint8) * 255).crop(box)
     whole.paste(part.convert(whole.mode), (left, top), mask)
     return whole
+
+
+def _with_luma(picture: Image.Image, colors: Image.Image) -> Image.Image:
+    """The RGB image with the luma of one and the colors of another, less saturated where a value would leave 8 bits."""
+    both = np.stack([np.asarray(image, np.float32) for image in (picture, colors)])
+    luma, own = np.asarray(Luma().preview(jnp.asarray(both)))
+    chroma = both[1] - own
+    room = np.where(chroma > 0, 255 - luma, luma) / np.maximum(np.abs(chroma), 1e-6)
+    pixels = luma + np.minimum(1, room.min(-1, keepdims=True)) * chroma
+    return Image.fromarray(np.round(pixels).astype(np.uint8))
 
 
 def _behind(square: Image.Image, transparent: Image.Image) -> Image.Image:

@@ -51,6 +51,7 @@ class LPIPS(Distance):
     """
 
     pooling: Pooling = "average"
+    """Pooling in VGG16: max as in its training, average as in the training of CM."""
     size: int = 224
     """Size to which images narrower than 256 pixels are resized; 0: no resizing."""
     precision: Literal["float32", "bfloat16"] = "float32"

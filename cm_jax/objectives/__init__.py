@@ -8,7 +8,6 @@ objective also has `losses`: the paper's formula alone, for given noise levels, 
 from cm_jax.diffusion.ode import EulerStep, HeunStep, ODEStep
 from cm_jax.objectives.adaptive_weight import AdaptiveWeight
 from cm_jax.objectives.base import (
-    AnyDistance,
     Batch,
     FrozenParams,
     Losses,
@@ -16,12 +15,12 @@ from cm_jax.objectives.base import (
     Models,
     Objective,
     PairObjective,
-    Resized,
 )
 from cm_jax.objectives.consistency_distillation import ConsistencyDistillation
 from cm_jax.objectives.consistency_training import ConsistencyTraining
 from cm_jax.objectives.continuous_time import ContinuousDistillation, ContinuousTraining
 from cm_jax.objectives.denoising import Denoising
+from cm_jax.objectives.distances import AnyDistance, Resized
 from cm_jax.objectives.easy_consistency_tuning import EasyConsistencyTuning
 from cm_jax.objectives.improved_consistency_training import ImprovedConsistencyTraining
 from cm_jax.objectives.mean_flow import MeanFlow

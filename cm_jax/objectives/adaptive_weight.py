@@ -17,6 +17,7 @@ class AdaptiveWeight:
     """
 
     width: int = 128
+    """Number of sines and cosines of c_noise."""
 
     NAME: ClassVar[str] = "adaptive_weight"
     """Name of its branch in the parameter tree."""

@@ -1,4 +1,4 @@
-"""The interface of objectives, the loss on pairs of noise levels, and all distances."""
+"""The interface of objectives, and the loss on pairs of noise levels."""
 
 import abc
 import dataclasses
@@ -12,12 +12,12 @@ from jaxtyping import Array, Float
 from cm_jax.diffusion.consistency_function import ConsistencyFunction
 from cm_jax.diffusion.curricula import AnyCurriculum, Curriculum, Progressive, Step
 from cm_jax.diffusion.guidance import AnyGuidance, UniformGuidance, guided, no_labels
-from cm_jax.diffusion.losses import Absolute, AnyWeighting, Distance, PseudoHuber, Squared, Uniform, resize_bilinear
+from cm_jax.diffusion.losses import AnyWeighting, Distance, Squared, Uniform
 from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, UniformIndex
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.errors import InputError
-from cm_jax.feature_networks.lpips import LPIPS
 from cm_jax.objectives.adaptive_weight import AdaptiveWeight, without_weight
+from cm_jax.objectives.distances import AnyDistance
 from cm_jax.types import Denoiser, Images, Keys, Labels, Params, Sigmas, normal_per_image, per_image, split_keys
 
 _GUIDANCE = 5  # folded into an image's key for its guidance strength
@@ -114,35 +114,6 @@ class Inputs(NamedTuple):
         if self.models.teacher is None or self.teacher_params is None:
             raise InputError("This objective needs a teacher: give a denoiser and its parameters as well.")
         return self.models.teacher, self.teacher_params
-
-
-@dataclasses.dataclass(frozen=True)
-class Resized(Distance):
-    """Another distance between both images at size x size, smaller or larger (bilinear, as PyTorch).
-
-    Resized(Squared(), 32) is "l2-32" in OpenAI's implementation.
-    """
-
-    distance: "AnyDistance" = Squared()
-    size: int = 32
-    """Height and width in pixels."""
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise InputError(f"Images cannot be resized to {self.size} pixels: size must be at least 1.")
-
-    def __call__(self, x: Images, y: Images) -> Losses:
-        return self.distance(resize_bilinear(x, self.size), resize_bilinear(y, self.size))
-
-    def with_weights(self, params: Params | None) -> Distance:
-        return dataclasses.replace(self, distance=self.distance.with_weights(params))
-
-    def load_weights(self) -> Params | None:
-        return self.distance.load_weights()
-
-
-AnyDistance = Absolute | Squared | PseudoHuber | Resized | LPIPS | Distance
-"""`Distance` admits one that has its weights (LPIPS during training), and registered ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +214,9 @@ class PairObjective(Objective, abc.ABC):
     """
 
     weighting: AnyWeighting
+    """Weight w of the loss as a function of the noise levels."""
     distance: AnyDistance  # type: ignore[override]  # subclasses are dataclasses, and have it as a field
+    """Distance d between images."""
     has_target: ClassVar[bool] = True
 
     def evaluate(self, inputs: Inputs) -> tuple[Losses, Metrics]:
@@ -284,7 +257,9 @@ class AdjacentPairObjective(PairObjective, abc.ABC):
     """A PairObjective with adjacent levels t = s_i and r = s_{i+1} of the schedule's N(k) levels. Defaults: CM's."""
 
     curriculum: AnyCurriculum = Progressive()  # type: ignore[override]  # a field in place of the property
+    """Number of noise levels N(k) at training step k."""
     noise_distribution: AnyIndexDistribution = UniformIndex()
+    """Distribution of the pairs of adjacent noise levels."""
     weighting: AnyWeighting = Uniform()
     distance: AnyDistance = Squared()
 

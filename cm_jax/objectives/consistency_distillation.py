@@ -19,7 +19,9 @@ class ConsistencyDistillation(AdjacentPairObjective):
 
     curriculum: AnyCurriculum = Constant(40)
     solver: AnyODEStep = HeunStep()
+    """Solver of the teacher's probability-flow ODE."""
     guidance: AnyGuidance | None = None  # type: ignore[override]  # a field in place of the property
+    """Guidance of the teacher by itself without labels. None: no guidance."""
 
     has_teacher: ClassVar[bool] = True
 

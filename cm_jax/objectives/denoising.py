@@ -9,7 +9,8 @@ from cm_jax.diffusion.losses import AnyWeighting, Karras, Squared
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.errors import InputError
 from cm_jax.networks.unet import UNet
-from cm_jax.objectives.base import AnyDistance, Inputs, Losses, Metrics, Models, Objective
+from cm_jax.objectives.base import Inputs, Losses, Metrics, Models, Objective
+from cm_jax.objectives.distances import AnyDistance
 from cm_jax.types import Denoiser, Images, Network, Sigmas, per_image
 
 
@@ -19,7 +20,9 @@ class Denoising(Objective):
 
     noise_distribution: LogNormal = LogNormal()
     weighting: AnyWeighting = Karras()
+    """Weight w of the loss as a function of the noise levels."""
     distance: AnyDistance = Squared()  # type: ignore[override]  # a field in place of the property
+    """Distance d between images."""
     uncertainty: bool = False
     """Train the network's uncertainty u as well, by the loss e^-u w d + u (EDM2, equation 21)."""
 

@@ -8,7 +8,8 @@ from cm_jax.diffusion.curricula import ShrinkingGap, Step
 from cm_jax.diffusion.losses import AnyWeighting, InverseGap, PseudoHuber
 from cm_jax.diffusion.noise_distributions import LogNormal
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
-from cm_jax.objectives.base import AnyDistance, Losses, Metrics, PairObjective
+from cm_jax.objectives.base import Losses, Metrics, PairObjective
+from cm_jax.objectives.distances import AnyDistance
 from cm_jax.types import Denoiser, Images, Keys, Sigmas, per_image
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 from cm_jax.diffusion.curricula import AnyCurriculum, Doubling
 from cm_jax.diffusion.losses import AnyWeighting, InverseGap, PseudoHuber
 from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, DiscreteLogNormal
-from cm_jax.objectives.base import AnyDistance
 from cm_jax.objectives.consistency_training import ConsistencyTraining
+from cm_jax.objectives.distances import AnyDistance
 
 
 @dataclasses.dataclass(frozen=True)

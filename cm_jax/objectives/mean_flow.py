@@ -28,8 +28,11 @@ class MeanFlow(Objective):
     """
 
     noise_distribution: AnyIntervalDistribution = SortedInterval()
+    """Distribution of the intervals [r, t]."""
     power: float = 1.0
+    """Exponent of the weight 1 / (squared error + epsilon)^power; 0: no weight."""
     epsilon: float = 0.01
+    """Term added to the squared error in the weight."""
 
     def __post_init__(self) -> None:
         if not (self.power >= 0 and self.epsilon > 0):

@@ -11,7 +11,8 @@ from cm_jax.diffusion.curricula import AnyCurriculum, Halving
 from cm_jax.diffusion.losses import AnyWeighting, Squared, TruncatedSNR
 from cm_jax.diffusion.noise_distributions import AnyIndexDistribution, UniformIndex
 from cm_jax.diffusion.ode import dx_dsigma, euler_step
-from cm_jax.objectives.base import AnyDistance, Inputs, Losses, Metrics, Objective
+from cm_jax.objectives.base import Inputs, Losses, Metrics, Objective
+from cm_jax.objectives.distances import AnyDistance
 from cm_jax.types import Denoiser, Images, Sigmas, per_image
 
 
@@ -25,8 +26,11 @@ class ProgressiveDistillation(Objective):
     curriculum: AnyCurriculum = Halving()  # type: ignore[override]  # a field in place of the property
     """N(k) is the number of sampling steps, between N + 1 noise levels."""
     noise_distribution: AnyIndexDistribution = UniformIndex()
+    """Distribution of the pairs of adjacent noise levels."""
     weighting: AnyWeighting = TruncatedSNR()
+    """Weight w of the loss as a function of the noise levels."""
     distance: AnyDistance = Squared()  # type: ignore[override]
+    """Distance d between images."""
 
     has_teacher: ClassVar[bool] = True
     makes_denoiser: ClassVar[bool] = True

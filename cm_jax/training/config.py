@@ -90,8 +90,7 @@ class TrainConfig:
     num_levels: int | None = None
     """N of the saved models, for an objective whose curriculum does not define it. Default: 40."""
     teacher: str = ""
-    """Denoiser to distill: a run folder, a native checkpoint, a .pt file, a diffusers folder, or an id of the Hugging
-    Face Hub."""
+    """Denoiser to distill: a checkpoint, run folder, id of the Hugging Face Hub or name of a model, as for `sample`."""
     teacher_key: str = ""
     """For a teacher's file with several networks: the key of the one to read. Default: as of `sample --key`."""
     teacher_ema: str = ""
@@ -105,12 +104,12 @@ class TrainConfig:
     inherit_network: bool = False
     """Take the architecture from the checkpoint of --init-from or --teacher. Of --network, only dropout, dropout-size,
     precision, attention, rematerialize and the fields in --network-fields are used. With --init-from, the number of
-    classes is that of the data. Default on the command line: if there is a checkpoint and no --network NAME."""
+    classes is that of the data. Default: if there is a checkpoint and no --network NAME; in Python, False."""
     network_fields: tuple[str, ...] = ()
     """Fields of --network that replace those of the inherited architecture. The command line adds those it sets."""
     inherit_data: bool = False
-    """Take the data from the run of --init-from or --teacher. Default on the command line: if there is such a run and
-    no --data."""
+    """Take the data from the run of --init-from or --teacher. Default: if there is such a run and no --data; in
+    Python, False."""
     batch_size: int = 128
     """Images per training step, over all devices and processes."""
     images: int = 10_000_000

@@ -19,8 +19,14 @@ def inherited_network(config: TrainConfig, found: AnyNetwork) -> tuple[TrainConf
     """
     network = with_fields(found, config.network, config.network_fields)
     encoded = serialization.encode(config.network), serialization.encode(network)
-    changes = serialization.differences(*encoded, "network", there="given")
+    changes = serialization.differences(*encoded, "network", there="in the preset")
     notes = [f"The network is that of {config.initial_checkpoint}:\n  {indented_list(changes)}"] if changes else []
+    before, now = type(config.network).__name__, type(network).__name__
+    if before != now:
+        notes.append(
+            f"The other settings of the preset, such as the learning rate, are those for {before}, and the network is "
+            f"{now}: choose a preset with {now}, or check --optimizer.learning-rate.peak."
+        )
     return dataclasses.replace(config, network=network), notes
 
 

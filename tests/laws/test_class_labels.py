@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from cm_jax.checkpoints.class_labels import class_numbers, find_classes, split_labels
+from cm_jax.checkpoints.class_labels import class_numbers, described_classes, find_classes, split_labels
 from cm_jax.checkpoints.published import imagenet_classes
 from cm_jax.cli.labels import read_labels
 from cm_jax.errors import InputError
@@ -146,3 +146,9 @@ def test_other_types_are_refused_in_one_line(labels):
 @pytest.mark.usefixtures("unchecked_types")
 def test_sequences_of_indices_and_names(labels):
     assert class_numbers(labels, 3, 1000, NAMES).tolist() == [0, 1, 2]
+
+
+def test_many_classes_are_described_by_a_few():
+    assert described_classes(NAMES) == "0 tench; 1 goldfish; 2 great white shark; ...; 999 toilet tissue"
+    with pytest.raises(InputError, match="its classes are 0 cat; 1 dog"):
+        numbers("xxxx", ("cat", "dog"))

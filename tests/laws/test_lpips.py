@@ -17,7 +17,7 @@ from cm_jax.diffusion.losses import Squared
 from cm_jax.errors import InputError
 from cm_jax.feature_networks.lpips import FILE, LPIPS, TAPS, _pooled, shapes, vgg16_features, vgg16_layers
 from cm_jax.objectives import ConsistencyTraining
-from cm_jax.objectives.base import Resized
+from cm_jax.objectives.distances import Resized
 from cm_jax.types import leaves, per_image
 from tests.runs.test_commands import failed, succeeded
 from tests.support import ROOT, Payload

@@ -25,7 +25,7 @@ from cm_jax.objectives import (
     Models,
     ProgressiveDistillation,
 )
-from cm_jax.objectives.base import Resized
+from cm_jax.objectives.distances import Resized
 from cm_jax.types import Network, split_keys
 from tests.support import SMALL
 from tests.tiny import (

@@ -19,7 +19,7 @@ from cm_jax.diffusion.losses import (
 )
 from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
-from cm_jax.objectives.base import Resized
+from cm_jax.objectives.distances import Resized
 
 SIGMA = jnp.array([0.002, 0.3, 1.0, 7.0, 80.0])
 X, Y = (jax.random.uniform(key, (3, 8, 8, 3), minval=-1) for key in jax.random.split(jax.random.key(0)))

@@ -17,7 +17,7 @@ from cm_jax.diffusion.losses import SNR, Absolute, Karras, SNRPlusOne, Squared, 
 from cm_jax.diffusion.noise_schedule import KarrasSchedule
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning, EDMPreconditioning
 from cm_jax.objectives import ConsistencyDistillation, ConsistencyTraining, Denoising, ProgressiveDistillation
-from cm_jax.objectives.base import Resized
+from cm_jax.objectives.distances import Resized
 from cm_jax.types import leaves, per_image
 from tests.support import DATA, adm_golden, nhwc
 

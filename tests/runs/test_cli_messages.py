@@ -1,6 +1,8 @@
 """Messages and help texts of the command line."""
 
 import dataclasses
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +12,17 @@ import pytest
 import tyro
 
 import cm_jax
-from cm_jax.cli import main, main_convert, main_sample
+from cm_jax import cli
+from cm_jax.checkpoints.serialization import hints, kinds
+from cm_jax.cli import main, main_convert, main_sample, parsing
+from cm_jax.cli.convert import Convert
 from cm_jax.cli.options import Statistics
 from cm_jax.cli.parsing import parse, parse_preset
 from cm_jax.cli.running import run as run_command
 from cm_jax.cli.running import use_compilation_cache
 from cm_jax.cli.train import Options
 from cm_jax.errors import InputError
+from cm_jax.training.config import TrainConfig
 from tests.runs.test_train_cli_parsing import PRESETS
 
 
@@ -139,7 +145,7 @@ def test_help_lists_the_presets_and_then_every_field(capsys):
     assert "--target {ConstantTargetEMA,AdaptiveTargetEMA,none} (default: ConstantTargetEMA)" in told
     assert "--batch-size INT Images in a batch, over all devices. (default: 64)" in told
     assert "--optimizer.learning-rate.peak FLOAT The highest rate. (default: 0.0001)" in told
-    assert "--objective.distance.scale FLOAT (default: 0.5)" in told
+    assert "--objective.distance.scale FLOAT c / sqrt(d); 0: the norm. (default: 0.5)" in told
     assert "--data.flip, --data.no-flip Every second image is mirrored. (default: True)" in told
     assert "--network.base-channels INT Channels at multiplier 1" in told
     assert "--average {Exponential,Power}" in told
@@ -147,6 +153,58 @@ def test_help_lists_the_presets_and_then_every_field(capsys):
     other = shown(capsys, ask, "tiny-ct", "--data", "image-folder", "--help")
     assert "--data.path STR The folder. (required)" in other
     assert "Every second image" not in other
+
+
+def components(kind, found):
+    """Add a dataclass of this package and those that its fields accept to a set, which is returned."""
+    if kind not in found and kind.__module__.startswith("cm_jax."):
+        found.add(kind)
+        for hint in hints(kind).values():
+            for each in kinds(hint).values():
+                components(each, found)
+    return found
+
+
+def test_every_option_has_a_description():
+    modules = [importlib.import_module(f"cm_jax.cli.{each.name}") for each in pkgutil.iter_modules(cli.__path__)]
+    commands = [
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind.__module__ == module.__name__
+    ]
+    assert len(commands) > 15
+    missing = [
+        f"{kind.__name__}.{name}"
+        for kind in {*commands, *components(TrainConfig, set())} - {parsing._Option}
+        for name, hint in parsing._shown(kind).items()
+        if len(kinds(hint)) != 1 and not parsing._descriptions(kind).get(name)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("convert", "Default: as the account is configured. --license"),
+        ("edit colorize", "resized to the model's size. (required)"),
+        ("edit colorize", "(native, .pt, .pkl, a diffusers folder, ...)"),
+        ("edit", "kinds ─"),
+        ("evaluate", "32 for features. --inception"),
+        ("tune", "32 for features. --inception"),
+        ("train emoji32-ect", "no --network NAME; in Python, False. --network-fields"),
+        ("train imagenet64-ect", "no --network NAME; in Python, False. --network-fields"),
+        ("train emoji32-ect", "no --data; in Python, False. --batch-size"),
+        ("train emoji32-ect", "(default: runs/emoji32-edm)"),
+    ],
+)
+def test_help_shows_each_default_once(capsys, line, expected):
+    assert expected in shown(capsys, main, *line.split(), "--help")
+
+
+@pytest.mark.parametrize(("flags", "private"), [("", None), ("--private", True), ("--no-private", False)])
+def test_private_has_three_values(flags, private):
+    assert parse(Convert, "convert", f"a b {flags}".split()).private is private
 
 
 @pytest.mark.parametrize(
@@ -158,6 +216,7 @@ def test_help_lists_the_presets_and_then_every_field(capsys):
         (main_sample, "a b", "Unexpected argument 'b'"),
         (main_convert, "", "Missing from python -m convert: SOURCE"),
         (main_convert, "a", "Missing from python -m convert: DESTINATION"),
+        (main_convert, "a b --no-private", "--private and --license apply to an upload: add --push OWNER/NAME"),
         (main_convert, "a --too 3", "Missing value for argument 'destination'"),
         (main_convert, "a b --head-with 3", "There is no option --head-with. Did you mean --head-dim?"),
         (main, "", "Name a command first: cm-jax COMMAND [options]. Choose one of sample, "),

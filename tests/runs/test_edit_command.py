@@ -28,6 +28,8 @@ SMALL = ADMUNet(
     classes=None,
 )
 
+LUMA = np.array([0.2989, 0.587, 0.114])
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -101,6 +103,19 @@ def test_the_other_kinds_run(checkpoint, tmp_path, capsys):
     succeeded(capsys, main_edit, "interpolate", "--seeds", "3,8", *told, "--frames", 3)
     with Image.open(tmp_path / "e.png") as sheet:
         assert sheet.size == (3 * 66 + 2, 66 + 2)
+
+
+def test_colorizing_keeps_the_brightness_of_every_pixel(checkpoint, tmp_path, capsys):
+    pixels = save(tmp_path / "a.png", (24, 30))
+    succeeded(
+        capsys, main_edit, "colorize", tmp_path / "a.png", "--checkpoint", checkpoint, "--sigmas", "80",
+        "--variants", 1, "--output", tmp_path / "e.png", "--folder", tmp_path / "all",
+    )  # fmt: skip
+    edit = np.asarray(Image.open(tmp_path / "all" / "000_a_00.png"))
+    np.testing.assert_allclose(edit @ LUMA, pixels @ LUMA, atol=0.6)
+    np.testing.assert_array_equal(edit[:, [0, 1, 2, 27, 28, 29]], pixels[:, [0, 1, 2, 27, 28, 29]])
+    assert (edit != pixels)[:, 3:27].mean() > 0.9
+    assert np.ptp(edit[:, 3:27], axis=-1).mean() > 1
 
 
 def bomb(path, width, height):
@@ -295,6 +310,14 @@ def test_an_erased_copy_is_a_mask_on_the_command_line(checkpoint, tmp_path, caps
     assert (whole[..., 3] == 255).all()
 
 
+def test_a_class_conditional_model_names_its_classes(tmp_path, capsys):
+    save(tmp_path / "a.png", (8, 8))
+    said = failed(capsys, main_edit, "inpaint", tmp_path / "a.png", "--box", "1,1,4,4", "--output", tmp_path / "e.png")
+    assert "Expected labels in [0, 8]" in said
+    assert "give labels (--labels), by number or name: 0 Smileys & Emotion; 1 People & Body; " in said
+    assert said.endswith("; 8 Flags.\n")
+
+
 def test_small_pictures_become_patches():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 3), np.uint8)
     patches = photos.fit_patches(Image.fromarray(pixels), 8, 4)
@@ -319,7 +342,7 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
     a, out = tmp_path / "a.png", ("--checkpoint", checkpoint, "--output", tmp_path / "e.png")
     for words, message in (
-        ((), "Name a kind of edit first"),
+        ((), "Name a kind first: edit.py KIND IMAGE... [options]"),
         (("inpant", a), "Did you mean 'inpaint'?"),
         (("inpaint", a, *out), "--mask FILE or --box"),
         (("inpaint", a, "--box", "1,2,3", *out), "left,top,right,bottom"),
@@ -339,7 +362,7 @@ def test_requests_that_make_no_sense(checkpoint, tmp_path, capsys):
         (("denoise", a, "--sigma", 0, *out), "greater than 0.002"),
         (("interpolate", a, *out), "Expected two images"),
         (("interpolate", a, a, "--seeds", "1,2", *out), "Expected two images"),
-        (("colorize", *out), "Expected 1 to"),
+        (("colorize", *out), "Name the images to edit, 1 to 4096; got 0."),
     ):
         assert message in failed(capsys, main_edit, *words), words
     assert not (tmp_path / "e.png").exists()

@@ -61,7 +61,7 @@ def test_cifar10_ect_starts_from_a_pickle_resumes_without_it_and_samples(tmp_pat
     assert config.distilled
     change = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), params, expected.params)
     assert 0 < max(jax.tree.leaves(change)) < 0.01
-    assert any("network.base_channels: 128 given, 8 now" in line for line in said)
+    assert any("network.base_channels: 128 in the preset, 8 now" in line for line in said)
     assert any("CC BY-NC-SA 4.0" in line for line in said)
 
     file.unlink()

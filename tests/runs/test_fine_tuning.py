@@ -17,6 +17,8 @@ from cm_jax.diffusion.preconditioning import EDMPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.networks import ADMUNet, EDM2UNet, SongUNet
 from cm_jax.presets import PRESETS
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.inheritance import inherited_network
 from cm_jax.training.initial_weights import initial_params, transfer_notes
 from cm_jax.training.loop import train
 from cm_jax.training.optimizers import Adam, ConstantRate
@@ -163,6 +165,16 @@ def test_a_student_inherits_network_and_data(teacher, tmp_path):
         assert setup.config.network == dataclasses.replace(UNET, dropout=0.0)
         assert setup.config.data == EmojiData()
         assert f"The data are those of {name}. To use others, give --data." in setup.notes
+
+
+def test_a_network_of_another_family_is_noted():
+    config = TrainConfig(network=NETWORKS["edm2"], init_from="run", inherit_network=True)
+    config, (change, note) = inherited_network(config, NETWORKS["table"])
+    assert config.network == NETWORKS["table"]
+    assert "network: EDM2UNet in the preset, SongUNet now" in change
+    assert "such as the learning rate, are those for EDM2UNet, and the network is SongUNet: " in note
+    wider = dataclasses.replace(NETWORKS["table"], base_channels=64)
+    assert len(inherited_network(config, wider)[1]) == 1
 
 
 @pytest.mark.parametrize(

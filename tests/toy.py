@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import cm_jax
 from cm_jax.networks import BaseNetwork
 from cm_jax.networks.layers import class_embedding
 from cm_jax.types import ImageSize, height_width
 
 
+@cm_jax.register
 @dataclasses.dataclass(frozen=True)
 class ToyNetwork(BaseNetwork):
     """An MLP with one hidden layer over all pixels."""

@@ -14,13 +14,9 @@ def _quick_runs():
 
     `teacher` does both, and `sampled_runs` samples.
     """
-    import cm_jax
     from cm_jax.data import EmojiData
     from cm_jax.training import loop
     from cm_jax.training.setup import TrainingSetup
-    from tests.toy import ToyNetwork
-
-    cm_jax.register(ToyNetwork)
 
     compiled, programs = TrainingSetup.compiled, {}
 

@@ -124,6 +124,8 @@ def _readme(model: Model, plan: SamplingPlan, program: jax.export.Exported) -> s
     levels, described = ", ".join(f"{level:.6g}" for level in plan.levels), plan.described()
     clipped = "clipped to [-1, 1]" if described["clip"] else "not clipped"
     guidance = guidance_text(described)
+    names = "".join(f"{number}. {' '.join(name.split())}\n" for number, name in enumerate(model.config.class_names))
+    classes = names and f"\n## Classes\n{names}"
     return f"""# Sampler exported by cm_jax
 `example.py` runs it with jax, numpy, safetensors and flatbuffers; cm_jax is not needed.
 
@@ -136,6 +138,7 @@ It returns float32 [b, {height}, {width}, {channels}], {values}: those of
 
 - Sampler: {sampler_text(described)}, noise levels {levels}
 - Denoised images: {clipped}{f", {guidance}" if guidance else ""}
+- Precision of the network: {network.precision}
 - Platforms: {", ".join(program.platforms)}
 - Exported by jax {jax.__version__}; JAX loads exported functions for at least six months
-"""
+{classes}"""

@@ -27,9 +27,9 @@ def load(
 ) -> Model:
     """A model from a checkpoint.
 
-    path_or_name: a native checkpoint, OpenAI's `.pt`, a diffusers folder, a jcm checkpoint, the folder of a training
-    run (its latest checkpoint), RUN/best (the best of those evaluated), an id of the Hugging Face Hub ("owner/name"),
-    or the name of a bundled or published checkpoint.
+    path_or_name: a native checkpoint, OpenAI's `.pt`, a `.pkl` of the EDM family, a diffusers folder, a checkpoint of
+    openai/consistency_models_cifar10, the folder of a training run (its latest checkpoint), RUN/best (the best of those
+    evaluated), an id of the Hugging Face Hub ("owner/name"), or the name of a bundled or published checkpoint.
 
     precision: computation precision inside the network. float32 is exact on every device; bfloat16 and float16 are
     faster on accelerators and halve the memory.

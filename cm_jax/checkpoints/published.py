@@ -287,7 +287,7 @@ def _named(name: str, *, fetch: bool) -> Path:
             "Give an existing path, or run the command in another folder."
         )
     raise InputError(
-        f"There is no checkpoint {name}. Expected a .pt file, a diffusers folder, a jcm checkpoint, a native "
-        f"checkpoint, an id of the Hugging Face Hub (owner/name), or the name of a bundled ({', '.join(BUNDLED)}) or "
-        f"published checkpoint.{nearest(name, BUNDLED | remote())}"
+        f"There is no checkpoint {name}. Expected a native checkpoint, a .pt or .pkl file, a diffusers folder, a "
+        "checkpoint of openai/consistency_models_cifar10, an id of the Hugging Face Hub (owner/name), or the name of a "
+        f"bundled ({', '.join(BUNDLED)}) or published checkpoint.{nearest(name, BUNDLED | remote())}"
     )

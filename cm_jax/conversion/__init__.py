@@ -1,4 +1,4 @@
-"""Conversion between native checkpoints and third-party formats: OpenAI's .pt, diffusers folders, jcm checkpoints."""
+"""Conversion between native checkpoints and third-party formats: OpenAI's .pt, diffusers, and others."""
 
 from cm_jax.conversion.dictionaries import params_from_flax, state_dict
 from cm_jax.conversion.hints import CheckpointHints, PreconditioningName

@@ -54,7 +54,9 @@ def rules(network: AnyNetwork) -> list[Rule]:
     if isinstance(network, EDM2UNet):
         return list(_edm2_rules(network))
     unsupported = {
-        "a table of classes": isinstance(network, SongUNet) and network.label_embedding == "table" and network.classes,
+        "a class-embedding table": isinstance(network, SongUNet)
+        and network.label_embedding == "table"
+        and network.classes,
         "an interval embedding": network.interval_embedding,
         "convolutions for resampling": network.resampling == "convolution",
         "additive modulation in an ADM U-Net": isinstance(network, ADMUNet) and network.modulation == "additive",

@@ -31,8 +31,8 @@ _IN_LAYERS = {
 def write_state_dict(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     """The tensors of a network in the names of EDM's classes, with the prefix "model." or "unet.".
 
-    A table of classes becomes EDM's linear layer, the same function up to rounding. Raises InputError for a network
-    that this family does not have.
+    A class-embedding table becomes EDM's linear layer, the same function up to rounding. Raises InputError for a
+    network that this family does not have.
     """
     network, params = _with_linear_labels(config.network), _as_linear_labels(config.network, params)
     rules = edm_names.rules(network)
@@ -72,7 +72,7 @@ def config_as_read(config: ModelConfig, preconditioning: str) -> ModelConfig:
 
 
 def _with_linear_labels(network: AnyNetwork) -> AnyNetwork:
-    """The network with EDM's layer for labels in place of a table of classes."""
+    """The network with EDM's layer for labels in place of a class-embedding table."""
     table = isinstance(network, SongUNet) and network.classes and network.label_embedding == "table"
     return dataclasses.replace(network, label_embedding="linear") if table else network  # type: ignore[type-var]
 

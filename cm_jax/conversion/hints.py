@@ -35,9 +35,9 @@ class CheckpointHints:
     num_levels: int | None = None
     image_size: ImageSize | None = None
     attention_factors: tuple[int, ...] | None = None
-    """For jcm checkpoints whose levels have equal widths: downsampling factors with attention."""
+    """For consistency_models_cifar10 if levels have equal widths: downsampling factors with attention."""
     resampling: Filter | None = None
-    """For jcm checkpoints without an input pyramid."""
+    """For consistency_models_cifar10 without an input pyramid."""
     key: str | None = None
     """For files with several networks: the name of the one to read."""
     ema: str | None = None

@@ -1,4 +1,4 @@
-"""Reading a checkpoint of any format: native, OpenAI's .pt, diffusers, jcm, or the EDM family."""
+"""Reading a checkpoint of any format: native, OpenAI's .pt, diffusers, consistency_models_cifar10, the EDM family."""
 
 import dataclasses
 import math

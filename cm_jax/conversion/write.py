@@ -27,9 +27,9 @@ def write(path: Path, kind: Kind, config: ModelConfig, params: Params) -> None:
     """Write a model at `path`: a file for openai, edm, and native where `path` ends in .safetensors; else a folder.
 
     openai, edm: a state dict in the names of OpenAI or of EDM's classes; SUFFIXES are those of its file. Values and
-    precision of all parameters are preserved, except for a table of classes in EDM's names. The diffusers folder of a
-    denoiser holds the network alone, because ConsistencyModelPipeline would sample from it as from a consistency model.
-    Raises InputError where the format cannot represent the model, or `path` cannot be written.
+    precision of all parameters are preserved, except for a class-embedding table in EDM's names. The diffusers folder
+    of a denoiser holds the network alone, because ConsistencyModelPipeline would sample from it as from a consistency
+    model. Raises InputError where the format cannot represent the model, or `path` cannot be written.
     """
     if kind == "native":
         (native.save_file if path.suffix.lower() == ".safetensors" else native.save)(path, config, params)

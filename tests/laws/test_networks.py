@@ -229,7 +229,7 @@ def test_casting_parameters_on_the_host_equals_casting_on_a_device(precision, gi
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"image_size": 15}, "multiple of 2"),
+        ({"image_size": 15}, "2 levels downsample 1 times by 2, so image_size must be a multiple of 2"),
         ({"base_channels": 48}, "norm groups"),
         ({"head_dim": 24}, "do not split"),
         ({"head_dim": None}, "not both or neither"),

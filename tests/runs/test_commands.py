@@ -170,7 +170,7 @@ def test_all_noise_level_options_give_the_same_images(tmp_path, capsys, how):
         (("--seed", 2**32), "A seed must be"),
         (("--labels", "1,,2"), "no class ''"),
         (("--sigmas", "1e39"), "must be finite"),
-        (("/dev/null",), "There is no checkpoint"),
+        (("/dev/null",), "a checkpoint of openai/consistency_models_cifar10"),
         (("x" * 300,), "cannot be a path"),
         (("~nosuchuser/x.pt",), "cannot be a path"),
         (("--batch-size", 0), "batch_size must be"),

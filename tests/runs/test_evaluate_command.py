@@ -198,7 +198,7 @@ def test_truncated_weights_and_samples_that_are_not_finite(samples, tmp_path, ca
     weights.write_bytes(weights.read_bytes()[:1000])
     monkeypatch.setattr(evaluate, "load_inception", load_inception)
     said = failed(capsys, main_evaluate, samples, "emoji", "--inception", weights, *TOLD)
-    assert "is not a complete weight file" in said
+    assert "is not a complete weight file of Inception-V3: " in said
     with pytest.raises(cm_jax.errors.InputError, match="1 of 3 images of mine have NaN"):
         image_sets.check_finite(
             np.where(np.arange(3)[:, None, None, None] == 1, np.nan, np.zeros((3, 4, 4, 3))), "mine"

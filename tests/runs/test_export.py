@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("unchecked_types")  # the symbolic number o
 
 BOUND = 1e-5
 TINY = dataclasses.replace(SMALL, image_size=8, channel_mult=(1,), attention_factors=(1,), classes=3)
-MODEL = Model(ModelConfig(TINY, ConsistencyPreconditioning(), num_levels=18), TINY.prepare(random_params(TINY)))
+NAMES = ("cat", "dog", "king penguin, Aptenodytes")
+CONFIG = ModelConfig(TINY, ConsistencyPreconditioning(), num_levels=18, class_names=NAMES)
+MODEL = Model(CONFIG, TINY.prepare(random_params(TINY)))
 SEEDS, CLASSES = [3, 2**32 - 1, 0], [2, 0, 1]
 needs_flatbuffers = pytest.mark.skipif(
     importlib.util.find_spec("flatbuffers") is None, reason="not installed: flatbuffers (pip install '.[export]')"
@@ -75,6 +77,8 @@ def test_the_example_runs_without_this_package(tmp_path, capsys):
     np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, atol=BOUND)
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "class numbers from 0 to 2" in readme
+    assert "\n- Precision of the network: float32\n" in readme
+    assert readme.endswith("## Classes\n0. cat\n1. dog\n2. king penguin, Aptenodytes\n")
     assert "Consistency, noise levels 80, " in readme
     assert "- Denoised images: clipped to [-1, 1]\n" in readme
     assert "is a folder with files in it" in failed(capsys, main, "export", "emoji32", tmp_path / "out")

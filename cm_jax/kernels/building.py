@@ -114,18 +114,18 @@ def _library() -> ctypes.CDLL:
     sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
     identity = (*sources, jaxlib.version.__version__, compiler, *_FLAGS, _processor())
     name = f"kernels-{_digest(repr(identity).encode())[:20]}.so"
-    path = _folder() / name
+    path = _folder(name) / name
     if not _intact(path):
         _compile(compiler, path)
     return ctypes.CDLL(str(path))
 
 
-def _folder() -> Path:
-    """A folder in the user's cache, or a temporary one if that is not writable."""
+def _folder(name: str) -> Path:
+    """A folder in the user's cache, or a temporary one if that is not writable and lacks the library `name`."""
     try:
         folder = user_cache("kernels")
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        if os.access(folder, os.W_OK) or _intact(folder / name):
             return folder
     except (OSError, RuntimeError):
         pass

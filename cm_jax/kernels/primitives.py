@@ -1,6 +1,7 @@
 """C++ functions as JAX primitives that differentiate in both modes, such as 3x3 convolution and matrix product."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,10 @@ Function = Callable[..., Any]
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def primitive(name: str, plain: Function, shapes: Function, *, several: bool = False) -> Primitive:
+def primitive(name: str, plain: Function, shapes: Callable[..., str], *, several: bool = False) -> Primitive:
     """A primitive that calls C++ function `name` on one CPU device and lowers `plain` elsewhere.
 
-    shapes: function from arguments and settings to the shape of the result (with `several`, a list of shapes).
+    shapes: function from settings to the shapes of arguments and results, such as "n i, i o -> n o".
     """
     result = Primitive(name)
     result.multiple_results = several
@@ -28,8 +29,9 @@ def primitive(name: str, plain: Function, shapes: Function, *, several: bool = F
 
     @result.def_abstract_eval
     def _(*args: Any, **settings: Any) -> Any:
-        found = shapes(*args, **settings)
-        return [args[0].update(shape=shape) for shape in found] if several else args[0].update(shape=found)
+        found = _result_shapes(shapes(**settings), [arg.shape for arg in args])
+        results = [args[0].update(shape=shape) for shape in found]
+        return results if several else results[0]
 
     by_xla = mlir.lower_fun(plain, multiple_results=several)
 
@@ -46,10 +48,31 @@ def primitive(name: str, plain: Function, shapes: Function, *, several: bool = F
     return result
 
 
-def differentiable(name: str, plain: Function, shape: Function) -> Function:
+def _result_shapes(shapes: str, found: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Shapes of the results from those of the arguments. Raises ValueError for arguments that do not match `shapes`.
+
+    The C++ functions would read beyond the ends of such arguments.
+    """
+    wanted, results = _axes(shapes)
+    pairs = [pair for axes, shape in zip(wanted, found, strict=True) for pair in zip(axes, shape, strict=False)]
+    sizes = {name: size // factor for (factor, name), size in pairs} | {"": 1}
+    computed = [tuple(factor * sizes.get(name, 0) for factor, name in axes) for axes in (*wanted, *results)]
+    if computed[: len(found)] != found:
+        raise ValueError(f"Expected arrays of shapes {shapes.split(' ->')[0]}, got {', '.join(map(str, found))}.")
+    return computed[len(found) :]
+
+
+@functools.cache
+def _axes(shapes: str) -> list[list[list[tuple[int, str]]]]:
+    """Factor and name of each axis of the arguments, and of the results: (3, "c") for 3c, (3, "") for 3."""
+    sides = [[re.findall(r"(?=\w)(\d*)([a-z]*)", array) for array in side.split(",")] for side in shapes.split("->")]
+    return [[[(int(factor or 1), name) for factor, name in axes] for axes in side] for side in sides]
+
+
+def differentiable(name: str, plain: Function, shapes: str) -> Function:
     """`plain(*arrays, **settings) -> array` computed by the C++ functions `name` and `name`_gradient.
 
-    shape: function from arguments and settings to the shape of the result. `name`_gradient maps the arrays and the
+    shapes: those of the arrays and the result, such as "b s 3c -> b s c". `name`_gradient maps the arrays and the
     result's cotangent to the arrays' cotangents. Forward mode and second derivatives use XLA's form of `plain`, apart
     from the primal value. All arrays have the batch as first axis, along which `plain` is independent.
     """
@@ -62,14 +85,10 @@ def differentiable(name: str, plain: Function, shape: Function) -> Function:
         half = len(args) // 2
         return jax.jvp(functools.partial(plain, **settings), args[:half], args[half:])[1]
 
-    def tangent_shape(*args: Any, **settings: Any) -> tuple[int, ...]:
-        return shape(*args[: len(args) // 2], **settings)
-
-    function = primitive(name, plain, shape)
-    tangent = primitive(f"{name}_tangent", tangent_of_plain, tangent_shape)
-    gradient = primitive(
-        f"{name}_gradient", vjp_of_plain, lambda *args, **_: [arg.shape for arg in args[:-1]], several=True
-    )
+    given, result = shapes.split(" -> ")
+    function = primitive(name, plain, lambda **_: shapes)
+    tangent = primitive(f"{name}_tangent", tangent_of_plain, lambda **_: f"{given}, {given} -> {result}")
+    gradient = primitive(f"{name}_gradient", vjp_of_plain, lambda **_: f"{given}, {result} -> {given}", several=True)
 
     def jvp(primals: Any, tangents: Any, **settings: Any) -> Any:
         filled = map(ad.instantiate_zeros, tangents)
@@ -142,20 +161,14 @@ def _plain_kernel_gradient(x: Array, dy: Array) -> Array:
 _convolve_p = primitive(
     "cm_jax_convolve",
     _plain_convolve,
-    lambda x, kernel, *, mirrored: (*x.shape[:3], kernel.shape[2 if mirrored else 3]),
+    lambda mirrored: "b h w o, 3 3 i o -> b h w i" if mirrored else "b h w i, 3 3 i o -> b h w o",
 )
-_kernel_gradient_p = primitive(
-    "cm_jax_kernel_gradient", _plain_kernel_gradient, lambda x, dy: (3, 3, x.shape[3], dy.shape[3])
-)
+_kernel_gradient_p = primitive("cm_jax_kernel_gradient", _plain_kernel_gradient, lambda: "b h w i, b h w o -> 3 3 i o")
 _multiply_p = primitive(
-    "cm_jax_multiply",
-    lambda x, matrix: jnp.dot(x, matrix, precision=_HIGHEST),
-    lambda x, matrix: (x.shape[0], matrix.shape[1]),
+    "cm_jax_multiply", lambda x, matrix: jnp.dot(x, matrix, precision=_HIGHEST), lambda: "n i, i o -> n o"
 )
 _matrix_gradient_p = primitive(
-    "cm_jax_product_gradient",
-    lambda x, dy: jnp.dot(x.T, dy, precision=_HIGHEST),
-    lambda x, dy: (x.shape[1], dy.shape[1]),
+    "cm_jax_product_gradient", lambda x, dy: jnp.dot(x.T, dy, precision=_HIGHEST), lambda: "n i, n o -> i o"
 )
 
 ad.defbilinear(

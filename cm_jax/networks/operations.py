@@ -92,7 +92,8 @@ def group_norm(
     settings: dict[str, Any] = {"groups": groups, "epsilon": epsilon, "silu": silu}
     if not more and kernels.suits(x) and x.shape[-1] % groups == 0:
         offset = jnp.zeros_like(gain) if offset is None else offset
-        return _in_float32(_fused_norm, x, offset, gain, bias, **settings)
+        rows = (jnp.broadcast_to(each, (x.shape[0], x.shape[-1])) for each in (offset, gain, bias))
+        return _in_float32(_fused_norm, x, *rows, **settings)
     return _plain_norm(x, offset, gain, bias, *more, **settings)
 
 
@@ -141,7 +142,7 @@ def _group_moments(parts: Sequence[Array], groups: int) -> tuple[Array, Array]:
     return group_mean, jnp.maximum(_group_mean(square, groups) - jnp.square(group_mean), 0)
 
 
-_fused_norm = kernels.differentiable("cm_jax_norm", _plain_norm, lambda x, *_, **__: x.shape)
+_fused_norm = kernels.differentiable("cm_jax_norm", _plain_norm, "b h w c, b c, b c, b c -> b h w c")
 
 
 def _group_mean(values: PerImage, groups: int) -> PerImage:
@@ -157,7 +158,8 @@ def attend(qkv: Float[Array, "b s c3"], heads: int, implementation: Implementati
     in the cache.
     """
     pixels, head_dim = qkv.shape[1], qkv.shape[2] // 3 // heads
-    if implementation != "cudnn" and kernels.suits(qkv, head_dim) and kernels.suits(qkv, pixels):
+    whole = 3 * heads * head_dim == qkv.shape[2]
+    if implementation != "cudnn" and whole and kernels.suits(qkv, head_dim) and kernels.suits(qkv, pixels):
         return _in_float32(_fused_attention, qkv, heads=heads)
     query, key, value = _split(qkv, heads)
     if implementation != "plain" and not kernels.switched_off() and _cudnn_runs(query, implementation):
@@ -174,9 +176,7 @@ def _plain_attention(qkv: Array, *, heads: int) -> Array:
     return mixed.reshape(*qkv.shape[:2], -1)
 
 
-_fused_attention = kernels.differentiable(
-    "cm_jax_attention", _plain_attention, lambda x, *, heads: (*x.shape[:2], x.shape[2] // 3)
-)
+_fused_attention = kernels.differentiable("cm_jax_attention", _plain_attention, "b s 3c -> b s c")
 
 
 def _split(qkv: Array, heads: int) -> list[Heads]:

@@ -229,3 +229,33 @@ def test_unsupported_precisions_channels_and_sizes_use_xla():
 def test_empty_batches_use_xla():
     function, (x, kernel) = convolution()
     assert jax.jit(function)(x[:0], kernel).shape == (0, 9, 7, 48)
+
+
+MISMATCHED = {
+    "kernel of other channels": (convolve_3x3, (2, 8, 8, 32), (3, 3, 16, 16)),
+    "kernel of 5x5 pixels": (convolve_3x3, (2, 8, 8, 32), (5, 5, 32, 32)),
+    "image without a batch": (convolve_3x3, (8, 8, 32), (3, 3, 32, 32)),
+    "matrix of other channels": (multiply, (2, 9, 32), (16, 32)),
+    "gain for three images": (norm()[0], (2, 9, 7, 64), None, (3, 64), (2, 64)),
+    "bias of other channels": (norm()[0], (2, 9, 7, 64), None, (2, 64), (2, 32)),
+    "norm of arrays without columns": (norm()[0], (2, 9, 64), None, (2, 64), (2, 64)),
+    "heads that do not divide the channels": (functools.partial(attend, heads=17), (2, 16, 3 * 288)),
+    "attention of images": (functools.partial(attend, heads=1), (2, 16, 96, 16)),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("case", MISMATCHED)
+def test_arrays_of_other_shapes_are_refused(case):
+    """The C++ functions would read beyond their ends."""
+    function, *shapes = MISMATCHED[case]
+    arrays = [shape and jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    with pytest.raises((ValueError, TypeError)):
+        jax.eval_shape(function, *arrays)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_norm_broadcasts_gain_and_bias_over_images():
+    function, (x, *rest) = norm()
+    alike = [np.concatenate([arg[:1]] * 2) for arg in rest]
+    np.testing.assert_array_equal(jax.jit(function)(x, *(arg[:1] for arg in rest)), jax.jit(function)(x, *alike))

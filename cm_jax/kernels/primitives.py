@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 from jaxtyping import Array, Float
 
 from cm_jax.kernels import building
@@ -25,7 +25,7 @@ def primitive(name: str, plain: Function, shapes: Callable[..., str], *, several
     """
     result = Primitive(name)
     result.multiple_results = several
-    result.def_impl(lambda *args, **settings: jax.jit(functools.partial(result.bind, **settings))(*args))
+    result.def_impl(functools.partial(xla.apply_primitive, result))
 
     @result.def_abstract_eval
     def _(*args: Any, **settings: Any) -> Any:

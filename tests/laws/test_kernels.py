@@ -259,3 +259,17 @@ def test_norm_broadcasts_gain_and_bias_over_images():
     function, (x, *rest) = norm()
     alike = [np.concatenate([arg[:1]] * 2) for arg in rest]
     np.testing.assert_array_equal(jax.jit(function)(x, *(arg[:1] for arg in rest)), jax.jit(function)(x, *alike))
+
+
+def test_without_jit(caplog):
+    """Eager calls compile once, `disable_jit` has the same values, and `debug_nans` raises its own error."""
+    function, args = convolution()
+    arrays = [jnp.asarray(arg) for arg in args]
+    expected = function(*arrays)
+    with jax.log_compiles():
+        function(*arrays)
+    assert not caplog.messages
+    with jax.disable_jit():
+        np.testing.assert_array_equal(function(*arrays), expected)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        jax.jit(function)(*(jnp.inf * each for each in arrays))

@@ -90,7 +90,8 @@ def switched_off() -> bool:
 def suits(x: Array, channels: int | None = None) -> bool:
     """Whether the kernels suit x: non-empty, on a CPU, with channels in multiples of `lanes()`, in float32 or less.
 
-    The caller casts half precision to float32, as XLA does on CPUs.
+    The caller casts half precision to float32, as XLA does on CPUs. Meshes with explicit axes need XLA's operations:
+    the kernels have no rules for the shardings of their results.
 
     channels: number of output channels if it differs from that of x.
     """
@@ -102,6 +103,7 @@ def suits(x: Array, channels: int | None = None) -> bool:
         and available()
         and x.shape[-1] % lanes() == 0
         and (channels is None or channels % lanes() == 0)
+        and not jax.typeof(x).sharding.mesh.explicit_axes
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cm_jax import kernels
 from cm_jax.kernels import building
@@ -189,6 +189,29 @@ def test_partitioned_programs_use_xla():
     assert kernels_called(function, x, kernel)
     assert not kernels_called(function, placed, jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())))
     assert relative(jax.jit(function)(placed, kernel), exact(function, x, kernel)) < 8e-6
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("case", ONE_PER_KERNEL)
+def test_shard_map_checks_varying_axes(case):
+    """The gradient of a replicated array is the sum over the devices."""
+    function, (x, *rest) = CASES[case]
+    args = (x, *(arg[:1] if case == "norm and SiLU" else arg for arg in rest))
+    gradient = jax.grad(lambda *args: jnp.sum(jnp.sin(function(*args))), tuple(range(len(args))))
+    specs = (PartitionSpec("data"), *[PartitionSpec()] * len(rest))
+    mapped = jax.shard_map(gradient, mesh=Mesh(np.array(jax.devices()[:2]), ("data",)), in_specs=specs, out_specs=specs)
+    assert kernels_called(mapped, *args)
+    assert close(jax.jit(mapped)(*args), jax.jit(gradient)(*args), 1e-5)
+
+
+def test_arrays_on_explicit_meshes_use_xla():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Explicit,))
+    function, (x, matrix) = product()
+    gradient = jax.grad(lambda matrix, x: jnp.sum(jnp.sin(function(x, matrix))))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        found = jax.jit(gradient)(matrix, placed)
+    assert relative(found, jax.jit(gradient)(matrix, x)) < 1e-5
 
 
 def test_pmap_uses_the_kernels_on_every_device():

@@ -88,7 +88,7 @@ def switched_off() -> bool:
 
 
 def suits(x: Array, channels: int | None = None) -> bool:
-    """Whether the kernels suit x: non-empty, on a CPU, with channels in multiples of `lanes()`, in float32 or less.
+    """Whether the kernels suit x: on a CPU, with channels in multiples of `lanes()`, in float32 or less.
 
     The caller casts half precision to float32, as XLA does on CPUs. Meshes with explicit axes need XLA's operations:
     the kernels have no rules for the shardings of their results.
@@ -97,7 +97,6 @@ def suits(x: Array, channels: int | None = None) -> bool:
     """
     return (
         x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-        and x.size > 0
         and not switched_off()
         and jax.default_backend() == "cpu"
         and available()

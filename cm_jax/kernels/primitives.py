@@ -36,9 +36,11 @@ def primitive(name: str, plain: Function, shapes: Callable[..., str], *, several
     by_xla = mlir.lower_fun(plain, multiple_results=several)
 
     def lower(context: mlir.LoweringRuleContext, *args: Any, **settings: Any) -> Any:
-        # XLA cannot partition a custom call over devices.
+        # XLA cannot partition a custom call over devices, and the C++ functions divide by the number of images.
+        avals: Any = context.avals_in
         partitioned = getattr(context.module_context.axis_context, "num_devices", 1) > 1
-        if partitioned or name not in building.TARGETS or not building.available():
+        empty = any(0 in aval.shape for aval in avals)
+        if partitioned or empty or name not in building.TARGETS or not building.available():
             return by_xla(context, *args, **settings)
         attributes = {key: np.float32(value) if isinstance(value, float) else value for key, value in settings.items()}
         return jax.ffi.ffi_lowering(name)(context, *args, **attributes)
@@ -128,8 +130,9 @@ def _map_batch(primitive_: Primitive, args: Any, axes: Any, **settings: Any) -> 
         jnp.broadcast_to(arg, (size, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0)
         for arg, axis in zip(args, axes, strict=True)
     ]
-    found = primitive_.bind(*[arg.reshape(-1, *arg.shape[2:]) for arg in whole], **settings)
-    apart = [each.reshape(size, -1, *each.shape[1:]) for each in (found if primitive_.multiple_results else [found])]
+    batch = whole[0].shape[1]
+    found = primitive_.bind(*[arg.reshape(size * batch, *arg.shape[2:]) for arg in whole], **settings)
+    apart = [each.reshape(size, batch, *each.shape[1:]) for each in (found if primitive_.multiple_results else [found])]
     return (apart, [0] * len(apart)) if primitive_.multiple_results else (apart[0], 0)
 
 
@@ -207,7 +210,8 @@ def _map_first(product: Primitive, args: Any, axes: Any, **settings: Any) -> Any
     if matrix_axis is not None:
         return _one_by_one(product, args, axes, **settings)
     x = jnp.moveaxis(x, x_axis, 0)
-    return product.bind(x.reshape(-1, *x.shape[2:]), matrix, **settings).reshape(*x.shape[:-1], -1), 0
+    found = product.bind(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), matrix, **settings)
+    return found.reshape(*x.shape[:2], *found.shape[1:]), 0
 
 
 def _one_by_one(product: Primitive, args: Any, axes: Any, **settings: Any) -> Any:

@@ -249,9 +249,18 @@ def test_unsupported_precisions_channels_and_sizes_use_xla():
     assert not kernels_called(function, x[:, :2, :2], kernel)
 
 
-def test_empty_batches_use_xla():
-    function, (x, kernel) = convolution()
-    assert jax.jit(function)(x[:0], kernel).shape == (0, 9, 7, 48)
+@pytest.mark.parametrize("case", ONE_PER_KERNEL)
+def test_batches_without_images(case):
+    """As such, and mapped by vmap."""
+    function, (x, *rest) = CASES[case]
+
+    def gradients(x, *rest):
+        return function(x, *rest), jax.grad(lambda *args: jnp.sum(function(*args)))(x, *rest)
+
+    rows = [arg[:0] if case == "norm and SiLU" else arg for arg in rest]
+    alone = jax.jit(gradients)(x[:0], *rows)
+    mapped = jax.jit(jax.vmap(gradients, (0, *[None] * len(rest))))(x[None][:0], *rest)
+    assert all(found.size == 0 for found in (*alone, *mapped))
 
 
 MISMATCHED = {

@@ -88,20 +88,21 @@ def switched_off() -> bool:
 
 
 def suits(x: Array, channels: int | None = None) -> bool:
-    """Whether the kernels suit x: non-empty, on a CPU, with channels in multiples of `lanes()`, in float32 or less.
+    """Whether the kernels suit x: on a CPU, with channels in multiples of `lanes()`, in float32 or less.
 
-    The caller casts half precision to float32, as XLA does on CPUs.
+    The caller casts half precision to float32, as XLA does on CPUs. Meshes with explicit axes need XLA's operations:
+    the kernels have no rules for the shardings of their results.
 
     channels: number of output channels if it differs from that of x.
     """
     return (
         x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-        and x.size > 0
         and not switched_off()
         and jax.default_backend() == "cpu"
         and available()
         and x.shape[-1] % lanes() == 0
         and (channels is None or channels % lanes() == 0)
+        and not jax.typeof(x).sharding.mesh.explicit_axes
     )
 
 
@@ -114,18 +115,18 @@ def _library() -> ctypes.CDLL:
     sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
     identity = (*sources, jaxlib.version.__version__, compiler, *_FLAGS, _processor())
     name = f"kernels-{_digest(repr(identity).encode())[:20]}.so"
-    path = _folder() / name
+    path = _folder(name) / name
     if not _intact(path):
         _compile(compiler, path)
     return ctypes.CDLL(str(path))
 
 
-def _folder() -> Path:
-    """A folder in the user's cache, or a temporary one if that is not writable."""
+def _folder(name: str) -> Path:
+    """A folder in the user's cache, or a temporary one if that is not writable and lacks the library `name`."""
     try:
         folder = user_cache("kernels")
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        if os.access(folder, os.W_OK) or _intact(folder / name):
             return folder
     except (OSError, RuntimeError):
         pass

@@ -36,7 +36,8 @@ def _in_float32(kernel: Callable[..., Array], *args: Array, **settings: Any) -> 
 def multiply(x: Float[Array, "... i"], matrix: Float[Array, "i o"]) -> Float[Array, "... o"]:
     """x @ matrix in the precision of x."""
     if x.ndim > 2 and kernels.suits(x, matrix.shape[-1]):
-        return _in_float32(kernels.multiply, x.reshape(-1, x.shape[-1]), matrix).reshape(*x.shape[:-1], -1)
+        rows = _in_float32(kernels.multiply, x.reshape(-1, x.shape[-1]), matrix)
+        return rows.reshape(*x.shape[:-1], matrix.shape[-1])
     return jnp.dot(x, matrix, precision=product_precision(x.dtype))
 
 
@@ -92,7 +93,8 @@ def group_norm(
     settings: dict[str, Any] = {"groups": groups, "epsilon": epsilon, "silu": silu}
     if not more and kernels.suits(x) and x.shape[-1] % groups == 0:
         offset = jnp.zeros_like(gain) if offset is None else offset
-        return _in_float32(_fused_norm, x, offset, gain, bias, **settings)
+        rows = (jnp.broadcast_to(each, (x.shape[0], x.shape[-1])) for each in (offset, gain, bias))
+        return _in_float32(_fused_norm, x, *rows, **settings)
     return _plain_norm(x, offset, gain, bias, *more, **settings)
 
 
@@ -141,7 +143,7 @@ def _group_moments(parts: Sequence[Array], groups: int) -> tuple[Array, Array]:
     return group_mean, jnp.maximum(_group_mean(square, groups) - jnp.square(group_mean), 0)
 
 
-_fused_norm = kernels.differentiable("cm_jax_norm", _plain_norm, lambda x, *_, **__: x.shape)
+_fused_norm = kernels.differentiable("cm_jax_norm", _plain_norm, "b h w c, b c, b c, b c -> b h w c")
 
 
 def _group_mean(values: PerImage, groups: int) -> PerImage:
@@ -157,11 +159,13 @@ def attend(qkv: Float[Array, "b s c3"], heads: int, implementation: Implementati
     in the cache.
     """
     pixels, head_dim = qkv.shape[1], qkv.shape[2] // 3 // heads
-    if implementation != "cudnn" and kernels.suits(qkv, head_dim) and kernels.suits(qkv, pixels):
+    whole = 3 * heads * head_dim == qkv.shape[2]
+    if implementation != "cudnn" and whole and kernels.suits(qkv, head_dim) and kernels.suits(qkv, pixels):
         return _in_float32(_fused_attention, qkv, heads=heads)
     query, key, value = _split(qkv, heads)
     if implementation != "plain" and not kernels.switched_off() and _cudnn_runs(query, implementation):
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn").reshape(*qkv.shape[:2], -1)
+        mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        return mixed.reshape(*qkv.shape[:2], heads * head_dim)
     return _plain_attention(qkv, heads=heads)
 
 
@@ -171,17 +175,15 @@ def _plain_attention(qkv: Array, *, heads: int) -> Array:
     scores = jnp.einsum("bqnd,bknd->bnqk", query, key, precision=precision, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
     mixed = jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value, precision=precision)
-    return mixed.reshape(*qkv.shape[:2], -1)
+    return mixed.reshape(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
-_fused_attention = kernels.differentiable(
-    "cm_jax_attention", _plain_attention, lambda x, *, heads: (*x.shape[:2], x.shape[2] // 3)
-)
+_fused_attention = kernels.differentiable("cm_jax_attention", _plain_attention, "b s 3c -> b s c")
 
 
 def _split(qkv: Array, heads: int) -> list[Heads]:
     """[queries, keys, values]."""
-    return [part.reshape(*qkv.shape[:2], heads, -1) for part in jnp.split(qkv, 3, axis=-1)]
+    return [part.reshape(*qkv.shape[:2], heads, part.shape[-1] // heads) for part in jnp.split(qkv, 3, axis=-1)]
 
 
 def _cudnn_runs(query: Heads, implementation: Implementation) -> bool:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from cm_jax import kernels
+from cm_jax.kernels import building
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="No C++ compiler.")
@@ -126,6 +127,16 @@ def test_the_library_is_compiled_once_and_recompiled_if_damaged(tmp_path, copyin
     made.with_suffix(".sha256").write_bytes(b"\xff" * 64)
     assert availability(tmp_path, CXX=compiler).stdout == "True\n"
     assert log.read_text() == "linked\n" * 3
+
+
+def test_a_compiled_library_in_a_read_only_cache_is_used(tmp_path, copying, monkeypatch):
+    compiler, log = copying
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    made = building._library.__wrapped__()._name
+    monkeypatch.setattr(building.os, "access", lambda *_: False)
+    assert building._library.__wrapped__()._name == made
+    assert log.read_text() == "linked\n"
 
 
 THREADS = """

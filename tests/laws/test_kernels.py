@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cm_jax import kernels
 from cm_jax.kernels import building
@@ -191,6 +191,29 @@ def test_partitioned_programs_use_xla():
     assert relative(jax.jit(function)(placed, kernel), exact(function, x, kernel)) < 8e-6
 
 
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("case", ONE_PER_KERNEL)
+def test_shard_map_checks_varying_axes(case):
+    """The gradient of a replicated array is the sum over the devices."""
+    function, (x, *rest) = CASES[case]
+    args = (x, *(arg[:1] if case == "norm and SiLU" else arg for arg in rest))
+    gradient = jax.grad(lambda *args: jnp.sum(jnp.sin(function(*args))), tuple(range(len(args))))
+    specs = (PartitionSpec("data"), *[PartitionSpec()] * len(rest))
+    mapped = jax.shard_map(gradient, mesh=Mesh(np.array(jax.devices()[:2]), ("data",)), in_specs=specs, out_specs=specs)
+    assert kernels_called(mapped, *args)
+    assert close(jax.jit(mapped)(*args), jax.jit(gradient)(*args), 1e-5)
+
+
+def test_arrays_on_explicit_meshes_use_xla():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Explicit,))
+    function, (x, matrix) = product()
+    gradient = jax.grad(lambda matrix, x: jnp.sum(jnp.sin(function(x, matrix))))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        found = jax.jit(gradient)(matrix, placed)
+    assert relative(found, jax.jit(gradient)(matrix, x)) < 1e-5
+
+
 def test_pmap_uses_the_kernels_on_every_device():
     function, (x, kernel) = convolution(batch=8)
     apart = jax.pmap(function, in_axes=(0, None))(x.reshape(8, 1, *x.shape[1:]), kernel)
@@ -226,6 +249,59 @@ def test_unsupported_precisions_channels_and_sizes_use_xla():
     assert not kernels_called(function, x[:, :2, :2], kernel)
 
 
-def test_empty_batches_use_xla():
-    function, (x, kernel) = convolution()
-    assert jax.jit(function)(x[:0], kernel).shape == (0, 9, 7, 48)
+@pytest.mark.parametrize("case", ONE_PER_KERNEL)
+def test_batches_without_images(case):
+    """As such, and mapped by vmap."""
+    function, (x, *rest) = CASES[case]
+
+    def gradients(x, *rest):
+        return function(x, *rest), jax.grad(lambda *args: jnp.sum(function(*args)))(x, *rest)
+
+    rows = [arg[:0] if case == "norm and SiLU" else arg for arg in rest]
+    alone = jax.jit(gradients)(x[:0], *rows)
+    mapped = jax.jit(jax.vmap(gradients, (0, *[None] * len(rest))))(x[None][:0], *rest)
+    assert all(found.size == 0 for found in (*alone, *mapped))
+
+
+MISMATCHED = {
+    "kernel of other channels": (convolve_3x3, (2, 8, 8, 32), (3, 3, 16, 16)),
+    "kernel of 5x5 pixels": (convolve_3x3, (2, 8, 8, 32), (5, 5, 32, 32)),
+    "image without a batch": (convolve_3x3, (8, 8, 32), (3, 3, 32, 32)),
+    "matrix of other channels": (multiply, (2, 9, 32), (16, 32)),
+    "gain for three images": (norm()[0], (2, 9, 7, 64), None, (3, 64), (2, 64)),
+    "bias of other channels": (norm()[0], (2, 9, 7, 64), None, (2, 64), (2, 32)),
+    "norm of arrays without columns": (norm()[0], (2, 9, 64), None, (2, 64), (2, 64)),
+    "heads that do not divide the channels": (functools.partial(attend, heads=17), (2, 16, 3 * 288)),
+    "attention of images": (functools.partial(attend, heads=1), (2, 16, 96, 16)),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("case", MISMATCHED)
+def test_arrays_of_other_shapes_are_refused(case):
+    """The C++ functions would read beyond their ends."""
+    function, *shapes = MISMATCHED[case]
+    arrays = [shape and jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    with pytest.raises((ValueError, TypeError)):
+        jax.eval_shape(function, *arrays)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_norm_broadcasts_gain_and_bias_over_images():
+    function, (x, *rest) = norm()
+    alike = [np.concatenate([arg[:1]] * 2) for arg in rest]
+    np.testing.assert_array_equal(jax.jit(function)(x, *(arg[:1] for arg in rest)), jax.jit(function)(x, *alike))
+
+
+def test_without_jit(caplog):
+    """Eager calls compile once, `disable_jit` has the same values, and `debug_nans` raises its own error."""
+    function, args = convolution()
+    arrays = [jnp.asarray(arg) for arg in args]
+    expected = function(*arrays)
+    with jax.log_compiles():
+        function(*arrays)
+    assert not caplog.messages
+    with jax.disable_jit():
+        np.testing.assert_array_equal(function(*arrays), expected)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        jax.jit(function)(*(jnp.inf * each for each in arrays))

@@ -28,6 +28,10 @@ class Leaf(NamedTuple):
     values: np.ndarray
 
 
+Leaves = dict[str, Leaf]
+"""By name in the tree."""
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """{"optimizer/0/mu/kernel": leaf} for every leaf of a tree of arrays; None is not a leaf."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
@@ -62,13 +66,13 @@ def _copy(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def named_arrays(tree: Any, host_tree: Any) -> dict[str, Leaf]:
+def named_arrays(tree: Any, host_tree: Any) -> Leaves:
     """Leaves by name, from a tree and the result of `to_host`."""
     values = named_leaves(host_tree)
     return {name: Leaf(str(leaf.dtype), leaf.shape, values[name]) for name, leaf in named_leaves(tree).items()}
 
 
-def write(file: Path, leaves: dict[str, Leaf]) -> None:
+def write(file: Path, leaves: Leaves) -> None:
     """Write a state. Raises OSError."""
     description = {name: {"dtype": leaf.dtype, "shape": leaf.shape} for name, leaf in leaves.items()}
     with zipfile.ZipFile(file, "w") as archive:
@@ -87,6 +91,14 @@ def read(file: Path, template: Any) -> Any:
     leaves = named_leaves(template)
     with StateArchive(file, keep=leaves) as archive:
         return _read(archive, template, leaves)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """Arrays that `write` wrote, by name; none if there is no file. Raises DamagedError for an incomplete one."""
+    if not file.exists():
+        return {}
+    with StateArchive(file) as archive:
+        return {name: archive.read(name) for name in archive.leaves}
 
 
 def _read(archive: StateArchive, template: Any, leaves: dict[str, Any]) -> Any:

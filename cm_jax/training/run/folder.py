@@ -153,10 +153,11 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self.wait()
         if batches in self._saved:
             return
-        host_params, host_state = state_io.to_host((params, state))
+        writes = jax.process_index() == 0
+        host_params, host_state = state_io.to_host((params, state), needed=writes)
         self._saved.add(batches)
         self.started = True
-        if jax.process_index() == 0:
+        if writes:
             leaves, metrics = state_io.named_arrays(state, host_state), state_io.named_arrays(unlogged, unlogged)
             self._written = self._writer.submit(self._write, batches, config, host_params, leaves, metrics, snapshot)
 

@@ -40,26 +40,30 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: Any, needed: bool = True) -> Any:
     """The tree as NumPy arrays that later steps do not overwrite; of PRNG keys, their key data.
 
     All processes must call it: leaves that are sharded over processes are gathered one after the other.
+    needed: whether this process needs the result; otherwise it only takes part in gathering, and its leaves are None.
     """
     data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
     for leaf in jax.tree.leaves(data):
-        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+        if needed and isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
             leaf.copy_to_host_async()
     different = {id(leaf): leaf for leaf in jax.tree.leaves(data)}  # an array may be in the tree twice
-    copies = {name: _copy(leaf) for name, leaf in different.items()}
+    copies = {name: _copy(leaf, needed) for name, leaf in different.items()}
     return jax.tree.map(lambda leaf: copies[id(leaf)], data)
 
 
-def _copy(leaf: Any) -> np.ndarray:
+def _copy(leaf: Any, needed: bool) -> np.ndarray | None:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        gathered = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(gathered) if needed else None
+    if not needed:
+        return None
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)
     if not leaf.is_fully_addressable:
-        if not leaf.is_fully_replicated:
-            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         leaf = leaf.addressable_data(0)
     if next(iter(leaf.devices())).platform == "cpu":
         return np.array(leaf)  # asarray would return a view, which prevents donation

@@ -59,7 +59,7 @@ class EncodedData(Data):
     in_memory_gib: float = 4.0
     """Decode all images at the start if they need at most this many GiB. Larger data sets are streamed."""
     max_corrupt: int = 100
-    """Maximum number of unreadable images, which are logged and skipped."""
+    """Maximum number of unreadable images, which are logged and replaced by the next readable one."""
     workers: int = 0
     """Processes that decode streamed images. 0: threads."""
 
@@ -101,14 +101,14 @@ def _load(encoded: Encoded, index: int, shape: Shape) -> tuple[UInt8[np.ndarray,
         raise UnreadableError(encoded.name(index), reason[:200]) from error
 
 
-def _report(encoded: Encoded, reasons: dict[str, str], new: dict[str, str], done: str, most: int) -> None:
-    """Log `new` unreadable images (name -> reason), which are `done`, and add them to `reasons`.
+def _report(encoded: Encoded, reasons: dict[str, str], new: dict[str, str], most: int) -> None:
+    """Log `new` unreadable images (name -> reason), which are replaced, and add them to `reasons`.
 
     Raises InputError if there are more than `most` of them, or no readable image.
     """
     for name, reason in new.items():
         if name not in reasons:
-            log.warning(f"{done} an unreadable image: %s: %s", name, reason)
+            log.warning("Replaced an unreadable image: %s: %s", name, reason)
     reasons |= new
     if len(reasons) > most:
         unreadable = f"{len(reasons)} image{'s' if len(reasons) != 1 else ''} cannot be read, more than max_corrupt"
@@ -122,9 +122,10 @@ def _report(encoded: Encoded, reasons: dict[str, str], new: dict[str, str], done
 
 
 def decode_all(encoded: Encoded, shape: Shape, max_corrupt: int) -> InMemory:
-    """All images, decoded by threads, in their order; those that cannot be read are named and left out.
+    """All images, decoded by threads, in their order.
 
-    Raises InputError where there are more than `max_corrupt` of them, or no others.
+    An unreadable image is logged and replaced by the next readable one, as in `Streamed`. Raises InputError if there
+    are more than `max_corrupt` of them, or no others.
     """
     count = len(encoded)
     images = np.empty((count, *shape), np.uint8)
@@ -147,24 +148,21 @@ def decode_all(encoded: Encoded, shape: Shape, max_corrupt: int) -> InMemory:
     with activity(f"Decoding {encoded.place}", total=count) as shown:
         try:
             for reasons in pool.map(fill, range(0, count, _CHUNK)):
-                _report(encoded, unreadable, reasons, "Skipped", max_corrupt)
+                _report(encoded, unreadable, reasons, max_corrupt)
                 shown.advance(min(_CHUNK, count - shown.done))
         finally:
             pool.shutdown(cancel_futures=True)
     if small.any():
         where = f"{encoded.place}: {small.sum()} of {count}"
         log.warning("Images smaller than %s were enlarged. %s.", in_pixels(shape), where)
-    kept = np.flatnonzero(good)
-    if len(kept) < count:
-        for place, index in enumerate(kept):  # in place, because a second copy might not fit
-            images[place], labels[place] = images[index], labels[index]
-    names, classes = encoded.class_names, encoded.classes
-    kept_labels = None if classes is None else labels[: len(kept)]
+    bad, readable = np.flatnonzero(~good), np.flatnonzero(good)
+    replacements = readable[np.searchsorted(readable, bad) % len(readable)]
+    images[bad], labels[bad] = images[replacements], labels[replacements]
     return InMemory(
-        images[: len(kept)],
-        kept_labels,
-        class_names=names,
-        classes=classes,
+        images,
+        None if encoded.classes is None else labels,
+        class_names=encoded.class_names,
+        classes=encoded.classes,
         place=encoded.place,
         content_hash=content_hash(encoded),
     )
@@ -236,7 +234,7 @@ class Streamed(Dataset):
         warned = False
         with contextlib.closing(iter(stream)) as parts:
             for part in parts:
-                _report(self.encoded, unreadable, part.unreadable, "Replaced", self.max_corrupt)
+                _report(self.encoded, unreadable, part.unreadable, self.max_corrupt)
                 if part.enlarged and not warned:
                     warned = True
                     where = f"{self.encoded.place}: {part.enlarged} in one batch"

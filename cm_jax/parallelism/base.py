@@ -85,11 +85,15 @@ class Parallelism(abc.ABC):
         return jax.tree.map(lambda _: self.replicated, state)
 
     def place_state(self, state: Any) -> Any:
-        """Copies on the devices, which the step may donate."""
-        return jax.tree.map(jnp.copy, global_arrays(state, self.shardings(state)))
+        """Copies on the devices, which the step may donate; one leaf after the other, to save memory."""
+
+        def place(leaf: Any, where: Sharding) -> Array:
+            return jax.block_until_ready(jnp.copy(global_array(leaf, where)))
+
+        return jax.tree.map(place, state, self.shardings(state))
 
     def place_constants(self, constants: Any) -> Any:
-        return global_arrays(constants, jax.tree.map(lambda _: self.replicated, constants))
+        return jax.tree.map(lambda leaf: global_array(leaf, self.replicated), constants)
 
     @abc.abstractmethod
     def place_batches(self, batches: Any) -> Any:
@@ -122,16 +126,12 @@ class OneDevice(Parallelism):
         return jax.device_put(batches, self.replicated)
 
 
-def global_arrays(tree: Any, shardings: Any) -> Any:
-    """Place arrays, of which every process has the whole, on the devices of all processes."""
-
-    def place(leaf: Any, where: Sharding) -> Array:
-        if where.is_fully_addressable:
-            return jax.device_put(leaf, where)
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-
-    return jax.tree.map(place, tree, shardings)
+def global_array(array: Any, where: Sharding) -> Array:
+    """Place an array, of which every process has the whole, on the devices of all processes."""
+    if where.is_fully_addressable:
+        return jax.device_put(array, where)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def grouped(function: ImageFunction) -> ImageProgram:

@@ -68,12 +68,12 @@ def _emas(former: TrainingStep, now: TrainingStep, state: TrainState, notes: lis
     """The EMAs of `now` by name. Adds to the notes."""
     step = int(state.batches) - int(state.skipped)
     names = {ema.name for ema in now.emas}
-    rates = {PARAMETERS: 1.0} | {ema.name: _rate(ema, step) for ema in former.emas}
+    rates = {PARAMETERS: 1.0} | {ema.name: float(ema.weight_at(step)) for ema in former.emas}
     for ema in now.emas:
         if ema.name in state.ema:
             yield ema.name, state.ema[ema.name]
             continue
-        rate = _rate(ema, step)
+        rate = float(ema.weight_at(step))
         nearest = min(rates, key=lambda name: abs(math.log(rates[name] / rate)))
         notes.append(f"The EMA {ema.name} starts from {'the' if nearest == PARAMETERS else 'the EMA'} {nearest}.")
         yield ema.name, state.ema.get(nearest, state.params)
@@ -83,8 +83,3 @@ def _emas(former: TrainingStep, now: TrainingStep, state: TrainState, notes: lis
 def _layout(shapes: TrainState) -> tuple[Any, list[Any]]:
     """For comparison: tuples of different types with equal shapes are equal."""
     return jax.tree.structure(shapes), jax.tree.leaves(shapes)
-
-
-def _rate(ema: Any, step: int) -> float:
-    """1 - beta: the weight of the newest parameters."""
-    return max(1 - float(ema.decay_at(step)), 1e-9)

@@ -1,6 +1,6 @@
 """Exponential moving averages (EMA) of the parameters over training.
 
-ema <- beta ema + (1 - beta) params after every step, with beta = decay_at(k) for k = 0, 1, ...
+ema <- beta ema + (1 - beta) params after every step, with 1 - beta = weight_at(k) for k = 0, 1, ...
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ class ConstantEMA:
         """Key in the training state."""
         return f"exponential_{self.decay!r}"
 
-    def decay_at(self, step: Step) -> Rate:
-        return jnp.float32(self.decay)
+    def weight_at(self, step: Step) -> Rate:
+        return jnp.float32(1 - self.decay)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,9 @@ class PowerEMA:
         """Exponent of the weights."""
         return power_profiles.gamma(self.width)
 
-    def decay_at(self, step: Step) -> Rate:
-        return (1 - 1 / (jnp.asarray(step, jnp.float32) + 1)) ** (self.gamma + 1)
+    def weight_at(self, step: Step) -> Rate:
+        """1 - beta, without the cancellation that rounding beta to float32 would cause in long runs."""
+        return -jnp.expm1((self.gamma + 1) * jnp.log1p(-1 / (jnp.asarray(step, jnp.float32) + 1)))
 
 
 AnyEMA = ConstantEMA | PowerEMA
@@ -73,6 +74,6 @@ def decay_for_half_life(images: float, batch_size: int) -> float:
     return math.exp(math.log(0.5) * batch_size / images)
 
 
-def ema_update(ema: Params, params: Params, decay: Rate | float) -> Params:
-    """decay ema + (1 - decay) params, leaf by leaf; a decay of 1 leaves `ema` bitwise identical."""
-    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
+def ema_update(ema: Params, params: Params, weight: Rate | float) -> Params:
+    """(1 - weight) ema + weight params, leaf by leaf; a weight of 0 leaves `ema` bitwise identical."""
+    return jax.tree.map(lambda old, new: old + weight * (new - old), ema, params)

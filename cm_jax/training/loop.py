@@ -124,7 +124,7 @@ def _loop(
     progress = Progress(done, total, config.batch_size)
     feed, steps = prefetch(setup.dispatches(done, total)), 0
     with StopSignal() as stop, log, progress, contextlib.closing(feed):
-        window = MetricsWindow(config, log, progress, done, configuration)
+        window = MetricsWindow(config, log, progress, done, configuration, folder.unlogged)
 
         def evaluate(done: int, params: Params) -> None:
             with activity("Evaluating"):
@@ -147,10 +147,10 @@ def _loop(
             saving = last or evaluating or snapshot or _passes(config.checkpoint_every, before, done)
             sampling = _passes(config.sample_every, before, done) or (last and not stopping)
             if saving or sampling:
-                window.flush(write=last)
+                window.flush(write=done >= total)
                 params = setup.sampled_params(state)
                 if saving:
-                    folder.save(done, setup.config_after(done), params, state, snapshot=snapshot)
+                    folder.save(done, setup.config_after(done), params, state, window.unlogged, snapshot=snapshot)
                 if sampling:
                     log.samples(done, sample_grid(setup.config_after(done), params))
                 if evaluating:
@@ -163,7 +163,6 @@ def _loop(
                 print_line(f"Stopped by {reason} after {done} of {total} batches. Run the same command to resume.")
                 return
         folder.wait()
-        window.flush(write=True)
     plot(folder.path)
     print_line(f"Finished: {done} batches. Sample from it: cm-jax sample {folder.path}")
     if (best := folder.best()) is not None:

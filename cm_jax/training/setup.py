@@ -71,12 +71,12 @@ class TrainingSetup:
         key = jax.random.fold_in(jax.random.key(self.config.seed), 2**31)
         if name == "fresh" or not (name or source):
             with activity("Initializing the parameters"):
-                params = network.initialize(key)
+                params = to_host(network.initialize(key))
         else:
             source = source if source and not name else self.initial or Inputs().checkpoint(self.config, "init_from")
             check_initial_weights(self.config, source)
             params = initial_params(source, network, self.model_config.class_names, key)
-        return self.step.initial_state(params, self.teacher and self.teacher.params)
+        return to_host(self.step.initial_state(params, self.teacher and self.teacher.params))
 
     def state_shapes(self, step: TrainingStep | None = None) -> TrainState:
         """Shapes and dtypes of a state of the run's step, or of another."""

@@ -173,10 +173,10 @@ class TrainingStep:
         step, transformation, curriculum = state.step, self.optimizer.transformation(), self.objective.curriculum
         updates, optimizer = transformation.update(gradients, state.optimizer, state.params)
         params: Params = optax.apply_updates(state.params, updates)  # type: ignore[assignment]
-        emas = {ema.name: ema_update(state.ema[ema.name], params, ema.decay_at(step)) for ema in self.emas}
+        emas = {ema.name: ema_update(state.ema[ema.name], params, ema.weight_at(step)) for ema in self.emas}
         target = state.target
         if target is not None and self.target_ema is not None:
-            target = ema_update(target, params, self.target_ema(step, curriculum))
+            target = ema_update(target, params, 1 - self.target_ema(step, curriculum))
         state = state._replace(
             consecutive_skips=jnp.int32(0), params=params, optimizer=optimizer, target=target, ema=emas
         )

@@ -1,5 +1,7 @@
 """Optimizers compared with PyTorch, and EMAs with their closed forms."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +120,7 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 def averaged(average, values):
     def step(carry, value):
         tree, k = carry
-        return (ema_update(tree, {"w": value}, average.decay_at(k)), k + 1), None
+        return (ema_update(tree, {"w": value}, average.weight_at(k)), k + 1), None
 
     (tree, _), _ = jax.lax.scan(step, ({"w": jnp.float32(-100.0)}, 0), jnp.asarray(values, jnp.float32))
     return float(tree["w"])
@@ -153,9 +155,15 @@ def test_power_ema_forgets_its_initial_value():
     assert PowerEMA(0.1).gamma == pytest.approx(6.94, abs=0.01)
 
 
-def test_a_decay_of_one_changes_no_bit():
+@pytest.mark.parametrize("k", [10**4, 10**6, 10**8])
+def test_weights_of_power_emas_are_exact_in_long_runs(k):
+    exact = -math.expm1((PowerEMA(0.05).gamma + 1) * math.log1p(-1 / (k + 1)))
+    assert float(jax.jit(PowerEMA(0.05).weight_at)(jnp.int32(k))) == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_weight_of_zero_changes_no_bit():
     old, new = {"w": jnp.asarray([0.1, 1e-30])}, {"w": jnp.asarray([3.3, 1e30])}
-    np.testing.assert_array_equal(ema_update(old, new, 1.0)["w"], old["w"])
+    np.testing.assert_array_equal(ema_update(old, new, 0.0)["w"], old["w"])
 
 
 def test_averages_have_names_of_their_own():

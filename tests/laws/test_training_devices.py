@@ -1,14 +1,20 @@
 """The training step on several devices: invariance of the results, and traffic between devices."""
 
+import dataclasses
 import functools
+import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.hlo import collectives, collectives_with_groups
+from cm_jax.data import EmojiData
 from cm_jax.errors import InputError
 from cm_jax.parallelism import DataMesh, OneDevice, Pmap, Sharded, check_batch_size
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.setup import prepare
 from cm_jax.training.step import Constants
 from tests.laws.test_training_step import KEY, TOY, UNET, distilling, farthest, raw_batches, run
 
@@ -114,6 +120,25 @@ def test_sharding_splits_what_is_large():
         assert own["in"].addressable_shards[0].data.shape == (48, 16)
         assert own["out"].addressable_shards[0].data.shape == (16, 48)
         assert own["bias"].addressable_shards[0].data.shape == (48,)
+
+
+def test_a_state_is_placed_from_the_host_leaf_by_leaf(monkeypatch):
+    """So that no device holds the whole state, and none holds its shares twice."""
+    network = dataclasses.replace(TOY, image_size=8, classes=9)
+    setup = prepare(TrainConfig(data=EmojiData(), network=network, batch_size=8, images=8, parallel="sharded"))
+    state = setup.initial_state()
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(state))
+    copy, sources, alive = jnp.copy, [], []
+
+    def counting(leaf):
+        sources.append(weakref.ref(leaf))
+        alive.append(sum(source() is not None for source in sources))
+        return copy(leaf)
+
+    monkeypatch.setattr(jnp, "copy", counting)
+    placed = setup.parallelism.place_state(state)
+    assert alive == [1] * len(jax.tree.leaves(placed))
+    jax.tree.map(np.testing.assert_array_equal, placed, state)
 
 
 def test_a_batch_that_cannot_be_shared_out_names_the_nearest():

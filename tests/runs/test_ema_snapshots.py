@@ -29,7 +29,7 @@ def trajectory():
     for step in range(STEPS):
         params = 5 * np.exp(-step / 20) + np.sin(step / 7)
         for width in WIDTHS:
-            beta = float(PowerEMA(width).decay_at(step))
+            beta = 1 - float(PowerEMA(width).weight_at(step))
             emas[width] = beta * emas[width] + (1 - beta) * params
         found[step + 1] = (params, dict(emas))
     return found

@@ -214,6 +214,16 @@ def test_the_best_is_the_least_or_the_most_and_is_kept(metric, scores, best, tmp
         assert (again._last, again._best) == (50, evaluations._best)
 
 
+def test_a_larger_batch_size_causes_no_evaluation_before_its_images(tmp_path):
+    """Batches of 8 images, evaluated after 24 images, and of 16 from batch 5 on, where the next is due after 48."""
+    larger = dataclasses.replace(SMALL, batch_size=16, image_offset=-5 * 8, images=1000)
+    evaluator = Scripted(PeriodicEvaluation(every=24), CONFIG, toy(), of_dataset(EmojiData().open(8), "emoji"))
+    (tmp_path / "evaluations.csv").write_text("batches,images,fid_1_step\n3,24,7\n")
+    with RunFolder(tmp_path) as folder:
+        hook = EvaluationHook(larger, evaluator, folder, 5)
+        assert [(done, larger.images_after(done), hook.due(done)) for done in (5, 6)] == [(5, 40, False), (6, 56, True)]
+
+
 def test_the_evaluated_ema_is_the_one_saved_for_sampling(tmp_path):
     short = dataclasses.replace(EVALUATED, images=8 * 3)
     assert short.sampled_ema == "exponential_0.9"

@@ -238,12 +238,16 @@ def damaged(folder):
     return folder
 
 
-def test_unreadable_files_are_named_and_left_out(damaged, caplog):
+def test_unreadable_files_are_named_and_replaced_in_memory_as_in_streams(damaged, caplog):
     data = ImageFolder(str(damaged), max_corrupt=3).open(8)
-    assert levels(data) == [50, 70, 80, 90, 0, 30, 40]
-    assert data.labels.tolist() == [0] * 4 + [1] * 3
+    assert levels(data) == [50, 70, 70, 80, 90, 0, 30, 30, 30, 40]
+    assert data.labels.tolist() == [0] * 5 + [1] * 5
     named = [re.search(r"image: (\S+):", record.getMessage())[1] for record in caplog.records]
     assert named == ["a/6.png", "b/1.png", "b/2.png"]
+    (damaged / "b" / "4.png").write_bytes(b"")  # the last one, which the first replaces
+    in_memory, streamed = (ImageFolder(str(damaged), in_memory_gib=gib).open(8).batches(10) for gib in (1, 0))
+    for one, other in zip(next(in_memory), next(streamed), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_more_unreadable_files_than_allowed_are_an_error(damaged):
@@ -262,7 +266,7 @@ def test_the_order_does_not_depend_on_the_threads(tmp_path, monkeypatch):
     (tmp_path / "077.png").write_bytes(b"")
     monkeypatch.setattr("cm_jax.data.encoded._CHUNK", 3)
     monkeypatch.setattr("cm_jax.data.encoded.THREADS", 8)
-    expected = [index for index in range(200) if index != 77]
+    expected = [78 if index == 77 else index for index in range(200)]
     assert all(levels(ImageFolder(str(tmp_path)).open(8)) == expected for _ in range(3))
 
 

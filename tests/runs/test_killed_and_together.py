@@ -16,10 +16,10 @@ from tests.support import ROOT
 
 SMALL = [
     *("--network", "toy-network", "--network.image-size", "8", "--network.classes", "9", "--network.width", "32"),
-    *("--batch-size", "8", "--log-every", "1", "--sample-every", "1000000", "--ema-decay", "0.99", "--keep-last", "2"),
+    *("--batch-size", "8", "--sample-every", "1000000", "--ema-decay", "0.99", "--keep-last", "2"),
 ]
 
-BROKEN = ("--images", "280", "--checkpoint-every", "7")
+BROKEN = ("--images", "280", "--checkpoint-every", "7", "--log-every", "2")
 """35 batches, with checkpoints after 7, 14, 21, 28 and 35, of which two are kept."""
 KILLS = [
     # file operation, part of a path, which of them; batches after which the process began
@@ -172,7 +172,7 @@ def open_mpi(process, port):
     return ["--distributed", "auto"], job | {"OMPI_COMM_WORLD_SIZE": "2"} | rank
 
 
-TOGETHER = ("--images", "160", "--checkpoint-every", "20")
+TOGETHER = ("--images", "160", "--checkpoint-every", "20", "--log-every", "1")
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,18 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_there_again(tmp_pat
         same(folder.restore(2, state()), state(2))
 
 
+def test_metrics_of_a_checkpoint_are_restored_or_found_damaged(tmp_path):
+    metrics = {"loss": np.array([0.1, np.nan, np.inf])}
+    with RunFolder(tmp_path) as folder:
+        for number in (1, 2):
+            folder.save(number, CONFIG, PARAMS, state(number), metrics)
+    file = tmp_path / "checkpoints" / "00000002" / "state" / "unlogged.npz"
+    file.write_bytes(file.read_bytes()[:-30])
+    with RunFolder(tmp_path) as folder:
+        assert folder.resume(state())[0] == 1
+        np.testing.assert_equal(folder.unlogged, metrics)
+
+
 def test_killed_between_the_two_renames_of_a_replacement(tmp_path):
     save(tmp_path, 1, 2)
     place = tmp_path / "checkpoints" / "00000002"

@@ -161,6 +161,7 @@ def put(array, *spec):
 tree = {"rows": put(numbers, "data"), "columns": put(numbers + 1, None, "data"), "all": put(numbers + 2)}
 tree |= {"half": put(numbers.astype(jnp.bfloat16), "data"), "here": jnp.int32(5)}
 params = jax.tree.map(put, PARAMS)
+assert len(jax.tree.leaves(state_io.to_host(tree, needed=me == 0))) == (len(tree) if me == 0 else 0)
 with RunFolder(run) as folder:
     MetricsLog(folder.path, tensorboard=False).metrics(1, {"loss": 1.0})
     folder.save(1, CONFIG, params, tree)

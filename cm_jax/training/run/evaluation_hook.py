@@ -146,10 +146,12 @@ class EvaluationHook:
         self._config, self._evaluator, self._folder = config, evaluator, folder
         self._reference: FeatureStatistics | None = None
         self._last, self._best = 0, math.inf
+        self._periods = 0
+        """Multiples of `every` in the images of the last evaluation, whose batches may have had another size."""
         if evaluator is not None:
             with raised_in_all():
                 self._read(evaluator, done)
-            self._last = from_first(self._last)
+            self._last, self._periods = from_first(self._last), from_first(self._periods)
 
     def start(self) -> None:
         """Compute the statistics of the reference, so that its errors are found before training."""
@@ -161,8 +163,8 @@ class EvaluationHook:
         """Whether to evaluate after `done` batches."""
         if self._evaluator is None or done <= self._last:
             return False
-        every, images = self._evaluator.settings.every, self._config.images_after
-        return done >= self._config.batches or images(done) // every > images(self._last) // every
+        images = self._config.images_after(done)
+        return done >= self._config.batches or images // self._evaluator.settings.every > self._periods
 
     def evaluate(self, done: int, params: Params, log: MetricsLog) -> str:
         """Evaluate the checkpoint after `done` batches with these parameters; a line for the user.
@@ -179,8 +181,9 @@ class EvaluationHook:
         if best:
             self._best = score
             self._folder.mark_best(done, values[evaluator.best_column], {"evaluation": _compared(evaluator.settings)})
-        log.evaluation(done, {"images": self._config.images_after(done), **values})
-        self._last = done
+        images = self._config.images_after(done)
+        log.evaluation(done, {"images": images, **values})
+        self._last, self._periods = done, images // evaluator.settings.every
         return f"Evaluated after {done:,} batches: {words}.{' The best so far.' if best else ''}"
 
     def _read(self, evaluator: Evaluator, done: int) -> None:
@@ -195,8 +198,12 @@ class EvaluationHook:
         columns, rows = read_metrics(table) if table.exists() else ([], [])
         for row in rows:
             if int(row[0]) <= done:
-                value = dict(zip(columns, row, strict=True)).get(evaluator.best_column)
-                self._last, self._best = int(row[0]), min(self._best, evaluator.score(float(value or "nan")))
+                values = dict(zip(columns, row, strict=True))
+                score = evaluator.score(float(values.get(evaluator.best_column) or "nan"))
+                self._last, self._best = int(row[0]), min(self._best, score)
+                if not values.get("images", "").isdecimal():
+                    raise InputError(f"{table} does not count images: move it away or repair it.")
+                self._periods = int(values["images"]) // evaluator.settings.every
 
 
 def _compared(settings: PeriodicEvaluation) -> dict[str, Any]:

@@ -6,6 +6,7 @@ RUN/ema_snapshots/00001000.npz      the power-function EMAs after 1000 batches, 
 RUN/checkpoints/00001000/           after 1000 batches:
     config.json, params/            a native checkpoint: the weights to sample from
     state/state.npz                 the training state
+    state/unlogged.npz              metrics of the batches after the last row of metrics.csv
 
 A checkpoint is written to a temporary folder, synced to disk, and renamed. So every visible checkpoint is complete,
 even if the process is killed, the disk is full or the power fails.
@@ -13,19 +14,17 @@ even if the process is killed, the disk is full or the power fails.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
@@ -35,9 +34,12 @@ from cm_jax.errors import DamagedError, InputError, check_int
 from cm_jax.io.atomic import UNFINISHED, atomic_write, fsync_path, fsync_tree, remove, user_path, write_errors
 from cm_jax.parallelism.processes import from_first, raised_in_all
 from cm_jax.training.run import state_io
+from cm_jax.training.run.lock import lock
+from cm_jax.training.run.state_io import Leaves
 from cm_jax.types import Params
 
 _REPLACED = UNFINISHED + "replaced-"
+_UNLOGGED = STATE.with_name("unlogged.npz")
 _SETTINGS = ("config.json", "config_history.json", "run.json")
 """Files that a start changes before the first batch."""
 
@@ -89,6 +91,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
 
     started = False
     """Whether a batch was trained, or a checkpoint saved."""
+    unlogged: Mapping[str, np.ndarray] = {}
+    """Metrics that were saved with the restored state."""
 
     def __init__(self, path: str | Path, retention: Retention | None = None) -> None:
         self.path = user_path(path).absolute()
@@ -101,7 +105,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self._settings: dict[str, bytes] = {}
         with raised_in_all():
             if jax.process_index() == 0:
-                self._resources.callback(os.close, _lock(self.path))
+                self._resources.callback(os.close, lock(self.path))
                 self._clean_up()
                 files = (self.path / name for name in _SETTINGS)
                 self._settings = {file.name: file.read_bytes() for file in files if file.is_file()}
@@ -128,10 +132,20 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
             for folder in [*([self.path] if self._former is None else []), *self._missing]:
                 folder.rmdir()
 
-    def save(self, batches: int, config: ModelConfig, params: Params, state: Any, *, snapshot: bool = False) -> None:
+    def save(
+        self,
+        batches: int,
+        config: ModelConfig,
+        params: Params,
+        state: Any,
+        unlogged: Mapping[str, np.ndarray] = {},
+        *,
+        snapshot: bool = False,
+    ) -> None:
         """Save a checkpoint after `batches`: `params` to sample from, and `state`, any tree of arrays.
 
-        snapshot: also write the power-function EMAs of the state to RUN/ema_snapshots.
+        unlogged: metrics by batch that the log needs on resuming. snapshot: also write the power-function EMAs of the
+        state to RUN/ema_snapshots.
 
         Returns once all arrays are on the host; a thread writes them. The next call waits for it, and raises InputError
         if it failed.
@@ -139,12 +153,13 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         self.wait()
         if batches in self._saved:
             return
-        host_params, host_state = state_io.to_host((params, state))
+        writes = jax.process_index() == 0
+        host_params, host_state = state_io.to_host((params, state), needed=writes)
         self._saved.add(batches)
         self.started = True
-        if jax.process_index() == 0:
-            leaves = state_io.named_arrays(state, host_state)
-            self._written = self._writer.submit(self._write, batches, config, host_params, leaves, snapshot)
+        if writes:
+            leaves, metrics = state_io.named_arrays(state, host_state), state_io.named_arrays(unlogged, unlogged)
+            self._written = self._writer.submit(self._write, batches, config, host_params, leaves, metrics, snapshot)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written. Raises InputError if that failed."""
@@ -195,6 +210,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
                 found = ", ".join(map(str, self.steps())) or "none"
                 raise InputError(f"{self.path} has no checkpoint after {batches} batches; it has {found}.")
             state = state_io.read(self._checkpoint(batches) / STATE, template)
+            self.unlogged = state_io.read_arrays(self._checkpoint(batches) / _UNLOGGED)
         self._saved.add(batches)
         return state
 
@@ -233,7 +249,7 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         return self.path / "checkpoints" / f"{batches:08d}"
 
     def _write(
-        self, batches: int, config: ModelConfig, params: Params, leaves: dict[str, state_io.Leaf], snapshot: bool
+        self, batches: int, config: ModelConfig, params: Params, leaves: Leaves, metrics: Leaves, snapshot: bool
     ) -> None:
         """In the thread: write, rename, and remove old checkpoints."""
         place = self._checkpoint(batches)
@@ -245,6 +261,8 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
                 native.save(fresh, config, params)
                 (fresh / STATE.parent).mkdir()
                 state_io.write(fresh / STATE, leaves)
+                if metrics:
+                    state_io.write(fresh / _UNLOGGED, metrics)
                 fsync_tree(fresh)
                 if place.exists():  # damaged, or the run was resumed from an earlier one
                     os.replace(place, replaced)
@@ -263,39 +281,9 @@ class RunFolder(contextlib.AbstractContextManager["RunFolder"]):
         except (InputError, OSError) as error:
             _log.warning("Old checkpoints in %s were not removed: %s", self.path, error)
 
-    def _write_snapshot(self, batches: int, leaves: dict[str, state_io.Leaf]) -> None:
+    def _write_snapshot(self, batches: int, leaves: Leaves) -> None:
         parts = {name: leaf for name, leaf in leaves.items() if name.startswith(("batches", "skipped", "ema/power_"))}
         with atomic_write(self.path / SNAPSHOTS / f"{batches:08d}.npz") as file:
             state_io.write(file, parts)
             fsync_path(file)
         fsync_path(self.path / SNAPSHOTS)
-
-
-def _lock(run: Path) -> int:
-    """Create a run's folder, and lock it until the returned file descriptor is closed or the process ends.
-
-    Raises InputError if another process holds the lock.
-    """
-    file = run / ".lock"
-    try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"Cannot train in {run}: {error.strerror or error}. Give another folder.") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(handle, 500).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise InputError(
-            f"Another process ({holder}) trains in {run}: wait for it, stop it, or give another folder."
-        ) from error
-    except OSError as error:  # some network file systems have no locks
-        _log.warning("%s cannot be locked (%s): make sure that only one process trains in it.", run, error.strerror)
-    if not file.exists() or not os.path.samestat(os.fstat(handle), file.stat()):  # removed by a start that failed
-        os.close(handle)
-        return _lock(run)
-    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    os.ftruncate(handle, 0)
-    os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}, since {since}".encode())
-    return handle

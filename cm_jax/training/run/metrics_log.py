@@ -1,7 +1,7 @@
 """Measurements of a run: metrics.csv, evaluations.csv, samples/ and TensorBoard events.
 
-On resuming, tables and samples are truncated to the checkpoint, and TensorBoard discards later events. So an
-interrupted run shows the same as an uninterrupted one.
+On resuming, tables and samples are truncated to the checkpoint, TensorBoard discards later events, and the window of
+averaged metrics is restored. So an interrupted run shows the same as an uninterrupted one.
 """
 
 import contextlib
@@ -168,18 +168,29 @@ def _encode(lines: list[list[str]]) -> bytes:
 class MetricsWindow:
     """Averages step metrics over `log_every` batches, and logs the first step too.
 
-    configuration: its number in the history of the run, for a column of that name unless it is 0. Metrics of a dispatch
-    are fetched while the next one runs.
+    configuration: its number in the history of the run, for a column of that name unless it is 0. unlogged: that of the
+    window when the checkpoint was saved. Metrics of a dispatch are fetched while the next one runs.
     """
 
     def __init__(
-        self, config: TrainConfig, log: MetricsLog, progress: Progress, done: int, configuration: int = 0
+        self,
+        config: TrainConfig,
+        log: MetricsLog,
+        progress: Progress,
+        done: int,
+        configuration: int = 0,
+        unlogged: Mapping[str, np.ndarray] = {},
     ) -> None:
         self._config, self._log, self._progress, self._done = config, log, progress, done
         self._pending: Curves | None = None
-        self._values: dict[str, list[float]] = {}
+        self._values: dict[str, list[float]] = {name: values.tolist() for name, values in unlogged.items()}
         self._configuration = {"configuration": configuration} if configuration else {}
         self._learning_rate = config.optimizer.learning_rate.schedule()
+
+    @property
+    def unlogged(self) -> dict[str, np.ndarray]:
+        """Metrics of the batches since the last row."""
+        return {name: np.asarray(values) for name, values in self._values.items()}
 
     def add(self, metrics: Curves | None) -> None:
         """Add metrics of the dispatch that has just been started, and fetch those of the one before."""

@@ -28,6 +28,10 @@ class Leaf(NamedTuple):
     values: np.ndarray
 
 
+Leaves = dict[str, Leaf]
+"""By name in the tree."""
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """{"optimizer/0/mu/kernel": leaf} for every leaf of a tree of arrays; None is not a leaf."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
@@ -36,39 +40,43 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: Any, needed: bool = True) -> Any:
     """The tree as NumPy arrays that later steps do not overwrite; of PRNG keys, their key data.
 
     All processes must call it: leaves that are sharded over processes are gathered one after the other.
+    needed: whether this process needs the result; otherwise it only takes part in gathering, and its leaves are None.
     """
     data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
     for leaf in jax.tree.leaves(data):
-        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+        if needed and isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
             leaf.copy_to_host_async()
     different = {id(leaf): leaf for leaf in jax.tree.leaves(data)}  # an array may be in the tree twice
-    copies = {name: _copy(leaf) for name, leaf in different.items()}
+    copies = {name: _copy(leaf, needed) for name, leaf in different.items()}
     return jax.tree.map(lambda leaf: copies[id(leaf)], data)
 
 
-def _copy(leaf: Any) -> np.ndarray:
+def _copy(leaf: Any, needed: bool) -> np.ndarray | None:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        gathered = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(gathered) if needed else None
+    if not needed:
+        return None
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)
     if not leaf.is_fully_addressable:
-        if not leaf.is_fully_replicated:
-            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         leaf = leaf.addressable_data(0)
     if next(iter(leaf.devices())).platform == "cpu":
         return np.array(leaf)  # asarray would return a view, which prevents donation
     return np.asarray(leaf)
 
 
-def named_arrays(tree: Any, host_tree: Any) -> dict[str, Leaf]:
+def named_arrays(tree: Any, host_tree: Any) -> Leaves:
     """Leaves by name, from a tree and the result of `to_host`."""
     values = named_leaves(host_tree)
     return {name: Leaf(str(leaf.dtype), leaf.shape, values[name]) for name, leaf in named_leaves(tree).items()}
 
 
-def write(file: Path, leaves: dict[str, Leaf]) -> None:
+def write(file: Path, leaves: Leaves) -> None:
     """Write a state. Raises OSError."""
     description = {name: {"dtype": leaf.dtype, "shape": leaf.shape} for name, leaf in leaves.items()}
     with zipfile.ZipFile(file, "w") as archive:
@@ -87,6 +95,14 @@ def read(file: Path, template: Any) -> Any:
     leaves = named_leaves(template)
     with StateArchive(file, keep=leaves) as archive:
         return _read(archive, template, leaves)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """Arrays that `write` wrote, by name; none if there is no file. Raises DamagedError for an incomplete one."""
+    if not file.exists():
+        return {}
+    with StateArchive(file) as archive:
+        return {name: archive.read(name) for name in archive.leaves}
 
 
 def _read(archive: StateArchive, template: Any, leaves: dict[str, Any]) -> Any:

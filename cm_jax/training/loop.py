@@ -14,7 +14,7 @@ from cm_jax.checkpoints import native, serialization
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
 from cm_jax.io.images import fits_png
-from cm_jax.parallelism.processes import in_any, raised_in_all
+from cm_jax.parallelism.processes import check_equal, in_any, raised_in_all
 from cm_jax.progress import activity
 from cm_jax.training.adaptation import adapted, template
 from cm_jax.training.config import TrainConfig
@@ -37,7 +37,7 @@ from cm_jax.training.schedules import (
 )
 from cm_jax.training.setup import COMPILING, TrainingSetup, prepare
 from cm_jax.training.step import TrainState
-from cm_jax.types import Params, parameter_count
+from cm_jax.types import Params, digest, parameter_count
 
 _SYNC_EVERY = 10
 """Dispatches between exchanges of the stop flag among processes, which wait for each other."""
@@ -60,15 +60,18 @@ def train(
     of evaluations.csv; in process 0 only. Raises InputError if the settings contradict each other or the folder's.
     """
     folder = user_path(folder)
-    stored, new = read_config(folder), not native.run_checkpoints(folder)
-    if stored is None and not new:
-        raise InputError(
-            f"{folder} has checkpoints but no config.json, so that the settings of the run are not known: restore the "
-            f"file, or {NEW_RUN}."
-        )
-    setup = prepare(config, stored, resumed=native.last_config(folder), initial=new)
-    serialization.encode(setup.config)  # raises InputError for components of other packages that are not registered
-    fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
+    with raised_in_all():
+        stored, new = read_config(folder), not native.run_checkpoints(folder)
+        if stored is None and not new:
+            raise InputError(
+                f"{folder} has checkpoints but no config.json, so that the settings of the run are not known: restore "
+                f"the file, or {NEW_RUN}."
+            )
+        setup = prepare(config, stored, resumed=native.last_config(folder), initial=new)
+        serialization.encode(setup.config)  # raises InputError for components of other packages that are not registered
+        fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
+    if jax.process_count() > 1:
+        check_equal(_inputs(setup, fresh))
     setup = dataclasses.replace(setup, initial=None)  # frees its memory
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
         content, teacher = setup.dataset.content_hash, setup.teacher_digest
@@ -104,6 +107,17 @@ def train(
             record_start(opened.path, done, data=content, teacher=teacher)
         hook.start()
         _loop(setup, opened, hook, state, done, print_line, log, len(history.periods) - 1)
+
+
+def _inputs(setup: TrainingSetup, fresh: TrainState | None) -> dict[str, Any]:
+    """What must be equal in all processes: settings and, in place of paths, the content of files."""
+    content = {
+        "data": (setup.dataset.content_hash, setup.dataset.size, setup.resident is None),
+        "teacher": setup.teacher_digest,
+        "init_from": None,
+        "initial parameters": fresh and digest(fresh.params),
+    }
+    return serialization.encode(setup.config) | content
 
 
 def _loop(

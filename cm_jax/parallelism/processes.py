@@ -43,6 +43,32 @@ def raised_in_all() -> Iterator[None]:
         raise failure
 
 
+class Delayed:
+    """InputErrors in the parts of a loop between which processes do not communicate, until `exchange`.
+
+    A process continues after its error, because the others wait for its part of every training step.
+    """
+
+    def __init__(self) -> None:
+        self._first: InputError | None = None
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep an InputError of the block; in a run of one process it is raised."""
+        try:
+            yield
+        except InputError as error:
+            if jax.process_count() == 1:
+                raise
+            self._first = self._first or error
+
+    def exchange(self) -> None:
+        """Raise the first error of any process in all."""
+        with raised_in_all():
+            if self._first is not None:
+                raise self._first
+
+
 def check_equal(values: Mapping[str, Any]) -> None:
     """Raise an InputError in all processes if a value differs from that of process 0. All give the same names."""
     own = [np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8) for value in values.values()]

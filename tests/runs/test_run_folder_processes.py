@@ -1,6 +1,8 @@
 """Run folders of several processes: locked, killed while they write, and written together."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
@@ -26,9 +28,12 @@ from cm_jax.io.images import quantize
 from cm_jax.model import Model
 from cm_jax.parallelism import OneDevice, Sharded
 from cm_jax.parallelism.processes import from_all
+from cm_jax.training import loop
 from cm_jax.training.config import TrainConfig
 from cm_jax.training.loop import train
 from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.metrics_log import MetricsLog
+from cm_jax.training.setup import TrainingSetup, prepare
 from tests.laws.test_evaluation import image_set, toy_extractor
 from tests.laws.test_training_devices import compiled
 from tests.runs.test_run_folder import PARAMS
@@ -270,6 +275,22 @@ def check_training(me, folder):
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(config, **changes), folder / "run")
         assert not (folder / "run").exists()
+
+    dispatches, program = TrainingSetup.dispatches, prepare(config).compiled()
+
+    def fails_in_the_third(setup, start, stop):
+        yield from itertools.islice(dispatches(setup, start, stop), 2)
+        fails(start, stop)
+
+    TrainingSetup.compiled = lambda setup: program
+    loop.MetricsLog = functools.partial(MetricsLog, tensorboard=False)  # it imports PyTorch
+    with pytest.raises(InputError, match="disk"):
+        train(config, folder / "run", log=fails)
+    if me:
+        TrainingSetup.dispatches = fails_in_the_third
+    with pytest.raises(InputError, match="disk" if me else "process 1: .* disk"):
+        train(dataclasses.replace(config, checkpoint_every=4), folder / "run")
+    assert not native.run_checkpoints(folder / "run")
 
 
 def check_sharded_program():

@@ -177,7 +177,8 @@ class EvaluationHook:
         if best:
             self._best = score
             self._folder.mark_best(done, values[evaluator.best_column], {"evaluation": _compared(evaluator.settings)})
-        log.evaluation(done, {"images": self._config.images_after(done), **values})
+        with raised_in_all():
+            log.evaluation(done, {"images": self._config.images_after(done), **values})
         self._last = done
         return f"Evaluated after {done:,} batches: {words}.{' The best so far.' if best else ''}"
 

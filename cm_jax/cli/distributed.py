@@ -42,6 +42,7 @@ class Distributed:
         """Connect this process to the others, if there are any, before JAX looks at its devices. Raises InputError."""
         if not self.coordinator and self.distributed == "off":
             return
+        jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
         try:
             with activity("Waiting for the other processes"):
                 if self.coordinator:

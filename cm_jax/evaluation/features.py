@@ -215,7 +215,7 @@ def reference_statistics(extractor: FeatureExtractor, reference: Reference, need
     needs, paths = set(needs) - {"logits"}, {}
     found: dict[str, Any] = {}
     if needs and extractor.cache is not None:
-        with activity(f"Reading {reference.name}"):
+        with activity(f"Reading {reference.name}"), raised_in_all() if extractor.shared else contextlib.nullcontext():
             digest = reference.digest()
         content = "\n".join((_CACHE_VERSION, digest, extractor.digest, extractor.resize))
         stem = hashlib.sha256(content.encode()).hexdigest()[:32]

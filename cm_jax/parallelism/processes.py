@@ -4,14 +4,16 @@ All processes must call these functions together.
 """
 
 import contextlib
+import hashlib
 import io
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cm_jax.errors import DamagedError, InputError
+from cm_jax.errors import DamagedError, InputError, indented_list
 
 _MAX_MESSAGE_BYTES = 2000
 _PIECE_BYTES = 2**26
@@ -22,7 +24,7 @@ _PIECE_BYTES = 2**26
 def raised_in_all() -> Iterator[None]:
     """An InputError raised in the block by one process is raised in all, so that none waits for the others.
 
-    All processes must enter this block.
+    All processes must enter this block, which must not communicate with them otherwise.
     """
     failure: InputError | None = None
     try:
@@ -39,6 +41,43 @@ def raised_in_all() -> Iterator[None]:
                 failure = DamagedError(text) if kind.any() else InputError(text)
     if failure is not None:
         raise failure
+
+
+class Delayed:
+    """InputErrors in the parts of a loop between which processes do not communicate, until `exchange`.
+
+    A process continues after its error, because the others wait for its part of every training step.
+    """
+
+    def __init__(self) -> None:
+        self._first: InputError | None = None
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep an InputError of the block; in a run of one process it is raised."""
+        try:
+            yield
+        except InputError as error:
+            if jax.process_count() == 1:
+                raise
+            self._first = self._first or error
+
+    def exchange(self) -> None:
+        """Raise the first error of any process in all."""
+        with raised_in_all():
+            if self._first is not None:
+                raise self._first
+
+
+def check_equal(values: Mapping[str, Any]) -> None:
+    """Raise an InputError in all processes if a value differs from that of process 0. All give the same names."""
+    own = [np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8) for value in values.values()]
+    found = multihost_utils.process_allgather(np.stack(own))
+    different = (found != found[0]).any(axis=2)
+    others = {name: np.flatnonzero(different[:, place]) for place, name in enumerate(values)}
+    if lines := [f"{name}: process {', '.join(map(str, each))}" for name, each in others.items() if each.size]:
+        problem = "All processes need the same settings and files. Those of process 0 differ from"
+        raise InputError(f"{problem}:\n  {indented_list(lines)}")
 
 
 def from_first(number: int) -> int:

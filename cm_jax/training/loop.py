@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from cm_jax.checkpoints import native, serialization
 from cm_jax.errors import InputError
 from cm_jax.io.atomic import user_path
 from cm_jax.io.images import fits_png
-from cm_jax.parallelism.processes import in_any, raised_in_all
+from cm_jax.parallelism.processes import Delayed, check_equal, in_any, raised_in_all
 from cm_jax.progress import activity
 from cm_jax.training.adaptation import adapted, template
 from cm_jax.training.config import TrainConfig
@@ -36,11 +37,11 @@ from cm_jax.training.schedules import (
     unfinished_schedules,
 )
 from cm_jax.training.setup import COMPILING, TrainingSetup, prepare
-from cm_jax.training.step import TrainState
-from cm_jax.types import Params, parameter_count
+from cm_jax.training.step import StepBatch, TrainState
+from cm_jax.types import Params, digest, parameter_count
 
 _SYNC_EVERY = 10
-"""Dispatches between exchanges of the stop flag among processes, which wait for each other."""
+"""Dispatches between exchanges of the stop flag and of errors among processes, which wait for each other."""
 
 Print = Callable[[str], None]
 
@@ -60,15 +61,18 @@ def train(
     of evaluations.csv; in process 0 only. Raises InputError if the settings contradict each other or the folder's.
     """
     folder = user_path(folder)
-    stored, new = read_config(folder), not native.run_checkpoints(folder)
-    if stored is None and not new:
-        raise InputError(
-            f"{folder} has checkpoints but no config.json, so that the settings of the run are not known: restore the "
-            f"file, or {NEW_RUN}."
-        )
-    setup = prepare(config, stored, resumed=native.last_config(folder), initial=new)
-    serialization.encode(setup.config)  # raises InputError for components of other packages that are not registered
-    fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
+    with raised_in_all():
+        stored, new = read_config(folder), not native.run_checkpoints(folder)
+        if stored is None and not new:
+            raise InputError(
+                f"{folder} has checkpoints but no config.json, so that the settings of the run are not known: restore "
+                f"the file, or {NEW_RUN}."
+            )
+        setup = prepare(config, stored, resumed=native.last_config(folder), initial=new)
+        serialization.encode(setup.config)  # raises InputError for components of other packages that are not registered
+        fresh = setup.initial_state() if new else None  # before the folder is created, so that an error leaves none
+    if jax.process_count() > 1:
+        check_equal(_inputs(setup, fresh))
     setup = dataclasses.replace(setup, initial=None)  # frees its memory
     with RunFolder(folder, Retention(config.keep_last, config.keep_every, config.keep_hours)) as opened:
         content, teacher = setup.dataset.content_hash, setup.teacher_digest
@@ -106,6 +110,17 @@ def train(
         _loop(setup, opened, hook, state, done, print_line, log, len(history.periods) - 1)
 
 
+def _inputs(setup: TrainingSetup, fresh: TrainState | None) -> dict[str, Any]:
+    """What must be equal in all processes: settings and, in place of paths, the content of files."""
+    content = {
+        "data": (setup.dataset.content_hash, setup.dataset.size, setup.resident is None),
+        "teacher": setup.teacher_digest,
+        "init_from": None,
+        "initial parameters": fresh and digest(fresh.params),
+    }
+    return serialization.encode(setup.config) | content
+
+
 def _loop(
     setup: TrainingSetup,
     folder: RunFolder,
@@ -122,7 +137,7 @@ def _loop(
     with raised_in_all():
         log = MetricsLog(folder.path, done, callback=callback)
     progress = Progress(done, total, config.batch_size)
-    feed, steps = prefetch(setup.dispatches(done, total)), 0
+    feed, batches, steps, errors = prefetch(setup.dispatches(done, total)), StepBatch(), 0, Delayed()
     with StopSignal() as stop, log, progress, contextlib.closing(feed):
         window = MetricsWindow(config, log, progress, done, configuration, folder.unlogged)
 
@@ -132,12 +147,16 @@ def _loop(
 
         if hook.due(done):  # the run was stopped before this evaluation
             evaluate(done, setup.sampled_params(state))
-        for dispatches, batches in enumerate(feed, start=1):
-            before, steps = steps, len(jax.tree.leaves(batches)[0])
+        for dispatches, first in enumerate(range(done, total, config.steps_per_dispatch), start=1):
+            with errors.collected() if dispatches > 1 else raised_in_all():
+                batches = next(feed, batches)  # after an error the batches before, until all processes know of it
+            before, steps = steps, min(config.steps_per_dispatch, total - first)
             with activity(*COMPILING) if steps != before else contextlib.nullcontext():
-                state, metrics = program(state, constants, setup.parallelism.place_batches(batches), key)
+                placed = setup.parallelism.place_batches(jax.tree.map(operator.itemgetter(slice(steps)), batches))
+                state, metrics = program(state, constants, placed, key)
             folder.started = True
-            window.add(metrics)
+            with errors.collected():
+                window.add(metrics)
             before, done = done, done + steps
             asked = jax.process_count() == 1 or dispatches % _SYNC_EVERY == 0
             stopping = asked and in_any(stop.requested)
@@ -146,24 +165,31 @@ def _loop(
             snapshot = _passes(config.ema_snapshot_every, before, done)
             saving = last or evaluating or snapshot or _passes(config.checkpoint_every, before, done)
             sampling = _passes(config.sample_every, before, done) or (last and not stopping)
+            if asked or saving or sampling:
+                errors.exchange()
             if saving or sampling:
-                window.flush(write=done >= total)
+                with raised_in_all():
+                    window.flush(write=done >= total)
                 params = setup.sampled_params(state)
                 if saving:
                     folder.save(done, setup.config_after(done), params, state, window.unlogged, snapshot=snapshot)
                 if sampling:
-                    log.samples(done, sample_grid(setup.config_after(done), params))
+                    images = sample_grid(setup.config_after(done), params)
+                    with raised_in_all():
+                        log.samples(done, images)
                 if evaluating:
                     evaluate(done, params)
                 if saving:
-                    plot(folder.path)
+                    with raised_in_all():
+                        plot(folder.path)
             if stopping:
                 folder.wait()
                 reason = stop.signal or "another process"
                 print_line(f"Stopped by {reason} after {done} of {total} batches. Run the same command to resume.")
                 return
         folder.wait()
-    plot(folder.path)
+    with raised_in_all():
+        plot(folder.path)
     print_line(f"Finished: {done} batches. Sample from it: cm-jax sample {folder.path}")
     if (best := folder.best()) is not None:
         print_line(f"Best checkpoint, after {best} batches: cm-jax sample {folder.path}/best")

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -159,6 +160,8 @@ def main():
     print([sorted(b.images[:, 0, 0, 0].tolist()) for b in itertools.islice(batches, 2)])
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     sys.stdin.readline()
+    for _ in itertools.islice(batches, 20):  # more than are buffered
+        pass
     batches.close()
 if __name__ == "__main__":
     main()
@@ -180,12 +183,16 @@ def start_streaming(folder):
     )
 
 
-def test_worker_processes_name_unreadable_files_and_end_without_a_complaint(folder):
+def test_worker_processes_name_unreadable_files_ignore_signals_and_end_without_a_complaint(folder):
+    """Ctrl-C and many launchers send a signal to all processes of a run."""
     (folder / "a" / "5.png").write_bytes(b"nonsense")
     with start_streaming(folder) as process:
-        output, complaints = process.communicate("\n", timeout=600)
-    assert process.returncode == 0
-    assert output.splitlines()[0] == str([[0, 10, 20, 30, 40, 60, 60, 70, 80, 90]] * 2)
+        images, worker = process.stdout.readline().strip(), int(process.stdout.readline())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, number)
+        _, complaints = process.communicate("\n", timeout=600)
+    assert process.returncode == 0, complaints
+    assert images == str([[0, 10, 20, 30, 40, 60, 60, 70, 80, 90]] * 2)
     assert len(complaints.splitlines()) == 1
     assert "Replaced an unreadable image: a/5.png: expected one of the formats" in complaints
 

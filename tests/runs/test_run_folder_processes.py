@@ -1,12 +1,15 @@
 """Run folders of several processes: locked, killed while they write, and written together."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ import cm_jax
 from benchmarks.hlo import collectives_with_groups
 from cm_jax.checkpoints import native
 from cm_jax.checkpoints.model_config import ModelConfig
+from cm_jax.data import NpzData
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.evaluation.evaluate import EvalConfig, evaluate
@@ -24,13 +28,19 @@ from cm_jax.io.images import quantize
 from cm_jax.model import Model
 from cm_jax.parallelism import OneDevice, Sharded
 from cm_jax.parallelism.processes import from_all
+from cm_jax.training import loop
+from cm_jax.training.config import TrainConfig
+from cm_jax.training.loop import train
 from cm_jax.training.run.folder import RunFolder
+from cm_jax.training.run.metrics_log import MetricsLog
+from cm_jax.training.setup import TrainingSetup, prepare
 from tests.laws.test_evaluation import image_set, toy_extractor
 from tests.laws.test_training_devices import compiled
 from tests.runs.test_run_folder import PARAMS
 from tests.support import ROOT
 from tests.tiny import PARAMS as TINY_PARAMS
 from tests.tiny import Tiny
+from tests.toy import ToyNetwork
 
 LOOP = """
 import os, random, signal, sys, time
@@ -139,6 +149,7 @@ def test_killed_before_any_file_operation_the_newest_checkpoint_is_whole(tmp_pat
 
 PROCESS = """
 import sys
+from pathlib import Path
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 me, port, run = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -192,9 +203,10 @@ with RunFolder(run) as folder:
     folder.save(3, CONFIG, params, tree)
     folder.wait()
     assert folder.latest() == 3
-from tests.runs.test_run_folder_processes import check_exchange, check_sharded_program, scores
+from tests.runs.test_run_folder_processes import check_exchange, check_sharded_program, check_training, scores
 check_exchange(me)
 check_sharded_program()
+check_training(me, Path(f"{run}-training"))
 arguments = ["emoji16_cd", "--count", "5", "--seed", "3", "--output", f"{run}/samples.npz", "--parallel", "mesh"]
 sample.main("sample", [*arguments, "--compilation-cache", "off"])
 print("scores", scores(DataMesh(local=True), shared=True))
@@ -236,10 +248,50 @@ def check_exchange(me):
     images = dataclasses.replace(image_set(0, 100)[0], read=fails if me else image_set(0, 100)[0].read)
     with pytest.raises(InputError, match="disk"):
         evaluate(damaged, images, image_set(1, 100)[0])
+    cached = dataclasses.replace(damaged, cache=Path("/proc/nothing"))  # the reference is read for its name
+    with pytest.raises(InputError, match="disk"):
+        evaluate(cached, image_set(1, 100)[0], images)
 
 
 def fails(first, last):
     raise InputError("The disk is broken.")
+
+
+def check_training(me, folder):
+    """An error in one process, and different settings or data, are errors in both."""
+    cm_jax.register(ToyNetwork)
+    folder.mkdir(exist_ok=True)
+    same, own, absent = (NpzData(str(folder / f"{name}{me}.npz")) for name in ("same", "own", "absent"))
+    for data, level in ((same, 0), (own, me), *([] if me else [(absent, 0)])):
+        np.savez(data.path, arr_0=np.full((16, 4, 4, 3), level, np.uint8))
+    config = TrainConfig(
+        data=same,
+        network=ToyNetwork(classes=None, width=8),
+        parallel="mesh",
+        batch_size=8,
+        images=8 * 40,
+    )
+    differ = "  data: process 1\n  seed: process 1\n  initial parameters: process 1"
+    for changes, message in (({"data": absent}, r"absent1\.npz"), ({"data": own, "seed": me}, differ)):
+        with pytest.raises(InputError, match=message):
+            train(dataclasses.replace(config, **changes), folder / "run")
+        assert not (folder / "run").exists()
+
+    dispatches, program = TrainingSetup.dispatches, prepare(config).compiled()
+
+    def fails_in_the_third(setup, start, stop):
+        yield from itertools.islice(dispatches(setup, start, stop), 2)
+        fails(start, stop)
+
+    TrainingSetup.compiled = lambda setup: program
+    loop.MetricsLog = functools.partial(MetricsLog, tensorboard=False)  # it imports PyTorch
+    with pytest.raises(InputError, match="disk"):
+        train(config, folder / "run", log=fails)
+    if me:
+        TrainingSetup.dispatches = fails_in_the_third
+    with pytest.raises(InputError, match="disk" if me else "process 1: .* disk"):
+        train(dataclasses.replace(config, checkpoint_every=4), folder / "run")
+    assert not native.run_checkpoints(folder / "run")
 
 
 def check_sharded_program():

@@ -222,7 +222,12 @@ def test_any_settings_can_be_spelt_out():
 
 def test_train_command_and_dry_run(monkeypatch, capsys):
     trained, joined = [], []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
+
+    def initialize(*given):
+        assert not jax.config.jax_enable_preemption_service  # which takes SIGTERM away from the process
+        joined.append(given)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(command, "PRESETS", {"plain": TrainConfig})
     monkeypatch.setattr(command, "inheriting", lambda settings, words: settings)
     monkeypatch.setattr(command, "train", lambda settings, folder, say, **flags: trained.append((settings, folder)))

@@ -156,8 +156,7 @@ class EvaluationHook:
     def start(self) -> None:
         """Compute the statistics of the reference, so that its errors are found before training."""
         if self._evaluator is not None:
-            with raised_in_all():
-                self._reference = self._evaluator.reference_statistics()
+            self._reference = self._evaluator.reference_statistics()
 
     def due(self, done: int) -> bool:
         """Whether to evaluate after `done` batches."""
@@ -174,15 +173,15 @@ class EvaluationHook:
         evaluator, reference = self._evaluator, self._reference
         assert evaluator is not None
         assert reference is not None, "call start() first"
-        with raised_in_all():
-            values, words = evaluator.evaluate(params, reference)
+        values, words = evaluator.evaluate(params, reference)
         score = evaluator.score(float(f"{values[evaluator.best_column]:.9g}"))  # rounded as in the row
         best = bool(from_first(int(score < self._best)))
         if best:
             self._best = score
             self._folder.mark_best(done, values[evaluator.best_column], {"evaluation": _compared(evaluator.settings)})
         images = self._config.images_after(done)
-        log.evaluation(done, {"images": images, **values})
+        with raised_in_all():
+            log.evaluation(done, {"images": images, **values})
         self._last, self._periods = done, images // evaluator.settings.every
         return f"Evaluated after {done:,} batches: {words}.{' The best so far.' if best else ''}"
 

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: short, and executed in their order, with a tiny model and a toy Inception."""
+"""The examples of docs/extending.md and README.md: executed in their order, with a tiny model and a toy Inception."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ import cm_jax
 from cm_jax import evaluation
 from cm_jax.checkpoints import registry
 from cm_jax.checkpoints.model_config import ModelConfig
-from cm_jax.data import Generated
+from cm_jax.data import EmojiData, Generated
 from cm_jax.diffusion.preconditioning import ConsistencyPreconditioning
 from cm_jax.errors import InputError
 from cm_jax.evaluation import FeatureExtractor
@@ -28,8 +28,10 @@ from tests.runs.test_training import SMALL
 from tests.support import ROOT
 from tests.tiny import Tiny
 
-PAGE = (ROOT / "docs" / "extending.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS, README = (
+    re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    for page in ("docs/extending.md", "README.md")
+)
 CALLS: list[tuple[int, dict[str, float]]] = []
 LOAD = cm_jax.load
 
@@ -39,15 +41,16 @@ class Emoji(Tiny):
         return jax.eval_shape(self.initialize, jax.random.key(0))
 
     def initialize(self, key):
-        return Tiny().initialize(key)
+        return Tiny().initialize(key) | {"table": jax.random.normal(key, (9, 8))}
 
 
-def load(name):
+def load(name, **options):
     """A tiny model of emoji, with random weights, in place of the bundled one."""
     if name != "emoji32":
-        return LOAD(name)
-    network = Emoji(image_shape=(32, 32, 3))
-    return cm_jax.Model(ModelConfig(network, ConsistencyPreconditioning()), network.initialize(jax.random.key(0)))
+        return LOAD(name, **options)
+    network, names = Emoji(image_shape=(32, 32, 3), classes=9), EmojiData().open(32).class_names
+    config = ModelConfig(network, ConsistencyPreconditioning(), class_names=names)
+    return cm_jax.Model(config, network.initialize(jax.random.key(0)))
 
 
 def toy_inception(weights):
@@ -68,6 +71,18 @@ def test_a_network_of_your_own_computes_in_the_precision_asked_for_if_it_is_a_se
 def test_examples_are_short():
     assert len(BLOCKS) > 10
     assert max(len(block.splitlines()) for block in BLOCKS) < 40
+
+
+def test_examples_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(cm_jax, "load", load)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, block in enumerate(README):
+        if "openai/" not in block:  # a model on the Hub
+            exec(compile(block, f"example {number} of README.md", "exec"), names)
+    assert (tmp_path / "emoji.png").exists()
+    expected = load("emoji32").sample(0, 4, labels=[8, 3, 0, 0], steps=2)
+    np.testing.assert_allclose(names["images"], expected, atol=1e-4)
 
 
 @pytest.mark.usefixtures("unchecked_types")

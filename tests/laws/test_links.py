@@ -6,7 +6,7 @@ import pytest
 
 from tests.support import ROOT
 
-PAGES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+PAGES = sorted(path for folder in (".", "docs", "benchmarks", "tests/data") for path in (ROOT / folder).glob("*.md"))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(r"`((?:cm_jax|tests|docs|tools|benchmarks|convert)/[\w./-]+)`")
 

@@ -1,4 +1,4 @@
-"""The commands and settings in docs/recipes.md are valid for the presets."""
+"""The commands and settings in docs/recipes.md, and the commands in docs/training.md, are valid for the presets."""
 
 import re
 import shlex
@@ -11,7 +11,9 @@ from cm_jax.errors import InputError
 from cm_jax.presets import PRESETS
 from tests.support import ROOT
 
-TEXT = (ROOT / "docs" / "recipes.md").read_text("utf-8").replace("\\\n", "")
+TEXT, TRAINING = (
+    (ROOT / "docs" / name).read_text("utf-8").replace("\\\n", "") for name in ("recipes.md", "training.md")
+)
 COMMAND = re.compile(r"^python train\.py (.+)$", re.MULTILINE)
 SHORTER_RUNS = COMMAND.findall(TEXT.partition("## Shorter runs")[2].partition("\n## ")[0])
 SETTINGS = sorted(set(re.findall(r"`(--[a-z][^`]*) ?`", TEXT)) - {"--images", "--batch-size", "--network", "--count"})
@@ -24,9 +26,10 @@ def parse_settings(words):
     return parse_preset(PRESETS, Options(), "train.py", words)[1]
 
 
-@pytest.mark.parametrize("command", COMMAND.findall(TEXT))
+@pytest.mark.parametrize("command", COMMAND.findall(TEXT + TRAINING))
 def test_commands_are_valid(command):
-    assert parse_settings(shlex.split(command)).batches == 2_400 or command not in SHORTER_RUNS
+    if (words := shlex.split(command, comments=True)) != ["--help"]:
+        assert parse_settings(words).batches == 2_400 or command not in SHORTER_RUNS
 
 
 def test_curricula_of_shorter_runs_end_with_the_run():

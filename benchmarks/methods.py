@@ -4,7 +4,7 @@
     python -m benchmarks.methods measure --count 1000 --picture methods.png --curves methods_curves.png
     python -m benchmarks.methods measure --methods old.safetensors,emoji32 --count 500    # checkpoints instead of runs
 
-The distilled methods, ECT and sCT start from the teacher's weights, the others from random ones. Settings are those of
+The distilled methods, ECT and sCT are initialized from the teacher, the others at random. Settings are those of
 the presets except: the teacher's network with at most its dropout, the batch size, an EMA over 10 % of the run,
 curricula and warm-ups scaled to the number of steps, and learning rates scaled by --lr-scale. LPIPS compares images at
 their own size, not at 224 pixels as in the papers, which would be 49 times as many pixels at 32x32.

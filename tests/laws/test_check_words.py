@@ -15,6 +15,10 @@ RETIRED = [
     "the deviation of the noise",
     "The run goes on.",
     "begins with the teacher's weights",
+    "a student that starts from the teacher",
+    "a table of classes",
+    "each level halves the image",
+    "an own component",
     "half the time, beside PyTorch's",
     "as the original does",
     "a checkpoint of ours",
@@ -56,6 +60,7 @@ CURRENT = [
     "--start-port 8000 and --num-levels 18",
     "[levels](docs/noise_laws.md) and https://example.org/the-original",
     "strokes, precise noise, otherwise unknown",
+    "both images start from the same noise; float16 halves the memory",
 ]
 
 

@@ -140,4 +140,4 @@ NCSNPP = SongUNet()
 """NCSN++ at 32 pixels: the published CIFAR-10 consistency models and their EDM teacher. iCT uses fourier_scale=0.02;
 iCT-deep has 8 blocks per level."""
 DDPMPP = SongUNet(embedding="positional", resampling="plain", pyramid=False)
-"""DDPM++ at 32 pixels: EDM's variance-preserving network, which ECT starts from. sCM adds modulation="normalized"."""
+"""DDPM++ at 32 pixels: EDM's variance-preserving network, which ECT fine-tunes. sCM adds modulation="normalized"."""

@@ -41,7 +41,7 @@ def adapted(
     before: the settings with which it was saved, after `done` batches.
 
     Images are counted and read without a gap if the batch size changes: the next batch begins where the last one ended.
-    A new EMA starts from the EMA whose decay is nearest, or from the parameters. A new target network starts from the
+    A new EMA is initialized from the EMA whose decay is nearest, or from the parameters; a new target network, from the
     parameters. The parts of the optimizer's state that both optimizers have are kept, among them the number of steps of
     the learning-rate schedule; others start anew.
     """
@@ -57,7 +57,9 @@ def adapted(
     kept = {type(part): part for part in state.optimizer}
     optimizer = tuple(kept.get(type(part), part) for part in fresh)
     if (target is None) != (state.target is None):
-        notes.append("The target network " + ("is the student now." if target is None else "starts from the student."))
+        notes.append(
+            "The target network " + ("is the student now." if target is None else "is initialized from the student.")
+        )
     if restarted := [type(part).__name__ for part in fresh if type(part) not in kept and jax.tree.leaves(part)]:
         notes.append(f"The optimizer's moments start anew ({', '.join(restarted)}).")
     state = state._replace(ema=emas, target=target, optimizer=optimizer)
@@ -75,7 +77,9 @@ def _emas(former: TrainingStep, now: TrainingStep, state: TrainState, notes: lis
             continue
         rate = float(ema.weight_at(step))
         nearest = min(rates, key=lambda name: abs(math.log(rates[name] / rate)))
-        notes.append(f"The EMA {ema.name} starts from {'the' if nearest == PARAMETERS else 'the EMA'} {nearest}.")
+        notes.append(
+            f"The EMA {ema.name} is initialized from {'the' if nearest == PARAMETERS else 'the EMA'} {nearest}."
+        )
         yield ema.name, state.ema.get(nearest, state.params)
     notes += [f"The EMA {name} is dropped." for name in state.ema if name not in names]
 

@@ -116,7 +116,7 @@ def test_emas_and_the_optimizer_are_carried_over(run, tmp_path):
     train(settings, run, said.append, allow_config_change=True)
     after = arrays(run, 5)
     for new, old in (("exponential_0.95", "exponential_0.9"), ("power_0.2", "power_0.1")):
-        assert f"Note: The EMA {new} starts from the EMA {old}." in said
+        assert f"Note: The EMA {new} is initialized from the EMA {old}." in said
     for name in ("exponential_0.99", "power_0.1"):
         assert f"Note: The EMA {name} is dropped." in said
     assert "Note: The optimizer's moments start anew (RAdamState)." in said

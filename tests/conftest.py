@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import jaxtyping
@@ -37,6 +38,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         shutil.rmtree(COMPILED, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+# A shell without job control starts `make test &` with Ctrl-C ignored, which tests send to processes of their own.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 typechecker.install()
 

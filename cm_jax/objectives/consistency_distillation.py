@@ -21,7 +21,7 @@ class ConsistencyDistillation(AdjacentPairObjective):
     solver: AnyODEStep = HeunStep()
     """Solver of the teacher's probability-flow ODE."""
     guidance: AnyGuidance | None = None  # type: ignore[override]  # a field in place of the property
-    """Guidance of the teacher by itself without labels. None: no guidance."""
+    """Guidance of the teacher, by its own output without labels. None: no guidance."""
 
     has_teacher: ClassVar[bool] = True
 

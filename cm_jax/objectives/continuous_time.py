@@ -121,7 +121,7 @@ class ContinuousDistillation(_ContinuousTime):
     """
 
     guidance: AnyGuidance | None = None  # type: ignore[override]  # a field in place of the property
-    """Guidance of the teacher by itself without labels. None: no guidance."""
+    """Guidance of the teacher, by its own output without labels. None: no guidance."""
 
     has_teacher: ClassVar[bool] = True
 

@@ -227,46 +227,6 @@ def test_other_layouts_of_repositories(server, model, tmp_path):
         assert_same(cm_jax.load(name, local_files_only=True), model)
 
 
-@pytest.mark.parametrize(
-    ("files", "chosen"),
-    [
-        (
-            ["unet/config.json", "unet/diffusion_pytorch_model.bin"],
-            ["unet/config.json", "unet/diffusion_pytorch_model.bin"],
-        ),
-        (
-            ["config.json", "diffusion_pytorch_model.safetensors"],
-            ["config.json", "diffusion_pytorch_model.safetensors"],
-        ),
-        (["unet/diffusion_pytorch_model.fp16.safetensors", WEIGHTS], [WEIGHTS]),
-        ([WEIGHTS, WEIGHTS.replace("unet", "unet_ema")], [WEIGHTS.replace("unet", "unet_ema")]),
-        (
-            shards := [
-                f"{WEIGHTS}.index.json",
-                *(WEIGHTS.replace("model.", f"model-0000{i}-of-00002.") for i in (1, 2)),
-            ],
-            shards,
-        ),
-        (["checkpoint.pkl", "samples/grid.png", "logs/a.pt"], ["checkpoint.pkl"]),
-        (["model.safetensors", "optimizer.bin", "pytorch_model.bin", "rng_state.pth"], ["model.safetensors"]),
-        (["config.json", "pytorch_model.bin", "optimizer.bin"], ["config.json", "pytorch_model.bin"]),
-        (["checkpoint.pt", "optimizer.pt"], ["checkpoint.pt"]),
-        (
-            shards := ["model.safetensors.index.json", *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))],
-            shards,
-        ),
-        (
-            ["unet/diffusion_pytorch_model.safetensors.index.fp16.json"]
-            + (shards := [WEIGHTS.replace("model.", f"model.fp16-0000{i}-of-00002.") for i in (1, 2)]),
-            shards,
-        ),
-        (["unet/model.safetensors", "vae/model.safetensors"], ["unet/model.safetensors"]),
-    ],
-)
-def test_the_files_of_a_checkpoint(files, chosen):
-    assert hub.select([*files, ".gitattributes", "README.md"], "me/tiny") == chosen
-
-
 def test_repositories_load_as_their_folders_do(server, model, tmp_path):
     """A safetensors file beside other files, and shards with and without an index."""
     conversion.write(tmp_path / "pipeline", "diffusers", model.config, model.params)
